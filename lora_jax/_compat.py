@@ -1,0 +1,75 @@
+"""The only file that imports `jax.extend`: one name here for each thing that JAX's releases move or rename.
+
+Tested on JAX 0.10.2 and 0.12.0. Everything used is a public name of `jax.extend`, none of `jax._src`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend import source_info_util
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core.primitives import (
+    convert_element_type_p,
+    copy_p,
+    dot_general_p,
+    jit_p,
+    remat_p,
+    scan_p,
+    transpose_p,
+)
+
+__all__ = [
+    "Jaxpr",
+    "JaxprEqn",
+    "Literal",
+    "Var",
+    "at_equation",
+    "bind",
+    "convert_element_type_p",
+    "copy_p",
+    "dot_general_p",
+    "jit_p",
+    "open_jaxpr",
+    "remat_p",
+    "scan_groups",
+    "scan_p",
+    "source_line",
+    "transpose_p",
+]
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
+    """A jaxpr and its constants. JAX 0.12 merged `ClosedJaxpr` into `Jaxpr`; before, only the closed one has any."""
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def scan_groups(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many its carry; the rest are scanned over.
+
+    JAX 0.11 replaced `num_consts` and `num_carry` by one tree, `ft_in`, of three groups.
+    """
+    if "ft_in" in eqn.params:
+        consts, carry, _ = eqn.params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
+def bind(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
+    """Run one equation as it stands; always a list of results."""
+    out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@contextlib.contextmanager
+def at_equation(eqn: JaxprEqn) -> Iterator[None]:
+    """Whatever is traced inside carries the equation's own name scope, source line and mesh context."""
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    where = source_info_util.user_context(eqn.source_info.traceback, name_stack=names)
+    with where, eqn.ctx.manager:
+        yield
+
+
+def source_line(eqn: JaxprEqn) -> str:
+    """The user's line that made an equation: `file.py:12:4 (function)`."""
+    return source_info_util.summarize(eqn.source_info)

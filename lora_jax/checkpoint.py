@@ -1,0 +1,126 @@
+"""Adapters on disk, with orbax: their arrays, and beside them what each is (kind, axes, scale), as JSON.
+
+A saved folder needs no plan and no rules to be read back, and nothing in it is executed.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lora_jax.adapters import KINDS
+from lora_jax.adapters.base import Adapter
+from lora_jax.axes import KernelAxes
+from lora_jax.errors import LoraError
+
+FORMAT = 1
+
+
+def save(folder: str | Path, adapters: Mapping[str, Adapter], others: Mapping[str, Any] | None = None) -> None:
+    """Write adapters, and other arrays that were trained beside them, as one folder.
+
+    The folder is written under another name and renamed when complete, so a run that is killed leaves the one that
+    was there before: under its own name or, killed between two renames, as `<folder>.old`.
+
+    Args:
+        folder: where; replaced if it holds saved adapters.
+        adapters: `{path: adapter}`.
+        others: nested dicts of arrays, such as a new classification head.
+
+    Raises:
+        LoraError: the folder exists and holds something else.
+    """
+    import orbax.checkpoint as ocp  # half a second that only those pay who save
+
+    folder = Path(folder).absolute()
+    if folder.exists() and not _holds_adapters(folder):
+        raise LoraError(f"{folder} exists and holds no saved adapters; it is left as it is. Save to another folder.")
+    arrays = {"adapters": {path: _arrays(adapter) for path, adapter in adapters.items()}, "others": dict(others or {})}
+    description = {
+        "format": FORMAT,
+        "adapters": {path: _describe(adapter) for path, adapter in adapters.items()},
+        "arrays": jax.tree.map(_shape, arrays),
+    }
+    new, old = folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
+    for leftover in (new, old):
+        if leftover.exists() and (leftover == new or folder.exists()):
+            shutil.rmtree(leftover)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        parts = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), description=ocp.args.JsonSave(description))
+        checkpointer.save(new, parts)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(folder: str | Path) -> tuple[dict[str, Adapter], dict[str, Any]]:
+    """The adapters that `save` wrote, and the other arrays: `(adapters, others)`.
+
+    Raises:
+        LoraError: no such folder; not written by `save`; written by a newer version; a kind that is not known.
+    """
+    import orbax.checkpoint as ocp
+
+    folder = Path(folder).absolute()
+    if not _holds_adapters(folder):
+        old = folder.with_name(f"{folder.name}.old")
+        hint = f" A save was interrupted: rename {old} to {folder}." if _holds_adapters(old) else ""
+        raise LoraError(f"{folder} holds no adapters saved by lora_jax.checkpoint.save.{hint}")
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        parts = ocp.args.Composite(description=ocp.args.JsonRestore())
+        description = checkpointer.restore(folder, parts).description
+        if description.get("format") != FORMAT:
+            raise LoraError(
+                f"{folder} has format {description.get('format')}, this version reads {FORMAT}: update lora_jax."
+            )
+        shapes = jax.tree.map(_abstract, description["arrays"], is_leaf=lambda node: isinstance(node, str))
+        arrays = checkpointer.restore(folder, ocp.args.Composite(arrays=ocp.args.StandardRestore(shapes))).arrays
+    adapters = {
+        path: _rebuild(path, facts, arrays["adapters"][path]) for path, facts in description["adapters"].items()
+    }
+    return adapters, arrays["others"]
+
+
+def _holds_adapters(folder: Path) -> bool:
+    return (folder / "arrays").is_dir() and (folder / "description").is_dir()
+
+
+def _fields(adapter_type: Any, static: bool) -> list[str]:
+    return [f.name for f in dataclasses.fields(adapter_type) if bool(f.metadata.get("static")) == static]
+
+
+def _arrays(adapter: Adapter) -> dict[str, jax.Array]:
+    return {name: getattr(adapter, name) for name in _fields(adapter, static=False)}
+
+
+def _describe(adapter: Adapter) -> dict[str, Any]:
+    kind = next(name for name, cls in KINDS.items() if cls is type(adapter))
+    return {"kind": kind, **{name: getattr(adapter, name) for name in _fields(adapter, static=True)}}
+
+
+def _rebuild(path: str, facts: dict[str, Any], arrays: dict[str, jax.Array]) -> Adapter:
+    kind = facts["kind"]
+    if kind not in KINDS:
+        raise LoraError(
+            f"{path!r} is an adapter of kind {kind!r}; this version knows {', '.join(KINDS)}: update lora_jax."
+        )
+    static = {name: facts[name] for name in _fields(KINDS[kind], static=True)}
+    static["axes"] = KernelAxes(*map(tuple, static["axes"]))
+    return KINDS[kind](**arrays, **static)
+
+
+def _shape(array: jax.Array) -> str:
+    """`float32[384, 8]`: one JSON leaf."""
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def _abstract(text: str) -> jax.ShapeDtypeStruct:
+    dtype, _, dims = text.rstrip("]").partition("[")
+    shape = tuple(int(n) for n in dims.split(",") if n.strip())
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype), sharding=here)

@@ -1,0 +1,36 @@
+"""The low-rank product x A B: two thin matrix products in the place of one wide one.
+
+Axes: s stacked matrices, T rows of x (all tokens of the batch), d inputs, k outputs, r rank.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+
+def lowrank(x: jax.Array, a: jax.Array, b: jax.Array, scale: float, precision: Any = None) -> jax.Array:
+    """scale * x @ A @ B, from left to right, so that nothing of A B's shape exists.
+
+    x [*s, T, d], a [*s, d, r], b [*s, r, k] -> [*s, T, k] in at least fp32.
+
+    The factors are used in x's dtype and both products accumulate in fp32. x comes in with its token axes
+    flattened: XLA's CPU backend is several times slower in the backward pass of thin products with more axes.
+    The scale meets the r-wide product, never the k-wide one. That product is named `lora_h` for the policies of
+    `jax.checkpoint`: keeping it costs r/d of x and saves a pass over x.
+    """
+    h = _matmul(x, a.astype(x.dtype), precision)
+    if scale != 1.0:
+        h = h * scale
+    h = checkpoint_name(h.astype(x.dtype), "lora_h")
+    return _matmul(h, b.astype(x.dtype), precision)
+
+
+def _matmul(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
+    """x [*s, T, d] @ w [*s, d, k], accumulated in fp32 or better."""
+    stack = tuple(range(x.ndim - 2))
+    dims = (((x.ndim - 1,), (x.ndim - 2,)), (stack, stack))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return lax.dot_general(x, w, dims, precision=precision, preferred_element_type=wide)

@@ -1,0 +1,59 @@
+"""Names for the leaves of any pytree: `layers_0/query/kernel`.
+
+The same name serves rules, adapters, errors and files. Flax's NNX keeps each array one level down, under `value`;
+that level is left out, so that a model has the same names in Linen and in NNX.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import GetAttrKey, PyTreeDef, keystr, tree_flatten_with_path
+
+from lora_jax.errors import LoraError
+
+
+def flatten_with_names(tree: Any) -> tuple[list[str], list[Any], PyTreeDef]:
+    """The leaves of a pytree, their names, and the tree to put them back with.
+
+    >>> flatten_with_names({"b": 1, "a": [2, 3]})[:2]
+    (['a/0', 'a/1', 'b'], [2, 3, 1])
+
+    Raises:
+        LoraError: two leaves have one name, as in `{"a/b": x, "a": {"b": y}}`.
+    """
+    keyed, treedef = tree_flatten_with_path(tree)
+    names = [_name(path) for path, _ in keyed]
+    seen: dict[str, int] = {}
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+    if repeated := [name for name, count in seen.items() if count > 1]:
+        raise LoraError(
+            f"two parameters have the same path {repeated[0]!r}: rename one of them, paths join keys by '/'."
+        )
+    return names, [leaf for _, leaf in keyed], treedef
+
+
+def nearest(name: str, candidates: Iterable[str], n: int = 5) -> list[str]:
+    """The candidates most like a path or a pattern, best first, for error messages.
+
+    >>> nearest(".*/qeury/kernel", ["a/query/kernel", "a/query/bias", "norm/scale"], n=1)
+    ['a/query/kernel']
+    """
+    plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", "", name).strip("/")
+    scored = [(-difflib.SequenceMatcher(None, plain, c).ratio(), c) for c in candidates]
+    return [candidate for _, candidate in sorted(scored)[:n]]
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is traced (an array, or the shape of one) rather than kept as it is (a flag, a string)."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    if len(path) > 1 and path[-1] == GetAttrKey("value"):
+        path = path[:-1]
+    return keystr(path, simple=True, separator="/")

@@ -1,0 +1,85 @@
+"""A function of parameters as a jaxpr, traced once for each set of shapes."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import PyTreeDef
+
+from lora_jax._compat import open_jaxpr
+from lora_jax.errors import LoraError
+from lora_jax.interpreter import evaluate
+from lora_jax.kernel import Kernel
+from lora_jax.paths import flatten_with_names, is_array
+
+
+@dataclass(frozen=True)
+class Program:
+    """A traced function, and the arrays that it was traced for."""
+
+    jaxpr: Any
+    names: list[str]  # of the parameters
+    arrays: list[Any]  # the parameters, then the other arguments; what is no array was kept as it is
+    out_tree: PyTreeDef
+
+    def run(self, arrays: Sequence[Any], adapt: Callable[[str, Any], Any]) -> Any:
+        """The function's result for these arrays, with `adapt(name, array)` for each parameter."""
+        n = len(self.names)
+        values = [*map(adapt, self.names, arrays[:n]), *arrays[n:]]
+        jaxpr, consts = open_jaxpr(self.jaxpr)
+        out = evaluate(jaxpr, consts, values, inline=True)
+        plain = [o.dense("the function returns it") if isinstance(o, Kernel) else o for o in out]
+        return jax.tree.unflatten(self.out_tree, plain)
+
+
+@dataclass(frozen=True)
+class _Static:
+    """All of the arguments but their arrays. Types are compared too: 1, 1.0 and True are equal, yet not the same."""
+
+    treedef: PyTreeDef
+    leaves: tuple[tuple[type, Any] | None, ...]  # None stands for an array
+
+    @classmethod
+    def of(cls, leaves: Sequence[Any], treedef: PyTreeDef) -> "_Static":
+        kept = tuple(None if is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
+        try:
+            hash(kept)
+        except TypeError:
+            bad = next(leaf for leaf in leaves if not is_array(leaf) and type(leaf).__hash__ is None)
+            raise LoraError(
+                f"an argument holds a {type(bad).__name__}, which is neither an array nor hashable: "
+                "pass it as a jax.Array, or bind it with functools.partial before lora_apply."
+            ) from None
+        return cls(treedef, kept)
+
+    def fill(self, arrays: Sequence[Any]) -> Any:
+        rest = iter(arrays)
+        return jax.tree.unflatten(self.treedef, [next(rest) if leaf is None else leaf[1] for leaf in self.leaves])
+
+
+def tracer(fn: Callable[..., Any]) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Program]:
+    """`trace(params, args, kwargs) -> Program`. The trace is `jax.jit`'s own, and so is its cache."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def call(static: _Static, *arrays: Any) -> Any:
+        params, args, kwargs = static.fill(arrays)
+        return fn(params, *args, **kwargs)
+
+    def trace(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        names, _, _ = flatten_with_names(params)
+        leaves, treedef = jax.tree.flatten((params, args, kwargs))
+        arrays = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves if is_array(leaf)]
+        make = jax.make_jaxpr(call, static_argnums=0, return_shape=True)
+        jaxpr, out = make(_Static.of(leaves, treedef), *arrays)
+        return Program(
+            jaxpr,
+            [n for n, leaf in zip(names, leaves, strict=False) if is_array(leaf)],
+            arrays,
+            jax.tree.structure(out),
+        )
+
+    return trace

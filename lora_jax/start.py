@@ -1,0 +1,36 @@
+"""Fresh adapters for a plan."""
+
+import zlib
+from typing import Any
+
+import jax
+
+from lora_jax.adapters.base import Adapter
+from lora_jax.errors import LoraError
+from lora_jax.paths import flatten_with_names
+from lora_jax.plan import Plan
+
+
+def init(key: jax.Array, params: Any, plan: Plan) -> dict[str, Adapter]:
+    """`{path: adapter}` for every target of a plan; applying them changes nothing yet.
+
+    Each weight's randomness comes from the key and a hash of its path alone: the same on every host, and the same
+    when other weights join or leave the plan. Also runs under `jax.jit` and `jax.eval_shape`.
+
+    Raises:
+        LoraError: `params` lack a planned path, or have another shape there.
+    """
+    names, leaves, _ = flatten_with_names(params)
+    shapes = {name: tuple(leaf.shape) for name, leaf in zip(names, leaves, strict=True) if name in plan}
+    for path, target in plan.items():
+        if shapes.get(path) != target.shape:
+            found = f"shape {list(shapes[path])}" if path in shapes else "no such path"
+            raise LoraError(
+                f"the plan was made for {path!r} of shape {list(target.shape)}, but these parameters have {found}. "
+                "Plan again with these parameters: lora.plan(fn, params, ..., rules=...)."
+            )
+    return {path: t.rule.init(_path_key(key, path), t.shape, t.axes) for path, t in plan.items()}
+
+
+def _path_key(key: jax.Array, path: str) -> jax.Array:
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))

@@ -1,0 +1,53 @@
+"""Numbers and tables as plain text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: int = 0) -> str:
+    """Columns under their header, the last `right` of them aligned to the right.
+
+    >>> print(format_table(["name", "n"], [["a", 10], ["bc", 5]], right=1))
+    name   n
+    ----  --
+    a     10
+    bc     5
+    """
+    cells = [list(map(str, row)) for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    left = len(header) - right
+    lines = (
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def size(nbytes: int) -> str:
+    """Bytes in decimal units.
+
+    >>> size(295_424)
+    '295.4 kB'
+    """
+    return f"{nbytes} B" if nbytes < 1000 else f"{_scaled(nbytes)}B"
+
+
+def count(n: int) -> str:
+    """A large number with its SI prefix.
+
+    >>> count(1_234_567_890)
+    '1.2 G'
+    """
+    return str(n) if n < 1000 else _scaled(n)
+
+
+def _scaled(n: float) -> str:
+    for prefix in " kMGTPE":
+        if n < 999.95 or prefix == "E":
+            return f"{n:.1f} {prefix}"
+        n /= 1000
+    raise AssertionError("unreachable")

@@ -1,0 +1,131 @@
+"""`lora_apply`: any function of parameters becomes the same function with adapters beside the parameters."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn, Self
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters.base import Adapter
+from lora_jax.errors import LoraError
+from lora_jax.kernel import Kernel, Product, describe
+from lora_jax.paths import flatten_with_names, nearest
+from lora_jax.program import tracer
+
+
+def lora_apply(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn(params, *args, **kwargs)` -> `apply(params, adapters, *args, **kwargs)`, for any traceable `fn`.
+
+    Every adapted weight W takes part in matrix products as W' = W + (alpha / r) A B, computed as
+    x @ W + (alpha / r) (x @ A) @ B: neither W' nor A B is formed. `apply` is an ordinary JAX function of two pytrees:
+    jit it, differentiate it with respect to the second, vmap over a stack of adapters. The program is traced once
+    for each set of shapes, so make `apply` once and call it often.
+
+    Args:
+        fn: any function whose first argument is a pytree of parameters. Other arguments may be arrays, which are
+            traced, or anything hashable (flags, strings, None), which is kept.
+
+    Raises:
+        LoraError: (when called) adapters for paths that the parameters do not have, or of another shape; an adapted
+            weight in an operation that cannot stay factored, with path, operation and source line.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> def model(params, x):
+    ...     return jnp.tanh(x @ params["w1"]) @ params["w2"]
+    >>> params = {"w1": jnp.ones((4, 8)), "w2": jnp.ones((8, 2))}
+    >>> x = jnp.ones((3, 4))
+    >>> adapters = lora.init(jax.random.key(0), params, lora.plan(model, params, x, rules={".*": lora.Lora(rank=2)}))
+    >>> apply = lora.lora_apply(model)
+    >>> bool(jnp.all(apply(params, adapters, x) == model(params, x)))      # a fresh adapter changes nothing
+    True
+    """
+    trace = tracer(fn)
+
+    @functools.wraps(fn)
+    def apply(params: Any, adapters: Mapping[str, Adapter], /, *args: Any, **kwargs: Any) -> Any:
+        names, leaves, _ = flatten_with_names(params)
+        check_adapters(adapters, names, leaves)
+        if not adapters:
+            return fn(params, *args, **kwargs)
+
+        def adapt(name: str, leaf: Any) -> Any:
+            if name not in adapters:
+                return leaf
+            return AdaptedKernel(jnp.asarray(leaf), name, tuple(range(leaf.ndim)), (), adapters[name])
+
+        program = trace(params, args, kwargs)
+        return program.run(program.arrays, adapt)
+
+    return apply
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AdaptedKernel(Kernel):
+    """A frozen weight and its adapter, standing for W' until they are multiplied."""
+
+    adapter: Adapter
+
+    def multiply(self, product: Product) -> jax.Array:
+        used, planned = product.axes, self.adapter.axes
+        if used == planned:
+            adapter = self.adapter
+        elif used.transpose() == planned:
+            adapter = self.adapter.transpose()
+        else:
+            self._refuse(f"{describe(product.eqn)} uses it with {used}, but its adapter was made for {planned}")
+        return adapter.apply(product.x, product.y, product.precision)
+
+    def dense(self, why: str) -> jax.Array:
+        self._refuse(why)
+
+    def can_scan(self) -> bool:
+        return self.origin[0] in self.adapter.axes.stack
+
+    def scan_slices(self) -> Self:
+        left = [axis for axis in self.adapter.axes.stack if axis not in self.scanned]
+        lead = left.index(self.origin[0])
+        adapter = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, lead, 0), self.adapter)
+        return dataclasses.replace(super().scan_slices(), adapter=adapter)
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise LoraError(
+            f"{self.path!r} cannot stay factored: {why}. "
+            f"Leave it frozen (a rule {{{self.path!r}: None}} before the one that matched), "
+            f"merge it first (lora.merge(params, {{{self.path!r}: adapters[{self.path!r}]}})), "
+            "or plan with this function."
+        )
+
+
+def check_adapters(adapters: Mapping[str, Adapter], names: list[str], leaves: list[Any]) -> None:
+    """Every adapter has its weight, and fits it.
+
+    Raises:
+        LoraError: the adapters are no `{path: adapter}`; a path is not among the parameters; shapes differ.
+    """
+    if not isinstance(adapters, Mapping):
+        raise LoraError(
+            f"adapters are a dict {{path: adapter}} as lora.init makes it, found {type(adapters).__name__}."
+        )
+    weights = dict(zip(names, leaves, strict=True))
+    for path, adapter in adapters.items():
+        if not isinstance(adapter, Adapter):
+            raise LoraError(
+                f"adapters[{path!r}] is a {type(adapter).__name__}, expected an adapter as lora.init makes it."
+            )
+        if path not in weights:
+            near = ", ".join(map(repr, nearest(path, names)))
+            raise LoraError(
+                f"there is an adapter for {path!r}, but the parameters have no such path; the nearest are {near}. "
+                "These adapters belong to another model: make new ones with lora.plan and lora.init."
+            )
+        found, expected = adapter.kernel_shape(), tuple(weights[path].shape)
+        if found != expected:
+            raise LoraError(
+                f"the adapter for {path!r} fits a weight of shape {list(found)}, "
+                f"but the parameter has {list(expected)}. "
+                "These adapters belong to another model: make new ones with lora.plan and lora.init."
+            )

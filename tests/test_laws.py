@@ -1,0 +1,126 @@
+"""The laws of the library, each over the whole of its tables."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import MODELS, RULES, TRANSFORMS, Case, assert_trees_close, formed, merge_by_hand, total
+
+import lora_jax as lora
+
+RULE = RULES["lora"]
+cases = pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
+low_precision = {"cast": 3e-2, "bf16": 3e-2}  # the two sides round at different places
+
+
+def tolerance(case: Case) -> dict[str, float]:
+    wide = low_precision.get(case.name, 2e-5)
+    return {"rtol": wide, "atol": wide * 10 if case.name in low_precision else wide}
+
+
+# JAX itself has no forward mode through a custom_vjp.
+product = [(c, t) for c in MODELS for t in TRANSFORMS if (c.name, t) != ("custom_vjp_between", "jvp")]
+
+
+@pytest.mark.parametrize(("case", "transform"), product, ids=lambda v: getattr(v, "name", v))
+def test_applying_is_merging(case, transform):
+    params, x, adapters = case.params(), case.input(), case.adapters(RULE)
+    run = TRANSFORMS[transform]
+    factored = run(lora.lora_apply(case.fn), params, adapters, x)
+    merged = run(lambda p, a, x: case.fn(lora.merge(p, a), x), params, adapters, x)
+    assert_trees_close(factored, merged, **tolerance(case))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@cases
+def test_applying_is_merging_for_every_rule(case, rule):
+    params, x, adapters = case.params(), case.input(), case.adapters(RULES[rule])
+    factored = lora.lora_apply(case.fn)(params, adapters, x)
+    assert_trees_close(factored, case.fn(lora.merge(params, adapters), x), **tolerance(case))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@cases
+def test_merging_is_the_formula(case, rule):
+    params, adapters = case.params(), case.adapters(RULES[rule])
+    merged = lora.merge(params, adapters)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    for name, w in params.items():
+        assert (merged[name].shape, merged[name].dtype) == (w.shape, w.dtype)
+        if name in adapters:
+            rounding = 8e-3 if w.dtype == jnp.bfloat16 else 1e-6
+            expected = merge_by_hand(w, adapters[name])
+            np.testing.assert_allclose(np.asarray(merged[name], np.float64), expected, rtol=rounding, atol=rounding)
+        else:
+            assert merged[name] is w
+
+
+@pytest.mark.parametrize("rule", RULES)
+@cases
+def test_starting_is_identity(case, rule):
+    params, x = case.params(), case.input()
+    adapters = lora.init(jax.random.key(0), params, case.plan(RULES[rule]))
+    assert_equal(lora.merge(params, adapters), params)
+    assert_equal(lora.lora_apply(case.fn)(params, adapters, x), case.fn(params, x))
+
+
+@cases
+def test_factored_stays_factored(case):
+    """Neither forward nor gradient hold a value of W's size, or of one of its stacked matrices' size, but W itself."""
+    params, x, adapters = case.params(), case.input(), case.adapters(RULE)
+    apply = lora.lora_apply(case.fn)
+    program = jax.make_jaxpr(jax.value_and_grad(lambda a, p: total(apply(p, a, x))))(adapters, params)
+    naive = jax.make_jaxpr(jax.value_and_grad(lambda a, p: total(case.fn(lora.merge(p, a), x))))(adapters, params)
+    for name, adapter in adapters.items():
+        shape = params[name].shape
+        one_matrix = tuple(n for axis, n in enumerate(shape) if axis not in adapter.axes.stack)
+        assert not formed(program, shape), name
+        assert not formed(program, one_matrix), name
+        assert formed(naive, shape), "the check sees what it is meant to see"
+
+
+@cases
+def test_frozen_stays_frozen(case):
+    params, x, adapters = case.params(), case.input(), case.adapters(RULE)
+    before = jax.tree.map(np.array, params)
+    apply = lora.lora_apply(case.fn)
+    optimizer = lora.freeze_base(optax.adam(1e-2))
+
+    def loss(adapters, params, x):
+        return total(apply(params, adapters, x)) ** 2, {}
+
+    state = lora.TrainState.create(adapters, optimizer)
+    step = lora.jit_step(loss, optimizer)
+    grads = jax.eval_shape(jax.grad(lambda a: loss(a, params, x)[0]), adapters)
+    assert jax.tree.structure(grads) == jax.tree.structure(adapters)
+    assert all(jnp.any(g != 0) for g in jax.tree.leaves(jax.grad(lambda a: loss(a, params, x)[0])(adapters)))
+    out = jax.eval_shape(step, state, params, x)
+    allowed = {leaf.shape for leaf in jax.tree.leaves(adapters)} | {()}
+    assert {leaf.shape for leaf in jax.tree.leaves(out)} <= allowed, "the step gives out nothing of the base"
+
+    start = jax.tree.map(np.array, adapters)
+    for _ in range(2):
+        state, metrics = step(state, params, x)
+    assert np.isfinite(metrics["loss"])
+    assert_equal(params, before)
+    moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != b)), state.trainable, start)
+    assert all(jax.tree.leaves(moved))
+
+
+@cases
+def test_placement_changes_speed_only(case):
+    """The same adapters from the same key, also when made under jit on a mesh."""
+    params, plan = case.params(), case.plan(RULE)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    here = lora.init(jax.random.key(3), params, plan)
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    there = jax.jit(lambda key: lora.init(key, params, plan), out_shardings=everywhere)(jax.random.key(3))
+    assert_equal(here, there)
+
+
+def assert_equal(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

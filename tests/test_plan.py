@@ -1,0 +1,148 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import BATCH, EXPERTS, HEAD, HEADS, LAYERS, MODELS, TIME, D, K
+
+import lora_jax as lora
+from lora_jax import KernelAxes, Lora, LoraError
+
+CASES = {case.name: case for case in MODELS}
+PARAMS = {
+    "layer_0": {"query": {"kernel": jnp.ones((8, 6)), "bias": jnp.zeros(6)}, "norm": {"scale": jnp.ones(8)}},
+    "unused": jnp.ones((4, 4)),
+    "table": jnp.arange(12).reshape(4, 3),
+}
+
+
+def model(params, x):
+    q = params["layer_0"]["query"]
+    return (x * params["layer_0"]["norm"]["scale"][None]) @ q["kernel"] + q["bias"][None]
+
+
+def plan(rules, params=PARAMS, fn=model):
+    return lora.plan(fn, params, jnp.ones((3, 8)), rules=rules)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "axes"),
+    [
+        ("two_layers", "w1", KernelAxes((), (0,), (1,))),
+        ("weight_on_the_left", "w", KernelAxes((), (1,), (0,))),
+        ("transposed", "w", KernelAxes((), (1,), (0,))),
+        ("attention_kernels", "wq", KernelAxes((), (0,), (1, 2))),
+        ("attention_kernels", "wo", KernelAxes((), (0, 1), (2,))),
+        ("outputs_around_inputs", "w", KernelAxes((), (1,), (0, 2))),
+        ("experts", "w", KernelAxes((0,), (1,), (2,))),
+        ("experts_in_the_middle", "w", KernelAxes((1,), (0,), (2,))),
+        ("scan_over_layers", "w", KernelAxes((0,), (1,), (2,))),
+        ("scan_over_layers_of_experts", "w", KernelAxes((0, 1), (2,), (3,))),
+        ("scan_with_the_weight_as_constant", "w", KernelAxes((), (0,), (1,))),
+    ],
+)
+def test_axes_are_read_off_the_program(name, path, axes):
+    assert CASES[name].plan(Lora(2))[path].axes == axes
+
+
+def test_factors_have_the_axes_of_the_kernel():
+    a = CASES["scan_over_layers_of_experts"].adapters(Lora(2))["w"]
+    assert a.a.shape == (EXPERTS, LAYERS, D, 2)
+    assert a.b.shape == (EXPERTS, LAYERS, 2, D)
+    q = CASES["attention_kernels"].adapters(Lora(2))
+    assert q["wq"].b.shape == (2, HEADS, HEAD)
+    assert q["wo"].a.shape == (HEADS, HEAD, 2)
+    assert all(adapter.kernel_shape() == CASES["attention_kernels"].shapes[path] for path, adapter in q.items())
+
+
+def test_fan_in_counts_one_matrix():
+    """Stacked layers and experts start as they would alone: |A| <= 1/sqrt(inputs), and close to it somewhere."""
+    case = CASES["scan_over_layers_of_experts"]
+    a = lora.init(jax.random.key(0), case.params(), case.plan(Lora(2)))["w"].a
+    bound = D**-0.5
+    assert 0.95 * bound < jnp.abs(a).max() <= bound
+
+
+def test_uses_and_flops_are_counted():
+    target = CASES["used_twice"].plan(Lora(2))["w"]
+    assert [use.tokens for use in target.uses] == [BATCH * TIME, BATCH * TIME]
+    assert target.flops() == 2 * 2 * BATCH * TIME * 2 * (D + D)
+    stacked = CASES["scan_over_layers"].plan(Lora(2))["w"]
+    assert stacked.flops() == LAYERS * 2 * BATCH * TIME * 2 * (D + D)
+    assert "test" in target.uses[0].source or "helpers.py" in target.uses[0].source
+
+
+def test_nothing_is_allocated():
+    """A model of 400 GB plans on shapes alone."""
+    big = jax.ShapeDtypeStruct((320_000, 320_000), jnp.float32)
+    found = lora.plan(
+        lambda p, x: x @ p["w"], {"w": big}, jax.ShapeDtypeStruct((4, 320_000), jnp.float32), rules={"w": Lora(8)}
+    )
+    assert "1 of 1 weights adapted: 5,120,000 parameters beside 102,400,000,000" in str(found)
+
+
+def test_first_matching_rule_wins():
+    rules = {"layer_0/.*bias": None, ".*norm.*": None, "layer_0/query/.*": Lora(2), "unused|table": None}
+    found = plan(rules)
+    assert list(found) == ["layer_0/query/kernel"]
+    assert found["layer_0/query/kernel"].rule == Lora(2)
+
+
+def test_adding_a_weight_does_not_change_the_others_start():
+    case = CASES["two_layers"]
+    both = lora.init(jax.random.key(0), case.params(), case.plan(Lora(2)))
+    fn, shapes = case.fn, case.params()
+    alone = lora.init(jax.random.key(0), shapes, lora.plan(fn, shapes, case.input(), rules={"w2": Lora(2)}))
+    assert jnp.array_equal(both["w2"].a, alone["w2"].a)
+    assert not jnp.array_equal(both["w1"].a[:5, 0], both["w2"].a[:5, 0])
+
+
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ({"layer_0/qeury/kernel": Lora(2)}, [r"'layer_0/qeury/kernel' matches no parameter", "layer_0/query/kernel"]),
+        ({"kernel": Lora(2)}, ["'kernel' matches no parameter", "whole path", "layer_0/query/kernel"]),
+        (
+            {".*kernel": Lora(2), ".*query/kernel": Lora(3)},
+            ["'.*query/kernel' is never reached", "'layer_0/query/kernel'"],
+        ),
+        ({".*(bias|scale)": Lora(2)}, ["2 weight(s)", "layer_0/query/bias", "vector float32[6]", "layer_0/norm/scale"]),
+        ({"unused": Lora(1)}, ["'unused'", "float32[4, 4] is not used by the function"]),
+        ({".*kernel": Lora(7)}, ["layer_0/query/kernel", "rank 7", "min(8, 6)", "[8, 6]"]),
+        ({"(": Lora(7)}, ["'('", "not a regular expression"]),
+        ({".*kernel": 8}, ["'.*kernel' is 8", "lora.Lora(rank=8)"]),
+        ({}, ["rules are a dict"]),
+        (Lora(2), ["rules are a dict"]),
+    ],
+)
+def test_bad_rules(rules, says):
+    with pytest.raises(LoraError) as error:
+        plan(rules)
+    for part in says:
+        assert part in str(error.value)
+
+
+def test_a_weight_used_in_two_ways_names_both():
+    def two_ways(params, x):
+        y = jnp.einsum("td,dhk->thk", x, params["w"])
+        return y, jnp.einsum("th,dhk->tdk", x[:, :3], params["w"])
+
+    with pytest.raises(
+        LoraError, match=r"used in two ways: inputs 0, outputs 1 2 by .* inputs 1, outputs 0 2"
+    ) as error:
+        lora.plan(two_ways, {"w": jnp.ones((8, 3, 4))}, jnp.ones((5, 8)), rules={"w": Lora(2)})
+    assert "test_plan.py" in str(error.value)
+
+
+def test_the_table_can_be_read():
+    lines = str(CASES["two_layers"].plan(Lora(2, alpha=8))).splitlines()
+    assert lines[0].split() == ["path", "shape", "axes", "rule", "parameters", "bytes", "FLOPs"]
+    assert lines[2].startswith("w1    [12, 10]  inputs 0, outputs 1  Lora(rank=2, alpha=8)")
+    assert lines[-1].startswith("2 of 3 weights adapted: 88 parameters beside 250 (26.04%), 352 B.")
+    assert K == 10
+
+
+def test_params_that_do_not_fit_the_plan():
+    case = CASES["two_layers"]
+    with pytest.raises(LoraError, match=r"'w1' of shape \[12, 10\], but these parameters have shape \[3, 10\]"):
+        lora.init(jax.random.key(0), {**case.params(), "w1": jnp.ones((3, 10))}, case.plan(Lora(2)))
+    with pytest.raises(LoraError, match=r"'w2' of shape \[10, 12\], but these parameters have no such path"):
+        lora.init(jax.random.key(0), {"w1": case.params()["w1"]}, case.plan(Lora(2)))

@@ -1,0 +1,233 @@
+import functools
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import MODELS, RULES, D, K, assert_trees_close, compilations, equations
+
+import lora_jax as lora
+from lora_jax import Lora, LoraError
+
+CASES = {case.name: case for case in MODELS}
+W, X = jnp.ones((D, K)), jnp.ones((3, D))
+
+
+def linear(params, x):
+    return x @ params["w"]
+
+
+ADAPTERS = lora.init(jax.random.key(0), {"w": W}, lora.plan(linear, {"w": W}, X, rules={"w": Lora(2)}))
+
+
+@pytest.mark.parametrize(
+    ("fn", "primitive"),
+    [
+        (lambda p, x: x @ (2 * p["w"]), "mul"),
+        (lambda p, x: x @ (p["w"] + 1), "add"),
+        (lambda p, x: x[:, :2] @ p["w"][:2], "slice"),
+        (lambda p, x: p["w"][jnp.array([0, 1])] + 0 * x.sum(), "gather"),
+        (lambda p, x: x.sum() + p["w"].sum(), "reduce_sum"),
+        (
+            lambda p, x: jax.lax.while_loop(
+                lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] @ p["w"].T @ p["w"]), (0, x @ p["w"])
+            ),
+            "while",
+        ),
+        (lambda p, x: jax.lax.cond(x.sum() > 0, lambda w: x @ w, lambda w: 2 * x @ w, p["w"]), "cond"),
+        (lambda p, x: jax.lax.scan(lambda c, _: (2 * c, x @ c), p["w"], length=2)[1], "scan"),
+        (lambda p, x: jax.lax.scan(lambda c, w: (c + w.sum(), None), 0.0, p["w"])[0], "scan"),
+        (lambda p, x: jax.lax.scan(lambda c, _: (c, p["w"]), x.sum(), length=2)[1], "scan"),
+        (lambda p, x: jax.jit(lambda w: x @ jnp.tanh(w))(p["w"]), "tanh"),
+        (lambda p, x: p["w"].T @ p["w"] + 0 * x.sum(), "dot_general"),
+        (lambda p, x: x @ jax.nn.relu(p["w"]), "custom_jvp_call"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_what_cannot_stay_factored_is_refused(fn, primitive):
+    """By name: the path, the operation, the user's line, and what to do."""
+    with pytest.raises(LoraError) as error:
+        lora.lora_apply(fn)({"w": W}, ADAPTERS, X)
+    message = str(error.value)
+    assert message.startswith("'w' cannot stay factored")
+    assert f"`{primitive}` at" in message
+    assert "test_transform.py" in message
+    assert "lora.merge(" in message
+    with pytest.raises(LoraError, match=r"1 weight\(s\) that cannot be adapted"):
+        lora.plan(fn, {"w": W}, X, rules={"w": Lora(2)})
+
+
+def test_returning_the_weight_is_refused():
+    with pytest.raises(LoraError, match="'w' cannot stay factored: the function returns it"):
+        lora.lora_apply(lambda p, x: (x @ p["w"], p["w"]))({"w": W}, ADAPTERS, X)
+
+
+def test_two_adapted_weights_do_not_multiply():
+    params = {"w": W, "v": jnp.ones((K, 3))}
+    adapters = lora.init(
+        jax.random.key(0), params, lora.plan(lambda p, x: x @ p["w"] @ p["v"], params, X, rules={".": Lora(1)})
+    )
+    with pytest.raises(LoraError, match=r"'w' cannot stay factored.*another adapted weight, 'v'"):
+        lora.lora_apply(lambda p, x: x @ (p["w"] @ p["v"]))(params, adapters, X)
+
+
+def test_a_use_along_other_axes_is_refused():
+    params = {"w": jnp.ones((D, 3, 4))}
+    plan = lora.plan(lambda p, x: jnp.einsum("td,dhk->thk", x, p["w"]), params, X, rules={"w": Lora(2)})
+    adapters = lora.init(jax.random.key(0), params, plan)
+    with pytest.raises(
+        LoraError, match="with inputs 1, outputs 0 2, but its adapter was made for inputs 0, outputs 1 2"
+    ):
+        lora.lora_apply(lambda p, x: jnp.einsum("th,dhk->tdk", x[:, :3], p["w"]))(params, adapters, X)
+
+
+@pytest.mark.parametrize(
+    ("params", "adapters", "says"),
+    [
+        ({"v": W}, ADAPTERS, ["'w'", "no such path", "'v'", "lora.plan"]),
+        ({"w": jnp.ones((D, 4))}, ADAPTERS, ["'w'", f"[{D}, {K}]", f"[{D}, 4]", "another model"]),
+        ({"w": W}, {"w": jnp.ones((2, 2))}, ["adapters['w']", "lora.init"]),
+        ({"w": W}, [1], ["{path: adapter}", "list"]),
+    ],
+)
+def test_adapters_of_another_model(params, adapters, says):
+    for call in (lora.lora_apply(linear), lambda p, a, x: lora.merge(p, a)):
+        with pytest.raises(LoraError) as error:
+            call(params, adapters, X)
+        assert all(part in str(error.value) for part in says), str(error.value)
+
+
+def test_flags_strings_and_keywords_pass_through():
+    def fn(params, x, activation, *, twice=False, skip=None):
+        y = {"tanh": jnp.tanh, "none": lambda y: y}[activation](x @ params["w"])
+        assert skip is None
+        return {"y": 2 * y if twice else y, "none": None}
+
+    apply = lora.lora_apply(fn)
+    for activation, twice in (("tanh", True), ("tanh", False), ("none", 1), ("none", True)):
+        found = apply({"w": W}, ADAPTERS, X, activation, twice=twice)
+        assert_trees_close(found, fn({"w": W}, X, activation, twice=twice))
+
+
+def test_equal_flags_of_different_types_are_different_programs():
+    seen = []
+
+    def fn(params, x, n):
+        seen.append(type(n))
+        return x @ params["w"] * n
+
+    apply = lora.lora_apply(fn)
+    for n in (1, True, 1.0):
+        apply({"w": W}, ADAPTERS, X, n)
+    assert seen == [int, bool, float]
+
+
+def test_what_cannot_be_hashed_is_named():
+    with pytest.raises(LoraError, match="bytearray, which is neither an array nor hashable"):
+        lora.lora_apply(lambda p, x, blob: x @ p["w"])({"w": W}, ADAPTERS, X, bytearray(b"x"))
+
+
+def test_no_adapters_leave_the_program_alone():
+    case = CASES["scan_over_layers"]
+    plain = jax.make_jaxpr(case.fn)(case.params(), case.input())
+    assert str(jax.make_jaxpr(lambda p, x: lora.lora_apply(case.fn)(p, {}, x))(case.params(), case.input())) == str(
+        plain
+    )
+
+
+@pytest.mark.parametrize(("name", "kept"), [("scan_over_remat", {"scan", "remat2"}), ("under_jit", {"jit"})])
+def test_calls_are_built_again_not_unrolled(name, kept):
+    case = CASES[name]
+    program = jax.make_jaxpr(lora.lora_apply(case.fn))(case.params(), case.adapters(RULES["lora"]), case.input())
+    names = [eqn.primitive.name for eqn in equations(program)]
+    assert kept <= set(names)
+    assert names.count("dot_general") == 3 * (1 if "scan" in kept else 2)
+
+
+def test_scan_and_remat_keep_their_settings():
+    case = CASES["scan_over_remat"]
+    programs = (
+        jax.make_jaxpr(case.fn)(case.params(), case.input()),
+        jax.make_jaxpr(lora.lora_apply(case.fn))(case.params(), case.adapters(RULES["lora"]), case.input()),
+    )
+    for name, settings in (("scan", ("length", "reverse", "unroll")), ("remat2", ("policy", "prevent_cse"))):
+        base, adapted = (next(e for e in equations(p) if e.primitive.name == name) for p in programs)
+        assert {s: base.params[s] for s in settings} == {s: adapted.params[s] for s in settings}
+
+
+def test_a_policy_can_keep_the_low_rank_product():
+    """`lora_h` is saved, and so x @ A is not computed again in the backward pass."""
+    case = CASES["remat"]
+    apply, params, adapters, x = lora.lora_apply(case.fn), case.params(), case.adapters(RULES["lora"]), case.input()
+    program = jax.make_jaxpr(jax.grad(lambda a: apply(params, a, x).sum()))(adapters)
+    tokens = x.shape[0] * x.shape[1]
+    to_rank = [
+        e for e in equations(program) if e.primitive.name == "dot_general" and e.outvars[0].aval.shape == (tokens, 2)
+    ]
+    assert len(to_rank) == 2 * 2  # of two weights: x @ A going forward, dy @ B^T going back
+
+
+def test_traced_once_for_each_set_of_shapes():
+    calls = []
+
+    def fn(params, x):
+        calls.append(x.shape)
+        return x @ params["w"]
+
+    apply = lora.lora_apply(fn)
+    apply({"w": W}, ADAPTERS, X)
+    jax.jit(apply)({"w": 2 * W}, ADAPTERS, X + 1)
+    assert calls == [(3, D)]
+    apply({"w": W}, ADAPTERS, X[:2])
+    assert calls == [(3, D), (2, D)]
+
+
+def test_new_adapters_and_new_weights_compile_nothing():
+    apply = jax.jit(lora.lora_apply(linear))
+    other = jax.tree.map(lambda a: a + 1, ADAPTERS)
+    w = W + 1
+    jax.block_until_ready(apply({"w": W}, ADAPTERS, X))
+    with compilations() as seen:
+        jax.block_until_ready(apply({"w": w}, other, X))
+    assert not seen
+
+
+def test_closed_over_tracers():
+    """A function may close over values of a trace around it."""
+
+    @jax.jit
+    def outer(x, adapters):
+        apply = lora.lora_apply(lambda p: x @ p["w"])
+        return jax.grad(lambda a: (apply({"w": W}, a) * x.sum()).sum())(adapters)
+
+    adapters = jax.tree.map(lambda a: a + 0.1, ADAPTERS)
+    expected = jax.grad(lambda a: (linear(lora.merge({"w": W}, a), X) * X.sum()).sum())(adapters)
+    assert_trees_close(outer(X, adapters), expected, rtol=1e-4)
+
+
+def test_nnx_paths_and_values():
+    model = nnx.Sequential(nnx.Linear(D, K, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(K, 2, rngs=nnx.Rngs(1)))
+    graph, state = nnx.split(model)
+
+    def fn(state, x):
+        return nnx.merge(graph, state)(x)
+
+    plan = lora.plan(fn, state, X, rules={".*/kernel": Lora(2)})
+    assert list(plan) == ["layers/0/kernel", "layers/2/kernel"]
+    adapters = jax.tree.map(lambda a: a + 0.1, lora.init(jax.random.key(0), state, plan))
+    merged = lora.merge(state, adapters)
+    assert jax.tree.structure(merged) == jax.tree.structure(state)
+    assert_trees_close(lora.lora_apply(fn)(state, adapters, X), fn(merged, X))
+
+
+def test_partial_and_method():
+    apply = lora.lora_apply(functools.partial(lambda p, x, scale: scale * (x @ p["w"]), scale=2.0))
+    assert_trees_close(apply({"w": W}, ADAPTERS, X), 2 * X @ W)
+
+
+def test_gradient_of_the_base_when_asked():
+    """The base is an ordinary argument: its gradient is that of the merged function, not a silent zero."""
+    adapters = jax.tree.map(lambda a: a + 0.1, ADAPTERS)
+    found = jax.grad(lambda p: jnp.sin(lora.lora_apply(linear)(p, adapters, X)).sum())({"w": W})
+    expected = jax.grad(lambda p: jnp.sin(linear(lora.merge(p, adapters), X)).sum())({"w": W})
+    assert_trees_close(found, expected)
