@@ -51,5 +51,8 @@ def train_step(
 def jit_step(
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]], optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """`step(state, params, *batch)`: `train_step` under `jax.jit`, the state's buffers donated, never the base's."""
+    """`step(state, params, *batch)`: `train_step` under `jax.jit`, the state's buffers donated, never the base's.
+
+    What the state was made from is donated with it: go on with `state.trainable`, not with the first adapters.
+    """
     return jax.jit(functools.partial(train_step, loss, optimizer), donate_argnums=0)

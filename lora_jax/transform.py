@@ -8,6 +8,7 @@ from typing import Any, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.adapters.base import Adapter
 from lora_jax.errors import LoraError
@@ -122,7 +123,7 @@ def check_adapters(adapters: Mapping[str, Adapter], names: list[str], leaves: li
                 f"there is an adapter for {path!r}, but the parameters have no such path; the nearest are {near}. "
                 "These adapters belong to another model: make new ones with lora.plan and lora.init."
             )
-        found, expected = adapter.kernel_shape(), tuple(weights[path].shape)
+        found, expected = adapter.kernel_shape(), tuple(np.shape(weights[path]))
         if found != expected:
             raise LoraError(
                 f"the adapter for {path!r} fits a weight of shape {list(found)}, "

@@ -101,7 +101,9 @@ def test_targets(task, targets, count):
 
 def test_the_demo_runs_and_exports(task, tmp_path, capsys):
     config = demo.Config(output=tmp_path, rank=2, epochs=1, batch=8, compare=True)
+    before = jax.tree.map(np.array, task.params)
     runs = demo.fine_tune(task, config)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, task.params)), "the base is bit-identical after training"
     assert [run.method for run in runs] == ["frozen probe", "LoRA", "full fine-tuning"] * 3
     adapted = runs[1]
     assert len(adapted.losses) == 8
