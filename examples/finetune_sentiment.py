@@ -58,13 +58,13 @@ class Config:
     predict: str | None = None  # say what the saved adapters make of this sentence, and do nothing else
     output: Path = Path("runs/sentiment")  # where adapters, merged weights and curves go
     targets: Literal["all", "query-value"] = "all"  # weights that get an adapter
-    rank: int = 8
-    alpha: float = 16.0
+    rank: int = 8  # width of the adapters
+    alpha: float = 16.0  # their scale is alpha / rank
     learning_rate: float = 2e-3  # of LoRA
     full_learning_rate: float = 1e-4  # of full fine-tuning
-    epochs: int = 2
-    batch: int = 32
-    seed: int = 0
+    epochs: int = 2  # passes over the training sentences
+    batch: int = 32  # sentences a step
+    seed: int = 0  # of the starts and of the order of the sentences
 
 
 def check(config: Config) -> None:

@@ -4,6 +4,7 @@ Structural operations carry a kernel along. Products reduce to y = x @ W, [*s, T
 the kernel. Anything that has no rule asks the kernel for a plain array, which an adapted kernel refuses.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -83,16 +84,8 @@ def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> list[Any]:
 
 def _as_matrices(x: jax.Array, stack: int, rows: int) -> jax.Array:
     """[*s, *rows, *columns] -> [*s, T, d]: 2-D products are far faster on XLA's CPU backend, and equal elsewhere."""
-    shape = x.shape
-    columns = shape[stack + rows :]
-    return x.reshape(*shape[:stack], _size(shape[stack : stack + rows]), _size(columns))
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
+    shape, first_column = x.shape, stack + rows
+    return x.reshape(*shape[:stack], math.prod(shape[stack:first_column]), math.prod(shape[first_column:]))
 
 
 def _precision(precision: Any, on_left: bool) -> Any:
