@@ -80,6 +80,8 @@ def check(config: Config) -> None:
     for name in ("learning_rate", "full_learning_rate"):
         if not 0 < getattr(config, name) < math.inf:
             raise lora.LoraError(f"--{name.replace('_', '-')} is {getattr(config, name)}, expected a number above 0.")
+    if config.seed < 0:
+        raise lora.LoraError(f"--seed is {config.seed}, expected a whole number of at least 0.")
 
 
 # The model and its three sets of trained parameters ----------------------------------------------------------------
@@ -156,7 +158,7 @@ def make_full(task: Task, seed: int) -> tuple[Logits, Tree]:
 
 
 class DivergedError(RuntimeError):
-    """The loss is no number any more."""
+    """The loss, or its gradient, is no number any more."""
 
 
 @dataclass
@@ -203,7 +205,7 @@ def train(
     """Train for `config.epochs` and evaluate four times in each; `keep` then saves the state, which is still good.
 
     Raises:
-        DivergedError: the loss is NaN or infinite. What was kept before stays.
+        DivergedError: the loss or its gradient is NaN or infinite. What was kept before stays.
     """
     data, params = task.splits["train"], {} if "encoder" in trainable else task.params
     steps = len(data) // config.batch * config.epochs
@@ -218,10 +220,11 @@ def train(
                 start = time.perf_counter()
                 state, metrics = step(state, params, ids, mask, labels)
                 loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
-                if not math.isfinite(loss):
+                if not math.isfinite(loss + float(metrics["grad_norm"])):
                     kept = f"those of step {run.validation[-1][0]} are kept" if run.validation else "none were kept yet"
                     raise DivergedError(
-                        f"the loss of {run.method} is {loss} at step {len(run.losses)}; of its states, {kept}."
+                        f"the loss of {run.method} is {loss} at step {len(run.losses)}, and the norm of its gradient "
+                        f"{float(metrics['grad_norm'])}; of its states, {kept}. Try a lower learning rate."
                     )
                 run.losses.append(loss)
                 seconds.setdefault(ids.shape, []).append(time.perf_counter() - start)
@@ -233,7 +236,7 @@ def train(
                     if keep:
                         keep(state.trainable)
     run.trainable = state.trainable
-    run.seconds_a_step = float(np.mean([t for times in seconds.values() for t in times[1:]]))
+    run.seconds_a_step = float(np.mean([t for times in seconds.values() for t in times[1:] or times]))
     run.test_accuracy = accuracy_of(predict, run.trainable, params, task, "test")
     return run
 
@@ -397,16 +400,19 @@ def fine_tune(task: Task, config: Config) -> list[Run]:
     """Everything but the command line."""
     started, output = time.perf_counter(), config.output
     runs: list[Run] = []
+    sentences = len(task.splits["train"])
+    if config.batch > sentences:
+        raise lora.LoraError(f"--batch is {config.batch}, but there are only {sentences} sentences to train on.")
     print(
         "Film review sentences: " + ", ".join(f"{len(s):,} {name}" for name, s in task.splits.items()) + ".", flush=True
     )
     for seed in range(config.seed, config.seed + (3 if config.compare else 1)):
+        logits, trainable = make_lora(task, config, seed)  # what is wrong with the rules is said before any training
+
         probe = train_probe(Run("frozen probe"), task, seed)
         save_head(output / "probe" / "head.safetensors", probe.trainable["head"])
         probe.saved_bytes = bytes_on_disk(output / "probe")
         runs.append(probe)
-
-        logits, trainable = make_lora(task, config, seed)
 
         def keep(trainable: Tree) -> None:
             save_adapters(output / "last_good", trainable)

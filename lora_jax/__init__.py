@@ -1,5 +1,7 @@
 """LoRA for any JAX function: low-rank adapters as a pytree of their own beside frozen parameters."""
 
+from lora_jax import checkpoint as checkpoint
+from lora_jax import initializers as initializers
 from lora_jax.adapters.base import Adapter as Adapter
 from lora_jax.adapters.lora import Lora as Lora
 from lora_jax.adapters.lora import LoraAdapter as LoraAdapter

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.adapters import KINDS
 from lora_jax.adapters.base import Adapter
@@ -23,8 +25,8 @@ FORMAT = 1
 def save(folder: str | Path, adapters: Mapping[str, Adapter], others: Mapping[str, Any] | None = None) -> None:
     """Write adapters, and other arrays that were trained beside them, as one folder.
 
-    The folder is written under another name and renamed when complete, so a run that is killed leaves the one that
-    was there before: under its own name or, killed between two renames, as `<folder>.old`.
+    The folder is written under a hidden name and renamed when complete, so a run that is killed leaves the one that
+    was there before: under its own name or, killed between two renames, where the error of `load` says.
 
     Args:
         folder: where; replaced if it holds saved adapters.
@@ -32,27 +34,30 @@ def save(folder: str | Path, adapters: Mapping[str, Adapter], others: Mapping[st
         others: nested dicts of arrays, such as a new classification head.
 
     Raises:
-        LoraError: the folder exists and holds something else.
+        LoraError: the folder exists and holds something else; `others` hold something else. Nothing is written.
     """
     import orbax.checkpoint as ocp  # half a second that only those pay who save
 
     folder = Path(folder).absolute()
-    if folder.exists() and not _holds_adapters(folder):
+    if folder.exists() and not _holds_adapters(folder) and any(folder.iterdir()):
         raise LoraError(f"{folder} exists and holds no saved adapters; it is left as it is. Save to another folder.")
     arrays = {"adapters": {path: _arrays(adapter) for path, adapter in adapters.items()}, "others": dict(others or {})}
+    _check(arrays, "")
     description = {
         "format": FORMAT,
         "adapters": {path: _describe(adapter) for path, adapter in adapters.items()},
         "arrays": jax.tree.map(_shape, arrays),
     }
-    new, old = folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
-    for leftover in (new, old):
-        if leftover.exists() and (leftover == new or folder.exists()):
+    new, old = _hidden(folder, "new"), _hidden(folder, "old")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in sorted(folder.parent.iterdir()):
+        if leftover.name.startswith(new.name):  # orbax's own temporary folder has a longer name
             shutil.rmtree(leftover)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         parts = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), description=ocp.args.JsonSave(description))
         checkpointer.save(new, parts)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)  # older than what is in the folder now
         os.rename(folder, old)
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -68,30 +73,48 @@ def load(folder: str | Path) -> tuple[dict[str, Adapter], dict[str, Any]]:
 
     folder = Path(folder).absolute()
     if not _holds_adapters(folder):
-        old = folder.with_name(f"{folder.name}.old")
+        old = _hidden(folder, "old")
         hint = f" A save was interrupted: rename {old} to {folder}." if _holds_adapters(old) else ""
         raise LoraError(f"{folder} holds no adapters saved by lora_jax.checkpoint.save.{hint}")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         parts = ocp.args.Composite(description=ocp.args.JsonRestore())
         description = checkpointer.restore(folder, parts).description
         if description.get("format") != FORMAT:
-            raise LoraError(
-                f"{folder} has format {description.get('format')}, this version reads {FORMAT}: update lora_jax."
-            )
-        shapes = jax.tree.map(_abstract, description["arrays"], is_leaf=lambda node: isinstance(node, str))
-        arrays = checkpointer.restore(folder, ocp.args.Composite(arrays=ocp.args.StandardRestore(shapes))).arrays
+            found = description.get("format")
+            raise LoraError(f"{folder} has format {found}, this version reads {FORMAT}: update lora_jax.")
+        shapes = jax.tree.map(_abstract, description["arrays"])
+        restored = checkpointer.restore(folder, ocp.args.Composite(arrays=ocp.args.StandardRestore(shapes))).arrays
+    arrays = jax.tree.map(lambda array: jnp.asarray(np.asarray(array)), restored)  # tied to no device, like new ones
     adapters = {
         path: _rebuild(path, facts, arrays["adapters"][path]) for path, facts in description["adapters"].items()
     }
     return adapters, arrays["others"]
 
 
+def _hidden(folder: Path, state: str) -> Path:
+    return folder.with_name(f".{folder.name}.lora_jax-{state}")
+
+
 def _holds_adapters(folder: Path) -> bool:
     return (folder / "arrays").is_dir() and (folder / "description").is_dir()
 
 
-def _fields(adapter_type: Any, static: bool) -> list[str]:
-    return [f.name for f in dataclasses.fields(adapter_type) if bool(f.metadata.get("static")) == static]
+def _check(node: Any, path: str) -> None:
+    """Nested dicts with strings for keys, and arrays with something in them: what comes back as it went."""
+    if isinstance(node, Mapping):
+        for key, child in node.items():
+            if not isinstance(key, str):
+                raise LoraError(f"{path}: the key {key!r} is a {type(key).__name__}, expected a string.")
+            _check(child, f"{path}/{key}" if path else key)
+    elif not isinstance(node, jax.Array | np.ndarray) or jnp.issubdtype(node.dtype, jax.dtypes.extended):
+        found = node.dtype if isinstance(node, jax.Array) else type(node).__name__
+        raise LoraError(f"{path} is a {found}: only dicts of arrays of numbers are saved beside adapters.")
+    elif node.size == 0:
+        raise LoraError(f"{path} of shape {list(node.shape)} is empty, and cannot be saved.")
+
+
+def _fields(adapter: Any, static: bool) -> list[str]:
+    return [f.name for f in dataclasses.fields(adapter) if bool(f.metadata.get("static")) == static]
 
 
 def _arrays(adapter: Adapter) -> dict[str, jax.Array]:
@@ -106,9 +129,8 @@ def _describe(adapter: Adapter) -> dict[str, Any]:
 def _rebuild(path: str, facts: dict[str, Any], arrays: dict[str, jax.Array]) -> Adapter:
     kind = facts["kind"]
     if kind not in KINDS:
-        raise LoraError(
-            f"{path!r} is an adapter of kind {kind!r}; this version knows {', '.join(KINDS)}: update lora_jax."
-        )
+        known = ", ".join(KINDS)
+        raise LoraError(f"{path!r} is an adapter of kind {kind!r}; this version knows {known}: update lora_jax.")
     static = {name: facts[name] for name in _fields(KINDS[kind], static=True)}
     static["axes"] = KernelAxes(*map(tuple, static["axes"]))
     return KINDS[kind](**arrays, **static)
@@ -123,4 +145,4 @@ def _abstract(text: str) -> jax.ShapeDtypeStruct:
     dtype, _, dims = text.rstrip("]").partition("[")
     shape = tuple(int(n) for n in dims.split(",") if n.strip())
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype), sharding=here)
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=here)

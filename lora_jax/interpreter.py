@@ -5,6 +5,9 @@ whole scans, `custom_vjp` calls and nested jits among them, with the user's rule
 again around the same loop, so that a scan stays a scan and a remat stays a remat.
 """
 
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,88 +27,102 @@ from lora_jax._compat import (
     scan_p,
 )
 from lora_jax.kernel import Kernel, describe
-from lora_jax.rules import RULES, Rule, no_rule
+from lora_jax.rules import RULES, no_rule
 
 
-def evaluate(jaxpr: Jaxpr, consts: list[Any], args: list[Any], inline: bool = False) -> list[Any]:
-    """The outputs of a jaxpr for these inputs; any input or output may be a `Kernel`.
+@dataclass(frozen=True)
+class Interpreter:
+    """Evaluates jaxprs, and keeps what it has built for their calls.
 
-    With `inline`, the bodies of jitted calls among the jaxpr's own equations stand in their place.
+    With `rebuilt`, a second eager call finds its nested jits and scans already compiled. Without, each call of a body
+    is traced by itself, so that a plan sees each.
     """
-    env: dict[Var, Any] = {}
-    last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, Literal)}
-    last_use |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, Literal)}
 
-    def read(v: Any) -> Any:
-        return v.val if isinstance(v, Literal) else env[v]
+    rebuilt: dict[int, tuple[JaxprEqn, Callable[..., Any]]] | None
 
-    env.update(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-    for i, eqn in enumerate(jaxpr.eqns):
-        values = [read(v) for v in eqn.invars]
-        with at_equation(eqn):
-            if inline and eqn.primitive is jit_p:
-                out = evaluate_call(eqn, values)
-            elif any(isinstance(value, Kernel) for value in values):
-                out = _rule(eqn)(eqn, *values)
-            else:
-                out = bind(eqn, values)
-        env.update(zip(eqn.outvars, out, strict=True))
-        for v in (*eqn.invars, *eqn.outvars):  # an eager call holds no more than the program needs
-            if not isinstance(v, Literal) and last_use.get(v, i) == i:
-                env.pop(v, None)
-    return [read(v) for v in jaxpr.outvars]
+    def evaluate(self, jaxpr: Jaxpr, consts: list[Any], args: list[Any], inline: bool = False) -> list[Any]:
+        """The outputs of a jaxpr for these inputs; any input or output may be a `Kernel`.
 
+        With `inline`, the bodies of jitted calls among the jaxpr's own equations stand in their place.
+        """
+        env: dict[Var, Any] = {}
+        last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, Literal)}
+        last_use |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, Literal)}
 
-def evaluate_call(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
-    """The outputs of a call's body, in the place of the call."""
-    jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
-    return evaluate(jaxpr, consts, args)
+        def read(v: Any) -> Any:
+            return v.val if isinstance(v, Literal) else env[v]
 
+        env.update(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+        for i, eqn in enumerate(jaxpr.eqns):
+            values = [read(v) for v in eqn.invars]
+            with at_equation(eqn):
+                if inline and eqn.primitive is jit_p:
+                    out = self._body(eqn, values)
+                elif any(isinstance(value, Kernel) for value in values):
+                    out = self._with_kernels(eqn, values)
+                else:
+                    out = bind(eqn, values)
+            env.update(zip(eqn.outvars, out, strict=True))
+            for v in (*eqn.invars, *eqn.outvars):  # an eager call holds no more than the program needs
+                if not isinstance(v, Literal) and last_use.get(v, i) == i:
+                    env.pop(v, None)
+        return [read(v) for v in jaxpr.outvars]
 
-def _jit(eqn: JaxprEqn, *args: Any) -> list[Any]:
-    def body(*args: Any) -> list[Any]:
-        return evaluate_call(eqn, list(args))
+    def _with_kernels(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
+        call = {jit_p: self._jit, remat_p: self._remat, scan_p: self._scan}.get(eqn.primitive)
+        return call(eqn, args) if call else RULES.get(eqn.primitive, no_rule)(eqn, *args)
 
-    body.__name__ = body.__qualname__ = eqn.params["name"]
-    return jax.jit(body, inline=eqn.params["inline"])(*args)
+    def _body(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
+        jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
+        return self.evaluate(jaxpr, consts, args)
 
+    def _kept(self, eqn: JaxprEqn, run: Callable[..., Any], inline: bool) -> Callable[..., Any]:
+        """`run` under jit, the same one for the same equation (which is held, so that its id stays its own)."""
+        if self.rebuilt is None:
+            return jax.jit(run, inline=inline)
+        return self.rebuilt.setdefault(id(eqn), (eqn, jax.jit(run, inline=inline)))[1]
 
-def _remat(eqn: JaxprEqn, *args: Any) -> list[Any]:
-    def body(*args: Any) -> list[Any]:
-        return evaluate_call(eqn, list(args))
+    def _jit(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
+        def body(*args: Any) -> list[Any]:
+            return self._body(eqn, list(args))
 
-    return jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])(*args)
+        body.__name__ = body.__qualname__ = eqn.params["name"]
+        return self._kept(eqn, body, inline=eqn.params["inline"])(*args)
 
+    def _remat(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
+        def body(*args: Any) -> list[Any]:
+            return self._body(eqn, list(args))
 
-def _scan(eqn: JaxprEqn, *args: Any) -> list[Any]:
-    """A scan over stacked layers slices the factors along with the weight. Only kernels change the body."""
-    n_consts, n_carry = scan_groups(eqn)
-    consts, carry, xs = args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
+        return jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])(*args)
 
-    def plain(value: Any, why: str) -> Any:
-        return value.dense(f"{describe(eqn)} {why}") if isinstance(value, Kernel) else value
+    def _scan(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
+        """A scan over stacked layers slices the factors along with the weight. Only kernels change the body."""
+        n_consts, n_carry = scan_groups(eqn)
+        params = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
 
-    def slices(value: Any) -> Any:
-        if not isinstance(value, Kernel):
-            return value
-        if not value.can_scan():
-            return plain(value, "slices it along an axis that its adapter does not stack")
-        return value.scan_slices()
+        def plain(value: Any, why: str) -> Any:
+            return value.dense(f"{describe(eqn)} {why}") if isinstance(value, Kernel) else value
 
-    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        out = evaluate_call(eqn, [*consts, *carry, *xs])
-        out = [plain(value, "gives it out of its body") for value in out]
-        return out[:n_carry], out[n_carry:]
+        def repeated(value: Any) -> Any:
+            times = params["length"]
+            return dataclasses.replace(value, times=value.times * times) if isinstance(value, Kernel) else value
 
-    init = [plain(value, "carries it from step to step") for value in carry]
-    params = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    out_carry, ys = lax.scan(body, init, [slices(value) for value in xs], **params)
-    return [*out_carry, *ys]
+        def sliced(value: Any) -> Any:
+            if isinstance(value, Kernel) and not value.can_scan():
+                return plain(value, "slices it along an axis that its adapter does not stack")
+            return value.scan_slices() if isinstance(value, Kernel) else value
 
+        def run(*args: Any) -> list[Any]:
+            consts = [repeated(value) for value in args[:n_consts]]
+            carry = [plain(value, "carries it from step to step") for value in args[n_consts : n_consts + n_carry]]
+            xs = [sliced(value) for value in args[n_consts + n_carry :]]
 
-CALLS: dict[Any, Rule] = {jit_p: _jit, remat_p: _remat, scan_p: _scan}
+            def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+                out = [plain(v, "gives it out of its body") for v in self._body(eqn, [*consts, *carry, *xs])]
+                return out[:n_carry], out[n_carry:]
 
+            carry, ys = lax.scan(body, carry, xs, **params)
+            return [*carry, *ys]
 
-def _rule(eqn: JaxprEqn) -> Rule:
-    return CALLS.get(eqn.primitive) or RULES.get(eqn.primitive) or no_rule
+        return self._kept(eqn, run, inline=True)(*args)

@@ -40,6 +40,7 @@ class Kernel(abc.ABC):
     path: str = field(metadata=STATIC)
     origin: tuple[int, ...] = field(metadata=STATIC)
     scanned: tuple[int, ...] = field(metadata=STATIC)  # axes that scans around this point run over
+    times: int = field(metadata=STATIC)  # how often scans around this point use it whole
 
     @abc.abstractmethod
     def multiply(self, product: Product) -> jax.Array:

@@ -18,14 +18,12 @@ def lowrank(x: jax.Array, a: jax.Array, b: jax.Array, scale: float, precision: A
 
     The factors are used in x's dtype and both products accumulate in fp32. x comes in with its token axes
     flattened: XLA's CPU backend is several times slower in the backward pass of thin products with more axes.
-    The scale meets the r-wide product, never the k-wide one. That product is named `lora_h` for the policies of
-    `jax.checkpoint`: keeping it costs r/d of x and saves a pass over x.
+    The scale meets B, in B's own dtype: no product over tokens is touched again, and none overflows fp16 by it.
+    x @ A is named `lora_h` for the policies of `jax.checkpoint`: keeping it costs r/d of x and saves a pass over x.
     """
-    h = _matmul(x, a.astype(x.dtype), precision)
-    if scale != 1.0:
-        h = h * scale
-    h = checkpoint_name(h.astype(x.dtype), "lora_h")
-    return _matmul(h, b.astype(x.dtype), precision)
+    h = checkpoint_name(_matmul(x, a.astype(x.dtype), precision).astype(x.dtype), "lora_h")
+    scaled = b if scale == 1.0 else b * scale
+    return _matmul(h, scaled.astype(x.dtype), precision)
 
 
 def _matmul(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:

@@ -28,10 +28,11 @@ def merge(params: Any, adapters: Mapping[str, Adapter]) -> Any:
     return jax.tree.unflatten(treedef, merged)
 
 
-def _merge(w: Any, adapter: Adapter) -> jax.Array:
+def _merge(leaf: Any, adapter: Adapter) -> jax.Array:
+    w = jnp.asarray(leaf)  # numpy's float64 is JAX's default float, as it would be in the function itself
     wide = jnp.promote_types(w.dtype, jnp.float32)
-    merged = adapter.merge(jnp.asarray(w, wide)).astype(w.dtype)
-    if isinstance(w, jax.Array) and _concrete(w) and _concrete(merged) and merged.sharding != w.sharding:
+    merged = adapter.merge(w.astype(wide)).astype(w.dtype)
+    if _concrete(w) and _concrete(merged) and merged.sharding != w.sharding:
         return jax.device_put(merged, w.sharding)
     return merged
 

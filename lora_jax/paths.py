@@ -26,7 +26,11 @@ def flatten_with_names(tree: Any) -> tuple[list[str], list[Any], PyTreeDef]:
         LoraError: two leaves have one name, as in `{"a/b": x, "a": {"b": y}}`.
     """
     keyed, treedef = tree_flatten_with_path(tree)
-    names = [_name(path) for path, _ in keyed]
+    below: dict[tuple[Any, ...], int] = {}  # how many leaves each node has
+    for path, _ in keyed:
+        for depth in range(len(path)):
+            below[path[:depth]] = below.get(path[:depth], 0) + 1
+    names = [_name(path, below) for path, _ in keyed]
     seen: dict[str, int] = {}
     for name in names:
         seen[name] = seen.get(name, 0) + 1
@@ -53,7 +57,7 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    if len(path) > 1 and path[-1] == GetAttrKey("value"):
-        path = path[:-1]
+def _name(path: tuple[Any, ...], below: dict[tuple[Any, ...], int]) -> str:
+    if len(path) > 1 and path[-1] == GetAttrKey("value") and below[path[:-1]] == 1:
+        path = path[:-1]  # NNX's own level; a field called value has others beside it
     return keystr(path, simple=True, separator="/")

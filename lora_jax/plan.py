@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax._compat import source_line
 from lora_jax.adapters.base import Adapter, Rule
 from lora_jax.axes import KernelAxes
 from lora_jax.errors import LoraError
+from lora_jax.interpreter import Interpreter
 from lora_jax.kernel import STATIC, Kernel, Product
 from lora_jax.paths import flatten_with_names, is_array, nearest
 from lora_jax.program import tracer
@@ -54,18 +56,19 @@ def plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Mapping[str, Ru
     log = Log()
 
     def follow(name: str, leaf: Any) -> Any:
-        return PlannedKernel(leaf, name, tuple(range(leaf.ndim)), (), log) if chosen.get(name) else leaf
+        return PlannedKernel(leaf, name, tuple(range(leaf.ndim)), (), 1, log) if chosen.get(name) else leaf
 
-    jax.eval_shape(lambda arrays: program.run(arrays, follow), program.arrays)
+    jax.eval_shape(lambda arrays: program.run(Interpreter(rebuilt=None), arrays, follow), program.arrays)
 
     weights = dict(zip(names, leaves, strict=True))
-    problems = {path: why for path in chosen if chosen[path] and (why := _problem(path, weights[path], log))}
+    problems = {p: why for p, rule in chosen.items() if rule and (why := _problem(p, weights[p], rule, log))}
     if problems:
         shown = "\n".join(f"  {path!r}: {why}" for path, why in list(problems.items())[:8])
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise LoraError(
             f"the rules match {len(problems)} weight(s) that cannot be adapted:\n{shown}{more}\n"
-            "Narrow the pattern, or leave these frozen with an earlier rule such as {'.*/bias': None}."
+            "Narrow the pattern, or leave them frozen by an earlier rule, such as "
+            f"{{{re.escape(next(iter(problems)))!r}: None}}."
         )
 
     targets = {}
@@ -74,7 +77,6 @@ def plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Mapping[str, Ru
             continue
         weight, uses = weights[path], log.uses[path]
         targets[path] = Target(path, tuple(weight.shape), weight.dtype, uses[0].axes, rule, tuple(uses))
-        _check_rank(targets[path])
     total = sum(math.prod(leaf.shape) for leaf in leaves if is_array(leaf))
     return Plan(targets, len(leaves), total)
 
@@ -85,6 +87,7 @@ class Use:
 
     axes: KernelAxes
     tokens: int  # rows of x, for each stacked matrix
+    times: int  # that a call runs it
     primitive: str
     source: str
 
@@ -106,7 +109,7 @@ class Target:
 
     def flops(self) -> int:
         """FLOPs that the adapter adds to one forward pass at the planned batch; a gradient costs three times that."""
-        return sum(self.rule.flops(self.shape, self.axes, use.tokens) for use in self.uses)
+        return sum(use.times * self.rule.flops(self.shape, self.axes, use.tokens) for use in self.uses)
 
 
 @dataclass(frozen=True)
@@ -158,13 +161,9 @@ class Log:
     def __init__(self) -> None:
         self.uses: dict[str, list[Use]] = {}
         self.obstacles: dict[str, list[str]] = {}
-        self._seen: set[tuple[str, int]] = set()
 
-    def use(self, path: str, product: Product) -> None:
-        if (path, id(product.eqn)) in self._seen:  # scan traces its body more than once
-            return
-        self._seen.add((path, id(product.eqn)))
-        use = Use(product.axes, product.tokens, product.eqn.primitive.name, source_line(product.eqn))
+    def use(self, path: str, product: Product, times: int) -> None:
+        use = Use(product.axes, product.tokens, times, product.eqn.primitive.name, source_line(product.eqn))
         self.uses.setdefault(path, []).append(use)
 
     def obstacle(self, path: str, why: str) -> None:
@@ -181,7 +180,7 @@ class PlannedKernel(Kernel):
     log: Log = field(metadata=STATIC)
 
     def multiply(self, product: Product) -> jax.Array:
-        self.log.use(self.path, product)
+        self.log.use(self.path, product, self.times)
         return product.y
 
     def dense(self, why: str) -> jax.Array:
@@ -223,13 +222,15 @@ def _choose(rules: Mapping[str, Rule | None], names: list[str]) -> dict[str, Rul
     return {name: chosen[name] for name in names if name in chosen}
 
 
-def _problem(path: str, leaf: Any, log: Log) -> str | None:
+def _problem(path: str, leaf: Any, rule: Rule, log: Log) -> str | None:
     """Why a matched weight cannot be adapted, if it cannot."""
     if not is_array(leaf):
         return f"is a {type(leaf).__name__}, not an array"
     shape = f"{leaf.dtype}{list(leaf.shape)}"
     if leaf.ndim < 2:
         return f"is a {'vector' if leaf.ndim else 'scalar'} {shape}, low-rank factors need a matrix"
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"{shape} is not of a floating dtype"
     if reasons := log.obstacles.get(path):
         return f"{shape}: {reasons[0]}"
     uses = log.uses.get(path)
@@ -242,13 +243,7 @@ def _problem(path: str, leaf: Any, log: Log) -> str | None:
                 f"{shape} is used in two ways: {first.axes} by `{first.primitive}` at {first.source}, "
                 f"{use.axes} by `{use.primitive}` at {use.source}"
             )
+    _, d, k = first.axes.fans(leaf.shape)
+    if rule.rank > min(d, k):
+        return f"{shape} with {first.axes}: rank {rule.rank} is above min({d}, {k}), where low rank saves nothing"
     return None
-
-
-def _check_rank(target: Target) -> None:
-    _, d, k = target.axes.fans(target.shape)
-    if target.rule.rank > min(d, k):
-        raise LoraError(
-            f"{target.path!r}: rank {target.rule.rank} is above min(inputs, outputs) = min({d}, {k}) of its shape "
-            f"{list(target.shape)}, where low rank saves nothing. Use rank <= {min(d, k)}, or leave it to another rule."
-        )

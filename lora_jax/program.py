@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.tree_util import PyTreeDef
 
 from lora_jax._compat import open_jaxpr
 from lora_jax.errors import LoraError
-from lora_jax.interpreter import evaluate
+from lora_jax.interpreter import Interpreter
 from lora_jax.kernel import Kernel
 from lora_jax.paths import flatten_with_names, is_array
 
@@ -26,39 +26,48 @@ class Program:
     arrays: list[Any]  # the parameters, then the other arguments; what is no array was kept as it is
     out_tree: PyTreeDef
 
-    def run(self, arrays: Sequence[Any], adapt: Callable[[str, Any], Any]) -> Any:
+    def run(self, interpreter: Interpreter, arrays: Sequence[Any], adapt: Callable[[str, Any], Any]) -> Any:
         """The function's result for these arrays, with `adapt(name, array)` for each parameter."""
         n = len(self.names)
         values = [*map(adapt, self.names, arrays[:n]), *arrays[n:]]
         jaxpr, consts = open_jaxpr(self.jaxpr)
-        out = evaluate(jaxpr, consts, values, inline=True)
+        out = interpreter.evaluate(jaxpr, consts, values, inline=True)
         plain = [o.dense("the function returns it") if isinstance(o, Kernel) else o for o in out]
         return jax.tree.unflatten(self.out_tree, plain)
 
 
 @dataclass(frozen=True)
 class _Static:
-    """All of the arguments but their arrays. Types are compared too: 1, 1.0 and True are equal, yet not the same."""
+    """All of the arguments but their arrays: what a trace holds for, beside shapes."""
 
     treedef: PyTreeDef
-    leaves: tuple[tuple[type, Any] | None, ...]  # None stands for an array
+    key: tuple[Any, ...]  # of each leaf; None stands for an array
+    leaves: tuple[Any, ...] = field(compare=False)
 
     @classmethod
     def of(cls, leaves: Sequence[Any], treedef: PyTreeDef) -> "_Static":
-        kept = tuple(None if is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
-        try:
-            hash(kept)
-        except TypeError:
-            bad = next(leaf for leaf in leaves if not is_array(leaf) and type(leaf).__hash__ is None)
-            raise LoraError(
-                f"an argument holds a {type(bad).__name__}, which is neither an array nor hashable: "
-                "pass it as a jax.Array, or bind it with functools.partial before lora_apply."
-            ) from None
-        return cls(treedef, kept)
+        return cls(treedef, tuple(map(_key, leaves)), tuple(None if is_array(leaf) else leaf for leaf in leaves))
 
     def fill(self, arrays: Sequence[Any]) -> Any:
         rest = iter(arrays)
-        return jax.tree.unflatten(self.treedef, [next(rest) if leaf is None else leaf[1] for leaf in self.leaves])
+        filled = [next(rest) if key is None else leaf for key, leaf in zip(self.key, self.leaves, strict=True)]
+        return jax.tree.unflatten(self.treedef, filled)
+
+
+def _key(leaf: Any) -> Any:
+    """Equal for leaves that are the same: 1, 1.0 and True are not, nor are 0.0 and -0.0, and NaN is itself."""
+    if is_array(leaf):
+        return None
+    if isinstance(leaf, float | complex):
+        return type(leaf), repr(leaf)
+    try:
+        hash(leaf)
+    except TypeError:
+        raise LoraError(
+            f"an argument holds a {type(leaf).__name__}, which is neither an array nor hashable: "
+            "pass it as a jax.Array, or bind it with functools.partial before lora_apply."
+        ) from None
+    return type(leaf), leaf
 
 
 def tracer(fn: Callable[..., Any]) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Program]:
@@ -74,7 +83,8 @@ def tracer(fn: Callable[..., Any]) -> Callable[[Any, tuple[Any, ...], dict[str, 
         leaves, treedef = jax.tree.flatten((params, args, kwargs))
         arrays = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves if is_array(leaf)]
         make = jax.make_jaxpr(call, static_argnums=0, return_shape=True)
-        jaxpr, out = make(_Static.of(leaves, treedef), *arrays)
+        with jax.disable_jit(False):  # the program is wanted as it is, scans and all
+            jaxpr, out = make(_Static.of(leaves, treedef), *arrays)
         return Program(
             jaxpr,
             [n for n, leaf in zip(names, leaves, strict=False) if is_array(leaf)],

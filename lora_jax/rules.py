@@ -9,24 +9,26 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._compat import JaxprEqn, bind, convert_element_type_p, copy_p, dot_general_p, transpose_p
 from lora_jax.axes import KernelAxes
 from lora_jax.kernel import Kernel, Product, describe
 
-Rule = Callable[..., list[Any]]
-
 
 def no_rule(eqn: JaxprEqn, *args: Any) -> list[Any]:
     """Any other operation: run as it stands, on plain arrays."""
-    why = f"{describe(eqn)} is not a matrix product and would need the whole adapted weight"
+    why = f"{describe(eqn)} is not an operation that a weight in factored form can pass"
     return bind(eqn, [a.dense(why) if isinstance(a, Kernel) else a for a in args])
 
 
 def convert_element_type(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
-    """A cast moves the frozen value; the adapter's factors follow x's dtype when they are used."""
-    return [kernel.astype(eqn.params["new_dtype"])]
+    """A cast moves the frozen value; the factors follow the product's dtype when they are used."""
+    dtype = eqn.params["new_dtype"]
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return bind(eqn, [kernel.dense(f"{describe(eqn)} casts it to {jnp.dtype(dtype).name}, which rounds W' itself")])
+    return [kernel.astype(dtype)]
 
 
 def copy(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
@@ -73,7 +75,7 @@ def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> list[Any]:
     x = x.transpose([i for _, i in stack] + x_free + [i for _, i in inputs])
     product = Product(
         axes=axes,
-        x=_as_matrices(x, len(stack), len(x_free)),
+        x=_as_matrices(x, len(stack), len(x_free)).astype(_product_dtype(x.dtype, kernel.value.dtype)),
         y=_as_matrices(y, len(stack), len(x_free)),
         precision=_precision(eqn.params["precision"], on_left),
         eqn=eqn,
@@ -88,6 +90,15 @@ def _as_matrices(x: jax.Array, stack: int, rows: int) -> jax.Array:
     return x.reshape(*shape[:stack], math.prod(shape[stack:first_column]), math.prod(shape[first_column:]))
 
 
+def _product_dtype(x: Any, w: Any) -> Any:
+    """The dtype that x @ W is computed in: both operands' own, or where they differ the one that holds both."""
+    if x == w:
+        return x
+    if min(jnp.dtype(x).itemsize, jnp.dtype(w).itemsize) == 1 and jnp.issubdtype(x, jnp.floating):
+        return jnp.promote_types(jnp.float32, w)  # 8-bit floats promote to nothing by themselves
+    return jnp.promote_types(x, w)
+
+
 def _precision(precision: Any, on_left: bool) -> Any:
     """The precision of x and of W in that order. An algorithm preset names the base's dtypes: not for the factors."""
     if precision is None or isinstance(precision, lax.Precision):
@@ -97,7 +108,7 @@ def _precision(precision: Any, on_left: bool) -> Any:
     return None
 
 
-RULES: dict[Any, Rule] = {
+RULES: dict[Any, Callable[..., list[Any]]] = {
     convert_element_type_p: convert_element_type,
     copy_p: copy,
     dot_general_p: dot_general,

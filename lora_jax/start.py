@@ -20,6 +20,8 @@ def init(key: jax.Array, params: Any, plan: Plan) -> dict[str, Adapter]:
     Raises:
         LoraError: `params` lack a planned path, or have another shape there.
     """
+    if not isinstance(plan, Plan):
+        raise LoraError(f"init takes a plan, found a {type(plan).__name__}: make it with lora.plan(fn, params, ...).")
     names, leaves, _ = flatten_with_names(params)
     shapes = {name: tuple(leaf.shape) for name, leaf in zip(names, leaves, strict=True) if name in plan}
     for path, target in plan.items():

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+Loss = Callable[..., jax.Array | tuple[jax.Array, dict[str, jax.Array]]]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class TrainState:
 
 
 def train_step(
-    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+    loss: Loss,
     optimizer: optax.GradientTransformation,
     state: TrainState,
     params: Any,
@@ -36,12 +38,17 @@ def train_step(
     The gradient is that of `state.trainable` alone: its tree is theirs, and nothing of the base's size is formed.
 
     Args:
-        loss: `loss(trainable, params, *batch) -> (scalar, {name: array})`.
+        loss: `loss(trainable, params, *batch)` -> a scalar, or `(scalar, {name: array})` to report more.
         optimizer: any optax transformation; `lora.freeze_base` where adapters hold frozen arrays.
         state: as `TrainState.create` makes it.
         params: the frozen base.
     """
-    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable, params, *batch)
+
+    def with_metrics(trainable: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        out = loss(trainable, params, *batch)
+        return out if isinstance(out, tuple) else (out, {})
+
+    (value, metrics), grads = jax.value_and_grad(with_metrics, has_aux=True)(state.trainable)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
@@ -49,7 +56,7 @@ def train_step(
 
 
 def jit_step(
-    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]], optimizer: optax.GradientTransformation
+    loss: Loss, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, params, *batch)`: `train_step` under `jax.jit`, the state's buffers donated, never the base's.
 

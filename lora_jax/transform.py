@@ -2,18 +2,20 @@
 
 import dataclasses
 import functools
+import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax.adapters.base import Adapter
 from lora_jax.errors import LoraError
+from lora_jax.interpreter import Interpreter
 from lora_jax.kernel import Kernel, Product, describe
-from lora_jax.paths import flatten_with_names, nearest
+from lora_jax.paths import flatten_with_names, is_array, nearest
 from lora_jax.program import tracer
 
 
@@ -43,7 +45,7 @@ def lora_apply(fn: Callable[..., Any]) -> Callable[..., Any]:
     >>> bool(jnp.all(apply(params, adapters, x) == model(params, x)))      # a fresh adapter changes nothing
     True
     """
-    trace = tracer(fn)
+    trace, interpreter = tracer(fn), Interpreter(rebuilt={})
 
     @functools.wraps(fn)
     def apply(params: Any, adapters: Mapping[str, Adapter], /, *args: Any, **kwargs: Any) -> Any:
@@ -55,11 +57,29 @@ def lora_apply(fn: Callable[..., Any]) -> Callable[..., Any]:
         def adapt(name: str, leaf: Any) -> Any:
             if name not in adapters:
                 return leaf
-            return AdaptedKernel(jnp.asarray(leaf), name, tuple(range(leaf.ndim)), (), adapters[name])
+            return AdaptedKernel(leaf, name, tuple(range(leaf.ndim)), (), 1, adapters[name])
 
         program = trace(params, args, kwargs)
-        return program.run(program.arrays, adapt)
+        return program.run(interpreter, program.arrays, adapt)
 
+    return _with_signature(apply, fn)
+
+
+def _with_signature(apply: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`'s signature and one more argument, for whoever goes by names: `jax.jit(apply, static_argnames=...)`."""
+    del apply.__wrapped__  # type: ignore[attr-defined]
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # some callables written in C have none
+        return apply
+    first, *rest = signature.parameters.values()
+    if first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+        params, adapters = (
+            first.replace(kind=first.POSITIONAL_ONLY),
+            first.replace(name="adapters", kind=first.POSITIONAL_ONLY),
+        )
+        named = [params, adapters.replace(annotation=Mapping[str, Adapter], default=first.empty), *rest]
+        apply.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
     return apply
 
 
@@ -95,9 +115,8 @@ class AdaptedKernel(Kernel):
     def _refuse(self, why: str) -> NoReturn:
         raise LoraError(
             f"{self.path!r} cannot stay factored: {why}. "
-            f"Leave it frozen (a rule {{{self.path!r}: None}} before the one that matched), "
-            f"merge it first (lora.merge(params, {{{self.path!r}: adapters[{self.path!r}]}})), "
-            "or plan with this function."
+            f"Leave it frozen (a rule {{{re.escape(self.path)!r}: None}} before the one that matched), "
+            f"or merge it first (lora.merge(params, {{{self.path!r}: adapters[{self.path!r}]}}))."
         )
 
 
@@ -123,7 +142,11 @@ def check_adapters(adapters: Mapping[str, Adapter], names: list[str], leaves: li
                 f"there is an adapter for {path!r}, but the parameters have no such path; the nearest are {near}. "
                 "These adapters belong to another model: make new ones with lora.plan and lora.init."
             )
-        found, expected = adapter.kernel_shape(), tuple(np.shape(weights[path]))
+        weight = weights[path]
+        if not (is_array(weight) and jnp.issubdtype(weight.dtype, jnp.floating)):
+            found = weight.dtype if is_array(weight) else type(weight).__name__
+            raise LoraError(f"there is an adapter for {path!r}, but that is {found}, expected an array of floats.")
+        found, expected = adapter.kernel_shape(), tuple(weight.shape)
         if found != expected:
             raise LoraError(
                 f"the adapter for {path!r} fits a weight of shape {list(found)}, "

@@ -193,6 +193,23 @@ def bf16(p, x):
 
 
 @model({"w": (D, K)})
+def bf16_activations(p, x):
+    """JAX computes this product in fp32, the dtype that holds both."""
+    return jnp.matmul(x.astype(jnp.bfloat16), p["w"])
+
+
+@model({"w": (D, K)})
+def integer_activations(p, x):
+    """A dot_general of uint8 and fp32, as jnp.matmul makes it."""
+    return jnp.matmul((8 * jnp.abs(jax.lax.stop_gradient(x))).astype(jnp.uint8), p["w"]) + 0 * x.sum()
+
+
+@model({"w": (D, K)}, dtype=jnp.float16)
+def fp16(p, x):
+    return jnp.tanh(x @ p["w"])
+
+
+@model({"w": (D, K)})
 def tied(p, x):
     return (x @ p["w"]) @ p["w"].T
 

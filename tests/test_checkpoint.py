@@ -1,4 +1,5 @@
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from helpers import MODELS, RULES
 
+import lora_jax as lora
 from lora_jax import LoraError, checkpoint
 
 CASE = next(case for case in MODELS if case.name == "scan_over_layers_of_experts")
@@ -36,23 +38,68 @@ def test_saving_again_replaces(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_failed_save_keeps_the_last_good_one(tmp_path):
+def test_a_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
     adapters = CASE.adapters(RULES["lora"])
     checkpoint.save(tmp_path / "a", adapters)
-    with pytest.raises(AttributeError):
-        checkpoint.save(tmp_path / "a", adapters, {"head": object()})
+    monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(tmp_path / "a", CASE.adapters(RULES["lora"], key=5))
+    monkeypatch.undo()
     same(checkpoint.load(tmp_path / "a")[0], adapters)
-
-
-def test_leftovers_of_a_killed_save_do_no_harm(tmp_path):
-    adapters = CASE.adapters(RULES["lora"])
-    (tmp_path / "a.new").mkdir()
     checkpoint.save(tmp_path / "a", adapters)
-    (tmp_path / "a").rename(tmp_path / "a.old")  # killed between the two renames
-    with pytest.raises(LoraError, match=r"interrupted: rename .*a\.old to"):
+    assert [p.name for p in tmp_path.iterdir()] == ["a"], "what the failed save left is gone"
+
+
+def test_a_save_that_was_killed_between_its_renames(tmp_path):
+    adapters = CASE.adapters(RULES["lora"])
+    (tmp_path / ".a.lora_jax-new").mkdir()
+    checkpoint.save(tmp_path / "a", adapters)
+    (tmp_path / "a").rename(tmp_path / ".a.lora_jax-old")
+    with pytest.raises(LoraError, match=r"interrupted: rename .*\.a\.lora_jax-old to"):
         checkpoint.load(tmp_path / "a")
     checkpoint.save(tmp_path / "a", adapters)
     same(checkpoint.load(tmp_path / "a")[0], adapters)
+
+
+def test_neighbours_are_left_alone(tmp_path):
+    for name in ("a.old", "a.new", "ab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("x")
+    checkpoint.save(tmp_path / "a", CASE.adapters(RULES["lora"]))
+    checkpoint.save(tmp_path / "a", CASE.adapters(RULES["lora"]))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "a.new", "a.old", "ab"]
+
+
+@pytest.mark.parametrize(
+    ("others", "says"),
+    [
+        ({"head": object()}, "others/head is a object"),
+        ({"head": (jnp.ones(2), jnp.ones(2))}, "others/head is a tuple"),
+        ({"head": {0: jnp.ones(2)}}, "others/head: the key 0 is a int"),
+        ({"head": 3.0}, "others/head is a float"),
+        ({"key": jax.random.key(0)}, "others/key is a key<fry>"),
+        ({"empty": jnp.ones((0, 2))}, r"others/empty of shape \[0, 2\] is empty"),
+    ],
+)
+def test_what_would_not_come_back_is_refused(tmp_path, others, says):
+    adapters = CASE.adapters(RULES["lora"])
+    checkpoint.save(tmp_path / "a", adapters)
+    with pytest.raises(LoraError, match=says):
+        checkpoint.save(tmp_path / "a", CASE.adapters(RULES["lora"], key=5), others)
+    same(checkpoint.load(tmp_path / "a")[0], adapters)
+
+
+def test_loaded_adapters_go_where_the_base_is(tmp_path):
+    """They are tied to no device: the base may be on a mesh."""
+    checkpoint.save(tmp_path / "a", CASE.adapters(RULES["lora"]))
+    adapters, _ = checkpoint.load(tmp_path / "a")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = jax.device_put(CASE.params(), jax.NamedSharding(mesh, jax.P()))
+    found = jax.jit(lora.lora_apply(CASE.fn))(params, adapters, CASE.input())
+    np.testing.assert_allclose(
+        found, lora.lora_apply(CASE.fn)(CASE.params(), adapters, CASE.input()), rtol=1e-5, atol=1e-5
+    )
+    assert lora.merge(params, adapters)["w"].sharding == params["w"].sharding
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):

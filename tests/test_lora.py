@@ -12,15 +12,21 @@ def test_a_rank_is_a_whole_number(rank):
         Lora(rank=rank)
 
 
-@pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf, 0, "16"])
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf, 0, "16", True, 1e308, 1e-50])
 def test_alpha_is_finite(alpha):
     with pytest.raises(LoraError, match="alpha is a finite number other than 0"):
         Lora(rank=8, alpha=alpha)
 
 
-def test_integer_factors_are_refused():
+@pytest.mark.parametrize("dtype", [jnp.int32, None, "foo", "int8"])
+def test_factors_are_floats(dtype):
     with pytest.raises(LoraError, match="floating dtype"):
-        Lora(rank=8, dtype=jnp.int32)
+        Lora(rank=8, dtype=dtype)
+
+
+def test_a_start_is_a_function():
+    with pytest.raises(LoraError, match="init_a='kaiming'"):
+        Lora(rank=8, init_a="kaiming")
 
 
 def test_scale():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -65,6 +67,13 @@ def test_uses_and_flops_are_counted():
     target = CASES["used_twice"].plan(Lora(2))["w"]
     assert [use.tokens for use in target.uses] == [BATCH * TIME, BATCH * TIME]
     assert target.flops() == 2 * 2 * BATCH * TIME * 2 * (D + D)
+    repeated = CASES["scan_with_the_weight_as_constant"].plan(Lora(2))["w"]
+    assert repeated.flops() == 3 * 2 * BATCH * TIME * 2 * (D + D)
+    layer = jax.jit(lambda x, w: x @ w)
+    [twice] = lora.plan(
+        lambda p, x: layer(layer(x, p), p), jnp.ones((4, 4)), jnp.ones((3, 4)), rules={"": Lora(1)}
+    ).values()
+    assert len(twice.uses) == 2
     stacked = CASES["scan_over_layers"].plan(Lora(2))["w"]
     assert stacked.flops() == LAYERS * 2 * BATCH * TIME * 2 * (D + D)
     assert "test" in target.uses[0].source or "helpers.py" in target.uses[0].source
@@ -106,6 +115,7 @@ def test_adding_a_weight_does_not_change_the_others_start():
         ),
         ({".*(bias|scale)": Lora(2)}, ["2 weight(s)", "layer_0/query/bias", "vector float32[6]", "layer_0/norm/scale"]),
         ({"unused": Lora(1)}, ["'unused'", "float32[4, 4] is not used by the function"]),
+        ({"table": Lora(1)}, ["'table'", "int32[4, 3] is not of a floating dtype"]),
         ({".*kernel": Lora(7)}, ["layer_0/query/kernel", "rank 7", "min(8, 6)", "[8, 6]"]),
         ({"(": Lora(7)}, ["'('", "not a regular expression"]),
         ({".*kernel": 8}, ["'.*kernel' is 8", "lora.Lora(rank=8)"]),
@@ -130,6 +140,41 @@ def test_a_weight_used_in_two_ways_names_both():
     ) as error:
         lora.plan(two_ways, {"w": jnp.ones((8, 3, 4))}, jnp.ones((5, 8)), rules={"w": Lora(2)})
     assert "test_plan.py" in str(error.value)
+
+
+def test_one_body_used_in_two_ways():
+    """The two calls share their equations; still, both uses are seen."""
+    layer = jax.jit(lambda x, w: jnp.einsum("bi,ijk->bjk", x, w))
+
+    def two_ways(params, x):
+        return layer(x, params["w"]), layer(x, params["w"].transpose(1, 0, 2))
+
+    with pytest.raises(LoraError, match="used in two ways"):
+        lora.plan(two_ways, {"w": jnp.ones((4, 4, 3))}, jnp.ones((5, 4)), rules={"w": Lora(2)})
+
+
+def test_a_field_called_value_is_a_field():
+    """Only NNX's own level `value`, which has nothing beside it, is left out of a path."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Attention:
+        query: jax.Array
+        value: jax.Array
+
+    params = {"attention": Attention(jnp.ones((4, 3)), jnp.ones((4, 3)))}
+    found = lora.plan(
+        lambda p, x: x @ p["attention"].query + x @ p["attention"].value,
+        params,
+        jnp.ones((2, 4)),
+        rules={".*/(query|value)": Lora(1)},
+    )
+    assert list(found) == ["attention/query", "attention/value"]
+
+
+def test_init_takes_a_plan():
+    with pytest.raises(LoraError, match=r"init takes a plan, found a dict: make it with lora\.plan"):
+        lora.init(jax.random.key(0), PARAMS, {".*kernel": Lora(2)})
 
 
 def test_the_table_can_be_read():

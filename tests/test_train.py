@@ -48,6 +48,12 @@ def test_the_second_step_compiles_nothing_and_the_base_is_never_donated():
     assert not seen
 
 
+def test_a_loss_may_be_a_number_alone():
+    loss, state, _ = setup(optimizer := optax.sgd(0.1))
+    _, metrics = lora.train_step(lambda *args: loss(*args)[0], optimizer, state, CASE.params(), CASE.input())
+    assert sorted(metrics) == ["grad_norm", "loss"]
+
+
 def test_compilations_are_seen():
     with compilations() as seen:
         jax.jit(lambda x: x * 2.5 + 7)(jnp.ones(31))

@@ -1,8 +1,12 @@
+import dataclasses
 import functools
+import inspect
+import math
 
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import MODELS, RULES, D, K, assert_trees_close, compilations, equations
 
@@ -41,6 +45,7 @@ ADAPTERS = lora.init(jax.random.key(0), {"w": W}, lora.plan(linear, {"w": W}, X,
         (lambda p, x: jax.jit(lambda w: x @ jnp.tanh(w))(p["w"]), "tanh"),
         (lambda p, x: p["w"].T @ p["w"] + 0 * x.sum(), "dot_general"),
         (lambda p, x: x @ jax.nn.relu(p["w"]), "custom_jvp_call"),
+        (lambda p, x: x @ p["w"].astype(jnp.int8).astype(jnp.float32), "convert_element_type"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -88,6 +93,8 @@ def test_a_use_along_other_axes_is_refused():
         ({"w": jnp.ones((D, 4))}, ADAPTERS, ["'w'", f"[{D}, {K}]", f"[{D}, 4]", "another model"]),
         ({"w": W}, {"w": jnp.ones((2, 2))}, ["adapters['w']", "lora.init"]),
         ({"w": W}, [1], ["{path: adapter}", "list"]),
+        ({"w": jnp.ones((D, K), jnp.int8)}, ADAPTERS, ["'w'", "int8", "an array of floats"]),
+        ({"w": "frozen"}, ADAPTERS, ["'w'", "str", "an array of floats"]),
     ],
 )
 def test_adapters_of_another_model(params, adapters, says):
@@ -120,9 +127,18 @@ def test_equal_flags_of_different_types_are_different_programs():
     for n in (1, True, 1.0):
         apply({"w": W}, ADAPTERS, X, n)
     assert seen == [int, bool, float]
+    for n in (0.0, -0.0, math.nan, math.nan):
+        apply({"w": W}, ADAPTERS, X, n)
+    assert len(seen) == 6
 
 
 def test_what_cannot_be_hashed_is_named():
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        sizes: list[int]
+
+    with pytest.raises(LoraError, match="Settings, which is neither an array nor hashable"):
+        lora.lora_apply(lambda p, x, settings: x @ p["w"])({"w": W}, ADAPTERS, X, Settings([1]))
     with pytest.raises(LoraError, match="bytearray, which is neither an array nor hashable"):
         lora.lora_apply(lambda p, x, blob: x @ p["w"])({"w": W}, ADAPTERS, X, bytearray(b"x"))
 
@@ -190,6 +206,66 @@ def test_new_adapters_and_new_weights_compile_nothing():
     with compilations() as seen:
         jax.block_until_ready(apply({"w": w}, other, X))
     assert not seen
+
+
+@pytest.mark.parametrize("name", ["under_jit", "scan_over_layers", "scan_over_remat", "attention_kernels"])
+def test_a_second_eager_call_compiles_nothing(name):
+    case = CASES[name]
+    apply, params, x = lora.lora_apply(case.fn), case.params(), case.input()
+    first, second = (case.adapters(RULES["lora"], key) for key in (1, 2))
+    jax.block_until_ready(apply(params, first, x))
+    with compilations() as seen:
+        jax.block_until_ready(apply(params, second, x))
+    assert not seen
+
+
+def test_under_disable_jit():
+    case = CASES["scan_over_layers"]
+    with jax.disable_jit():
+        found = lora.lora_apply(case.fn)(case.params(), adapters := case.adapters(RULES["lora"]), case.input())
+    assert_trees_close(found, case.fn(lora.merge(case.params(), adapters), case.input()))
+
+
+def test_a_large_scale_does_not_overflow_fp16():
+    """x A is 1,200 and its product with B and the scale of 32 is small: neither order may pass 65,504."""
+    params, x = {"w": jnp.zeros((D, K), jnp.float16)}, jnp.full((1, D), 50.0, jnp.float16)
+    plan = lora.plan(linear, params, x, rules={"w": Lora(rank=1, alpha=32)})
+    [adapter] = lora.init(jax.random.key(0), params, plan).values()
+    adapters = {"w": dataclasses.replace(adapter, a=2 + 0 * adapter.a, b=1e-3 + 0 * adapter.b)}
+    assert_trees_close(lora.lora_apply(linear)(params, adapters, x), linear(lora.merge(params, adapters), x), rtol=2e-3)
+
+
+def test_a_wide_result_stays_exact():
+    """A product that is kept wider than its operands loses nothing to a fresh adapter."""
+
+    def fn(params, x):
+        return jax.lax.dot(x, params["w"], preferred_element_type=jnp.float64)
+
+    with jax.enable_x64(True):
+        x, w = (jax.random.normal(jax.random.key(n), s, jnp.float32) for n, s in ((0, (3, D)), (1, (D, K))))
+        found = lora.lora_apply(fn)({"w": w}, ADAPTERS, x)
+        assert found.dtype == jnp.float64
+        assert jnp.all(found == fn({"w": w}, x))
+
+
+def test_names_of_arguments_still_name_them():
+    """jit's `static_argnames` and `donate_argnames` go by the signature, which has one argument more."""
+
+    def fn(params, x, flag):
+        return x @ params["w"] if flag else x
+
+    apply = lora.lora_apply(fn)
+    assert list(inspect.signature(apply).parameters) == ["params", "adapters", "x", "flag"]
+    jitted = jax.jit(apply, static_argnames="flag")
+    assert_trees_close(jitted({"w": W}, ADAPTERS, X, True), X @ W)
+    assert_trees_close(jitted({"w": W}, ADAPTERS, X, flag=False), X)
+
+
+def test_numpy_weights():
+    """As the function itself would take them: float64 as JAX's default float."""
+    params = {"w": np.ones((D, K))}
+    assert_trees_close(lora.lora_apply(linear)(params, ADAPTERS, np.ones((3, D))), jnp.full((3, K), float(D)))
+    assert lora.merge(params, ADAPTERS)["w"].dtype == jnp.float32
 
 
 def test_closed_over_tracers():

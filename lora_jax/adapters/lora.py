@@ -27,11 +27,11 @@ class Lora(Rule):
     Args:
         rank: r, the width of the factors; at most min(d, k) of every weight that it is used for.
         alpha: the numerator of the scale; None stands for the rank, that is a scale of 1.
-        init: how A starts; B starts at zero.
+        init_a: how A starts, one of `lora_jax.initializers` or a function like them; B starts at zero.
         dtype: of A and B. fp32 by default, also on a bf16 base: Adam's updates vanish in bf16.
 
     Raises:
-        LoraError: rank below 1, or alpha zero or not finite, or dtype not a floating one.
+        LoraError: rank below 1; a scale that is zero or not finite in fp32; a dtype that is not a floating one.
     """
 
     rank: int
@@ -42,22 +42,23 @@ class Lora(Rule):
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int | np.integer) or self.rank < 1:
             raise LoraError(f"Lora(rank={self.rank!r}): the rank is a whole number of at least 1, for example 8.")
-        alpha = self.alpha
-        if alpha is not None and not (isinstance(alpha, int | float | np.number) and math.isfinite(alpha) and alpha):
+        if self.alpha is not None and not _is_usable(self.alpha, self.rank):
             raise LoraError(
-                f"Lora(alpha={alpha!r}): alpha is a finite number other than 0, for example {2 * self.rank}."
+                f"Lora(alpha={self.alpha!r}): alpha is a finite number other than 0, for example {2 * self.rank}."
             )
-        if not jnp.issubdtype(self.dtype, jnp.floating):
+        if not _is_floating(self.dtype):
             raise LoraError(
                 f"Lora(dtype={self.dtype!r}): adapters are trained, give a floating dtype such as jnp.float32."
             )
+        if not callable(self.init_a):
+            raise LoraError(f"Lora(init_a={self.init_a!r}): give a function, such as lora_jax.initializers.gaussian.")
 
     def __str__(self) -> str:
         return f"Lora(rank={self.rank}, alpha={self.alpha})"
 
     @property
     def scale(self) -> float:
-        return 1.0 if self.alpha is None else float(self.alpha) / self.rank
+        return 1.0 if self.alpha is None else float(self.alpha) / int(self.rank)
 
     def init(self, key: jax.Array, shape: tuple[int, ...], axes: KernelAxes) -> "LoraAdapter":
         stack, inputs, outputs = axes.sizes(shape)
@@ -68,6 +69,20 @@ class Lora(Rule):
     def flops(self, shape: tuple[int, ...], axes: KernelAxes, tokens: int) -> int:
         stack, d, k = axes.fans(shape)
         return 2 * stack * tokens * self.rank * (d + k)
+
+
+def _is_usable(alpha: Any, rank: int) -> bool:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float | np.number):
+        return False
+    scale = abs(float(alpha)) / rank
+    return float(jnp.finfo(jnp.float32).tiny) <= scale <= float(jnp.finfo(jnp.float32).max)  # NaN is neither
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return dtype is not None and bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:  # no name of a dtype
+        return False
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +107,8 @@ class LoraAdapter(Adapter):
 
     def apply(self, x: jax.Array, y: jax.Array, precision: Any = None) -> jax.Array:
         delta = lowrank(x, *self._matrices(), self.scale, precision)
-        return (y.astype(delta.dtype) + delta).astype(y.dtype)
+        wide = jnp.promote_types(y.dtype, delta.dtype)
+        return (y.astype(wide) + delta.astype(wide)).astype(y.dtype)
 
     def transpose(self) -> "LoraAdapter":
         rank_axis = self.a.ndim - len(self.axes.inputs) - 1  # of b; a has it last
