@@ -74,12 +74,9 @@ def _with_signature(apply: Callable[..., Any], fn: Callable[..., Any]) -> Callab
         return apply
     first, *rest = signature.parameters.values()
     if first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
-        params, adapters = (
-            first.replace(kind=first.POSITIONAL_ONLY),
-            first.replace(name="adapters", kind=first.POSITIONAL_ONLY),
-        )
-        named = [params, adapters.replace(annotation=Mapping[str, Adapter], default=first.empty), *rest]
-        apply.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+        params = first.replace(kind=first.POSITIONAL_ONLY, default=first.empty)
+        adapters = inspect.Parameter("adapters", first.POSITIONAL_ONLY, annotation=Mapping[str, Adapter])
+        apply.__signature__ = signature.replace(parameters=[params, adapters, *rest])  # type: ignore[attr-defined]
     return apply
 
 
