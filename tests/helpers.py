@@ -14,7 +14,7 @@ import lora_jax as lora
 from lora_jax._compat import open_jaxpr
 
 # Sizes are distinct, so that no activation has a weight's shape by chance.
-BATCH, TIME, D, K, HEADS, HEAD, EXPERTS, LAYERS = 5, 7, 12, 10, 3, 4, 6, 2
+BATCH, TIME, D, K, HEADS, HEAD, EXPERTS, LAYERS = 5, 7, 12, 10, 3, 4, 9, 2
 
 
 @dataclass(frozen=True)

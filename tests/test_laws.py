@@ -11,12 +11,13 @@ import lora_jax as lora
 
 RULE = RULES["lora"]
 cases = pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
-low_precision = {"cast": 3e-2, "bf16": 3e-2, "fp16": 4e-3}  # the two sides round at different places
+# Where the two sides round to a narrow dtype, they do so at different places.
+narrow = {"cast": 3e-2, "bf16": 3e-2, "fp16": 4e-3, "bf16_activations grad of the input": 3e-2}
 
 
-def tolerance(case: Case) -> dict[str, float]:
-    wide = low_precision.get(case.name, 2e-5)
-    return {"rtol": wide, "atol": wide * 10 if case.name in low_precision else wide}
+def tolerance(case: Case, transform: str = "") -> dict[str, float]:
+    rounding = narrow.get(case.name) or narrow.get(f"{case.name} {transform}")
+    return {"rtol": rounding, "atol": 10 * rounding} if rounding else {"rtol": 2e-5, "atol": 2e-5}
 
 
 # JAX itself has no forward mode through a custom_vjp.
@@ -29,12 +30,12 @@ def test_applying_is_merging(case, transform):
     run = TRANSFORMS[transform]
     factored = run(lora.lora_apply(case.fn), params, adapters, x)
     merged = run(lambda p, a, x: case.fn(lora.merge(p, a), x), params, adapters, x)
-    assert_trees_close(factored, merged, **tolerance(case))
+    assert_trees_close(factored, merged, **tolerance(case, transform))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [name for name in RULES if RULES[name] is not RULE])
 @cases
-def test_applying_is_merging_for_every_rule(case, rule):
+def test_applying_is_merging_for_every_other_rule(case, rule):
     params, x, adapters = case.params(), case.input(), case.adapters(RULES[rule])
     factored = lora.lora_apply(case.fn)(params, adapters, x)
     assert_trees_close(factored, case.fn(lora.merge(params, adapters), x), **tolerance(case))

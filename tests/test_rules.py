@@ -33,7 +33,7 @@ def products(draw):
     return spec, operands[0] is kernel, [sizes[a] for a in kernel], [sizes[a] for a in x], lora.KernelAxes(*groups)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(products())
 def test_products_in_any_orientation(product):
     spec, on_left, kernel_shape, x_shape, axes = product
