@@ -214,7 +214,7 @@ def train(
     predict = jax.jit(logits)
     run.optimizer_bytes = tree_bytes(state.opt_state)
     seconds: dict[tuple[int, ...], list[float]] = {}  # by shape: the first step of each compiles
-    with progress_bar(f"{run.method}, seed {seed}", steps) as advance:
+    with progress_bar(run.method if seed == config.seed else f"{run.method} ({seed})", steps) as advance:
         for epoch in range(config.epochs):
             for ids, mask, labels in snippets.training_batches(data, config.batch, seed=1000 * seed + epoch):
                 start = time.perf_counter()
@@ -322,15 +322,14 @@ def bytes_on_disk(folder: Path) -> int:
 
 @contextlib.contextmanager
 def progress_bar(what: str, steps: int) -> Iterator[Callable[[float, float, float], None]]:
-    """A bar with loss, accuracy (a running mean), examples a second and the time that remains."""
+    """A bar with loss, accuracy (a running mean), examples a second and the time that remains, in 80 columns."""
     columns = (
         TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
-        TextColumn(
-            "loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.1%}  {task.fields[speed]:.0f} examples/s"
-        ),
-        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]:.3f} accuracy {task.fields[accuracy]:.2f}"),
+        TextColumn("{task.fields[speed]:.0f} ex/s"),
+        TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task(what, total=steps, loss=math.nan, accuracy=0.5, speed=0.0)
