@@ -30,5 +30,9 @@ def _matmul(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
     """x [*s, T, d] @ w [*s, d, k], accumulated in fp32 or better."""
     stack = tuple(range(x.ndim - 2))
     dims = (((x.ndim - 1,), (x.ndim - 2,)), (stack, stack))
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return lax.dot_general(x, w, dims, precision=precision, preferred_element_type=wide)
+    return lax.dot_general(x, w, dims, precision=precision, preferred_element_type=accumulator(x.dtype))
+
+
+def accumulator(*dtypes: Any) -> Any:
+    """fp32, or what is wider if a dtype is. Floats of 8 bits promote to nothing by themselves; fp32 holds them."""
+    return jnp.result_type(jnp.float32, *(dtype for dtype in dtypes if jnp.dtype(dtype).itemsize > 1))

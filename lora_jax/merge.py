@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.base import Adapter
+from lora_jax.lowrank import accumulator
 from lora_jax.paths import flatten_with_names
 from lora_jax.transform import check_adapters
 
@@ -30,8 +31,7 @@ def merge(params: Any, adapters: Mapping[str, Adapter]) -> Any:
 
 def _merge(leaf: Any, adapter: Adapter) -> jax.Array:
     w = jnp.asarray(leaf)  # numpy's float64 is JAX's default float, as it would be in the function itself
-    wide = jnp.promote_types(w.dtype, jnp.float32)
-    merged = adapter.merge(w.astype(wide)).astype(w.dtype)
+    merged = adapter.merge(w.astype(accumulator(w.dtype))).astype(w.dtype)
     if _concrete(w) and _concrete(merged) and merged.sharding != w.sharding:
         return jax.device_put(merged, w.sharding)
     return merged

@@ -15,6 +15,7 @@ from jax import lax
 from lora_jax._compat import JaxprEqn, bind, convert_element_type_p, copy_p, dot_general_p, transpose_p
 from lora_jax.axes import KernelAxes
 from lora_jax.kernel import Kernel, Product, describe
+from lora_jax.lowrank import accumulator
 
 
 def no_rule(eqn: JaxprEqn, *args: Any) -> list[Any]:
@@ -91,12 +92,8 @@ def _as_matrices(x: jax.Array, stack: int, rows: int) -> jax.Array:
 
 
 def _product_dtype(x: Any, w: Any) -> Any:
-    """The dtype that x @ W is computed in: both operands' own, or where they differ the one that holds both."""
-    if x == w:
-        return x
-    if min(jnp.dtype(x).itemsize, jnp.dtype(w).itemsize) == 1 and jnp.issubdtype(x, jnp.floating):
-        return jnp.promote_types(jnp.float32, w)  # 8-bit floats promote to nothing by themselves
-    return jnp.promote_types(x, w)
+    """The dtype that x @ W is computed in: both operands' own, or where they differ one that holds both."""
+    return x if x == w and jnp.dtype(x).itemsize > 1 else accumulator(x, w)
 
 
 def _precision(precision: Any, on_left: bool) -> Any:

@@ -235,6 +235,23 @@ def test_a_large_scale_does_not_overflow_fp16():
     assert_trees_close(lora.lora_apply(linear)(params, adapters, x), linear(lora.merge(params, adapters), x), rtol=2e-3)
 
 
+def test_eight_bit_floats():
+    """The factors are not rounded to the 8 bits of the operands that they stand beside."""
+
+    def fn(params, x):
+        return jax.lax.dot(
+            x.astype(jnp.float8_e4m3fn), params["w"].astype(jnp.float8_e4m3fn), preferred_element_type=jnp.float32
+        )
+
+    adapters = jax.tree.map(lambda a: a + 0.01, ADAPTERS)
+    x = jnp.linspace(0, 1, 3 * D).reshape(3, D)
+    delta = lora.lora_apply(fn)({"w": W}, adapters, x) - fn({"w": W}, x)
+    expected = x.astype(jnp.float8_e4m3fn).astype(jnp.float32) @ lora.merge({"w": 0 * W}, adapters)["w"]
+    assert_trees_close(delta, expected, rtol=1e-3, atol=1e-5)
+    stored = {"w": W.astype(jnp.float8_e4m3fn)}
+    assert lora.merge(stored, adapters)["w"].dtype == jnp.float8_e4m3fn
+
+
 def test_a_wide_result_stays_exact():
     """A product that is kept wider than its operands loses nothing to a fresh adapter."""
 

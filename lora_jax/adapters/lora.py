@@ -17,7 +17,7 @@ from lora_jax import initializers
 from lora_jax.adapters.base import Adapter, Rule
 from lora_jax.axes import KernelAxes
 from lora_jax.errors import LoraError
-from lora_jax.lowrank import lowrank
+from lora_jax.lowrank import accumulator, lowrank
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class LoraAdapter(Adapter):
 
     def apply(self, x: jax.Array, y: jax.Array, precision: Any = None) -> jax.Array:
         delta = lowrank(x, *self._matrices(), self.scale, precision)
-        wide = jnp.promote_types(y.dtype, delta.dtype)
+        wide = accumulator(y.dtype, delta.dtype)
         return (y.astype(wide) + delta.astype(wide)).astype(y.dtype)
 
     def transpose(self) -> "LoraAdapter":
