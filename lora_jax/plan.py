@@ -245,5 +245,5 @@ def _problem(path: str, leaf: Any, rule: Rule, log: Log) -> str | None:
             )
     _, d, k = first.axes.fans(leaf.shape)
     if rule.rank > min(d, k):
-        return f"{shape} with {first.axes}: rank {rule.rank} is above min({d}, {k}), where low rank saves nothing"
+        return f"{shape} with {first.axes}: rank {rule.rank} is above min({d}, {k}), give it at most {min(d, k)}"
     return None
