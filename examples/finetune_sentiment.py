@@ -221,10 +221,10 @@ def train(
                 state, metrics = step(state, params, ids, mask, labels)
                 loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
                 if not math.isfinite(loss + float(metrics["grad_norm"])):
-                    kept = f"those of step {run.validation[-1][0]} are kept" if run.validation else "none were kept yet"
+                    kept = f"those of step {run.validation[-1][0]} are" if keep and run.validation else "none were"
                     raise DivergedError(
                         f"the loss of {run.method} is {loss} at step {len(run.losses)}, and the norm of its gradient "
-                        f"{float(metrics['grad_norm'])}; of its states, {kept}. Try a lower learning rate."
+                        f"{float(metrics['grad_norm'])}; of its states, {kept} kept. Try a lower learning rate."
                     )
                 run.losses.append(loss)
                 seconds.setdefault(ids.shape, []).append(time.perf_counter() - start)

@@ -121,7 +121,8 @@ def check_adapters(adapters: Mapping[str, Adapter], names: list[str], leaves: li
     """Every adapter has its weight, and fits it.
 
     Raises:
-        LoraError: the adapters are no `{path: adapter}`; a path is not among the parameters; shapes differ.
+        LoraError: the adapters are no `{path: adapter}`; a path is not among the parameters, or is no array of floats
+            there; shapes differ.
     """
     if not isinstance(adapters, Mapping):
         raise LoraError(

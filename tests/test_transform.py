@@ -227,8 +227,8 @@ def test_under_disable_jit():
 
 
 def test_a_large_scale_does_not_overflow_fp16():
-    """x A is 1,200 and its product with B and the scale of 32 is small: neither order may pass 65,504."""
-    params, x = {"w": jnp.zeros((D, K), jnp.float16)}, jnp.full((1, D), 50.0, jnp.float16)
+    """x A is 2,400: 32 times that is past 65,504, the largest fp16, though the result is 77."""
+    params, x = {"w": jnp.zeros((D, K), jnp.float16)}, jnp.full((1, D), 100.0, jnp.float16)
     plan = lora.plan(linear, params, x, rules={"w": Lora(rank=1, alpha=32)})
     [adapter] = lora.init(jax.random.key(0), params, plan).values()
     adapters = {"w": dataclasses.replace(adapter, a=2 + 0 * adapter.a, b=1e-3 + 0 * adapter.b)}

@@ -31,7 +31,8 @@ class Lora(Rule):
         dtype: of A and B. fp32 by default, also on a bf16 base: Adam's updates vanish in bf16.
 
     Raises:
-        LoraError: rank below 1; a scale that is zero or not finite in fp32; a dtype that is not a floating one.
+        LoraError: rank below 1; a scale that is zero or not finite in fp32; a dtype that is not a floating one;
+            an `init_a` that is not a function.
     """
 
     rank: int
