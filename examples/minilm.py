@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -79,23 +80,18 @@ def _norm(name: str) -> nn.LayerNorm:
 def load(path: Path, config: Config = Config()) -> Params:
     """The encoder's parameters from the published file. Torch keeps linear weights as [out, in]: transposed here."""
     tensors = load_file(path)
-    params: Params = {}
-    for ours, theirs, transposed in _names(config):
-        node = params
-        for key in ours[:-1]:
-            node = node.setdefault(key, {})
-        node[ours[-1]] = jnp.asarray(tensors[theirs].T if transposed else tensors[theirs])
-    return params
+    flat = {
+        ours: jnp.asarray(tensors[theirs].T if transposed else tensors[theirs])
+        for ours, theirs, transposed in _names(config)
+    }
+    return unflatten_dict(flat)
 
 
 def save(path: Path, params: Params, original: Path, config: Config = Config()) -> None:
     """Write parameters under the names, shapes and dtypes of the original file; what the encoder does not use stays."""
-    tensors = load_file(original)
+    tensors, flat = load_file(original), flatten_dict(params)
     for ours, theirs, transposed in _names(config):
-        node: Any = params
-        for key in ours:
-            node = node[key]
-        value = np.asarray(node, tensors[theirs].dtype)
+        value = np.asarray(flat[ours], tensors[theirs].dtype)
         tensors[theirs] = np.ascontiguousarray(value.T if transposed else value)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")

@@ -3,7 +3,6 @@
 A saved folder needs no plan and no rules to be read back, and nothing in it is executed.
 """
 
-import dataclasses
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapters import KINDS
-from lora_jax.adapters.base import Adapter
+from lora_jax.adapters.base import Adapter, field_names
 from lora_jax.axes import KernelAxes
 from lora_jax.errors import LoraError
 
@@ -113,17 +112,13 @@ def _check(node: Any, path: str) -> None:
         raise LoraError(f"{path} of shape {list(node.shape)} is empty, and cannot be saved.")
 
 
-def _fields(adapter: Any, static: bool) -> list[str]:
-    return [f.name for f in dataclasses.fields(adapter) if bool(f.metadata.get("static")) == static]
-
-
 def _arrays(adapter: Adapter) -> dict[str, jax.Array]:
-    return {name: getattr(adapter, name) for name in _fields(adapter, static=False)}
+    return {name: getattr(adapter, name) for name in field_names(adapter, static=False)}
 
 
 def _describe(adapter: Adapter) -> dict[str, Any]:
     kind = next(name for name, cls in KINDS.items() if cls is type(adapter))
-    return {"kind": kind, **{name: getattr(adapter, name) for name in _fields(adapter, static=True)}}
+    return {"kind": kind, **{name: getattr(adapter, name) for name in field_names(adapter, static=True)}}
 
 
 def _rebuild(path: str, facts: dict[str, Any], arrays: dict[str, jax.Array]) -> Adapter:
@@ -131,7 +126,7 @@ def _rebuild(path: str, facts: dict[str, Any], arrays: dict[str, jax.Array]) -> 
     if kind not in KINDS:
         known = ", ".join(KINDS)
         raise LoraError(f"{path!r} is an adapter of kind {kind!r}; this version knows {known}: update lora_jax.")
-    static = {name: facts[name] for name in _fields(KINDS[kind], static=True)}
+    static = {name: facts[name] for name in field_names(KINDS[kind], static=True)}
     static["axes"] = KernelAxes(*map(tuple, static["axes"]))
     return KINDS[kind](**arrays, **static)
 

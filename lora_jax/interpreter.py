@@ -6,6 +6,7 @@ again around the same loop, so that a scan stays a scan and a remat stays a rema
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,7 @@ class Interpreter:
             values = [read(v) for v in eqn.invars]
             with at_equation(eqn):
                 if inline and eqn.primitive is jit_p:
-                    out = self._body(eqn, values)
+                    out = self._body(eqn, *values)
                 elif any(isinstance(value, Kernel) for value in values):
                     out = self._with_kernels(eqn, values)
                 else:
@@ -73,28 +74,28 @@ class Interpreter:
         call = {jit_p: self._jit, remat_p: self._remat, scan_p: self._scan}.get(eqn.primitive)
         return call(eqn, args) if call else RULES.get(eqn.primitive, no_rule)(eqn, *args)
 
-    def _body(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
+    def _body(self, eqn: JaxprEqn, *args: Any) -> list[Any]:
         jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
-        return self.evaluate(jaxpr, consts, args)
+        return self.evaluate(jaxpr, consts, list(args))
 
     def _kept(self, eqn: JaxprEqn, run: Callable[..., Any], inline: bool) -> Callable[..., Any]:
         """`run` under jit, the same one for the same equation (which is held, so that its id stays its own)."""
         if self.rebuilt is None:
             return jax.jit(run, inline=inline)
-        return self.rebuilt.setdefault(id(eqn), (eqn, jax.jit(run, inline=inline)))[1]
+        if id(eqn) not in self.rebuilt:
+            self.rebuilt[id(eqn)] = eqn, jax.jit(run, inline=inline)
+        return self.rebuilt[id(eqn)][1]
 
     def _jit(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
         def body(*args: Any) -> list[Any]:
-            return self._body(eqn, list(args))
+            return self._body(eqn, *args)
 
         body.__name__ = body.__qualname__ = eqn.params["name"]
         return self._kept(eqn, body, inline=eqn.params["inline"])(*args)
 
     def _remat(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
-        def body(*args: Any) -> list[Any]:
-            return self._body(eqn, list(args))
-
-        return jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])(*args)
+        params = {name: eqn.params[name] for name in ("policy", "prevent_cse")}
+        return jax.checkpoint(functools.partial(self._body, eqn), **params)(*args)
 
     def _scan(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
         """A scan over stacked layers slices the factors along with the weight. Only kernels change the body."""
@@ -119,7 +120,7 @@ class Interpreter:
             xs = [sliced(value) for value in args[n_consts + n_carry :]]
 
             def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-                out = [plain(v, "gives it out of its body") for v in self._body(eqn, [*consts, *carry, *xs])]
+                out = [plain(v, "gives it out of its body") for v in self._body(eqn, *consts, *carry, *xs)]
                 return out[:n_carry], out[n_carry:]
 
             carry, ys = lax.scan(body, carry, xs, **params)

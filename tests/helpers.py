@@ -255,6 +255,10 @@ RULES = {
 }
 
 
+def eight_devices() -> jax.sharding.Mesh:
+    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
 def total(out: Any) -> jax.Array:
     """A scalar that every entry of the output has its own weight in, so that no error can cancel."""
     leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(out)]
@@ -303,7 +307,7 @@ def _jvp(f, p, a, x):
 
 def _mesh(f, p, a, x):
     """Inputs split over eight devices along time, which is padded to a multiple of them."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = eight_devices()
     x = jnp.concatenate([x, x[:, :1]], axis=1)
     x = jax.device_put(x, jax.NamedSharding(mesh, jax.P(None, "data")))
     return jax.jit(jax.grad(lambda a: total(f(p, a, x))))(a)
@@ -382,6 +386,13 @@ def compilations() -> Iterator[list[str]]:
         yield seen
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def assert_trees_equal(found: Any, expected: Any) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 def assert_trees_close(found: Any, expected: Any, rtol: float = 2e-5, atol: float = 2e-5) -> None:

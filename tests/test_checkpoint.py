@@ -5,19 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import MODELS, RULES
+from helpers import MODELS, RULES, assert_trees_equal, eight_devices
 
 import lora_jax as lora
 from lora_jax import LoraError, checkpoint
 
 CASE = next(case for case in MODELS if case.name == "scan_over_layers_of_experts")
-
-
-def same(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 def test_round_trip(tmp_path):
@@ -26,15 +19,15 @@ def test_round_trip(tmp_path):
     others = {"head": {"kernel": jnp.ones((3, 2), jnp.bfloat16), "bias": jnp.zeros(())}}
     checkpoint.save(tmp_path / "a", adapters, others)
     found, rest = checkpoint.load(tmp_path / "a")
-    same(found, adapters)
-    same(rest, others)
+    assert_trees_equal(found, adapters)
+    assert_trees_equal(rest, others)
 
 
 def test_saving_again_replaces(tmp_path):
     first, second = CASE.adapters(RULES["lora"], key=1), CASE.adapters(RULES["lora"], key=2)
     checkpoint.save(tmp_path / "a", first)
     checkpoint.save(tmp_path / "a", second)
-    same(checkpoint.load(tmp_path / "a")[0], second)
+    assert_trees_equal(checkpoint.load(tmp_path / "a")[0], second)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
@@ -45,7 +38,7 @@ def test_a_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save(tmp_path / "a", CASE.adapters(RULES["lora"], key=5))
     monkeypatch.undo()
-    same(checkpoint.load(tmp_path / "a")[0], adapters)
+    assert_trees_equal(checkpoint.load(tmp_path / "a")[0], adapters)
     checkpoint.save(tmp_path / "a", adapters)
     assert [p.name for p in tmp_path.iterdir()] == ["a"], "what the failed save left is gone"
 
@@ -58,7 +51,7 @@ def test_a_save_that_was_killed_between_its_renames(tmp_path):
     with pytest.raises(LoraError, match=r"interrupted: rename .*\.a\.lora_jax-old to"):
         checkpoint.load(tmp_path / "a")
     checkpoint.save(tmp_path / "a", adapters)
-    same(checkpoint.load(tmp_path / "a")[0], adapters)
+    assert_trees_equal(checkpoint.load(tmp_path / "a")[0], adapters)
 
 
 def test_neighbours_are_left_alone(tmp_path):
@@ -86,14 +79,14 @@ def test_what_would_not_come_back_is_refused(tmp_path, others, says):
     checkpoint.save(tmp_path / "a", adapters)
     with pytest.raises(LoraError, match=says):
         checkpoint.save(tmp_path / "a", CASE.adapters(RULES["lora"], key=5), others)
-    same(checkpoint.load(tmp_path / "a")[0], adapters)
+    assert_trees_equal(checkpoint.load(tmp_path / "a")[0], adapters)
 
 
 def test_loaded_adapters_go_where_the_base_is(tmp_path):
     """They are tied to no device: the base may be on a mesh."""
     checkpoint.save(tmp_path / "a", CASE.adapters(RULES["lora"]))
     adapters, _ = checkpoint.load(tmp_path / "a")
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = eight_devices()
     params = jax.device_put(CASE.params(), jax.NamedSharding(mesh, jax.P()))
     found = jax.jit(lora.lora_apply(CASE.fn))(params, adapters, CASE.input())
     np.testing.assert_allclose(

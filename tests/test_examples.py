@@ -16,6 +16,7 @@ import minilm
 import numpy as np
 import pytest
 import snippets
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
@@ -30,11 +31,10 @@ def original(tmp_path_factory):
     ids = jnp.ones((1, 4), jnp.int32)
     params = minilm.Encoder(TINY).init(jax.random.key(0), ids, ids > 0)["params"]
     tensors = {"pooler.dense.weight": np.ones((16, 16), np.float32), "embeddings.position_ids": np.arange(8)[None]}
+    flat = flatten_dict(params)
     for ours, theirs, transposed in minilm._names(TINY):
-        node = params
-        for key in ours:
-            node = node[key]
-        tensors[theirs] = np.ascontiguousarray(np.asarray(node).T if transposed else np.asarray(node))
+        value = np.asarray(flat[ours])
+        tensors[theirs] = np.ascontiguousarray(value.T if transposed else value)
     path = tmp_path_factory.mktemp("tiny") / "model.safetensors"
     save_file(tensors, path)
     return path
@@ -243,8 +243,11 @@ def real(asset):
     )
 
 
+needs_minilm, needs_vader = real(assets.MINILM), real(assets.VADER)  # read once: 90 MB of checksum
+
+
 @pytest.mark.assets
-@real(assets.MINILM)
+@needs_minilm
 def test_the_encoder_is_right():
     weights, tokenizer_file = assets.fetch(assets.MINILM)
     params, tokenizer = minilm.load(weights), minilm.load_tokenizer(tokenizer_file, 64)
@@ -258,7 +261,7 @@ def test_the_encoder_is_right():
 
 
 @pytest.mark.assets
-@real(assets.VADER)
+@needs_vader
 def test_the_data_are_right():
     [path] = assets.fetch(assets.VADER)
     sentences = snippets.read(path)
@@ -269,8 +272,8 @@ def test_the_data_are_right():
 
 @pytest.mark.slow
 @pytest.mark.assets
-@real(assets.MINILM)
-@real(assets.VADER)
+@needs_minilm
+@needs_vader
 def test_an_epoch_on_the_real_task(tmp_path):
     """LoRA beats the frozen probe, and its adapters and merged weights say the same."""
     probe, adapted = demo.fine_tune(demo.load_task(), demo.Config(output=tmp_path, epochs=1))

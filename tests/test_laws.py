@@ -5,7 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import MODELS, RULES, TRANSFORMS, Case, assert_trees_close, formed, merge_by_hand, total
+from helpers import (
+    MODELS,
+    RULES,
+    TRANSFORMS,
+    Case,
+    assert_trees_close,
+    assert_trees_equal,
+    eight_devices,
+    formed,
+    merge_by_hand,
+    total,
+)
 
 import lora_jax as lora
 
@@ -62,8 +73,8 @@ def test_merging_is_the_formula(case, rule):
 def test_starting_is_identity(case, rule):
     params, x = case.params(), case.input()
     adapters = lora.init(jax.random.key(0), params, case.plan(RULES[rule]))
-    assert_equal(lora.merge(params, adapters), params)
-    assert_equal(lora.lora_apply(case.fn)(params, adapters, x), case.fn(params, x))
+    assert_trees_equal(lora.merge(params, adapters), params)
+    assert_trees_equal(lora.lora_apply(case.fn)(params, adapters, x), case.fn(params, x))
 
 
 @cases
@@ -104,7 +115,7 @@ def test_frozen_stays_frozen(case):
     for _ in range(2):
         state, metrics = step(state, params, x)
     assert np.isfinite(metrics["loss"])
-    assert_equal(params, before)
+    assert_trees_equal(params, before)
     moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != b)), state.trainable, start)
     assert all(jax.tree.leaves(moved))
 
@@ -113,15 +124,8 @@ def test_frozen_stays_frozen(case):
 def test_placement_changes_speed_only(case):
     """The same adapters from the same key, also when made under jit on a mesh."""
     params, plan = case.params(), case.plan(RULE)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = eight_devices()
     here = lora.init(jax.random.key(3), params, plan)
     everywhere = jax.NamedSharding(mesh, jax.P())
     there = jax.jit(lambda key: lora.init(key, params, plan), out_shardings=everywhere)(jax.random.key(3))
-    assert_equal(here, there)
-
-
-def assert_equal(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert_trees_equal(here, there)

@@ -57,8 +57,13 @@ class Adapter(abc.ABC):
 
     def trainable(self) -> "Adapter":
         """The same tree with True at what is trained and False at what is frozen."""
-        names = [f.name for f in dataclasses.fields(self) if not f.metadata.get("static")]  # type: ignore[arg-type]
+        names = field_names(self, static=False)
         return dataclasses.replace(self, **{name: name not in self.frozen for name in names})  # type: ignore[type-var]
+
+
+def field_names(adapter: Any, static: bool) -> list[str]:
+    """The fields of an adapter, or of its class, that are arrays; or those that are static facts about them."""
+    return [f.name for f in dataclasses.fields(adapter) if bool(f.metadata.get("static")) == static]
 
 
 def is_adapter(node: Any) -> bool:
