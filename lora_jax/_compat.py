@@ -9,15 +9,7 @@ from typing import Any
 
 from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
-from jax.extend.core.primitives import (
-    convert_element_type_p,
-    copy_p,
-    dot_general_p,
-    jit_p,
-    remat_p,
-    scan_p,
-    transpose_p,
-)
+from jax.extend.core.primitives import jit_p, remat_p
 
 __all__ = [
     "Jaxpr",
@@ -26,16 +18,12 @@ __all__ = [
     "Var",
     "at_equation",
     "bind",
-    "convert_element_type_p",
-    "copy_p",
-    "dot_general_p",
+    "describe",
     "jit_p",
     "open_jaxpr",
     "remat_p",
     "scan_groups",
-    "scan_p",
     "source_line",
-    "transpose_p",
 ]
 
 
@@ -73,3 +61,8 @@ def at_equation(eqn: JaxprEqn) -> Iterator[None]:
 def source_line(eqn: JaxprEqn) -> str:
     """The user's line that made an equation: `file.py:12:4 (function)`."""
     return source_info_util.summarize(eqn.source_info)
+
+
+def describe(eqn: JaxprEqn) -> str:
+    """`dot_general at model.py:12:4 (attention)`"""
+    return f"`{eqn.primitive.name}` at {source_line(eqn)}"

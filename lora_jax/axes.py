@@ -28,14 +28,34 @@ class KernelAxes(NamedTuple):
         stack, inputs, outputs = (math.prod(sizes) for sizes in self.sizes(shape))
         return stack, inputs, outputs
 
+    def group(self, axis: int) -> str:
+        """The name of the group that an axis is in."""
+        return next(name for name, group in zip(self._fields, self, strict=True) if axis in group)
+
     def transpose(self) -> "KernelAxes":
         """The axes of the same weight used the other way round, as in a tied head."""
         return KernelAxes(self.stack, self.outputs, self.inputs)
 
-    def shape(self, stack: tuple[int, ...], inputs: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[int, ...]:
-        """The weight's shape from the sizes of its groups: the inverse of `sizes`."""
-        sizes = dict(zip([*self.stack, *self.inputs, *self.outputs], [*stack, *inputs, *outputs], strict=True))
-        return tuple(sizes[i] for i in range(len(sizes)))
+    def permute(self, permutation: tuple[int, ...]) -> "KernelAxes":
+        """The same groups for the transposed weight.
+
+        >>> KernelAxes((0,), (1,), (2, 3)).permute((0, 3, 1, 2))
+        KernelAxes(stack=(0,), inputs=(2,), outputs=(1, 3))
+        """
+        return KernelAxes(*(tuple(sorted(permutation.index(i) for i in group)) for group in self))
+
+    def drop(self, axis: int) -> "KernelAxes":
+        """The groups without one axis, the later ones moved up."""
+        return KernelAxes(*(tuple(i - (i > axis) for i in group if i != axis) for group in self))
+
+    def insert(self, axis: int, name: str) -> "KernelAxes":
+        """The groups with a new axis, the later ones moved down."""
+        moved = {n: [i + (i >= axis) for i in g] for n, g in self._asdict().items()}
+        return KernelAxes(**{n: tuple(sorted([*g, axis] if n == name else g)) for n, g in moved.items()})
+
+    def without_units(self, shape: tuple[int, ...]) -> "KernelAxes":
+        """The groups without the axes of size 1, which may be read as in any of them."""
+        return KernelAxes(*(tuple(i for i in group if shape[i] != 1) for group in self))
 
     def from_canonical(self) -> tuple[int, ...]:
         """The permutation from `[*stack, *inputs, *outputs]` to the weight's own order of axes."""

@@ -2,46 +2,34 @@
 
 The loop is the one of JAX's "Writing custom interpreters" guide. Equations that see no kernel run as they stand:
 whole scans, `custom_vjp` calls and nested jits among them, with the user's rules. Calls that do see one are built
-again around the same loop, so that a scan stays a scan and a remat stays a remat.
+again around the same loop.
 """
 
-import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax import lax
 
-from lora_jax._compat import (
-    Jaxpr,
-    JaxprEqn,
-    Literal,
-    Var,
-    at_equation,
-    bind,
-    jit_p,
-    open_jaxpr,
-    remat_p,
-    scan_groups,
-    scan_p,
-)
-from lora_jax.kernel import Kernel, describe
+from lora_jax._compat import Jaxpr, JaxprEqn, Literal, Var, at_equation, bind, jit_p, open_jaxpr
+from lora_jax.calls import CALLS, Call
+from lora_jax.kernel import Kernel
 from lora_jax.rules import RULES, no_rule
+
+OWN_DERIVATIVE = "has a derivative rule of its own, which is stated for the whole weight"
 
 
 @dataclass(frozen=True)
 class Interpreter:
     """Evaluates jaxprs, and keeps what it has built for their calls.
 
-    With `rebuilt`, a second eager call finds its nested jits and scans already compiled. Without, each call of a body
+    With `rebuilt`, a second eager call finds its nested jits and loops already compiled. Without, each call of a body
     is traced by itself, so that a plan sees each.
     """
 
     rebuilt: dict[int, tuple[JaxprEqn, Callable[..., Any]]] | None
 
-    def evaluate(self, jaxpr: Jaxpr, consts: list[Any], args: list[Any], inline: bool = False) -> list[Any]:
+    def evaluate(self, jaxpr: Jaxpr, consts: list[Any], args: Sequence[Any], inline: bool = False) -> list[Any]:
         """The outputs of a jaxpr for these inputs; any input or output may be a `Kernel`.
 
         With `inline`, the bodies of jitted calls among the jaxpr's own equations stand in their place.
@@ -59,7 +47,7 @@ class Interpreter:
             values = [read(v) for v in eqn.invars]
             with at_equation(eqn):
                 if inline and eqn.primitive is jit_p:
-                    out = self._body(eqn, *values)
+                    out = self._body(eqn.params["jaxpr"], values)
                 elif any(isinstance(value, Kernel) for value in values):
                     out = self._with_kernels(eqn, values)
                 else:
@@ -71,59 +59,27 @@ class Interpreter:
         return [read(v) for v in jaxpr.outvars]
 
     def _with_kernels(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
-        call = {jit_p: self._jit, remat_p: self._remat, scan_p: self._scan}.get(eqn.primitive)
-        return call(eqn, args) if call else RULES.get(eqn.primitive, no_rule)(eqn, *args)
+        name = eqn.primitive.name
+        if name in CALLS:
+            return self._kept(eqn, CALLS[name])(args)
+        if name.startswith("custom_"):
+            return no_rule(eqn, *args, why=OWN_DERIVATIVE)
+        return RULES.get(name, no_rule)(eqn, *args)
 
-    def _body(self, eqn: JaxprEqn, *args: Any) -> list[Any]:
-        jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
-        return self.evaluate(jaxpr, consts, list(args))
+    def _body(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+        jaxpr, consts = open_jaxpr(jaxpr)
+        return self.evaluate(jaxpr, consts, args)
 
-    def _kept(self, eqn: JaxprEqn, run: Callable[..., Any], inline: bool) -> Callable[..., Any]:
-        """`run` under jit, the same one for the same equation (which is held, so that its id stays its own)."""
-        if self.rebuilt is None:
-            return jax.jit(run, inline=inline)
-        if id(eqn) not in self.rebuilt:
-            self.rebuilt[id(eqn)] = eqn, jax.jit(run, inline=inline)
-        return self.rebuilt[id(eqn)][1]
+    def _kept(self, eqn: JaxprEqn, call: Call) -> Callable[..., Any]:
+        """The call under jit, the same one for the same equation (which is held, so that its id stays its own)."""
+        if self.rebuilt is not None and id(eqn) in self.rebuilt:
+            return self.rebuilt[id(eqn)][1]
 
-    def _jit(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
-        def body(*args: Any) -> list[Any]:
-            return self._body(eqn, *args)
+        def run(args: list[Any]) -> list[Any]:
+            return call(self._body, eqn, args)
 
-        body.__name__ = body.__qualname__ = eqn.params["name"]
-        return self._kept(eqn, body, inline=eqn.params["inline"])(*args)
-
-    def _remat(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
-        params = {name: eqn.params[name] for name in ("policy", "prevent_cse")}
-        return jax.checkpoint(functools.partial(self._body, eqn), **params)(*args)
-
-    def _scan(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
-        """A scan over stacked layers slices the factors along with the weight. Only kernels change the body."""
-        n_consts, n_carry = scan_groups(eqn)
-        params = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-
-        def plain(value: Any, why: str) -> Any:
-            return value.dense(f"{describe(eqn)} {why}") if isinstance(value, Kernel) else value
-
-        def repeated(value: Any) -> Any:
-            times = params["length"]
-            return dataclasses.replace(value, times=value.times * times) if isinstance(value, Kernel) else value
-
-        def sliced(value: Any) -> Any:
-            if isinstance(value, Kernel) and not value.can_scan():
-                return plain(value, "slices it along an axis that its adapter does not stack")
-            return value.scan_slices() if isinstance(value, Kernel) else value
-
-        def run(*args: Any) -> list[Any]:
-            consts = [repeated(value) for value in args[:n_consts]]
-            carry = [plain(value, "carries it from step to step") for value in args[n_consts : n_consts + n_carry]]
-            xs = [sliced(value) for value in args[n_consts + n_carry :]]
-
-            def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-                out = [plain(v, "gives it out of its body") for v in self._body(eqn, *consts, *carry, *xs)]
-                return out[:n_carry], out[n_carry:]
-
-            carry, ys = lax.scan(body, carry, xs, **params)
-            return [*carry, *ys]
-
-        return self._kept(eqn, run, inline=True)(*args)
+        run.__name__ = run.__qualname__ = str(eqn.params.get("name", eqn.primitive.name))
+        jitted = jax.jit(run, inline=eqn.primitive is not jit_p or eqn.params["inline"])
+        if self.rebuilt is not None:
+            self.rebuilt[id(eqn)] = eqn, jitted
+        return jitted

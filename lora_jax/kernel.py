@@ -1,71 +1,53 @@
 """A weight on its way through a program: cast, transposed, sliced by a scan, and at last multiplied."""
 
-import abc
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import jax
 
-from lora_jax._compat import JaxprEqn, source_line
-from lora_jax.axes import KernelAxes
+from lora_jax.adapters.base import Adapter
+from lora_jax.lowrank import accumulator
 
-STATIC = {"static": True}
+Fallback = Callable[["Kernel", str], None]
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Product:
-    """One use of a weight W, reduced to y = x @ W. s stacked matrices, T rows, d inputs, k outputs."""
+class Kernel:
+    """A frozen array and its adapter, standing for W' until they are multiplied.
 
-    axes: KernelAxes  # in W's own numbering
-    x: jax.Array  # [*s, T, d]
-    y: jax.Array  # [*s, T, k]
-    precision: Any
-    eqn: JaxprEqn
-
-    @property
-    def tokens(self) -> int:
-        return self.x.shape[-2]
-
-
-@dataclass(frozen=True)
-class Kernel(abc.ABC):
-    """A matched weight, or what the program has made of it so far, identified by its path and by data flow.
-
-    `origin[i]` is the axis of the weight, as the user stores it, that the value's axis i is. Transposing permutes
-    it, a scan over stacked layers removes its first entry. So no rule ever compares shapes to find an axis.
+    Both are kept as the program has them at this point: what it does to the array is done to the adapter too, so that
+    `adapter.merge(value)` always is what the program would hold. So no rule ever compares shapes to find an axis.
     """
 
     value: jax.Array
-    path: str = field(metadata=STATIC)
-    origin: tuple[int, ...] = field(metadata=STATIC)
-    scanned: tuple[int, ...] = field(metadata=STATIC)  # axes that scans around this point run over
-    times: int = field(metadata=STATIC)  # how often scans around this point use it whole
+    adapter: Adapter
+    paths: tuple[str, ...] = field(metadata={"static": True})  # of the weights that it is made of
+    fallback: Fallback = field(metadata={"static": True})  # asked before W' is formed; refuses by raising
 
-    @abc.abstractmethod
-    def multiply(self, product: Product) -> jax.Array:
-        """y = x @ W -> x @ W', both [*s, T, k]."""
+    @property
+    def ndim(self) -> int:
+        return self.value.ndim
 
-    @abc.abstractmethod
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    def replace(self, value: jax.Array, adapter: Adapter | None = None) -> Self:
+        return dataclasses.replace(self, value=value, adapter=self.adapter if adapter is None else adapter)
+
+    def merged(self) -> jax.Array:
+        """W' as a plain array: for what is thin, such as the rows of an embedding."""
+        return self.adapter.merge(self.value.astype(accumulator(self.value.dtype))).astype(self.value.dtype)
+
     def dense(self, why: str) -> jax.Array:
-        """A plain array in the kernel's place, where the program cannot use a factored one."""
-
-    def astype(self, dtype: Any) -> Self:
-        return dataclasses.replace(self, value=self.value.astype(dtype))
-
-    def transpose(self, permutation: tuple[int, ...]) -> Self:
-        origin = tuple(self.origin[i] for i in permutation)
-        return dataclasses.replace(self, value=self.value.transpose(permutation), origin=origin)
-
-    def scan_slices(self) -> Self:
-        """The kernel inside the body of a scan over its leading axis, its arrays not yet sliced."""
-        return dataclasses.replace(self, origin=self.origin[1:], scanned=(*self.scanned, self.origin[0]))
-
-    def can_scan(self) -> bool:
-        """Whether the leading axis holds one matrix for each index."""
-        return True
+        """W' as a plain array, where the program cannot use a factored one. Refused unless it was asked for."""
+        self.fallback(self, why)
+        return self.merged()
 
 
-def describe(eqn: JaxprEqn) -> str:
-    """`dot_general at model.py:12:4 (attention)`"""
-    return f"`{eqn.primitive.name}` at {source_line(eqn)}"
+def plain(value: Any, why: str) -> Any:
+    """What may be a kernel, as an array."""
+    return value.dense(why) if isinstance(value, Kernel) else value

@@ -1,26 +1,35 @@
 """Which weights get which adapter: rules over paths, checked against what the program does with each weight."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax._compat import source_line
 from lora_jax.adapters.base import Adapter, Rule
 from lora_jax.axes import KernelAxes
 from lora_jax.errors import LoraError
+from lora_jax.fallback import Materialize, Patterns
 from lora_jax.interpreter import Interpreter
-from lora_jax.kernel import STATIC, Kernel, Product
+from lora_jax.kernel import Kernel
 from lora_jax.paths import flatten_with_names, is_array, nearest
-from lora_jax.program import tracer
+from lora_jax.probe import Log, Probe, Use, probe
+from lora_jax.program import Program, tracer
 from lora_jax.table import count, format_table, size
 
 
-def plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Mapping[str, Rule | None], **kwargs: Any) -> "Plan":
+def plan(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    rules: Mapping[str, Rule | None],
+    materialize: Patterns = False,
+    **kwargs: Any,
+) -> "Plan":
     """Decide which weights of `fn(params, *args, **kwargs)` get an adapter, and along which axes.
 
     The function is traced abstractly: nothing is computed or allocated, and `jax.ShapeDtypeStruct`s do for arrays.
@@ -31,6 +40,8 @@ def plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Mapping[str, Ru
         fn, params, args, kwargs: a call as it would be made without adapters.
         rules: `{pattern: rule}`; a pattern is a regular expression for a whole path, as in
             `".*/(query|value)/kernel"`. The first that matches decides. None leaves what it matches frozen.
+        materialize: which weights may be formed at full size where the program does something else to them than
+            multiply by them, as for `lora.lora_apply`: True for all, or regular expressions for whole paths.
 
     Returns:
         A `Plan`: `{path: Target}`, and a table when printed.
@@ -53,43 +64,36 @@ def plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Mapping[str, Ru
     names, leaves, _ = flatten_with_names(params)
     chosen = _choose(rules, names)
     program = tracer(fn)(params, args, kwargs)
-    log = Log()
+    weights = dict(zip(names, leaves, strict=True))
+    allowed, log = Materialize.of(materialize), Log()
 
     def follow(name: str, leaf: Any) -> Any:
-        return PlannedKernel(leaf, name, tuple(range(leaf.ndim)), (), 1, log) if chosen.get(name) else leaf
+        return Kernel(leaf, Probe.of(name, leaf.ndim, log), (name,), probe) if chosen.get(name) else leaf
 
     jax.eval_shape(lambda arrays: program.run(Interpreter(rebuilt=None), arrays, follow), program.arrays)
 
-    weights = dict(zip(names, leaves, strict=True))
-    problems = {p: why for p, rule in chosen.items() if rule and (why := _problem(p, weights[p], rule, log))}
-    if problems:
-        shown = "\n".join(f"  {path!r}: {why}" for path, why in list(problems.items())[:8])
-        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise LoraError(
-            f"the rules match {len(problems)} weight(s) that cannot be adapted:\n{shown}{more}\n"
-            "Narrow the pattern, or leave them frozen by an earlier rule, such as "
-            f"{{{re.escape(next(iter(problems)))!r}: None}}."
-        )
-
-    targets = {}
+    targets, problems = {}, {}
     for path, rule in chosen.items():
         if rule is None:
             continue
-        weight, uses = weights[path], log.uses[path]
-        targets[path] = Target(path, tuple(weight.shape), weight.dtype, uses[0].axes, rule, tuple(uses))
+        found = _target(path, weights[path], rule, log, allowed.allows(path))
+        if isinstance(found, Target):
+            targets[path] = found
+        else:
+            problems[path] = found
+
+    # Adapters for these axes are tried on the program, to find what cannot stay factored.
+    obstacles = _try(program, targets)
+    for path, reasons in obstacles.items():
+        if allowed.allows(path):
+            targets[path] = dataclasses.replace(targets[path], materialized=tuple(reasons))
+        else:
+            problems[path] = _refusal(targets[path], reasons)
+    problems |= {path: why for path, target in targets.items() if (why := _never_trained(target))}
+    if problems:
+        raise LoraError(_report({path: problems[path] for path in chosen if path in problems}))
     total = sum(math.prod(leaf.shape) for leaf in leaves if is_array(leaf))
     return Plan(targets, len(leaves), total)
-
-
-@dataclass(frozen=True)
-class Use:
-    """One product of the program that a planned weight takes part in."""
-
-    axes: KernelAxes
-    tokens: int  # rows of x, for each stacked matrix
-    times: int  # that a call runs it
-    primitive: str
-    source: str
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Target:
     axes: KernelAxes
     rule: Rule
     uses: tuple[Use, ...]
+    materialized: tuple[str, ...] = ()  # where it is formed at full size
 
     def abstract(self) -> Adapter:
         """The adapter's shapes."""
@@ -109,7 +114,7 @@ class Target:
 
     def flops(self) -> int:
         """FLOPs that the adapter adds to one forward pass at the planned batch; a gradient costs three times that."""
-        return sum(use.times * self.rule.flops(self.shape, self.axes, use.tokens) for use in self.uses)
+        return sum(use.times * self.rule.flops(self.shape, self.axes, use.rows) for use in self.uses)
 
 
 @dataclass(frozen=True)
@@ -149,43 +154,12 @@ class Plan(Mapping[str, Target]):
             )
         share = parameters / (self.base_parameters + parameters)
         table = format_table(["path", "shape", "axes", "rule", "parameters", "bytes", "FLOPs"], rows, right=3)
-        return (
-            f"{table}\n{len(self)} of {self.base_leaves} weights adapted: {parameters:,} parameters beside "
+        formed = [f"{t.path!r} is formed at full size: {why}" for t in self.targets.values() for why in t.materialized]
+        summary = (
+            f"{len(self)} of {self.base_leaves} weights adapted: {parameters:,} parameters beside "
             f"{self.base_parameters:,} ({share:.2%}), {size(memory)}. FLOPs are those added to one forward pass."
         )
-
-
-class Log:
-    """What the program was seen to do with the planned weights."""
-
-    def __init__(self) -> None:
-        self.uses: dict[str, list[Use]] = {}
-        self.obstacles: dict[str, list[str]] = {}
-
-    def use(self, path: str, product: Product, times: int) -> None:
-        use = Use(product.axes, product.tokens, times, product.eqn.primitive.name, source_line(product.eqn))
-        self.uses.setdefault(path, []).append(use)
-
-    def obstacle(self, path: str, why: str) -> None:
-        reasons = self.obstacles.setdefault(path, [])
-        if why not in reasons:
-            reasons.append(why)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PlannedKernel(Kernel):
-    """A matched weight while planning: it multiplies as it is, and takes notes."""
-
-    log: Log = field(metadata=STATIC)
-
-    def multiply(self, product: Product) -> jax.Array:
-        self.log.use(self.path, product, self.times)
-        return product.y
-
-    def dense(self, why: str) -> jax.Array:
-        self.log.obstacle(self.path, why)
-        return self.value
+        return "\n".join([table, summary, *formed])
 
 
 def _choose(rules: Mapping[str, Rule | None], names: list[str]) -> dict[str, Rule | None]:
@@ -222,8 +196,8 @@ def _choose(rules: Mapping[str, Rule | None], names: list[str]) -> dict[str, Rul
     return {name: chosen[name] for name in names if name in chosen}
 
 
-def _problem(path: str, leaf: Any, rule: Rule, log: Log) -> str | None:
-    """Why a matched weight cannot be adapted, if it cannot."""
+def _target(path: str, leaf: Any, rule: Rule, log: Log, materialize: bool) -> Target | str:
+    """What a matched weight is planned as, or why it cannot be adapted."""
     if not is_array(leaf):
         return f"is a {type(leaf).__name__}, not an array"
     shape = f"{leaf.dtype}{list(leaf.shape)}"
@@ -231,19 +205,58 @@ def _problem(path: str, leaf: Any, rule: Rule, log: Log) -> str | None:
         return f"is a {'vector' if leaf.ndim else 'scalar'} {shape}, low-rank factors need a matrix"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"{shape} is not of a floating dtype"
-    if reasons := log.obstacles.get(path):
-        return f"{shape}: {reasons[0]}"
-    uses = log.uses.get(path)
-    if not uses:
+    uses, obstacles = log.uses.get(path, []), log.obstacles.get(path, [])
+    if obstacles and not (uses or materialize):
+        return f"{shape}: {obstacles[0]}"
+    if not (uses or obstacles):
         return f"{shape} is not used by the function"
-    first = uses[0]
-    for use in uses[1:]:
-        if first.axes not in (use.axes, use.axes.transpose()):
-            return (
-                f"{shape} is used in two ways: {first.axes} by `{first.primitive}` at {first.source}, "
-                f"{use.axes} by `{use.primitive}` at {use.source}"
-            )
-    _, d, k = first.axes.fans(leaf.shape)
+    # A weight that is never multiplied, only formed, has no axes of its own: all but the last count as inputs.
+    axes = uses[0].axes if uses else KernelAxes((), tuple(range(leaf.ndim - 1)), (leaf.ndim - 1,))
+    _, d, k = axes.fans(leaf.shape)
     if rule.rank > min(d, k):
-        return f"{shape} with {first.axes}: rank {rule.rank} is above min({d}, {k}), give it at most {min(d, k)}"
-    return None
+        return f"{shape} with {axes}: rank {rule.rank} is above min({d}, {k}), give it at most {min(d, k)}"
+    return Target(path, tuple(leaf.shape), leaf.dtype, axes, rule, tuple(uses))
+
+
+def _try(program: Program, targets: Mapping[str, Target]) -> dict[str, list[str]]:
+    """What the program does with each weight that cannot stay factored, found by an abstract run with adapters."""
+    log = Log()
+
+    def note(kernel: Kernel, why: str) -> None:
+        for path in kernel.paths:
+            log.obstacle(path, why)
+
+    def run(arrays: Any, adapters: Any) -> Any:
+        def adapt(name: str, leaf: Any) -> Any:
+            return Kernel(leaf, adapters[name], (name,), note) if name in adapters else leaf
+
+        return program.run(Interpreter(rebuilt=None), arrays, adapt)
+
+    jax.eval_shape(run, program.arrays, {path: target.abstract() for path, target in targets.items()})
+    return log.obstacles
+
+
+def _refusal(target: Target, reasons: list[str]) -> str:
+    shape, first = f"{target.dtype}{list(target.shape)}", target.uses[0]
+    for use in target.uses:
+        if target.axes not in (use.axes, use.axes.transpose()):
+            return f"{shape} is used in two ways: {first.axes} by {first.where}, {use.axes} by {use.where}"
+    return f"{shape}: {reasons[0]}"
+
+
+def _never_trained(target: Target) -> str | None:
+    if not target.uses or target.materialized or not all(use.stopped for use in target.uses):
+        return None
+    shape = f"{target.dtype}{list(target.shape)}"
+    return f"{shape} is used behind `stop_gradient` only, by {target.uses[0].where}: its adapter would never train"
+
+
+def _report(problems: Mapping[str, str]) -> str:
+    shown = "\n".join(f"  {path!r}: {why}" for path, why in list(problems.items())[:8])
+    more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+    first = re.escape(next(iter(problems)))
+    return (
+        f"the rules match {len(problems)} weight(s) that cannot be adapted:\n{shown}{more}\n"
+        f"Narrow the pattern, or leave them frozen by an earlier rule, such as {{{first!r}: None}}; a weight that "
+        f"cannot stay factored may also be formed at full size where it has to be: materialize={first!r}."
+    )

@@ -13,7 +13,7 @@ from jax.tree_util import PyTreeDef
 from lora_jax._compat import open_jaxpr
 from lora_jax.errors import LoraError
 from lora_jax.interpreter import Interpreter
-from lora_jax.kernel import Kernel
+from lora_jax.kernel import plain
 from lora_jax.paths import flatten_with_names, is_array
 
 
@@ -32,8 +32,7 @@ class Program:
         values = [*map(adapt, self.names, arrays[:n]), *arrays[n:]]
         jaxpr, consts = open_jaxpr(self.jaxpr)
         out = interpreter.evaluate(jaxpr, consts, values, inline=True)
-        plain = [o.dense("the function returns it") if isinstance(o, Kernel) else o for o in out]
-        return jax.tree.unflatten(self.out_tree, plain)
+        return jax.tree.unflatten(self.out_tree, [plain(o, "the function returns it") for o in out])
 
 
 @dataclass(frozen=True)

@@ -1,45 +1,353 @@
-"""Primitive -> rule: what each operation does to a kernel. The only file that knows dimension numbers.
+"""Primitive -> rule: what each operation does to a kernel. With `products.py`, all that knows dimension numbers.
 
-Structural operations carry a kernel along. Products reduce to y = x @ W, [*s, T, d] @ [*s, d, k], and hand that to
-the kernel. Anything that has no rule asks the kernel for a plain array, which an adapted kernel refuses.
+Structural operations carry a kernel along: they are run on the frozen array as they stand, and the adapter follows.
+Products reduce to y = x @ W and hand that to the adapter. Anything that has no rule asks the kernel for a plain
+array, which is refused unless the user allowed it.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._compat import JaxprEqn, bind, convert_element_type_p, copy_p, dot_general_p, transpose_p
+from lora_jax._compat import JaxprEqn, bind, describe
 from lora_jax.axes import KernelAxes
-from lora_jax.kernel import Kernel, Product, describe
+from lora_jax.kernel import Kernel, plain
 from lora_jax.lowrank import accumulator
+from lora_jax.products import (
+    BackwardConv,
+    Conv,
+    Matmul,
+    Product,
+    Ragged,
+    as_matrices,
+    channels_last,
+    product_dtype,
+)
+
+Rule = Callable[..., list[Any]]
+RULES: dict[str, Rule] = {}
 
 
-def no_rule(eqn: JaxprEqn, *args: Any) -> list[Any]:
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the rule of the primitives of these names."""
+
+    def register(fn: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, fn))
+        return fn
+
+    return register
+
+
+def no_rule(eqn: JaxprEqn, *args: Any, why: str = "is not an operation that a weight in factored form can pass") -> Any:
     """Any other operation: run as it stands, on plain arrays."""
-    why = f"{describe(eqn)} is not an operation that a weight in factored form can pass"
-    return bind(eqn, [a.dense(why) if isinstance(a, Kernel) else a for a in args])
+    return bind(eqn, [plain(a, f"{describe(eqn)} {why}") for a in args])
 
 
+# Structural operations
+
+
+@rule("copy", "sharding_constraint", "device_put", "reduce_precision")
+def of_the_value(eqn: JaxprEqn, *args: Any) -> list[Any]:
+    """Where the array is, or how precise: the adapter is as it was."""
+    out = bind(eqn, [a.value if isinstance(a, Kernel) else a for a in args])
+    return [a.replace(o) if isinstance(a, Kernel) else o for a, o in zip(args, out, strict=True)]
+
+
+@rule("stop_gradient")
+def stop_gradient(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
+    """No gradient passes W', so none passes either of its parts."""
+    return [kernel.replace(lax.stop_gradient(kernel.value), kernel.adapter.stop())]
+
+
+@rule("optimization_barrier", "pvary")
+def of_every_array(eqn: JaxprEqn, *args: Any) -> list[Any]:
+    """The adapter's arrays go the same way as the weight."""
+    leaves, tree = jax.tree.flatten(list(args))
+    if not eqn.primitive.multiple_results:
+        return jax.tree.unflatten(tree, [bind(eqn, [leaf])[0] for leaf in leaves])
+    return jax.tree.unflatten(tree, bind(eqn, leaves))
+
+
+@rule("convert_element_type")
 def convert_element_type(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
     """A cast moves the frozen value; the factors follow the product's dtype when they are used."""
     dtype = eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
-        return bind(eqn, [kernel.dense(f"{describe(eqn)} casts it to {jnp.dtype(dtype).name}, which rounds W' itself")])
-    return [kernel.astype(dtype)]
+        return no_rule(eqn, kernel, why=f"casts it to {jnp.dtype(dtype).name}, which rounds W' itself")
+    return of_the_value(eqn, kernel)
 
 
-def copy(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
-    return [kernel]
-
-
+@rule("transpose")
 def transpose(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
-    return [kernel.transpose(eqn.params["permutation"])]
+    permutation = tuple(eqn.params["permutation"])
+    return [kernel.replace(kernel.value.transpose(permutation), kernel.adapter.permute(permutation))]
 
 
+@rule("reshape", "squeeze")
+def reshape(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
+    """Axes of one group are merged and split; axes of size 1 come and go."""
+    adapter = kernel.adapter
+    [value] = bind(eqn, [kernel.value])
+    old, new = [n for n in kernel.shape if n != 1], [n for n in value.shape if n != 1]
+    if 0 in kernel.shape:
+        return no_rule(eqn, kernel)
+    for axis in reversed(range(kernel.ndim)):
+        if kernel.shape[axis] == 1:
+            adapter = adapter.replace_axes(axis, 1, 0, jnp.squeeze)
+    for start, count, sizes in reversed(list(_blocks(old, new))):
+        if len({adapter.group(axis) for axis in range(start, start + count)}) > 1:
+            return no_rule(eqn, kernel, why="mixes its axes of inputs, outputs or stacked matrices")
+        if (count, len(sizes)) != (1, 1):
+            adapter = adapter.replace_axes(start, count, len(sizes), _reshaped(count, sizes))
+    for axis, n in enumerate(value.shape):
+        if n == 1:
+            adapter = adapter.insert_axis(axis)
+    return [kernel.replace(value, adapter)]
+
+
+def _blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """The shortest runs of axes of equal size on both sides of a reshape: start, count, new sizes."""
+    i = j = 0
+    while i < len(old):
+        start, first = i, j
+        i, j = i + 1, j + 1
+        while math.prod(old[start:i]) != math.prod(new[first:j]):
+            if math.prod(old[start:i]) < math.prod(new[first:j]):
+                i += 1
+            else:
+                j += 1
+        yield start, i - start, tuple(new[first:j])
+
+
+def _reshaped(count: int, sizes: tuple[int, ...]) -> Callable[[jax.Array, int], jax.Array]:
+    return lambda array, at: array.reshape(*array.shape[:at], *sizes, *array.shape[at + count :])
+
+
+@rule("broadcast_in_dim")
+def broadcast_in_dim(eqn: JaxprEqn, kernel: Kernel, *dynamic_shape: Any) -> list[Any]:
+    """New axes, and those that grow from size 1, stack the matrix with itself."""
+    adapter, kept = kernel.adapter, eqn.params["broadcast_dimensions"]
+    [value] = bind(eqn, [kernel.value, *dynamic_shape])
+    for axis, size in enumerate(value.shape):
+        grows = axis in kept and kernel.shape[kept.index(axis)] != size
+        if grows:
+            adapter = adapter.replace_axes(axis, 1, 0, jnp.squeeze)
+        if grows or axis not in kept:
+            adapter = adapter.insert_axis(axis)
+            if size != 1:
+                adapter = adapter.replace_axes(axis, 1, 1, lambda array, at, n=size: _repeated(array, at, n))
+    return [kernel.replace(value, adapter)]
+
+
+def _repeated(array: jax.Array, at: int, n: int) -> jax.Array:
+    return jnp.broadcast_to(array, (*array.shape[:at], n, *array.shape[at + 1 :]))
+
+
+@rule("slice")
+def slice_(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
+    start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * kernel.ndim
+    return [_cut(kernel, [slice(*index) for index in zip(start, limit, strides, strict=True)])]
+
+
+@rule("split")
+def split(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
+    axis, end, parts = eqn.params["axis"], 0, []
+    for size in map(int, eqn.params["sizes"]):
+        start, end = end, end + size
+        parts.append(_cut(kernel, [slice(start, end) if i == axis else slice(None) for i in range(kernel.ndim)]))
+    return parts
+
+
+def _cut(kernel: Kernel, index: list[slice]) -> Any:
+    """kernel[index]; one entry of the inputs or of the outputs is a row: a plain array."""
+    for axis, part in enumerate(index):
+        start, stop, stride = part.indices(kernel.shape[axis])
+        size = len(range(start, stop, stride))
+        if size != kernel.shape[axis]:
+            cut = _cut_one(kernel, axis, size, lambda v, at, p=(start, stop, stride): lax.slice_in_dim(v, *p, axis=at))
+            if not isinstance(cut, Kernel):
+                rest = [slice(None) if i <= axis else p for i, p in enumerate(index)]
+                return cut[tuple(rest)]
+            kernel = cut
+    return kernel
+
+
+def _cut_one(kernel: Kernel, axis: int, size: int, fn: Callable[[jax.Array, int], jax.Array]) -> Any:
+    group = kernel.adapter.group(axis)
+    select = kernel.adapter.rows if size == 1 else functools.partial(kernel.adapter.replace_axes, count=1)
+    cut = kernel.replace(fn(kernel.value, axis), select(axis, n=1, fn=fn))
+    return cut.merged() if size == 1 and group in ("inputs", "outputs") else cut
+
+
+@rule("dynamic_slice")
+def dynamic_slice(eqn: JaxprEqn, kernel: Any, *starts: Any) -> list[Any]:
+    if not isinstance(kernel, Kernel):
+        return no_rule(eqn, kernel, *starts)
+    out: Any = kernel
+    for axis, size in enumerate(eqn.params["slice_sizes"]):
+        if size != out.shape[axis]:
+
+            def fn(array: jax.Array, at: int, start: Any = starts[axis], size: int = size) -> jax.Array:
+                return lax.dynamic_slice_in_dim(array, start, size, axis=at)
+
+            out = _cut_one(out, axis, size, fn) if isinstance(out, Kernel) else fn(out, axis)
+    return [out]
+
+
+@rule("rev")
+def rev(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
+    adapter = kernel.adapter
+    for axis in eqn.params["dimensions"]:
+        adapter = adapter.replace_axes(axis, 1, 1, lambda array, at: lax.rev(array, (at,)))
+    return [kernel.replace(bind(eqn, [kernel.value])[0], adapter)]
+
+
+@rule("pad")
+def pad(eqn: JaxprEqn, kernel: Any, value: Any) -> list[Any]:
+    """The padding is the program's; the change of it is zero."""
+    if not isinstance(kernel, Kernel):
+        return no_rule(eqn, kernel, value)
+    adapter = kernel.adapter
+    for axis, config in enumerate(eqn.params["padding_config"]):
+        if any(config):
+
+            def fn(array: jax.Array, at: int, config: Any = config) -> jax.Array:
+                configs = [config if i == at else (0, 0, 0) for i in range(array.ndim)]
+                return lax.pad(array, jnp.zeros((), array.dtype), configs)
+
+            adapter = adapter.replace_axes(axis, 1, 1, fn)
+    return [kernel.replace(bind(eqn, [kernel.value, value])[0], adapter)]
+
+
+@rule("all_gather", "all_gather_invariant")
+def all_gather(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
+    """A weight that is sharded within `shard_map`, gathered before it is used."""
+    if not eqn.params["tiled"]:
+        return no_rule(eqn, kernel)
+    axis, adapter = eqn.params["all_gather_dimension"], kernel.adapter
+
+    def fn(array: jax.Array, at: int) -> jax.Array:
+        return bind(eqn.replace(params={**eqn.params, "all_gather_dimension": at}), [array])[0]
+
+    return [kernel.replace(fn(kernel.value, axis), adapter.replace_axes(axis, 1, 1, fn))]
+
+
+@rule("mul", "div", "neg")
+def scale(eqn: JaxprEqn, *args: Any) -> list[Any]:
+    """A scalar meets one thin factor."""
+    kernel, *others = args if isinstance(args[0], Kernel) else args[::-1]
+    inverse = eqn.primitive.name == "div" and not isinstance(args[0], Kernel)
+    if inverse or any(isinstance(other, Kernel) or jnp.ndim(other) for other in others):
+        return no_rule(eqn, *args, why="takes it with more than a scalar factor")
+    [value] = bind(eqn, [a.value if isinstance(a, Kernel) else a for a in args])
+    factor = jnp.asarray(others[0] if others else -1, accumulator(value.dtype))
+    return [kernel.replace(value, kernel.adapter.scale_by(1 / factor if eqn.primitive.name == "div" else factor))]
+
+
+@rule("concatenate")
+def concatenate(eqn: JaxprEqn, *args: Any) -> list[Any]:
+    return _concatenate(eqn, args, args, eqn.params["dimension"])
+
+
+@rule("stack")
+def stack(eqn: JaxprEqn, *args: Any) -> list[Any]:
+    axis = eqn.params["axis"]
+    return _concatenate(eqn, args, [_with_axis(a, axis) if isinstance(a, Kernel) else a[None] for a in args], axis)
+
+
+def _with_axis(kernel: Kernel, axis: int) -> Kernel:
+    return kernel.replace(jnp.expand_dims(kernel.value, axis), kernel.adapter.insert_axis(axis))
+
+
+def _concatenate(eqn: JaxprEqn, args: Sequence[Any], parts: Sequence[Any], axis: int) -> list[Any]:
+    kernels = [p for p in parts if isinstance(p, Kernel)]
+    adapters = [p.adapter if isinstance(p, Kernel) else None for p in parts]
+    sizes = [p.shape[axis] if isinstance(p, Kernel) or eqn.primitive.name == "concatenate" else 1 for p in parts]
+    adapter = kernels[0].adapter.concatenate(adapters, sizes, axis)
+    if adapter is None:
+        return no_rule(eqn, *args, why="joins it with weights whose adapters have no common form")
+    [value] = bind(eqn, [a.value if isinstance(a, Kernel) else a for a in args])
+    paths = tuple(dict.fromkeys(path for kernel in kernels for path in kernel.paths))
+    return [Kernel(value, adapter, paths, kernels[0].fallback)]
+
+
+@rule("gather")
+def gather(eqn: JaxprEqn, kernel: Any, indices: Any) -> list[Any]:
+    """Rows of an embedding, or some of the stacked matrices: one axis is indexed and all others are whole.
+
+    Rows are a plain array, W[ids] + (alpha / r) A[ids] B.
+    """
+    if not isinstance(kernel, Kernel):
+        return no_rule(eqn, kernel, indices)
+    dims, sizes, adapter = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], kernel.adapter
+    batched, indexed = dims.operand_batching_dims, dims.start_index_map
+    whole = all(n == kernel.shape[i] for i, n in enumerate(sizes) if i not in (*indexed, *batched))
+    stacked = all(adapter.group(i) in ("stack", "unknown") for i in batched)
+    if len(indexed) != 1 or indexed != dims.collapsed_slice_dims or not (whole and stacked):
+        return no_rule(eqn, kernel, indices, why="picks more than whole rows from it")
+    [axis], batch_of_indices = indexed, dims.start_indices_batching_dims
+    free = [i for i in range(indices.ndim - 1) if i not in batch_of_indices]
+
+    def take(array: jax.Array, at: int) -> jax.Array:
+        lead = [adapter.axes.stack.index(i) for i in batched]  # every array begins with the stack axes
+        front = range(len(lead))
+        fn = _take_along(eqn, at - sum(i < at for i in lead))
+        for _ in front:
+            fn = jax.vmap(fn)
+        rows = fn(jnp.moveaxis(array, lead, front), jnp.moveaxis(indices, batch_of_indices, front))
+        return jnp.moveaxis(rows, front, [i if i < at else i + len(free) - 1 for i in lead])
+
+    # The axes of the rows with the indices in the place of the indexed axis, and those of the program's result.
+    in_place: list[Any] = [("w", i) for i in range(kernel.ndim)]
+    in_place[axis : axis + 1] = [("i", i) for i in free]
+    window = iter([("w", i) for i in range(kernel.ndim) if i not in (axis, *batched)])
+    batch = iter(
+        [
+            ("w", batched[batch_of_indices.index(i)]) if i in batch_of_indices else ("i", i)
+            for i in range(indices.ndim - 1)
+        ]
+    )
+    result = [next(window if i in dims.offset_dims else batch) for i in range(len(in_place))]
+    picked = adapter.rows(axis, len(free), take).permute(tuple(in_place.index(label) for label in result))
+    rows = kernel.replace(bind(eqn, [kernel.value, indices])[0], picked)
+    return [rows.merged() if adapter.group(axis) in ("inputs", "outputs") else rows]
+
+
+def _take_along(eqn: JaxprEqn, at: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The gather of an equation along one axis of an array; what is out of bounds changes nothing."""
+
+    def fn(array: jax.Array, indices: jax.Array) -> jax.Array:
+        n = indices.ndim - 1
+        dims = lax.GatherDimensionNumbers(
+            offset_dims=tuple(i for i in range(array.ndim - 1 + n) if not at <= i < at + n),
+            collapsed_slice_dims=(at,),
+            start_index_map=(at,),
+        )
+        sizes = tuple(1 if i == at else size for i, size in enumerate(array.shape))
+        fill = None if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else 0
+        return lax.gather(array, indices, dims, sizes, mode=eqn.params["mode"], fill_value=fill)
+
+    return fn
+
+
+# Products
+
+
+def _multiply(eqn: JaxprEqn, args: Sequence[Any], kernel: Kernel, axes: KernelAxes, product: Any, back: Any) -> Any:
+    """The product with W', where the adapter was made for these axes."""
+    adapter = kernel.adapter.used_as(axes)
+    if adapter is None:
+        return no_rule(eqn, *args, why=f"uses it with {axes}, but its adapter was made for {kernel.adapter.axes}")
+    return [back(adapter.apply(product()))]
+
+
+@rule("dot_general")
 def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> list[Any]:
     """A product with the kernel on either side, over any of its axes.
 
@@ -47,53 +355,90 @@ def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> list[Any]:
     weight) or ("x", axis of x), and the canonical order is stated in the same labels.
     """
     if isinstance(lhs, Kernel) and isinstance(rhs, Kernel):
-        lhs = lhs.dense(f"{describe(eqn)} multiplies it by another adapted weight, {rhs.path!r}")
+        lhs = lhs.dense(f"{describe(eqn)} multiplies it by another adapted weight, {_names(rhs)}")
     contract, batch = eqn.params["dimension_numbers"]
     on_left = isinstance(lhs, Kernel)
     kernel, x = (lhs, rhs) if on_left else (rhs, lhs)
     (k_contract, x_contract), (k_batch, x_batch) = (contract, batch) if on_left else (contract[::-1], batch[::-1])
-    k_free = [i for i in range(kernel.value.ndim) if i not in (*k_contract, *k_batch)]
+    outputs = [i for i in range(kernel.ndim) if i not in (*k_contract, *k_batch)]
     x_free = [i for i in range(x.ndim) if i not in (*x_contract, *x_batch)]
+    stack = sorted(zip(k_batch, x_batch, strict=True))
+    inputs = sorted(zip(k_contract, x_contract, strict=True))
+    axes = KernelAxes(tuple(w for w, _ in stack), tuple(w for w, _ in inputs), tuple(outputs))
 
-    def by_weight_axis(k_axes: Any, x_axes: Any) -> list[tuple[int, int]]:
-        return sorted((kernel.origin[k], x) for k, x in zip(k_axes, x_axes, strict=True))
+    k_labels, x_labels = [("w", i) for i in outputs], [("x", i) for i in x_free]
+    result = [("w", i) for i in k_batch] + (k_labels + x_labels if on_left else x_labels + k_labels)
+    canonical = [("w", w) for w, _ in stack] + x_labels + k_labels
+    shape: list[int] = []
 
-    stack, inputs = by_weight_axis(k_batch, x_batch), by_weight_axis(k_contract, x_contract)
-    outputs = sorted(kernel.origin[i] for i in k_free)
-    axes = KernelAxes(
-        stack=tuple(sorted([*kernel.scanned, *(w for w, _ in stack)])),
-        inputs=tuple(w for w, _ in inputs),
-        outputs=tuple(outputs),
-    )
+    def product() -> Product:
+        [y] = bind(eqn, [kernel.value, x] if on_left else [x, kernel.value])
+        y = y.transpose([result.index(label) for label in canonical])
+        shape[:] = y.shape
+        rows = x.transpose([i for _, i in stack] + x_free + [i for _, i in inputs])
+        rows = rows.astype(product_dtype(x.dtype, kernel.value.dtype))
+        return Matmul(
+            axes,
+            as_matrices(rows, len(stack), len(x_free)),
+            as_matrices(y, len(stack), len(x_free)),
+            _precision(eqn.params["precision"], on_left),
+            eqn,
+        )
 
-    k_labels, x_labels = [("w", kernel.origin[i]) for i in k_free], [("x", i) for i in x_free]
-    batch_labels = [("w", kernel.origin[i]) for i in k_batch]
-    result = batch_labels + (k_labels + x_labels if on_left else x_labels + k_labels)
-    canonical = [("w", w) for w, _ in stack] + x_labels + [("w", w) for w in outputs]
+    def back(y: jax.Array) -> jax.Array:
+        return y.reshape(shape).transpose([canonical.index(label) for label in result])
 
-    [y] = bind(eqn, [kernel.value, x] if on_left else [x, kernel.value])
-    y = y.transpose([result.index(label) for label in canonical])
-    x = x.transpose([i for _, i in stack] + x_free + [i for _, i in inputs])
-    product = Product(
-        axes=axes,
-        x=_as_matrices(x, len(stack), len(x_free)).astype(_product_dtype(x.dtype, kernel.value.dtype)),
-        y=_as_matrices(y, len(stack), len(x_free)),
-        precision=_precision(eqn.params["precision"], on_left),
-        eqn=eqn,
-    )
-    adapted = kernel.multiply(product).reshape(y.shape)
-    return [adapted.transpose([canonical.index(label) for label in result])]
+    return _multiply(eqn, (lhs, rhs), kernel, axes, product, back)
 
 
-def _as_matrices(x: jax.Array, stack: int, rows: int) -> jax.Array:
-    """[*s, *rows, *columns] -> [*s, T, d]: 2-D products are far faster on XLA's CPU backend, and equal elsewhere."""
-    shape, first_column = x.shape, stack + rows
-    return x.reshape(*shape[:stack], math.prod(shape[stack:first_column]), math.prod(shape[first_column:]))
+@rule("conv_general_dilated")
+def conv_general_dilated(eqn: JaxprEqn, x: Any, kernel: Any) -> list[Any]:
+    """A convolution with the kernel as its window; or the one that is its derivative, where the adapter says so."""
+    if isinstance(x, Kernel) or eqn.params["batch_group_count"] != 1:
+        return no_rule(eqn, x, kernel)
+    dims, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    settings = {name: eqn.params[name] for name in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")}
+    (out, channels, *window), precision = dims.rhs_spec, _precision(eqn.params["precision"], on_left=False)
+    forward = KernelAxes((), tuple(sorted([*window, channels])), (out,))
+    backward = KernelAxes((), (channels,), tuple(sorted([*window, out])))
+    features, image = dims.out_spec[1], []
+
+    def y() -> Any:
+        [y] = bind(eqn, [x, kernel.value])
+        image[:] = [n for i, n in enumerate(y.shape) if i != features]
+        wide = product_dtype(x.dtype, kernel.value.dtype)
+        return x.astype(wide), channels_last(y, dims), precision, eqn, dims
+
+    def back(y: jax.Array) -> jax.Array:
+        return jnp.moveaxis(y.reshape(*image, -1), -1, features)
+
+    if groups == 1 and kernel.adapter.used_as(forward) is None and kernel.adapter.used_as(backward) is not None:
+        return _multiply(eqn, (x, kernel), kernel, backward, lambda: BackwardConv(backward, *y(), settings), back)
+    return _multiply(eqn, (x, kernel), kernel, forward, lambda: Conv(forward, *y(), groups, settings), back)
 
 
-def _product_dtype(x: Any, w: Any) -> Any:
-    """The dtype that x @ W is computed in: both operands' own, or where they differ one that holds both."""
-    return x if x == w and jnp.dtype(x).itemsize > 1 else accumulator(x, w)
+@rule("ragged_dot_general")
+def ragged_dot_general(eqn: JaxprEqn, x: Any, kernel: Any, group_sizes: Any) -> list[Any]:
+    """Each group of rows of x by its own expert's matrix."""
+    ragged = eqn.params["ragged_dot_dimension_numbers"]
+    (x_contract, k_contract), (x_batch, _) = ragged.dot_dimension_numbers
+    groups = tuple(ragged.rhs_group_dimensions)
+    rows = [i for i in range(x.ndim) if i not in x_contract]
+    if isinstance(x, Kernel) or x_batch or len(groups) != 1 or rows != list(ragged.lhs_ragged_dimensions):
+        return no_rule(eqn, x, kernel, group_sizes, why="is not a product of ragged rows with a stack of matrices")
+    inputs = sorted(zip(k_contract, x_contract, strict=True))
+    outputs = tuple(i for i in range(kernel.ndim) if i not in (*groups, *k_contract))
+    axes = KernelAxes(groups, tuple(w for w, _ in inputs), outputs)
+    shape: list[int] = []
+
+    def product() -> Product:
+        [y] = bind(eqn, [x, kernel.value, group_sizes])  # [T, *outputs]
+        shape[:] = y.shape
+        flat = as_matrices(x.transpose(rows + [i for _, i in inputs]), 0, 1)
+        flat = flat.astype(product_dtype(x.dtype, kernel.value.dtype))
+        return Ragged(axes, flat, as_matrices(y, 0, 1), eqn.params["precision"], eqn, group_sizes)
+
+    return _multiply(eqn, (x, kernel, group_sizes), kernel, axes, product, lambda y: y.reshape(shape))
 
 
 def _precision(precision: Any, on_left: bool) -> Any:
@@ -105,9 +450,5 @@ def _precision(precision: Any, on_left: bool) -> Any:
     return None
 
 
-RULES: dict[Any, Callable[..., list[Any]]] = {
-    convert_element_type_p: convert_element_type,
-    copy_p: copy,
-    dot_general_p: dot_general,
-    transpose_p: transpose,
-}
+def _names(kernel: Kernel) -> str:
+    return ", ".join(map(repr, kernel.paths))

@@ -1,25 +1,22 @@
 """`lora_apply`: any function of parameters becomes the same function with adapters beside the parameters."""
 
-import dataclasses
 import functools
 import inspect
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn, Self
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.base import Adapter
 from lora_jax.errors import LoraError
+from lora_jax.fallback import Materialize, Patterns
 from lora_jax.interpreter import Interpreter
-from lora_jax.kernel import Kernel, Product, describe
+from lora_jax.kernel import Kernel
 from lora_jax.paths import flatten_with_names, is_array, nearest
 from lora_jax.program import tracer
 
 
-def lora_apply(fn: Callable[..., Any]) -> Callable[..., Any]:
+def lora_apply(fn: Callable[..., Any], *, materialize: Patterns = False) -> Callable[..., Any]:
     """`fn(params, *args, **kwargs)` -> `apply(params, adapters, *args, **kwargs)`, for any traceable `fn`.
 
     Every adapted weight W takes part in matrix products as W' = W + (alpha / r) A B, computed as
@@ -30,6 +27,8 @@ def lora_apply(fn: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         fn: any function whose first argument is a pytree of parameters. Other arguments may be arrays, which are
             traced, or anything hashable (flags, strings, None), which is kept.
+        materialize: where W' may be formed at its full size, because the program does something else to the weight
+            than multiply by it: True for all weights, or regular expressions for whole paths.
 
     Raises:
         LoraError: (when called) adapters for paths that the parameters do not have, or of another shape; an adapted
@@ -45,7 +44,7 @@ def lora_apply(fn: Callable[..., Any]) -> Callable[..., Any]:
     >>> bool(jnp.all(apply(params, adapters, x) == model(params, x)))      # a fresh adapter changes nothing
     True
     """
-    trace, interpreter = tracer(fn), Interpreter(rebuilt={})
+    trace, interpreter, fallback = tracer(fn), Interpreter(rebuilt={}), Materialize.of(materialize)
 
     @functools.wraps(fn)
     def apply(params: Any, adapters: Mapping[str, Adapter], /, *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +56,7 @@ def lora_apply(fn: Callable[..., Any]) -> Callable[..., Any]:
         def adapt(name: str, leaf: Any) -> Any:
             if name not in adapters:
                 return leaf
-            return AdaptedKernel(leaf, name, tuple(range(leaf.ndim)), (), 1, adapters[name])
+            return Kernel(leaf, adapters[name], (name,), fallback)
 
         program = trace(params, args, kwargs)
         return program.run(interpreter, program.arrays, adapt)
@@ -78,43 +77,6 @@ def _with_signature(apply: Callable[..., Any], fn: Callable[..., Any]) -> Callab
         adapters = inspect.Parameter("adapters", first.POSITIONAL_ONLY, annotation=Mapping[str, Adapter])
         apply.__signature__ = signature.replace(parameters=[params, adapters, *rest])  # type: ignore[attr-defined]
     return apply
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class AdaptedKernel(Kernel):
-    """A frozen weight and its adapter, standing for W' until they are multiplied."""
-
-    adapter: Adapter
-
-    def multiply(self, product: Product) -> jax.Array:
-        used, planned = product.axes, self.adapter.axes
-        if used == planned:
-            adapter = self.adapter
-        elif used.transpose() == planned:
-            adapter = self.adapter.transpose()
-        else:
-            self._refuse(f"{describe(product.eqn)} uses it with {used}, but its adapter was made for {planned}")
-        return adapter.apply(product.x, product.y, product.precision)
-
-    def dense(self, why: str) -> jax.Array:
-        self._refuse(why)
-
-    def can_scan(self) -> bool:
-        return self.origin[0] in self.adapter.axes.stack
-
-    def scan_slices(self) -> Self:
-        left = [axis for axis in self.adapter.axes.stack if axis not in self.scanned]
-        lead = left.index(self.origin[0])
-        adapter = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, lead, 0), self.adapter)
-        return dataclasses.replace(super().scan_slices(), adapter=adapter)
-
-    def _refuse(self, why: str) -> NoReturn:
-        raise LoraError(
-            f"{self.path!r} cannot stay factored: {why}. "
-            f"Leave it frozen (a rule {{{re.escape(self.path)!r}: None}} before the one that matched), "
-            f"or merge it first (lora.merge(params, {{{self.path!r}: adapters[{self.path!r}]}}))."
-        )
 
 
 def check_adapters(adapters: Mapping[str, Adapter], names: list[str], leaves: list[Any]) -> None:

@@ -9,11 +9,16 @@ Axes: s stacked matrices, T rows of x, d inputs and k outputs of one matrix, r r
 
 import abc
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax.axes import KernelAxes
+from lora_jax.products import Product
+
+Layout = tuple[str, ...]  # the groups of W's axes that an array has, in order; "rank" is one axis of its own
 
 
 class Rule(abc.ABC):
@@ -26,8 +31,8 @@ class Rule(abc.ABC):
         """A fresh adapter for a weight of this shape."""
 
     @abc.abstractmethod
-    def flops(self, shape: tuple[int, ...], axes: KernelAxes, tokens: int) -> int:
-        """FLOPs that the adapter adds to one product with `tokens` rows of x (for each stacked matrix)."""
+    def flops(self, shape: tuple[int, ...], axes: KernelAxes, rows: tuple[int, int]) -> int:
+        """FLOPs that the adapter adds to a product with so many rows of x @ A and of h @ B, over all of a stack."""
 
 
 class Adapter(abc.ABC):
@@ -37,28 +42,146 @@ class Adapter(abc.ABC):
     """
 
     axes: KernelAxes
+    layout: ClassVar[Mapping[str, Layout]]  # of each array
     frozen: ClassVar[tuple[str, ...]] = ()  # fields that are never trained
-
-    @abc.abstractmethod
-    def kernel_shape(self) -> tuple[int, ...]:
-        """The shape of the weight that this adapter fits."""
 
     @abc.abstractmethod
     def merge(self, w: jax.Array) -> jax.Array:
         """W -> W', both in fp32 or better and with W's own axes."""
 
     @abc.abstractmethod
-    def apply(self, x: jax.Array, y: jax.Array, precision: Any = None) -> jax.Array:
-        """x [*s, T, d] and y = x @ W [*s, T, k] -> x @ W' [*s, T, k], in y's dtype, without forming W'."""
+    def apply(self, product: Product) -> jax.Array:
+        """y = x @ W [*s, T, k] -> x @ W' [*s, T, k], in y's dtype, without forming W'."""
 
     @abc.abstractmethod
     def transpose(self) -> "Adapter":
         """The adapter of W with inputs and outputs exchanged, for programs that also compute y @ W^T."""
 
+    # What a program does to a weight on its way to a product, done to the adapter: each of these commutes with
+    # `merge`. All follow from the layout.
+
+    @abc.abstractmethod
+    def scale_by(self, factor: jax.Array) -> "Adapter":
+        """The adapter of factor * W, for a scalar factor."""
+
+    @abc.abstractmethod
+    def concatenate(self, parts: Sequence["Adapter | None"], sizes: Sequence[int], axis: int) -> "Adapter | None":
+        """The adapter of [W0 | W1 | ...], or None where this kind has none. A part without adapter is frozen.
+
+        `self` is the first of the parts that is an adapter; `sizes` are those of the parts along the axis.
+        """
+
+    def rebuild(self, axes: KernelAxes, change: Callable[[jax.Array, Layout], Any]) -> Self:
+        """The adapter with every array changed, and with these axes."""
+        arrays = {name: change(getattr(self, name), layout) for name, layout in self.layout.items()}
+        return dataclasses.replace(self, axes=axes, **arrays)  # type: ignore[type-var]
+
+    def map(self, fn: Callable[[jax.Array], jax.Array]) -> Self:
+        return self.rebuild(self.axes, lambda array, _: fn(array))
+
+    def stop(self) -> Self:
+        """The adapter of stop_gradient(W)."""
+        return self.map(jax.lax.stop_gradient)
+
+    def permute(self, permutation: tuple[int, ...]) -> Self:
+        """The adapter of W transposed by a permutation."""
+
+        def change(array: jax.Array, layout: Layout) -> jax.Array:
+            order: list[int] = []
+            for _, start, group in spans(layout, self.axes):
+                order += sorted(
+                    range(start, start + len(group)), key=lambda i, g=group, s=start: _place(permutation, g[i - s])
+                )
+            return array if order == sorted(order) else array.transpose(order)
+
+        return self.rebuild(self.axes.permute(permutation), change)
+
+    def replace_axes(self, first: int, count: int, n: int, fn: Callable[[jax.Array, int], jax.Array]) -> Self:
+        """The adapter of W with `count` neighbouring axes of one group made into n axes.
+
+        `fn(array, position)` does that to an array which has these axes from `position` on.
+        """
+        name, axes = self.axes.group(first), self.axes
+        for _ in range(count):
+            axes = axes.drop(first)
+        for i in range(n):
+            axes = axes.insert(first + i, name)
+
+        def change(array: jax.Array, layout: Layout) -> jax.Array:
+            for part, start, group in spans(layout, self.axes):
+                if part == name:
+                    return fn(array, start + group.index(first))
+            return array
+
+        return self.rebuild(axes, change)
+
+    def rows(self, axis: int, n: int, fn: Callable[[jax.Array, int], jax.Array]) -> Self:
+        """The adapter of single rows of W, or single matrices of a stack, picked along an axis into n axes."""
+        return self.replace_axes(axis, 1, n, fn)
+
+    def insert_axis(self, axis: int, name: str = "stack") -> Self:
+        """The adapter of W with a new axis of size 1."""
+
+        def change(array: jax.Array, layout: Layout) -> jax.Array:
+            for part, start, group in spans(layout, self.axes):
+                if part == name:
+                    return jnp.expand_dims(array, start + sum(i < axis for i in group))
+            return array
+
+        return self.rebuild(self.axes.insert(axis, name), change)
+
+    def used_as(self, axes: KernelAxes) -> "Adapter | None":
+        """This adapter for a product along these axes; None if it was made for other ones.
+
+        The weight may be used the other way round, and its axes of size 1 may be read in any way.
+        """
+        if axes in (self.axes, self.axes.transpose()):
+            return self if axes == self.axes else self.transpose()
+        shape = self.kernel_shape()
+        wanted, own = axes.without_units(shape), self.axes.without_units(shape)
+        if wanted not in (own, own.transpose()):
+            return None
+        adapter: Adapter = self if wanted == own else self.transpose()
+        for axis in range(len(shape)):
+            if adapter.axes.group(axis) != axes.group(axis):
+                adapter = adapter.replace_axes(axis, 1, 0, jnp.squeeze).insert_axis(axis, axes.group(axis))
+        return adapter
+
+    def group(self, axis: int) -> str:
+        """The group that an axis of the weight is in."""
+        return self.axes.group(axis)
+
+    def repeat(self, times: int) -> Self:
+        """The adapter inside a loop that runs so many times."""
+        return self
+
+    def kernel_shape(self) -> tuple[int, ...]:
+        """The shape of the weight that this adapter fits."""
+        sizes: dict[int, int] = {}
+        for name, layout in self.layout.items():
+            for _, start, group in spans(layout, self.axes):
+                sizes |= {
+                    axis: getattr(self, name).shape[start + i] for i, axis in enumerate(group) if axis is not None
+                }
+        return tuple(sizes[axis] for axis in range(len(sizes)))
+
     def trainable(self) -> "Adapter":
         """The same tree with True at what is trained and False at what is frozen."""
-        names = field_names(self, static=False)
-        return dataclasses.replace(self, **{name: name not in self.frozen for name in names})  # type: ignore[type-var]
+        arrays = {name: name not in self.frozen for name in field_names(self, static=False)}
+        return dataclasses.replace(self, **arrays)  # type: ignore[type-var]
+
+
+def spans(layout: Layout, axes: KernelAxes) -> Iterator[tuple[str, int, tuple[int | None, ...]]]:
+    """Each part of a layout, the array axis that it starts at, and W's axes in it; (None,) for the rank."""
+    start = 0
+    for part in layout:
+        group = (None,) if part == "rank" else getattr(axes, part)
+        yield part, start, group
+        start += len(group)
+
+
+def _place(permutation: tuple[int, ...], axis: int | None) -> int:
+    return 0 if axis is None else permutation.index(axis)
 
 
 def field_names(adapter: Any, static: bool) -> list[str]:

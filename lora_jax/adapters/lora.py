@@ -4,9 +4,12 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106
 for weights [k, d] that multiply from the left; here weights multiply from the right, as in Flax.
 """
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,6 +21,7 @@ from lora_jax.adapters.base import Adapter, Rule
 from lora_jax.axes import KernelAxes
 from lora_jax.errors import LoraError
 from lora_jax.lowrank import accumulator, lowrank
+from lora_jax.products import Product
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,9 @@ class Lora(Rule):
         b = jnp.zeros((*stack, self.rank, *outputs), self.dtype)
         return LoraAdapter(a, b, axes, self.scale)
 
-    def flops(self, shape: tuple[int, ...], axes: KernelAxes, tokens: int) -> int:
-        stack, d, k = axes.fans(shape)
-        return 2 * stack * tokens * self.rank * (d + k)
+    def flops(self, shape: tuple[int, ...], axes: KernelAxes, rows: tuple[int, int]) -> int:
+        _, d, k = axes.fans(shape)
+        return 2 * self.rank * (rows[0] * d + rows[1] * k)
 
 
 def _is_usable(alpha: Any, rank: int) -> bool:
@@ -96,30 +100,67 @@ class LoraAdapter(Adapter):
     axes: KernelAxes = field(metadata={"static": True})
     scale: float = field(metadata={"static": True})
 
-    def kernel_shape(self) -> tuple[int, ...]:
-        n = len(self.axes.stack)
-        return self.axes.shape(self.a.shape[:n], self.a.shape[n:-1], self.b.shape[n + 1 :])
+    layout = MappingProxyType({"a": ("stack", "inputs", "rank"), "b": ("stack", "rank", "outputs")})
 
     def merge(self, w: jax.Array) -> jax.Array:
-        a, b = self._matrices()
+        n = len(self.axes.stack)
+        a = self.a.reshape(*self.a.shape[:n], -1, self.a.shape[-1])
+        b = self.b.reshape(*self.b.shape[: n + 1], -1)
         delta = jnp.matmul(a.astype(w.dtype), b.astype(w.dtype), precision="highest") * self.scale
         stack, inputs, outputs = self.axes.sizes(w.shape)
         return w + delta.reshape(stack + inputs + outputs).transpose(self.axes.from_canonical())
 
-    def apply(self, x: jax.Array, y: jax.Array, precision: Any = None) -> jax.Array:
-        delta = lowrank(x, *self._matrices(), self.scale, precision)
+    def apply(self, product: Product) -> jax.Array:
+        y, delta = product.y, lowrank(product, self.a, self.b, self.scale)
         wide = accumulator(y.dtype, delta.dtype)
         return (y.astype(wide) + delta.astype(wide)).astype(y.dtype)
 
     def transpose(self) -> "LoraAdapter":
-        rank_axis = self.a.ndim - len(self.axes.inputs) - 1  # of b; a has it last
-        b = jnp.moveaxis(self.a, -1, rank_axis)
-        return LoraAdapter(jnp.moveaxis(self.b, rank_axis, -1), b, self.axes.transpose(), self.scale)
+        n = len(self.axes.stack)
+        a, b = jnp.moveaxis(self.b, n, -1), jnp.moveaxis(self.a, -1, n)
+        return LoraAdapter(a, b, self.axes.transpose(), self.scale)
 
-    def _matrices(self) -> tuple[jax.Array, jax.Array]:
-        """A [*s, d, r] and B [*s, r, k], with the axes of inputs and of outputs flattened."""
-        n = self.a.ndim - len(self.axes.inputs) - 1  # stack axes: those that a scan has taken are gone
-        stack, r = self.a.shape[:n], self.a.shape[-1]
-        return self.a.reshape(*stack, math.prod(self.a.shape[n:-1]), r), self.b.reshape(
-            *stack, r, math.prod(self.b.shape[n + 1 :])
-        )
+    def scale_by(self, factor: jax.Array) -> "LoraAdapter":
+        return dataclasses.replace(self, b=self.b * factor.astype(self.b.dtype))
+
+    def concatenate(self, parts: Sequence[Adapter | None], sizes: Sequence[int], axis: int) -> "LoraAdapter | None":
+        """[W1 | W2]' = [W1 | W2] + [A1 | A2] diag(B1, B2), and the same the other way round; stacks are stacked."""
+        if any(p is not None and (type(p) is not type(self) or p.axes != self.axes) for p in parts):
+            return None
+        if axis in self.axes.inputs:
+            turned = self.transpose().concatenate([p and p.transpose() for p in parts], sizes, axis)
+            return turned and turned.transpose()
+        return self._stacked(parts, sizes, axis) if axis in self.axes.stack else self._joined(parts, sizes, axis)
+
+    def _joined(self, parts: Sequence[Any], sizes: Sequence[int], axis: int) -> "LoraAdapter":
+        at = len(self.axes.stack) + 1 + self.axes.outputs.index(axis)
+        ends = list(itertools.accumulate(sizes))
+        a, b = [], []
+        for part, size, end in zip(parts, sizes, ends, strict=True):
+            if part is not None:
+                padding = [(0, 0)] * part.b.ndim
+                padding[at] = (end - size, ends[-1] - end)
+                a.append(part.a)
+                b.append(jnp.pad(part.b * part.scale, padding))
+        rank_axis = len(self.axes.stack)
+        return LoraAdapter(jnp.concatenate(a, axis=-1), jnp.concatenate(b, axis=rank_axis), self.axes, 1.0)
+
+    def _stacked(self, parts: Sequence[Any], sizes: Sequence[int], axis: int) -> "LoraAdapter":
+        at, rank_axis = self.axes.stack.index(axis), len(self.axes.stack)
+        ranks = [0 if part is None else part.a.shape[-1] for part in parts]
+
+        def padded(array: jax.Array, where: int) -> jax.Array:
+            missing = max(ranks) - array.shape[where]
+            return jnp.pad(array, [(0, missing if i == where % array.ndim else 0) for i in range(array.ndim)])
+
+        a, b = [], []
+        for part, size in zip(parts, sizes, strict=True):
+            if part is None:
+                part = self.replace_axes(axis, 1, 1, lambda array, at, n=size: _zeros_along(array, at, n))
+            a.append(padded(part.a, -1))
+            b.append(padded(part.b * part.scale, rank_axis))
+        return LoraAdapter(jnp.concatenate(a, axis=at), jnp.concatenate(b, axis=at), self.axes, 1.0)
+
+
+def _zeros_along(array: jax.Array, axis: int, size: int) -> jax.Array:
+    return jnp.zeros((*array.shape[:axis], size, *array.shape[axis + 1 :]), array.dtype)

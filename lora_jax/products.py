@@ -1,0 +1,185 @@
+"""One use of a weight, reduced to y = x @ W: what an adapter sees of a program.
+
+x @ A and h @ B are all that an adapter needs of x. Each kind of product computes them in the way that the program
+computes x @ W: a matrix product, a convolution, a product of ragged groups. So nothing is unfolded.
+
+Axes: s stacked matrices, T rows, d inputs, k outputs, n columns of a factor.
+"""
+
+import abc
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax._compat import JaxprEqn
+from lora_jax.axes import KernelAxes
+from lora_jax.lowrank import accumulator, matmul
+
+
+@dataclass(frozen=True)
+class Product(abc.ABC):
+    """y = x @ W, along these axes of W."""
+
+    axes: KernelAxes
+    x: jax.Array
+    y: jax.Array  # [*s, T, k]
+    precision: Any
+    eqn: JaxprEqn
+
+    @abc.abstractmethod
+    def contract(self, a: jax.Array) -> jax.Array:
+        """x @ A: a [*stack, *inputs, n] -> [*s, T, n]."""
+
+    @abc.abstractmethod
+    def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        """h @ B: h as `contract` gives it, b [*stack, n, *outputs] -> [*s, T, k]."""
+
+    @abc.abstractmethod
+    def rows(self) -> tuple[int, int]:
+        """The number of rows in x @ A and in h @ B, over all stacked matrices."""
+
+    def keep(self, keys: jax.Array, probability: float) -> Self:
+        """The product with each entry of x kept with a probability, and then divided by it; keys [*s]."""
+        mask = _bernoulli(keys.reshape(-1)[0], probability, self.x.shape)
+        return dataclasses.replace(self, x=_masked(self.x, mask, probability))
+
+
+@dataclass(frozen=True)
+class Matmul(Product):
+    """x [*s, T, d]: token axes come flattened, as thin products with more axes are slow on XLA's CPU backend."""
+
+    def contract(self, a: jax.Array) -> jax.Array:
+        return matmul(self.x, _columns(a, self._stacked()), self.precision)
+
+    def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        return matmul(h, _rows(b, self._stacked()), self.precision)
+
+    def rows(self) -> tuple[int, int]:
+        return (math.prod(self.x.shape[:-1]),) * 2
+
+    def keep(self, keys: jax.Array, probability: float) -> Self:
+        shape = self.x.shape[self._stacked() :]
+        mask = jax.vmap(lambda key: _bernoulli(key, probability, shape))(keys.reshape(-1))
+        return dataclasses.replace(self, x=_masked(self.x, mask.reshape(self.x.shape), probability))
+
+    def _stacked(self) -> int:
+        return self.x.ndim - 2
+
+
+@dataclass(frozen=True)
+class Conv(Product):
+    """A convolution: W's inputs are the window and the channels that one output sees, its outputs the channels given.
+
+    With feature groups, group g of the outputs sees group g of x's channels. A is the same for each group: h has n
+    columns for each of them.
+    """
+
+    dims: lax.ConvDimensionNumbers
+    groups: int
+    settings: dict[str, Any]  # strides, padding, dilations
+
+    def contract(self, a: jax.Array) -> jax.Array:
+        out = self.dims.rhs_spec[0]
+        kernel = jnp.concatenate([jnp.moveaxis(a, -1, out)] * self.groups, axis=out)
+        h = conv(self.x, kernel, self.dims, self.groups, self.precision, self.settings)
+        return channels_last(h, self.dims)
+
+    def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        if self.groups == 1:
+            return matmul(h, b, self.precision)
+        grouped = matmul(
+            h.reshape(len(h), self.groups, -1).swapaxes(0, 1),  # [g, T, n]
+            b.reshape(len(b), self.groups, -1).swapaxes(0, 1),  # [g, n, k / g]
+            self.precision,
+        )
+        return grouped.swapaxes(0, 1).reshape(len(h), -1)
+
+    def rows(self) -> tuple[int, int]:
+        return len(self.y) * self.groups, len(self.y)
+
+
+@dataclass(frozen=True)
+class BackwardConv(Product):
+    """The convolution that a derivative of one computes: W's outputs are the window and the channels of the result."""
+
+    dims: lax.ConvDimensionNumbers
+    settings: dict[str, Any]
+
+    def contract(self, a: jax.Array) -> jax.Array:
+        return matmul(channels_last(self.x, self.dims, of=0), a, self.precision)
+
+    def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        channels = self.dims.lhs_spec[1]
+        shape = [size for i, size in enumerate(self.x.shape) if i != channels]
+        image = jnp.moveaxis(h.reshape(*shape, -1), -1, channels).astype(self.x.dtype)
+        kernel = jnp.moveaxis(b, 0, self.dims.rhs_spec[1])
+        return channels_last(conv(image, kernel, self.dims, 1, self.precision, self.settings), self.dims)
+
+    def rows(self) -> tuple[int, int]:
+        return math.prod(self.x.shape) // self.x.shape[self.dims.lhs_spec[1]], len(self.y)
+
+
+@dataclass(frozen=True)
+class Ragged(Product):
+    """x [T, d], its rows sorted by expert: the first group_sizes[0] of them are the first expert's, and so on."""
+
+    group_sizes: jax.Array
+
+    def contract(self, a: jax.Array) -> jax.Array:
+        return self._dot(self.x, _columns(a, 1))
+
+    def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        return self._dot(h, _rows(b, 1))
+
+    def rows(self) -> tuple[int, int]:
+        return len(self.x), len(self.x)
+
+    def _dot(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.ragged_dot(x, w.astype(x.dtype), self.group_sizes, precision=self.precision)
+
+
+def conv(x: jax.Array, w: jax.Array, dims: Any, groups: int, precision: Any, settings: dict[str, Any]) -> jax.Array:
+    """A convolution in x's dtype. JAX cannot differentiate one of a narrow x with a wider result."""
+    return lax.conv_general_dilated(
+        x, w.astype(x.dtype), dimension_numbers=dims, feature_group_count=groups, precision=precision, **settings
+    )
+
+
+def channels_last(image: jax.Array, dims: lax.ConvDimensionNumbers, of: int = 2) -> jax.Array:
+    """The result of a convolution (or its x, for `of` = 0) as [T, channels]."""
+    channels = dims[of][1]
+    return jnp.moveaxis(image, channels, -1).reshape(-1, image.shape[channels])
+
+
+def as_matrices(x: jax.Array, stack: int, rows: int) -> jax.Array:
+    """[*s, *rows, *columns] -> [*s, T, d]."""
+    shape, first_column = x.shape, stack + rows
+    return x.reshape(*shape[:stack], math.prod(shape[stack:first_column]), math.prod(shape[first_column:]))
+
+
+def product_dtype(x: Any, w: Any) -> Any:
+    """The dtype that x @ W is computed in: both operands' own, or where they differ one that holds both."""
+    return x if x == w and jnp.dtype(x).itemsize > 1 else accumulator(x, w)
+
+
+def _columns(a: jax.Array, stack: int) -> jax.Array:
+    """A [*s, *inputs, n] as matrices [*s, d, n]."""
+    return a.reshape(*a.shape[:stack], math.prod(a.shape[stack:-1]), a.shape[-1])
+
+
+def _rows(b: jax.Array, stack: int) -> jax.Array:
+    """B [*s, n, *outputs] as matrices [*s, n, k]."""
+    return b.reshape(*b.shape[: stack + 1], math.prod(b.shape[stack + 1 :]))
+
+
+def _bernoulli(key: jax.Array, probability: float, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.bernoulli(key, probability, shape)
+
+
+def _masked(x: jax.Array, mask: jax.Array, probability: float) -> jax.Array:
+    return jnp.where(mask, x / jnp.asarray(probability, x.dtype), jnp.zeros((), x.dtype))
