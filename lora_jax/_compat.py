@@ -4,6 +4,7 @@ Tested on JAX 0.10.2 and 0.12.0. Everything used is a public name of `jax.extend
 """
 
 import contextlib
+import contextvars
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,13 +55,24 @@ def at_equation(eqn: JaxprEqn) -> Iterator[None]:
     """Whatever is traced inside carries the equation's own name scope, source line and mesh context."""
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
     where = source_info_util.user_context(eqn.source_info.traceback, name_stack=names)
-    with where, eqn.ctx.manager:
-        yield
+    token = _around.set((*_around.get(), eqn))
+    try:
+        with where, eqn.ctx.manager:
+            yield
+    finally:
+        _around.reset(token)
+
+
+_around: contextvars.ContextVar[tuple[JaxprEqn, ...]] = contextvars.ContextVar("equations around", default=())
 
 
 def source_line(eqn: JaxprEqn) -> str:
-    """The user's line that made an equation: `file.py:12:4 (function)`."""
-    return source_info_util.summarize(eqn.source_info)
+    """The user's line that made an equation: `file.py:12:4 (function)`.
+
+    The equations inside JAX's own functions have no such line; then it is the line of the call around them.
+    """
+    lines = (source_info_util.summarize(e.source_info) for e in (eqn, *reversed(_around.get())))
+    return next((line for line in lines if line), "an unknown line")
 
 
 def describe(eqn: JaxprEqn) -> str:

@@ -44,6 +44,11 @@ def scan(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
     n_consts, n_carry = scan_groups(eqn)
     params = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     jaxpr = eqn.params["jaxpr"]
+    stacks = {
+        i: args[source]
+        for i, source in enumerate(_forwarded(jaxpr))
+        if i >= n_carry and _is_slice(args, source, n_consts + n_carry)
+    }
     args = [_repeated(arg, params["length"]) for arg in args]
     consts, carry, xs = args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
     moving, kept = _carried(eqn, jaxpr, carry, n_consts)
@@ -54,10 +59,15 @@ def scan(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
         new = [
             plain(o, _says(eqn, "changes it from step to step")) for i, o in enumerate(out[:n_carry]) if i not in kept
         ]
-        return new, [plain(o, _says(eqn, "gives it out of its body")) for o in out[n_carry:]]
+        ys = [
+            plain(o, _says(eqn, "gives it out of its body"))
+            for i, o in enumerate(out)
+            if i >= n_carry and i not in stacks
+        ]
+        return new, ys
 
     moving, ys = lax.scan(step, moving, xs, **params)
-    return [*_with(kept, moving, n_carry), *ys]
+    return _with(kept | stacks, [*moving, *ys], len(eqn.outvars))
 
 
 def while_loop(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
@@ -127,6 +137,11 @@ def _specs(kernel: Kernel, spec: Any) -> Any:
         return jax.P(*(None if axis is None else entries.get(axis) for group in groups for axis in group))
 
     return kernel.replace(spec, kernel.adapter.rebuild(kernel.adapter.axes, change))
+
+
+def _is_slice(args: Sequence[Any], source: int | None, n: int) -> bool:
+    """Whether a result of a scan's body is its slice of a kernel: stacked again, it is that kernel."""
+    return source is not None and source >= n and isinstance(args[source], Kernel)
 
 
 def _repeated(value: Any, times: int) -> Any:

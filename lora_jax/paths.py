@@ -6,6 +6,7 @@ that level is left out, so that a model has the same names in Linen and in NNX.
 
 import difflib
 import re
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -55,6 +56,11 @@ def nearest(name: str, candidates: Iterable[str], n: int = 5) -> list[str]:
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is traced (an array, or the shape of one) rather than kept as it is (a flag, a string)."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def path_key(key: jax.Array, path: str) -> jax.Array:
+    """The random key of a path: the same on every host, and whatever other paths there are."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def _name(path: tuple[Any, ...], below: dict[tuple[Any, ...], int]) -> str:

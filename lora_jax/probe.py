@@ -109,9 +109,10 @@ class Probe(Adapter):
 
         return self._move(replaced)
 
-    def rows(self, axis: int, n: int, fn: Callable[..., Any]) -> Self:
+    def rows(self, axis: int, n: int, fn: Callable[..., Any], stack: Sequence[int] = ()) -> Self:
         picked = [dataclasses.replace(m, looked_up=(*m.looked_up, *m.origin[axis])) for m in self.members]
         found = dataclasses.replace(self, members=tuple(picked))
+        found = found._move(lambda origin: [() if i in stack else group for i, group in enumerate(origin)])
         return found._move(lambda origin: [*origin[:axis], *[()] * n, *origin[axis + 1 :]])
 
     def insert_axis(self, axis: int, name: str = "stack") -> Self:

@@ -88,6 +88,14 @@ def transpose(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
     return [kernel.replace(kernel.value.transpose(permutation), kernel.adapter.permute(permutation))]
 
 
+@rule("reduce_sum")
+def reduce_sum(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
+    """Over axes of size 1, as `einsum` takes them away."""
+    if any(kernel.shape[axis] != 1 for axis in eqn.params["axes"]):
+        return no_rule(eqn, kernel)
+    return reshape(eqn, kernel)
+
+
 @rule("reshape", "squeeze")
 def reshape(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
     """Axes of one group are merged and split; axes of size 1 come and go."""
@@ -286,13 +294,17 @@ def gather(eqn: JaxprEqn, kernel: Any, indices: Any) -> list[Any]:
     if not isinstance(kernel, Kernel):
         return no_rule(eqn, kernel, indices)
     dims, sizes, adapter = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], kernel.adapter
-    batched, indexed = dims.operand_batching_dims, dims.start_index_map
+    batched, batch_of_indices = dims.operand_batching_dims, dims.start_indices_batching_dims
+    indexed = [i for i in dims.start_index_map if i in dims.collapsed_slice_dims or sizes[i] != kernel.shape[i]]
+    ignored = [i for i in dims.start_index_map if i not in indexed]  # clipped to the whole axis, whatever the index
     whole = all(n == kernel.shape[i] for i, n in enumerate(sizes) if i not in (*indexed, *batched))
     stacked = all(adapter.group(i) in ("stack", "unknown") for i in batched)
-    if len(indexed) != 1 or indexed != dims.collapsed_slice_dims or not (whole and stacked):
+    clips = eqn.params["mode"] == lax.GatherScatterMode.CLIP
+    if len(indexed) != 1 or sizes[indexed[0]] != 1 or not (whole and stacked) or (ignored and not clips):
         return no_rule(eqn, kernel, indices, why="picks more than whole rows from it")
-    [axis], batch_of_indices = indexed, dims.start_indices_batching_dims
-    free = [i for i in range(indices.ndim - 1) if i not in batch_of_indices]
+    [axis], free = indexed, [i for i in range(indices.ndim - 1) if i not in batch_of_indices]
+    column = dims.start_index_map.index(axis)
+    unit = [("w", axis)] if axis not in dims.collapsed_slice_dims else []  # the axis stays, of size 1
 
     def take(array: jax.Array, at: int) -> jax.Array:
         lead = [adapter.axes.stack.index(i) for i in batched]  # every array begins with the stack axes
@@ -300,21 +312,20 @@ def gather(eqn: JaxprEqn, kernel: Any, indices: Any) -> list[Any]:
         fn = _take_along(eqn, at - sum(i < at for i in lead))
         for _ in front:
             fn = jax.vmap(fn)
-        rows = fn(jnp.moveaxis(array, lead, front), jnp.moveaxis(indices, batch_of_indices, front))
-        return jnp.moveaxis(rows, front, [i if i < at else i + len(free) - 1 for i in lead])
+        ids = jnp.moveaxis(indices[..., column : column + 1], batch_of_indices, front)
+        rows = fn(jnp.moveaxis(array, lead, front), ids)
+        rows = jnp.moveaxis(rows, front, [i if i < at else i + len(free) - 1 for i in lead])
+        return jnp.expand_dims(rows, at + len(free)) if unit else rows
 
     # The axes of the rows with the indices in the place of the indexed axis, and those of the program's result.
     in_place: list[Any] = [("w", i) for i in range(kernel.ndim)]
-    in_place[axis : axis + 1] = [("i", i) for i in free]
-    window = iter([("w", i) for i in range(kernel.ndim) if i not in (axis, *batched)])
-    batch = iter(
-        [
-            ("w", batched[batch_of_indices.index(i)]) if i in batch_of_indices else ("i", i)
-            for i in range(indices.ndim - 1)
-        ]
-    )
+    in_place[axis : axis + 1] = [*(("i", i) for i in free), *unit]
+    window = iter([("w", i) for i in range(kernel.ndim) if i not in (*dims.collapsed_slice_dims, *batched)])
+    of_batch = dict(zip(batch_of_indices, batched, strict=True))
+    batch = iter([("w", of_batch[i]) if i in of_batch else ("i", i) for i in range(indices.ndim - 1)])
     result = [next(window if i in dims.offset_dims else batch) for i in range(len(in_place))]
-    picked = adapter.rows(axis, len(free), take).permute(tuple(in_place.index(label) for label in result))
+    picked = adapter.rows(axis, len(free) + len(unit), take, batched)
+    picked = picked.permute(tuple(in_place.index(label) for label in result))
     rows = kernel.replace(bind(eqn, [kernel.value, indices])[0], picked)
     return [rows.merged() if adapter.group(axis) in ("inputs", "outputs") else rows]
 

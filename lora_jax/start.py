@@ -1,13 +1,12 @@
 """Fresh adapters for a plan."""
 
-import zlib
 from typing import Any
 
 import jax
 
 from lora_jax.adapters.base import Adapter
 from lora_jax.errors import LoraError
-from lora_jax.paths import flatten_with_names
+from lora_jax.paths import flatten_with_names, path_key
 from lora_jax.plan import Plan
 
 
@@ -31,8 +30,4 @@ def init(key: jax.Array, params: Any, plan: Plan) -> dict[str, Adapter]:
                 f"the plan was made for {path!r} of shape {list(target.shape)}, but these parameters have {found}. "
                 "Plan again with these parameters: lora.plan(fn, params, ..., rules=...)."
             )
-    return {path: t.rule.init(_path_key(key, path), t.shape, t.axes) for path, t in plan.items()}
-
-
-def _path_key(key: jax.Array, path: str) -> jax.Array:
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+    return {path: t.rule.init(path_key(key, path), t.shape, t.axes) for path, t in plan.items()}

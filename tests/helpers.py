@@ -1,6 +1,7 @@
 """The tables that the laws run over, and the slow, obviously right ways to the same numbers."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,10 @@ import lora_jax as lora
 from lora_jax._compat import open_jaxpr
 
 # Sizes are distinct, so that no activation has a weight's shape by chance.
-BATCH, TIME, D, K, HEADS, HEAD, EXPERTS, LAYERS = 5, 7, 12, 10, 3, 4, 9, 2
+BATCH, TIME, D, K, HEADS, HEAD, EXPERTS, LAYERS = 5, 8, 12, 10, 3, 4, 9, 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A program: `fn(params, x)`, and the weights of it that are adapted."""
 
@@ -28,6 +29,7 @@ class Case:
     pattern: str = "w.*"
     dtype: Any = jnp.float32
 
+    @functools.cache  # noqa: B019 (the cases live as long as the tests)
     def params(self) -> dict[str, jax.Array]:
         keys = jax.random.split(jax.random.key(0), len(self.shapes))
         return {
@@ -35,12 +37,15 @@ class Case:
             for key, (name, shape) in zip(keys, self.shapes.items(), strict=True)
         }
 
+    @functools.cache  # noqa: B019
     def input(self) -> jax.Array:
         return jax.random.normal(jax.random.key(1), self.x, self.dtype)
 
+    @functools.cache  # noqa: B019
     def plan(self, rule: Any) -> lora.Plan:
         return lora.plan(self.fn, self.params(), self.input(), rules={self.pattern: rule})
 
+    @functools.cache  # noqa: B019
     def adapters(self, rule: Any, key: int = 2) -> dict[str, lora.Adapter]:
         return trained(lora.init(jax.random.key(key), self.params(), self.plan(rule)), key)
 
@@ -50,6 +55,10 @@ def trained(adapters: Any, key: int) -> Any:
     leaves, tree = jax.tree.flatten(adapters)
     keys = jax.random.split(jax.random.key(key), len(leaves))
     return tree.unflatten([a + 0.3 * jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)])
+
+
+def eight_devices() -> jax.sharding.Mesh:
+    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 MODELS: list[Case] = []
@@ -229,6 +238,272 @@ def frozen_beside(p, x):
     return (x @ p["w"]).sum() + (x @ p["v"].T).sum()
 
 
+# Structural operations: what a program does to a weight on its way to a product.
+
+
+@model({"w": (D, 3 * HEADS * HEAD)})
+def reshape_of_outputs(p, x):
+    q, k, v = jnp.einsum("btd,dchk->cbthk", x, p["w"].reshape(D, 3, HEADS, HEAD))
+    return q * jnp.tanh(k) + v
+
+
+@model({"w": (D, HEADS, HEAD), "w2": (HEADS, HEAD, K)})
+def reshape_to_matrices(p, x):
+    h = jax.nn.gelu(x @ p["w"].reshape(D, HEADS * HEAD))
+    return h @ p["w2"].reshape(-1, K)
+
+
+@model({"w": (1, D, 1, K), "w2": (K, D)})
+def axes_of_size_one(p, x):
+    h = x @ jnp.squeeze(p["w"], (0, 2))
+    return jnp.einsum("btk,ukd->btd", h, p["w2"][None])
+
+
+@model({"w": (D, K)})
+def broadcast_over_experts(p, x):
+    return jnp.einsum("ebd,edk->bek", _per_expert(x), jnp.broadcast_to(p["w"], (EXPERTS, D, K)))
+
+
+@model({"w": (D, K), "g": ()}, pattern="w")
+def scaled(p, x):
+    return x @ (2 * p["w"]) + x @ (-p["w"] / 3) + x @ (p["w"] * p["g"])
+
+
+@model({"w": (D, 3 * K)})
+def split_outputs(p, x):
+    a, b, c = jnp.split(p["w"], [K, 2 * K + 3], axis=1)
+    return (x @ a) ** 2, (x @ b) @ jnp.ones((K + 3, 2)), x @ c[:, ::2]
+
+
+@model({"w": (2 * D, K)})
+def sliced_inputs(p, x):
+    return x @ p["w"][:D] + jnp.sin(x) @ jax.lax.dynamic_slice_in_dim(p["w"], x.astype(int)[0, 0, 0] + 3, D)
+
+
+@model({"w": (LAYERS, D, D)})
+def unrolled_layers(p, x):
+    for i in range(LAYERS):
+        x = jnp.tanh(x @ p["w"][i])
+    return x
+
+
+@model({"w": (EXPERTS, D, K)})
+def chosen_layer(p, x):
+    return x @ p["w"][jnp.argmax(x[0, 0])]
+
+
+@model({"w": (EXPERTS, D, K)})
+def gathered_experts(p, x):
+    """Each example has an expert of its own."""
+    chosen = jnp.array([3, 1, 4, 1, 5])
+    return jnp.einsum("btd,bdk->btk", x, p["w"][chosen])
+
+
+@model({"wi": (D, K), "wf": (D, K), "wo": (K, 4 * K), "v": (D, 3)}, pattern="wi|wf|wo")
+def concatenated(p, x):
+    """As recurrent cells join the kernels of their gates; one of them is frozen."""
+    i, v, f = jnp.split(x @ jnp.concatenate([p["wi"], p["v"], p["wf"]], axis=-1), [K, K + 3], axis=-1)
+    return jnp.tanh(i) * f @ p["wo"], v
+
+
+@model({"w1": (D, K), "w2": (D, K)})
+def concatenated_inputs(p, x):
+    return jnp.concatenate([x, x**2], -1) @ jnp.concatenate([p["w1"], p["w2"]])
+
+
+@model({"w1": (D, D), "w2": (D, D), "v": (D, D)}, pattern="w1|w2")
+def stacked_into_a_scan(p, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.stack([p["w1"], p["v"], p["w2"]]))[0]
+
+
+@model({"w": (D, K)})
+def padded_and_flipped(p, x):
+    return x @ jnp.pad(jnp.flip(p["w"], 1), ((0, 0), (0, 3)))
+
+
+@model({"w": (D, K)})
+def behind_a_barrier(p, x):
+    w, x = jax.lax.optimization_barrier((p["w"], x))
+    return x @ jax.lax.with_sharding_constraint(w, jax.NamedSharding(eight_devices(), jax.P()))
+
+
+@model({"w": (D, D)})
+def stopped_once(p, x):
+    """A target network: no gradient passes its weights."""
+    return jnp.tanh(x @ p["w"]) @ p["w"] - x @ jax.lax.stop_gradient(p["w"])
+
+
+# Embeddings
+
+VOCABULARY = 17
+IDS = np.arange(BATCH * TIME).reshape(BATCH, TIME) * 5 % VOCABULARY
+
+
+@model({"w": (VOCABULARY, D)})
+def embedding(p, x):
+    return jnp.tanh(p["w"][IDS] + x)
+
+
+@model({"w": (VOCABULARY, D)})
+def tied_embedding(p, x):
+    return jnp.tanh(p["w"][IDS] + x) @ p["w"].T
+
+
+@model({"w": (D, VOCABULARY)})
+def take_of_columns(p, x):
+    return jnp.take(p["w"], IDS[0], axis=1).T[None] * x
+
+
+@model({"w": (VOCABULARY, D)})
+def out_of_bounds(p, x):
+    rows = p["w"].at[IDS[0] + 8].get(mode="fill", fill_value=0.5)
+    return rows[None] + p["w"].at[IDS[0] + 8].get(mode="clip")[None] + x
+
+
+@model({"w": (VOCABULARY, D)})
+def one_row(p, x):
+    return jnp.tanh(p["w"][jnp.argmax(x[0, 0])][None, None] + x) + p["w"][3][None, None]
+
+
+@model({"w": (VOCABULARY, D), "w2": (D, K)})
+def one_hot(p, x):
+    return (jax.nn.one_hot(IDS, VOCABULARY) @ p["w"] + x) @ p["w2"]
+
+
+@model({"w": (HEADS, VOCABULARY, K)})
+def table_for_each_head(p, x):
+    ids = np.stack([IDS[0], IDS[1], IDS[2]], axis=1)
+    return jax.vmap(lambda table, ids: table[ids], in_axes=(0, 1), out_axes=1)(p["w"], ids) + x.sum()
+
+
+# Convolutions
+
+
+def _conv(x, w, dims=("NHWC", "HWIO", "NHWC"), strides=(1, 1), padding="SAME", **rest):
+    return jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=dims, **rest)
+
+
+@model({"w": (3, 2, 4, 10)}, x=(3, 5, 8, 4))
+def convolution(p, x):
+    return jnp.tanh(_conv(x, p["w"], strides=(2, 1)))
+
+
+@model({"w": (10, 4, 3, 2)}, x=(3, 4, 8, 6))
+def convolution_channels_first(p, x):
+    dims = ("NCHW", "OIHW", "NCHW")
+    return _conv(x, p["w"], dims, padding=((2, 1), (0, 3)), rhs_dilation=(2, 1), lhs_dilation=(1, 2))
+
+
+@model({"w": (3, 4, 10)}, x=(3, 9, 8))
+def grouped_convolution(p, x):
+    return jax.lax.conv_general_dilated(
+        x, p["w"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=2
+    )
+
+
+@model({"w": (3, 3, 8, 2)}, x=(3, 5, 8, 8))
+def depthwise_convolution(p, x):
+    return _conv(x, p["w"].reshape(3, 3, 1, 16), feature_group_count=8)
+
+
+@model({"w": (3, 3, 10, 4)}, x=(3, 5, 8, 4))
+def transposed_convolution(p, x):
+    return jax.lax.conv_transpose(x, p["w"], (2, 2), "SAME", transpose_kernel=True)
+
+
+@model({"w": (3, 3, 4, 10)}, x=(3, 5, 8, 4))
+def gradient_of_a_convolution(p, x):
+    return jax.grad(lambda x: jnp.sum(jnp.tanh(_conv(x, p["w"], strides=(2, 1)))))(x)
+
+
+# Experts of ragged groups
+
+
+@model({"w": (3, D, K)})
+def ragged(p, x):
+    return jax.lax.ragged_dot(x.reshape(-1, D), p["w"], jnp.array([24, 6, 9], jnp.int32))
+
+
+# Control flow and calls
+
+
+@model({"w": (D, D)})
+def carried_unchanged(p, x):
+    def step(carry):
+        i, w, x = carry
+        w, x = jax.lax.fori_loop(0, 2, lambda _, c: (c[0], jnp.tanh(c[1] @ c[0])), (w, x))
+        return i + 1, w, x
+
+    return jax.lax.scan(lambda c, _: (step(c), None), (0, p["w"], x), length=2)[0][2]
+
+
+@model({"w": (D, D)})
+def while_loop(p, x):
+    n = x.astype(int)[0, 0, 0] + 2
+    return jax.lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["w"])), (0, x))[1]
+
+
+@model({"w": (D, D), "v": (D, D)}, pattern="w")
+def condition(p, x):
+    y = jax.lax.cond(x.sum() > 0, lambda w: (x @ w, 1), lambda w: (jnp.sin(x) @ w.T, 2), p["w"])
+    return jax.lax.switch(1 + jnp.argmax(x[0, 0]) % 2, [lambda: x, lambda: y[0] @ p["w"], lambda: x @ p["v"]])
+
+
+@model({"w": (D, 16), "w2": (16, K)})
+def tensor_parallel(p, x):
+    mesh = eight_devices()
+
+    def local(x, w, w2):
+        return jax.lax.psum(jax.nn.gelu(x @ w) @ w2, "data")
+
+    specs = (jax.P(), jax.P(None, "data"), jax.P("data"))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=jax.P())(x, p["w"], p["w2"])
+
+
+@model({"w": (D, 16)})
+def gathered_in_shard_map(p, x):
+    def local(x, w):
+        return x @ jax.lax.all_gather(w, "data", axis=1, tiled=True)
+
+    return jax.shard_map(
+        local, mesh=eight_devices(), in_specs=(jax.P(), jax.P(None, "data")), out_specs=jax.P(), check_vma=False
+    )(x, p["w"])
+
+
+@model({"w1": (D, K), "w2": (K, 3)})
+def gradient_inside(p, x):
+    """A force: the derivative of an energy with respect to positions."""
+    return jax.grad(lambda x: jnp.sum(jnp.tanh(jnp.tanh(x @ p["w1"]) @ p["w2"]) ** 2))(x)
+
+
+@model({"w": (D, D)})
+def gradient_of_a_scan_inside(p, x):
+    def energy(x):
+        return jnp.sum(jax.lax.scan(jax.checkpoint(lambda x, _: (jnp.tanh(x @ p["w"]), None)), x, length=2)[0])
+
+    return jax.grad(energy)(x)
+
+
+@model({"w": (D, K)})
+def vmap_inside(p, x):
+    return jax.vmap(jax.vmap(lambda x: p["w"].T @ x))(x)
+
+
+@model({"w": (D, K), "w2": (K, D)})
+def already_adapted(p, x):
+    """`lora_apply` on top of `lora_apply`."""
+    return _inner(p, {"w": _INNER_ADAPTER}, x)
+
+
+_inner = lora.lora_apply(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w2"])
+_INNER_ADAPTER = lora.LoraAdapter(
+    np.linspace(-1, 1, 3 * D, dtype=np.float32).reshape(D, 3),
+    np.linspace(1, -1, 3 * K, dtype=np.float32).reshape(3, K),
+    lora.KernelAxes((), (0,), (1,)),
+    0.5,
+)
+
+
 class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -253,10 +528,6 @@ RULES = {
     "lora of rank 1": lora.Lora(rank=1),
     "gaussian lora": lora.Lora(rank=3, alpha=-0.5, init_a=lora.initializers.gaussian),
 }
-
-
-def eight_devices() -> jax.sharding.Mesh:
-    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def total(out: Any) -> jax.Array:
@@ -306,10 +577,10 @@ def _jvp(f, p, a, x):
 
 
 def _mesh(f, p, a, x):
-    """Inputs split over eight devices along time, which is padded to a multiple of them."""
-    mesh = eight_devices()
-    x = jnp.concatenate([x, x[:, :1]], axis=1)
-    x = jax.device_put(x, jax.NamedSharding(mesh, jax.P(None, "data")))
+    """Inputs split over eight devices, along the first axis that they divide: mostly time."""
+    axis = next(i for i, n in enumerate(x.shape) if n % 8 == 0)
+    spec = jax.P(*["data" if i == axis else None for i in range(x.ndim)])
+    x = jax.lax.with_sharding_constraint(x, jax.NamedSharding(eight_devices(), spec))
     return jax.jit(jax.grad(lambda a: total(f(p, a, x))))(a)
 
 
@@ -359,14 +630,20 @@ MOVES = {
     "scan",
     "remat2",
     "squeeze",
+    "pvary",
+    "shard_map",
+    "cond",
+    "while",
+    "sharding_constraint",
+    "stop_gradient",
 }
 
 
-def formed(jaxpr: Any, shape: tuple[int, ...]) -> list[Any]:
-    """Equations that compute a value of this shape, with the axes in any order and any neighbours flattened."""
+def formed(jaxpr: Any, shape: tuple[int, ...]) -> list[str]:
+    """The primitives that compute a value of this shape, with the axes in any order and any neighbours flattened."""
     size = int(np.prod(shape))
     return [
-        eqn
+        eqn.primitive.name
         for eqn in equations(jaxpr)
         if eqn.primitive.name not in MOVES and any(getattr(v.aval, "size", 0) == size for v in eqn.outvars)
     ]

@@ -1,5 +1,7 @@
 """The laws of the library, each over the whole of its tables."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,25 +33,41 @@ def tolerance(case: Case, transform: str = "") -> dict[str, float]:
     return {"rtol": rounding, "atol": 10 * rounding} if rounding else {"rtol": 2e-5, "atol": 2e-5}
 
 
-# JAX itself has no forward mode through a custom_vjp.
-product = [(c, t) for c in MODELS for t in TRANSFORMS if (c.name, t) != ("custom_vjp_between", "jvp")]
+# JAX itself has no forward mode through a custom_vjp, and no reverse mode through a loop of unknown length.
+reverse = [t for t in TRANSFORMS if "grad" in t or t in ("remat", "mesh")]
+impossible = {("custom_vjp_between", "jvp"), *(("while_loop", t) for t in reverse)}
+# The inner loop takes each model by its gradient, and a few models by everything; CI takes the whole product.
+everywhere = ("two_layers", "attention_kernels", "scan_over_remat", "condition", "tied_embedding", "convolution")
+product = [
+    pytest.param(c, t, marks=[] if t in ("grad", "jvp") or c.name in everywhere else pytest.mark.slow)
+    for c in MODELS
+    for t in TRANSFORMS
+    if (c.name, t) not in impossible
+]
+differentiable = pytest.mark.parametrize("case", [c for c in MODELS if c.name != "while_loop"], ids=lambda c: c.name)
 
 
 @pytest.mark.parametrize(("case", "transform"), product, ids=lambda v: getattr(v, "name", v))
 def test_applying_is_merging(case, transform):
-    params, x, adapters = case.params(), case.input(), case.adapters(RULE)
-    run = TRANSFORMS[transform]
-    factored = run(lora.lora_apply(case.fn), params, adapters, x)
-    merged = run(lambda p, a, x: case.fn(lora.merge(p, a), x), params, adapters, x)
+    run, apply = TRANSFORMS[transform], lora.lora_apply(case.fn)
+
+    def both(p, a, x):
+        return run(apply, p, a, x), run(lambda p, a, x: case.fn(lora.merge(p, a), x), p, a, x)
+
+    if transform != "eager":
+        both = jax.jit(both)  # one compilation
+    factored, merged = both(case.params(), case.adapters(RULE), case.input())
     assert_trees_close(factored, merged, **tolerance(case, transform))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [name for name in RULES if RULES[name] is not RULE])
 @cases
 def test_applying_is_merging_for_every_other_rule(case, rule):
     params, x, adapters = case.params(), case.input(), case.adapters(RULES[rule])
-    factored = lora.lora_apply(case.fn)(params, adapters, x)
-    assert_trees_close(factored, case.fn(lora.merge(params, adapters), x), **tolerance(case))
+    factored = jax.jit(lora.lora_apply(case.fn))(params, adapters, x)
+    merged = jax.jit(lambda p, a, x: case.fn(lora.merge(p, a), x))(params, adapters, x)
+    assert_trees_close(factored, merged, **tolerance(case))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -68,7 +86,7 @@ def test_merging_is_the_formula(case, rule):
             assert merged[name] is w
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["lora"])
 @cases
 def test_starting_is_identity(case, rule):
     params, x = case.params(), case.input()
@@ -77,22 +95,23 @@ def test_starting_is_identity(case, rule):
     assert_trees_equal(lora.lora_apply(case.fn)(params, adapters, x), case.fn(params, x))
 
 
-@cases
+@differentiable
 def test_factored_stays_factored(case):
-    """Neither forward nor gradient hold a value of W's size, or of one of its stacked matrices' size, but W itself."""
+    """Forward and gradient compute no value of W's size, or of one of its matrices', beyond the program's own."""
     params, x, adapters = case.params(), case.input(), case.adapters(RULE)
     apply = lora.lora_apply(case.fn)
     program = jax.make_jaxpr(jax.value_and_grad(lambda a, p: total(apply(p, a, x))))(adapters, params)
+    base = jax.make_jaxpr(jax.value_and_grad(lambda x, p: total(case.fn(p, x))))(x, params)
     naive = jax.make_jaxpr(jax.value_and_grad(lambda a, p: total(case.fn(lora.merge(p, a), x))))(adapters, params)
     for name, adapter in adapters.items():
         shape = params[name].shape
         one_matrix = tuple(n for axis, n in enumerate(shape) if axis not in adapter.axes.stack)
-        assert not formed(program, shape), name
-        assert not formed(program, one_matrix), name
-        assert formed(naive, shape), "the check sees what it is meant to see"
+        assert Counter(formed(program, shape)) <= Counter(formed(base, shape)), name
+        assert Counter(formed(program, one_matrix)) <= Counter(formed(base, one_matrix)), name
+        assert len(formed(naive, shape)) > len(formed(base, shape)), "the check sees what it is meant to see"
 
 
-@cases
+@differentiable
 def test_frozen_stays_frozen(case):
     params, x, adapters = case.params(), case.input(), case.adapters(RULE)
     before = jax.tree.map(np.array, params)
@@ -102,7 +121,7 @@ def test_frozen_stays_frozen(case):
     def loss(adapters, params, x):
         return total(apply(params, adapters, x)) ** 2, {}
 
-    state = lora.TrainState.create(adapters, optimizer)
+    state = lora.TrainState.create(jax.tree.map(jnp.copy, adapters), optimizer)  # the step donates it
     step = lora.jit_step(loss, optimizer)
     grads = jax.eval_shape(jax.grad(lambda a: loss(a, params, x)[0]), adapters)
     assert jax.tree.structure(grads) == jax.tree.structure(adapters)

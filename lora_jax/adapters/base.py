@@ -115,8 +115,11 @@ class Adapter(abc.ABC):
 
         return self.rebuild(axes, change)
 
-    def rows(self, axis: int, n: int, fn: Callable[[jax.Array, int], jax.Array]) -> Self:
-        """The adapter of single rows of W, or single matrices of a stack, picked along an axis into n axes."""
+    def rows(self, axis: int, n: int, fn: Callable[[jax.Array, int], jax.Array], stack: Sequence[int] = ()) -> Self:
+        """The adapter of single rows of W, or single matrices of a stack, picked along an axis into n axes.
+
+        Each matrix along the axes `stack` has rows of its own picked.
+        """
         return self.replace_axes(axis, 1, n, fn)
 
     def insert_axis(self, axis: int, name: str = "stack") -> Self:
