@@ -44,10 +44,11 @@ def scan(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
     n_consts, n_carry = scan_groups(eqn)
     params = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     jaxpr = eqn.params["jaxpr"]
-    stacks = {
-        i: args[source]
+    sliced = {source: args[source] for source in range(n_consts + n_carry, len(args))}
+    stacks = {  # what the body gives out as it got it: stacked again, it is the kernel that the scan runs over
+        i: sliced[source]
         for i, source in enumerate(_forwarded(jaxpr))
-        if i >= n_carry and _is_slice(args, source, n_consts + n_carry)
+        if i >= n_carry and source in sliced and isinstance(sliced[source], Kernel)
     }
     args = [_repeated(arg, params["length"]) for arg in args]
     consts, carry, xs = args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
@@ -75,11 +76,11 @@ def while_loop(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
     cond_consts, body_consts, carry = args[:n_cond], args[n_cond : n_cond + n_body], args[n_cond + n_body :]
     moving, kept = _carried(eqn, eqn.params["body_jaxpr"], carry, n_body)
 
-    def cond(moving: list[Any]) -> Any:
+    def cond(moving: Sequence[Any]) -> Any:
         [go_on] = body(eqn.params["cond_jaxpr"], [*cond_consts, *_with(kept, moving, len(carry))])
         return go_on
 
-    def step(moving: list[Any]) -> list[Any]:
+    def step(moving: Sequence[Any]) -> Sequence[Any]:
         out = body(eqn.params["body_jaxpr"], [*body_consts, *_with(kept, moving, len(carry))])
         return [plain(o, _says(eqn, "changes it from step to step")) for i, o in enumerate(out) if i not in kept]
 
@@ -137,11 +138,6 @@ def _specs(kernel: Kernel, spec: Any) -> Any:
         return jax.P(*(None if axis is None else entries.get(axis) for group in groups for axis in group))
 
     return kernel.replace(spec, kernel.adapter.rebuild(kernel.adapter.axes, change))
-
-
-def _is_slice(args: Sequence[Any], source: int | None, n: int) -> bool:
-    """Whether a result of a scan's body is its slice of a kernel: stacked again, it is that kernel."""
-    return source is not None and source >= n and isinstance(args[source], Kernel)
 
 
 def _repeated(value: Any, times: int) -> Any:

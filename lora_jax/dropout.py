@@ -80,8 +80,10 @@ class Dropped(Adapter):
         if any(p is not None and (not isinstance(p, Dropped) or p.rate != self.rate) for p in parts):
             return None
         inner = self.inner.concatenate([p and p.inner for p in parts], sizes, axis)  # type: ignore[attr-defined]
-        if inner is None or axis not in self.axes.stack:
-            return inner and dataclasses.replace(self, inner=inner)
+        if inner is None:
+            return None
+        if axis not in self.axes.stack:
+            return dataclasses.replace(self, inner=inner)
         at = self.axes.stack.index(axis)
         keys = [
             jnp.repeat(self.keys.take(jnp.array([0]), at), n, at) if p is None else p.keys  # type: ignore[attr-defined]
@@ -98,4 +100,4 @@ class Dropped(Adapter):
         return self.inner.kernel_shape()
 
     def trainable(self) -> "Dropped":
-        return dataclasses.replace(self, inner=self.inner.trainable(), keys=False)
+        return dataclasses.replace(self, inner=self.inner.trainable(), keys=False)  # type: ignore[arg-type]

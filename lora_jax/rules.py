@@ -51,9 +51,12 @@ def no_rule(eqn: JaxprEqn, *args: Any, why: str = "is not an operation that a we
 # Structural operations
 
 
-@rule("copy", "sharding_constraint", "device_put", "reduce_precision")
+@rule("copy", "sharding_constraint", "device_put", "reduce_precision", "optimization_barrier")
 def of_the_value(eqn: JaxprEqn, *args: Any) -> list[Any]:
-    """Where the array is, or how precise: the adapter is as it was."""
+    """Where the array is, when, or how precise: the adapter is as it was.
+
+    In a barrier it would cost: the derivative of one has a term for each operand, that of W's shape among them.
+    """
     out = bind(eqn, [a.value if isinstance(a, Kernel) else a for a in args])
     return [a.replace(o) if isinstance(a, Kernel) else o for a, o in zip(args, out, strict=True)]
 
@@ -64,13 +67,10 @@ def stop_gradient(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
     return [kernel.replace(lax.stop_gradient(kernel.value), kernel.adapter.stop())]
 
 
-@rule("optimization_barrier", "pvary")
-def of_every_array(eqn: JaxprEqn, *args: Any) -> list[Any]:
-    """The adapter's arrays go the same way as the weight."""
-    leaves, tree = jax.tree.flatten(list(args))
-    if not eqn.primitive.multiple_results:
-        return jax.tree.unflatten(tree, [bind(eqn, [leaf])[0] for leaf in leaves])
-    return jax.tree.unflatten(tree, bind(eqn, leaves))
+@rule("pvary")
+def pvary(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
+    """In `shard_map`: the arrays of the adapter differ between devices where the weight does."""
+    return [jax.tree.map(lambda array: bind(eqn, [array])[0], kernel)]
 
 
 @rule("convert_element_type")
@@ -148,7 +148,7 @@ def broadcast_in_dim(eqn: JaxprEqn, kernel: Kernel, *dynamic_shape: Any) -> list
         if grows or axis not in kept:
             adapter = adapter.insert_axis(axis)
             if size != 1:
-                adapter = adapter.replace_axes(axis, 1, 1, lambda array, at, n=size: _repeated(array, at, n))
+                adapter = adapter.replace_axes(axis, 1, 1, functools.partial(_repeated, n=size))
     return [kernel.replace(value, adapter)]
 
 
@@ -174,23 +174,30 @@ def split(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
 
 def _cut(kernel: Kernel, index: list[slice]) -> Any:
     """kernel[index]; one entry of the inputs or of the outputs is a row: a plain array."""
+    out: Any = kernel
     for axis, part in enumerate(index):
         start, stop, stride = part.indices(kernel.shape[axis])
-        size = len(range(start, stop, stride))
-        if size != kernel.shape[axis]:
-            cut = _cut_one(kernel, axis, size, lambda v, at, p=(start, stop, stride): lax.slice_in_dim(v, *p, axis=at))
-            if not isinstance(cut, Kernel):
-                rest = [slice(None) if i <= axis else p for i, p in enumerate(index)]
-                return cut[tuple(rest)]
-            kernel = cut
-    return kernel
+        if len(range(start, stop, stride)) != kernel.shape[axis]:
+            out = _cut_one(out, axis, functools.partial(_sliced, start=start, stop=stop, stride=stride))
+    return out
 
 
-def _cut_one(kernel: Kernel, axis: int, size: int, fn: Callable[[jax.Array, int], jax.Array]) -> Any:
-    group = kernel.adapter.group(axis)
-    select = kernel.adapter.rows if size == 1 else functools.partial(kernel.adapter.replace_axes, count=1)
-    cut = kernel.replace(fn(kernel.value, axis), select(axis, n=1, fn=fn))
-    return cut.merged() if size == 1 and group in ("inputs", "outputs") else cut
+def _cut_one(kernel: Any, axis: int, fn: Callable[[jax.Array, int], jax.Array]) -> Any:
+    if not isinstance(kernel, Kernel):
+        return fn(kernel, axis)
+    value, group = fn(kernel.value, axis), kernel.adapter.group(axis)
+    if value.shape[axis] != 1:
+        return kernel.replace(value, kernel.adapter.replace_axes(axis, 1, 1, fn))
+    row = kernel.replace(value, kernel.adapter.rows(axis, 1, fn))
+    return row.merged() if group in ("inputs", "outputs") else row
+
+
+def _sliced(array: jax.Array, at: int, start: int, stop: int, stride: int) -> jax.Array:
+    return lax.slice_in_dim(array, start, stop, stride, axis=at)
+
+
+def _dynamically_sliced(array: jax.Array, at: int, start: Any, size: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(array, start, size, axis=at)
 
 
 @rule("dynamic_slice")
@@ -199,12 +206,8 @@ def dynamic_slice(eqn: JaxprEqn, kernel: Any, *starts: Any) -> list[Any]:
         return no_rule(eqn, kernel, *starts)
     out: Any = kernel
     for axis, size in enumerate(eqn.params["slice_sizes"]):
-        if size != out.shape[axis]:
-
-            def fn(array: jax.Array, at: int, start: Any = starts[axis], size: int = size) -> jax.Array:
-                return lax.dynamic_slice_in_dim(array, start, size, axis=at)
-
-            out = _cut_one(out, axis, size, fn) if isinstance(out, Kernel) else fn(out, axis)
+        if size != kernel.shape[axis]:
+            out = _cut_one(out, axis, functools.partial(_dynamically_sliced, start=starts[axis], size=size))
     return [out]
 
 
@@ -354,7 +357,9 @@ def _multiply(eqn: JaxprEqn, args: Sequence[Any], kernel: Kernel, axes: KernelAx
     """The product with W', where the adapter was made for these axes."""
     adapter = kernel.adapter.used_as(axes)
     if adapter is None:
-        return no_rule(eqn, *args, why=f"uses it with {axes}, but its adapter was made for {kernel.adapter.axes}")
+        own = kernel.adapter.axes
+        made = f"its adapter was made for {own}" if any(own) else "these are not inputs and outputs of a matrix"
+        return no_rule(eqn, *args, why=f"uses it with {axes}, but {made}")
     return [back(adapter.apply(product()))]
 
 
@@ -412,20 +417,21 @@ def conv_general_dilated(eqn: JaxprEqn, x: Any, kernel: Any) -> list[Any]:
     (out, channels, *window), precision = dims.rhs_spec, _precision(eqn.params["precision"], on_left=False)
     forward = KernelAxes((), tuple(sorted([*window, channels])), (out,))
     backward = KernelAxes((), (channels,), tuple(sorted([*window, out])))
-    features, image = dims.out_spec[1], []
+    features = dims.out_spec[1]
+    adapter = kernel.adapter
+    is_backward = groups == 1 and adapter.used_as(forward) is None and adapter.used_as(backward) is not None
+    image: list[int] = []
 
-    def y() -> Any:
+    def product() -> Product:
         [y] = bind(eqn, [x, kernel.value])
         image[:] = [n for i, n in enumerate(y.shape) if i != features]
-        wide = product_dtype(x.dtype, kernel.value.dtype)
-        return x.astype(wide), channels_last(y, dims), precision, eqn, dims
+        of = x.astype(product_dtype(x.dtype, kernel.value.dtype)), channels_last(y, dims), precision, eqn, dims
+        return BackwardConv(backward, *of, settings) if is_backward else Conv(forward, *of, groups, settings)
 
     def back(y: jax.Array) -> jax.Array:
         return jnp.moveaxis(y.reshape(*image, -1), -1, features)
 
-    if groups == 1 and kernel.adapter.used_as(forward) is None and kernel.adapter.used_as(backward) is not None:
-        return _multiply(eqn, (x, kernel), kernel, backward, lambda: BackwardConv(backward, *y(), settings), back)
-    return _multiply(eqn, (x, kernel), kernel, forward, lambda: Conv(forward, *y(), groups, settings), back)
+    return _multiply(eqn, (x, kernel), kernel, backward if is_backward else forward, product, back)
 
 
 @rule("ragged_dot_general")

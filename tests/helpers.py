@@ -292,14 +292,14 @@ def chosen_layer(p, x):
     return x @ p["w"][jnp.argmax(x[0, 0])]
 
 
-@model({"w": (EXPERTS, D, K)})
+@model({"w": (EXPERTS, D, 7)})
 def gathered_experts(p, x):
     """Each example has an expert of its own."""
     chosen = jnp.array([3, 1, 4, 1, 5])
     return jnp.einsum("btd,bdk->btk", x, p["w"][chosen])
 
 
-@model({"wi": (D, K), "wf": (D, K), "wo": (K, 4 * K), "v": (D, 3)}, pattern="wi|wf|wo")
+@model({"wi": (D, K), "wf": (D, K), "wo": (K, 3 * K), "v": (D, 3)}, pattern="wi|wf|wo")
 def concatenated(p, x):
     """As recurrent cells join the kernels of their gates; one of them is frozen."""
     i, v, f = jnp.split(x @ jnp.concatenate([p["wi"], p["v"], p["wf"]], axis=-1), [K, K + 3], axis=-1)
@@ -401,9 +401,9 @@ def grouped_convolution(p, x):
     )
 
 
-@model({"w": (3, 3, 8, 2)}, x=(3, 5, 8, 8))
+@model({"w": (3, 3, 8, 3)}, x=(3, 5, 8, 8))
 def depthwise_convolution(p, x):
-    return _conv(x, p["w"].reshape(3, 3, 1, 16), feature_group_count=8)
+    return _conv(x, p["w"].reshape(3, 3, 1, 24), feature_group_count=8)
 
 
 @model({"w": (3, 3, 10, 4)}, x=(3, 5, 8, 4))
@@ -470,7 +470,7 @@ def gathered_in_shard_map(p, x):
     )(x, p["w"])
 
 
-@model({"w1": (D, K), "w2": (K, 3)})
+@model({"w1": (D, K), "w2": (K, 7)})
 def gradient_inside(p, x):
     """A force: the derivative of an energy with respect to positions."""
     return jax.grad(lambda x: jnp.sum(jnp.tanh(jnp.tanh(x @ p["w1"]) @ p["w2"]) ** 2))(x)
@@ -642,10 +642,16 @@ MOVES = {
 def formed(jaxpr: Any, shape: tuple[int, ...]) -> list[str]:
     """The primitives that compute a value of this shape, with the axes in any order and any neighbours flattened."""
     size = int(np.prod(shape))
+
+    def has_it(variables: Any) -> bool:
+        return any(getattr(v.aval, "size", 0) == size for v in variables)
+
     return [
         eqn.primitive.name
         for eqn in equations(jaxpr)
-        if eqn.primitive.name not in MOVES and any(getattr(v.aval, "size", 0) == size for v in eqn.outvars)
+        if has_it(eqn.outvars)
+        and eqn.primitive.name not in MOVES
+        and not (eqn.primitive.name == "broadcast_in_dim" and has_it(eqn.invars))
     ]
 
 

@@ -26,6 +26,7 @@ RULE = RULES["lora"]
 cases = pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
 # Where the two sides round to a narrow dtype, they do so at different places.
 narrow = {"cast": 3e-2, "bf16": 3e-2, "fp16": 4e-3, "bf16_activations grad of the input": 3e-2}
+narrow["concatenated"] = 1e-4  # a product of products of large numbers
 
 
 def tolerance(case: Case, transform: str = "") -> dict[str, float]:
@@ -33,9 +34,11 @@ def tolerance(case: Case, transform: str = "") -> dict[str, float]:
     return {"rtol": rounding, "atol": 10 * rounding} if rounding else {"rtol": 2e-5, "atol": 2e-5}
 
 
-# JAX itself has no forward mode through a custom_vjp, and no reverse mode through a loop of unknown length.
+# JAX itself has no forward mode through a custom_vjp, no reverse mode through a loop of unknown length, and no vmap of
+# ragged_dot.
 reverse = [t for t in TRANSFORMS if "grad" in t or t in ("remat", "mesh")]
 impossible = {("custom_vjp_between", "jvp"), *(("while_loop", t) for t in reverse)}
+impossible |= {("ragged", "vmap over adapters"), ("ragged", "vmap over inputs")}
 # The inner loop takes each model by its gradient, and a few models by everything; CI takes the whole product.
 everywhere = ("two_layers", "attention_kernels", "scan_over_remat", "condition", "tied_embedding", "convolution")
 product = [
@@ -92,7 +95,11 @@ def test_starting_is_identity(case, rule):
     params, x = case.params(), case.input()
     adapters = lora.init(jax.random.key(0), params, case.plan(RULES[rule]))
     assert_trees_equal(lora.merge(params, adapters), params)
-    assert_trees_equal(lora.lora_apply(case.fn)(params, adapters, x), case.fn(params, x))
+    found, expected = lora.lora_apply(case.fn)(params, adapters, x), case.fn(params, x)
+    if case.name == "tensor_parallel":  # compiled as a whole, and fused in another way
+        assert_trees_close(found, expected, rtol=1e-6, atol=1e-6)
+    else:
+        assert_trees_equal(found, expected)
 
 
 @differentiable

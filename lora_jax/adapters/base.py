@@ -89,9 +89,8 @@ class Adapter(abc.ABC):
         def change(array: jax.Array, layout: Layout) -> jax.Array:
             order: list[int] = []
             for _, start, group in spans(layout, self.axes):
-                order += sorted(
-                    range(start, start + len(group)), key=lambda i, g=group, s=start: _place(permutation, g[i - s])
-                )
+                places = [0 if axis is None else permutation.index(axis) for axis in group]
+                order += [start + i for i in sorted(range(len(group)), key=places.__getitem__)]
             return array if order == sorted(order) else array.transpose(order)
 
         return self.rebuild(self.axes.permute(permutation), change)
@@ -128,7 +127,7 @@ class Adapter(abc.ABC):
         def change(array: jax.Array, layout: Layout) -> jax.Array:
             for part, start, group in spans(layout, self.axes):
                 if part == name:
-                    return jnp.expand_dims(array, start + sum(i < axis for i in group))
+                    return jnp.expand_dims(array, start + sum(i is not None and i < axis for i in group))
             return array
 
         return self.rebuild(self.axes.insert(axis, name), change)
@@ -181,10 +180,6 @@ def spans(layout: Layout, axes: KernelAxes) -> Iterator[tuple[str, int, tuple[in
         group = (None,) if part == "rank" else getattr(axes, part)
         yield part, start, group
         start += len(group)
-
-
-def _place(permutation: tuple[int, ...], axis: int | None) -> int:
-    return 0 if axis is None else permutation.index(axis)
 
 
 def field_names(adapter: Any, static: bool) -> list[str]:

@@ -5,6 +5,7 @@ for weights [k, d] that multiply from the left; here weights multiply from the r
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -156,7 +157,7 @@ class LoraAdapter(Adapter):
         a, b = [], []
         for part, size in zip(parts, sizes, strict=True):
             if part is None:
-                part = self.replace_axes(axis, 1, 1, lambda array, at, n=size: _zeros_along(array, at, n))
+                part = self.replace_axes(axis, 1, 1, functools.partial(_zeros_along, size=size))
             a.append(padded(part.a, -1))
             b.append(padded(part.b * part.scale, rank_axis))
         return LoraAdapter(jnp.concatenate(a, axis=at), jnp.concatenate(b, axis=at), self.axes, 1.0)
