@@ -9,6 +9,8 @@ from lora_jax.axes import KernelAxes as KernelAxes
 from lora_jax.dropout import with_dropout as with_dropout
 from lora_jax.errors import LoraError as LoraError
 from lora_jax.merge import merge as merge
+from lora_jax.models import from_linen as from_linen
+from lora_jax.models import from_nnx as from_nnx
 from lora_jax.optim import freeze_base as freeze_base
 from lora_jax.optim import trainable_mask as trainable_mask
 from lora_jax.plan import Plan as Plan

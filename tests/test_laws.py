@@ -26,7 +26,7 @@ RULE = RULES["lora"]
 cases = pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
 # Where the two sides round to a narrow dtype, they do so at different places.
 narrow = {"cast": 3e-2, "bf16": 3e-2, "fp16": 4e-3, "bf16_activations grad of the input": 3e-2}
-narrow["concatenated"] = 1e-4  # a product of products of large numbers
+narrow |= {"concatenated": 1e-4, "gradient_inside": 1e-4}  # products of products of large numbers
 
 
 def tolerance(case: Case, transform: str = "") -> dict[str, float]:

@@ -1,0 +1,104 @@
+"""Flax models as functions: parameters apart from all that changes in a call."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+from helpers import assert_trees_close, trained
+
+import lora_jax as lora
+
+X = jax.random.normal(jax.random.key(1), (5, 6))
+RULES = {".*kernel": lora.Lora(rank=2, alpha=3)}
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(7)(x)
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        x = nn.Dropout(0.5, deterministic=not train)(nn.relu(x))
+        self.sow("intermediates", "hidden", x)
+        return nn.Dense(3)(x)
+
+    def hidden(self, x):
+        return 2 * x
+
+
+class NetX(nnx.Module):
+    def __init__(self, rngs):
+        self.first, self.second = nnx.Linear(6, 7, rngs=rngs), nnx.Linear(7, 3, rngs=rngs)
+        self.norm, self.dropout = nnx.BatchNorm(7, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(self.dropout(nnx.relu(self.norm(self.first(x)))))
+
+    def encode(self, x):
+        return self.first(x)
+
+
+def test_linen_statistics_move_and_parameters_do_not():
+    model = Net()
+    fn, params, state = lora.from_linen(model, model.init(jax.random.key(0), X))
+    rngs = {"dropout": jax.random.key(2)}
+    plan = lora.plan(fn, params, state, X, rules=RULES)
+    adapters = trained(lora.init(jax.random.key(0), params, plan), key=3)
+    apply = lora.lora_apply(fn)
+    merged = {"params": lora.merge(params, adapters), **state}
+
+    found, moved = apply(params, adapters, state, X, train=True, rngs=rngs)
+    expected, moves = model.apply(merged, X, train=True, rngs=rngs, mutable=["batch_stats"])
+    assert_trees_close(found, expected)
+    assert_trees_close(moved["batch_stats"], moves["batch_stats"])
+    assert not np.allclose(moved["batch_stats"]["BatchNorm_0"]["mean"], state["batch_stats"]["BatchNorm_0"]["mean"])
+    assert_trees_close(apply(params, adapters, state, X)[0], model.apply(merged, X))
+    assert_trees_close(apply(params, adapters, state, X, method=Net.hidden)[0], 2 * X)
+
+
+def test_linen_in_a_train_state_of_flax():
+    model = Net()
+    fn, params, state = lora.from_linen(model, model.init(jax.random.key(0), X))
+    adapters = lora.init(jax.random.key(0), params, lora.plan(fn, params, state, X, rules=RULES))
+    train = TrainState.create(apply_fn=lora.lora_apply(fn), params=adapters, tx=lora.freeze_base(optax.sgd(0.1)))
+
+    @jax.jit
+    def step(train, params, state):
+        def loss(adapters):
+            out, moved = train.apply_fn(params, adapters, state, X, train=True, rngs={"dropout": jax.random.key(1)})
+            return jnp.mean((out - 1) ** 2), moved
+
+        (value, moved), grads = jax.value_and_grad(loss, has_aux=True)(train.params)
+        return train.apply_gradients(grads=grads), moved, value
+
+    losses = []
+    for _ in range(5):
+        train, state, value = step(train, params, state)
+        losses.append(float(value))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_nnx_statistics_and_random_streams_move():
+    model = NetX(nnx.Rngs(0))
+    fn, params, state = lora.from_nnx(model)
+    plan = lora.plan(fn, params, state, X, rules=RULES)
+    assert list(plan) == ["first/kernel", "second/kernel"]
+    adapters = trained(lora.init(jax.random.key(0), params, plan), key=3)
+    apply = jax.jit(lora.lora_apply(fn), static_argnames="method")
+
+    nnx.update(model, lora.merge(params, adapters))
+    for _ in range(2):  # the second call has other masks than the first, as the model's own
+        found, state = apply(params, adapters, state, X)
+        assert_trees_close(found, model(X))
+    assert_trees_close(jax.tree.leaves(state), jax.tree.leaves(nnx.state(model, nnx.Not(nnx.Param))))
+    encoded, _ = apply(params, adapters, state, X, method="encode")
+    assert_trees_close(encoded, model.encode(X))
+
+
+@pytest.mark.parametrize(("variables", "found"), [({"kernel": 1}, "kernel"), ([1], "list")])
+def test_linen_takes_all_variables(variables, found):
+    with pytest.raises(lora.LoraError, match=f"as model.init gives them, found .*{found}"):
+        lora.from_linen(nn.Dense(3), variables)
