@@ -5,9 +5,12 @@ Tested on JAX 0.10.2 and 0.12.0. Everything used is a public name of `jax.extend
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jax.extend.core.primitives import jit_p, remat_p
@@ -16,6 +19,7 @@ __all__ = [
     "Jaxpr",
     "JaxprEqn",
     "Literal",
+    "Operation",
     "Var",
     "at_equation",
     "bind",
@@ -44,10 +48,50 @@ def scan_groups(eqn: JaxprEqn) -> tuple[int, int]:
     return eqn.params["num_consts"], eqn.params["num_carry"]
 
 
-def bind(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
-    """Run one equation as it stands; always a list of results."""
-    out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
-    return list(out) if eqn.primitive.multiple_results else [out]
+@dataclass(frozen=True)
+class Operation:
+    """A primitive and its parameters: equal for equations that compute the same."""
+
+    primitive: Any
+    items: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, eqn: JaxprEqn) -> "Operation":
+        return cls(eqn.primitive, tuple(sorted(eqn.params.items())))
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.items)
+
+    def bind(self, *args: Any) -> list[Any]:
+        """Run it; always a list of results."""
+        out = self.primitive.bind(*args, **self.primitive.get_bind_params(self.params))
+        return list(out) if self.primitive.multiple_results else [out]
+
+
+def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    """Run one equation as it stands.
+
+    Under a trace it is a jitted call, the same for equal equations, which JAX inlines. So what JAX derives of one
+    operation, its linearization above all, it finds again for the next of the kind, as for the functions of jax.numpy.
+    """
+    operation = Operation.of(eqn)
+    if eqn.primitive.name in _CALLS or not any(isinstance(arg, jax.core.Tracer) for arg in args):
+        return operation.bind(*args)
+    try:
+        run = _jitted(operation)
+    except TypeError:  # parameters that cannot be hashed
+        return operation.bind(*args)
+    return run(*args)
+
+
+@functools.lru_cache(maxsize=4096)
+def _jitted(operation: Operation) -> Any:
+    return jax.jit(operation.bind, inline=True)
+
+
+# Their parameters hold programs, for which JAX has caches of its own.
+_CALLS = {"jit", "remat2", "checkpoint", "scan", "while", "cond", "shard_map", "custom_jvp_call", "custom_vjp_call"}
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import jax
 
-from lora_jax._compat import describe
+from lora_jax._compat import JaxprEqn, describe
 from lora_jax.adapters.base import Adapter
 from lora_jax.axes import KernelAxes
 from lora_jax.kernel import Kernel
@@ -75,9 +75,11 @@ class Probe(Adapter):
     log: Log = field(metadata=STATIC)
     times: int = field(default=1, metadata=STATIC)
     stopped: bool = field(default=False, metadata=STATIC)
+    where: str = field(default="", metadata=STATIC)  # the operation that multiplies by it
     axes: KernelAxes = field(default=KernelAxes((), (), ()), metadata=STATIC)
 
     layout = MappingProxyType({})
+    traced_once = False
 
     @classmethod
     def of(cls, path: str, ndim: int, log: Log) -> "Probe":
@@ -90,11 +92,12 @@ class Probe(Adapter):
         for member in self.members:
             axes = member.groups(product.axes)
             assert axes is not None, "used_as has seen to it"
-            self.log.uses.setdefault(member.path, []).append(self._use(axes, product.rows(), describe(product.eqn)))
+            self.log.uses.setdefault(member.path, []).append(self._use(axes, product.rows(), self.where))
         return product.y
 
-    def used_as(self, axes: KernelAxes) -> "Probe | None":
-        return self if all(member.groups(axes) for member in self.members) else None
+    def used_as(self, axes: KernelAxes, eqn: JaxprEqn) -> "Probe | None":
+        fits = all(member.groups(axes) for member in self.members)
+        return dataclasses.replace(self, where=describe(eqn)) if fits else None
 
     def group(self, axis: int) -> str:
         return "unknown"

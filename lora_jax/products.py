@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._compat import JaxprEqn
 from lora_jax.axes import KernelAxes
 from lora_jax.lowrank import accumulator, matmul
 
@@ -29,7 +28,6 @@ class Product(abc.ABC):
     x: jax.Array
     y: jax.Array  # [*s, T, k]
     precision: Any
-    eqn: JaxprEqn
 
     @abc.abstractmethod
     def contract(self, a: jax.Array) -> jax.Array:

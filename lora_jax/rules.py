@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._compat import JaxprEqn, bind, describe
+from lora_jax._compat import JaxprEqn, Operation, bind, describe
+from lora_jax.adapters.base import Adapter
 from lora_jax.axes import KernelAxes
 from lora_jax.kernel import Kernel, plain
 from lora_jax.lowrank import accumulator
@@ -22,7 +23,6 @@ from lora_jax.products import (
     BackwardConv,
     Conv,
     Matmul,
-    Product,
     Ragged,
     as_matrices,
     channels_last,
@@ -350,61 +350,73 @@ def _take_along(eqn: JaxprEqn, at: int) -> Callable[[jax.Array, jax.Array], jax.
     return fn
 
 
-# Products
+# Products: each is a function of an operation, an adapter and arrays, so that equal ones are traced once.
 
 
-def _multiply(eqn: JaxprEqn, args: Sequence[Any], kernel: Kernel, axes: KernelAxes, product: Any, back: Any) -> Any:
+def _multiply(eqn: JaxprEqn, args: Sequence[Any], kernel: Kernel, axes: KernelAxes, product: Any, *arrays: Any) -> Any:
     """The product with W', where the adapter was made for these axes."""
-    adapter = kernel.adapter.used_as(axes)
+    adapter = kernel.adapter.used_as(axes, eqn)
     if adapter is None:
         own = kernel.adapter.axes
         made = f"its adapter was made for {own}" if any(own) else "these are not inputs and outputs of a matrix"
         return no_rule(eqn, *args, why=f"uses it with {axes}, but {made}")
-    return [back(adapter.apply(product()))]
+    run = _traced_once(product) if adapter.traced_once else product
+    return [run(Operation.of(eqn), axes, adapter, kernel.value, *arrays)]
+
+
+@functools.cache
+def _traced_once(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    return jax.jit(product, static_argnums=(0, 1), inline=True)
 
 
 @rule("dot_general")
 def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> list[Any]:
-    """A product with the kernel on either side, over any of its axes.
-
-    XLA orders the result as [batch, free of lhs, free of rhs]. Each axis of it gets a label, ("w", axis of the
-    weight) or ("x", axis of x), and the canonical order is stated in the same labels.
-    """
+    """A product with the kernel on either side, over any of its axes."""
     if isinstance(lhs, Kernel) and isinstance(rhs, Kernel):
         lhs = lhs.dense(f"{describe(eqn)} multiplies it by another adapted weight, {_names(rhs)}")
     contract, batch = eqn.params["dimension_numbers"]
-    on_left = isinstance(lhs, Kernel)
-    kernel, x = (lhs, rhs) if on_left else (rhs, lhs)
-    (k_contract, x_contract), (k_batch, x_batch) = (contract, batch) if on_left else (contract[::-1], batch[::-1])
-    outputs = [i for i in range(kernel.ndim) if i not in (*k_contract, *k_batch)]
+    if isinstance(lhs, Kernel):
+        axes = _axes(lhs, contract[0], batch[0])
+        return _multiply(eqn, (lhs, rhs), lhs, axes, _dot_on_left, rhs)
+    axes = _axes(rhs, contract[1], batch[1])
+    return _multiply(eqn, (lhs, rhs), rhs, axes, _dot_on_right, lhs)
+
+
+def _axes(kernel: Kernel, contract: Sequence[int], batch: Sequence[int]) -> KernelAxes:
+    outputs = tuple(i for i in range(kernel.ndim) if i not in (*contract, *batch))
+    return KernelAxes(tuple(sorted(batch)), tuple(sorted(contract)), outputs)
+
+
+def _dot_on_left(dot: Operation, axes: KernelAxes, adapter: Adapter, w: jax.Array, x: jax.Array) -> jax.Array:
+    return _dot(dot, axes, adapter, w, x, on_left=True)
+
+
+def _dot_on_right(dot: Operation, axes: KernelAxes, adapter: Adapter, w: jax.Array, x: jax.Array) -> jax.Array:
+    return _dot(dot, axes, adapter, w, x, on_left=False)
+
+
+def _dot(dot: Operation, axes: KernelAxes, adapter: Adapter, w: jax.Array, x: jax.Array, on_left: bool) -> jax.Array:
+    """XLA orders the result as [batch, free of lhs, free of rhs]. Each axis of it gets a label, ("w", axis of the
+    weight) or ("x", axis of x), and the canonical order is stated in the same labels.
+    """
+    contract, batch = dot.params["dimension_numbers"]
+    (w_contract, x_contract), (w_batch, x_batch) = (contract, batch) if on_left else (contract[::-1], batch[::-1])
     x_free = [i for i in range(x.ndim) if i not in (*x_contract, *x_batch)]
-    stack = sorted(zip(k_batch, x_batch, strict=True))
-    inputs = sorted(zip(k_contract, x_contract, strict=True))
-    axes = KernelAxes(tuple(w for w, _ in stack), tuple(w for w, _ in inputs), tuple(outputs))
+    stack, inputs = sorted(zip(w_batch, x_batch, strict=True)), sorted(zip(w_contract, x_contract, strict=True))
+    w_labels, x_labels = [("w", i) for i in axes.outputs], [("x", i) for i in x_free]
+    result = [("w", i) for i in w_batch] + (w_labels + x_labels if on_left else x_labels + w_labels)
+    canonical = [("w", w) for w, _ in stack] + x_labels + w_labels
 
-    k_labels, x_labels = [("w", i) for i in outputs], [("x", i) for i in x_free]
-    result = [("w", i) for i in k_batch] + (k_labels + x_labels if on_left else x_labels + k_labels)
-    canonical = [("w", w) for w, _ in stack] + x_labels + k_labels
-    shape: list[int] = []
-
-    def product() -> Product:
-        [y] = bind(eqn, [kernel.value, x] if on_left else [x, kernel.value])
-        y = y.transpose([result.index(label) for label in canonical])
-        shape[:] = y.shape
-        rows = x.transpose([i for _, i in stack] + x_free + [i for _, i in inputs])
-        rows = rows.astype(product_dtype(x.dtype, kernel.value.dtype))
-        return Matmul(
-            axes,
-            as_matrices(rows, len(stack), len(x_free)),
-            as_matrices(y, len(stack), len(x_free)),
-            _precision(eqn.params["precision"], on_left),
-            eqn,
-        )
-
-    def back(y: jax.Array) -> jax.Array:
-        return y.reshape(shape).transpose([canonical.index(label) for label in result])
-
-    return _multiply(eqn, (lhs, rhs), kernel, axes, product, back)
+    [y] = dot.bind(w, x) if on_left else dot.bind(x, w)
+    y = y.transpose([result.index(label) for label in canonical])
+    rows = x.transpose([i for _, i in stack] + x_free + [i for _, i in inputs])
+    product = Matmul(
+        axes,
+        as_matrices(rows.astype(product_dtype(x.dtype, w.dtype)), len(stack), len(x_free)),
+        as_matrices(y, len(stack), len(x_free)),
+        _precision(dot.params["precision"], on_left),
+    )
+    return adapter.apply(product).reshape(y.shape).transpose([canonical.index(label) for label in result])
 
 
 @rule("conv_general_dilated")
@@ -412,50 +424,57 @@ def conv_general_dilated(eqn: JaxprEqn, x: Any, kernel: Any) -> list[Any]:
     """A convolution with the kernel as its window; or the one that is its derivative, where the adapter says so."""
     if isinstance(x, Kernel) or eqn.params["batch_group_count"] != 1:
         return no_rule(eqn, x, kernel)
-    dims, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
-    settings = {name: eqn.params[name] for name in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")}
-    (out, channels, *window), precision = dims.rhs_spec, _precision(eqn.params["precision"], on_left=False)
+    out, channels, *window = eqn.params["dimension_numbers"].rhs_spec
     forward = KernelAxes((), tuple(sorted([*window, channels])), (out,))
     backward = KernelAxes((), (channels,), tuple(sorted([*window, out])))
-    features = dims.out_spec[1]
-    adapter = kernel.adapter
-    is_backward = groups == 1 and adapter.used_as(forward) is None and adapter.used_as(backward) is not None
-    image: list[int] = []
+    fits = kernel.adapter.used_as
+    if eqn.params["feature_group_count"] == 1 and fits(forward, eqn) is None and fits(backward, eqn) is not None:
+        return _multiply(eqn, (x, kernel), kernel, backward, _conv, x)
+    return _multiply(eqn, (x, kernel), kernel, forward, _conv, x)
 
-    def product() -> Product:
-        [y] = bind(eqn, [x, kernel.value])
-        image[:] = [n for i, n in enumerate(y.shape) if i != features]
-        of = x.astype(product_dtype(x.dtype, kernel.value.dtype)), channels_last(y, dims), precision, eqn, dims
-        return BackwardConv(backward, *of, settings) if is_backward else Conv(forward, *of, groups, settings)
 
-    def back(y: jax.Array) -> jax.Array:
-        return jnp.moveaxis(y.reshape(*image, -1), -1, features)
-
-    return _multiply(eqn, (x, kernel), kernel, backward if is_backward else forward, product, back)
+def _conv(conv: Operation, axes: KernelAxes, adapter: Adapter, w: jax.Array, x: jax.Array) -> jax.Array:
+    dims, groups = conv.params["dimension_numbers"], conv.params["feature_group_count"]
+    settings = {name: conv.params[name] for name in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")}
+    [y] = conv.bind(x, w)
+    of = (
+        axes,
+        x.astype(product_dtype(x.dtype, w.dtype)),
+        channels_last(y, dims),
+        _precision(conv.params["precision"], on_left=False),
+        dims,
+    )
+    is_forward = axes.outputs == (dims.rhs_spec[0],)
+    adapted = adapter.apply(Conv(*of, groups, settings) if is_forward else BackwardConv(*of, settings))
+    channels = dims.out_spec[1]
+    shape = [n for i, n in enumerate(y.shape) if i != channels]
+    return jnp.moveaxis(adapted.reshape(*shape, -1), -1, channels)
 
 
 @rule("ragged_dot_general")
 def ragged_dot_general(eqn: JaxprEqn, x: Any, kernel: Any, group_sizes: Any) -> list[Any]:
     """Each group of rows of x by its own expert's matrix."""
     ragged = eqn.params["ragged_dot_dimension_numbers"]
-    (x_contract, k_contract), (x_batch, _) = ragged.dot_dimension_numbers
-    groups = tuple(ragged.rhs_group_dimensions)
+    (x_contract, w_contract), (x_batch, _) = ragged.dot_dimension_numbers
+    groups, args = tuple(ragged.rhs_group_dimensions), (x, kernel, group_sizes)
     rows = [i for i in range(x.ndim) if i not in x_contract]
     if isinstance(x, Kernel) or x_batch or len(groups) != 1 or rows != list(ragged.lhs_ragged_dimensions):
-        return no_rule(eqn, x, kernel, group_sizes, why="is not a product of ragged rows with a stack of matrices")
-    inputs = sorted(zip(k_contract, x_contract, strict=True))
-    outputs = tuple(i for i in range(kernel.ndim) if i not in (*groups, *k_contract))
-    axes = KernelAxes(groups, tuple(w for w, _ in inputs), outputs)
-    shape: list[int] = []
+        return no_rule(eqn, *args, why="is not a product of ragged rows with a stack of matrices")
+    return _multiply(eqn, args, kernel, _axes(kernel, w_contract, groups), _ragged_dot, x, group_sizes)
 
-    def product() -> Product:
-        [y] = bind(eqn, [x, kernel.value, group_sizes])  # [T, *outputs]
-        shape[:] = y.shape
-        flat = as_matrices(x.transpose(rows + [i for _, i in inputs]), 0, 1)
-        flat = flat.astype(product_dtype(x.dtype, kernel.value.dtype))
-        return Ragged(axes, flat, as_matrices(y, 0, 1), eqn.params["precision"], eqn, group_sizes)
 
-    return _multiply(eqn, (x, kernel, group_sizes), kernel, axes, product, lambda y: y.reshape(shape))
+def _ragged_dot(
+    ragged: Operation, axes: KernelAxes, adapter: Adapter, w: jax.Array, x: jax.Array, group_sizes: jax.Array
+) -> jax.Array:
+    dims = ragged.params["ragged_dot_dimension_numbers"]
+    (x_contract, w_contract), _ = dims.dot_dimension_numbers
+    inputs = [i for _, i in sorted(zip(w_contract, x_contract, strict=True))]
+    [y] = ragged.bind(x, w, group_sizes)  # [T, *outputs]
+    rows = as_matrices(x.transpose([*dims.lhs_ragged_dimensions, *inputs]), 0, 1)
+    rows = rows.astype(product_dtype(x.dtype, w.dtype))
+    return adapter.apply(Ragged(axes, rows, as_matrices(y, 0, 1), ragged.params["precision"], group_sizes)).reshape(
+        y.shape
+    )
 
 
 def _precision(precision: Any, on_left: bool) -> Any:

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.base import Adapter
@@ -47,21 +48,48 @@ def lora_apply(fn: Callable[..., Any], *, materialize: Patterns = False) -> Call
     trace, interpreter, fallback = tracer(fn), Interpreter(rebuilt={}), Materialize.of(materialize)
 
     @functools.wraps(fn)
-    def apply(params: Any, adapters: Mapping[str, Adapter], /, *args: Any, **kwargs: Any) -> Any:
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        if len(args) < 2:
+            raise LoraError(
+                f"apply(params, adapters, ...) takes parameters and adapters by position, found {len(args)} positional "
+                f"arguments and the keywords {list(kwargs)}. If the function takes its parameters elsewhere, bring "
+                "them to the front: lora_apply(lambda params, *args, **kw: fn(*args, variables=params, **kw))."
+            )
+        params, adapters, *rest = args
         names, leaves, _ = flatten_with_names(params)
         check_adapters(adapters, names, leaves)
         if not adapters:
-            return fn(params, *args, **kwargs)
+            return fn(params, *rest, **kwargs)
 
         def adapt(name: str, leaf: Any) -> Any:
             if name not in adapters:
                 return leaf
             return Kernel(leaf, adapters[name], (name,), fallback)
 
-        program = trace(params, args, kwargs)
-        return program.run(interpreter, program.arrays, adapt)
+        try:
+            program = trace(params, tuple(rest), kwargs)
+            return program.run(interpreter, program.arrays, adapt)
+        except jax.errors.UnexpectedTracerError as error:
+            raise LoraError(_escaped(params, adapters, rest, kwargs)) from error
 
     return _with_signature(apply, fn)
+
+
+def _escaped(params: Any, adapters: Any, args: Any, kwargs: Any) -> str:
+    """Which argument is a value of a trace that has ended."""
+    names, leaves, _ = flatten_with_names({"params": params, "adapters": adapters, "args": args, "kwargs": kwargs})
+    for name, leaf in zip(names, leaves, strict=True):
+        try:
+            jax.eval_shape(lambda leaf=leaf: leaf + 0 if isinstance(leaf, jax.core.Tracer) else 0)
+        except jax.errors.UnexpectedTracerError:
+            return (
+                f"{name!r} is a value from inside another jit, grad, vmap or scan, kept beyond its end: return it from "
+                "there, or pass the array that it was made from."
+            )
+    return (
+        "the function closes over a value from inside another jit, grad, vmap or scan, kept beyond its end: pass that "
+        "value to the function as an argument."
+    )
 
 
 def _with_signature(apply: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,10 +134,23 @@ def check_adapters(adapters: Mapping[str, Adapter], names: list[str], leaves: li
         if not (is_array(weight) and jnp.issubdtype(weight.dtype, jnp.floating)):
             found = weight.dtype if is_array(weight) else type(weight).__name__
             raise LoraError(f"there is an adapter for {path!r}, but that is {found}, expected an array of floats.")
-        found, expected = adapter.kernel_shape(), tuple(weight.shape)
+        dtypes = sorted({str(a.dtype) for a in jax.tree.leaves(adapter) if _is_counted(a.dtype)})
+        if dtypes:
+            raise LoraError(
+                f"the adapter for {path!r} holds {', '.join(dtypes)} arrays, expected floats: cast them back with "
+                "jax.tree.map(lambda array: array.astype(jnp.float32), adapters)."
+            )
+        try:
+            found, expected = adapter.kernel_shape(), tuple(weight.shape)
+        except LoraError as error:
+            raise LoraError(f"the adapter for {path!r} {error} Make it again with lora.init.") from None
         if found != expected:
             raise LoraError(
                 f"the adapter for {path!r} fits a weight of shape {list(found)}, "
                 f"but the parameter has {list(expected)}. "
                 "These adapters belong to another model: make new ones with lora.plan and lora.init."
             )
+
+
+def _is_counted(dtype: Any) -> bool:
+    return not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jax.dtypes.prng_key))

@@ -262,3 +262,47 @@ def test_gradient_of_the_base_when_asked():
     found = jax.grad(lambda p: jnp.sin(lora.lora_apply(linear)(p, adapters, X)).sum())({"w": W})
     expected = jax.grad(lambda p: jnp.sin(linear(lora.merge(p, adapters), X)).sum())({"w": W})
     assert_trees_close(found, expected)
+
+
+def test_parameters_by_keyword():
+    apply = lora.lora_apply(linear)
+    with pytest.raises(LoraError, match=r"by position, found 0 positional arguments.*\['params', 'adapters', 'x'\]"):
+        apply(params={"w": W}, adapters=ADAPTERS, x=X)
+    with pytest.raises(LoraError, match=r"by position, found 1 positional arguments"):
+        apply({"w": W}, x=X)
+    assert_trees_close(apply({"w": W}, ADAPTERS, x=X), X @ W)
+
+    def keyword_only(x, *, params):
+        return x @ params["w"]
+
+    apply = lora.lora_apply(lambda params, *args, **kw: keyword_only(*args, params=params, **kw))
+    assert_trees_close(apply({"w": W}, ADAPTERS, X), X @ W)
+
+
+def test_values_of_a_trace_that_has_ended():
+    kept = []
+    jax.jit(lambda x: kept.append(x))(X)
+    apply = lora.lora_apply(linear)
+    with pytest.raises(LoraError, match="'args/0' is a value from inside another jit, grad, vmap or scan"):
+        apply({"w": W}, ADAPTERS, kept[0])
+    kept.clear()
+    jax.jit(lambda w: kept.append(w))(W)
+    with pytest.raises(LoraError, match="'params/w' is a value from inside another"):
+        jax.jit(apply)({"w": kept[0]}, ADAPTERS, X)
+    with pytest.raises(LoraError, match="the function closes over a value from inside another"):
+        lora.lora_apply(lambda p, x: x @ p["w"] + kept[0].sum())({"w": W}, ADAPTERS, X)
+
+
+def test_a_stack_of_another_size():
+    case = CASES["scan_over_layers"]
+    adapters = case.adapters(RULES["lora"])
+    params = jax.tree.map(lambda p: jnp.concatenate([p, p]), case.params())
+    with pytest.raises(
+        LoraError, match=r"'w' fits a weight of shape \[2, 12, 12\], but the parameter has \[4, 12, 12\]"
+    ):
+        lora.lora_apply(case.fn)(params, adapters, case.input())
+    a_only = {"w": dataclasses.replace(adapters["w"], a=jnp.concatenate([adapters["w"].a] * 2))}
+    with pytest.raises(
+        LoraError, match=r"the adapter for 'w' is not of one piece: its axis 0 has 4 entries in a, 2 in b"
+    ):
+        lora.lora_apply(case.fn)(case.params(), a_only, case.input())

@@ -15,7 +15,9 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from lora_jax._compat import JaxprEqn
 from lora_jax.axes import KernelAxes
+from lora_jax.errors import LoraError
 from lora_jax.products import Product
 
 Layout = tuple[str, ...]  # the groups of W's axes that an array has, in order; "rank" is one axis of its own
@@ -44,6 +46,7 @@ class Adapter(abc.ABC):
     axes: KernelAxes
     layout: ClassVar[Mapping[str, Layout]]  # of each array
     frozen: ClassVar[tuple[str, ...]] = ()  # fields that are never trained
+    traced_once: ClassVar[bool] = True  # equal products with equal adapters share a trace
 
     @abc.abstractmethod
     def merge(self, w: jax.Array) -> jax.Array:
@@ -132,7 +135,7 @@ class Adapter(abc.ABC):
 
         return self.rebuild(self.axes.insert(axis, name), change)
 
-    def used_as(self, axes: KernelAxes) -> "Adapter | None":
+    def used_as(self, axes: KernelAxes, eqn: JaxprEqn) -> "Adapter | None":
         """This adapter for a product along these axes; None if it was made for other ones.
 
         The weight may be used the other way round, and its axes of size 1 may be read in any way.
@@ -158,14 +161,26 @@ class Adapter(abc.ABC):
         return self
 
     def kernel_shape(self) -> tuple[int, ...]:
-        """The shape of the weight that this adapter fits."""
-        sizes: dict[int, int] = {}
+        """The shape of the weight that this adapter fits.
+
+        Raises:
+            LoraError: its arrays do not fit one another.
+        """
+        sizes: dict[int, dict[str, int]] = {}
+        ranks: dict[str, int] = {}
         for name, layout in self.layout.items():
-            for _, start, group in spans(layout, self.axes):
-                sizes |= {
-                    axis: getattr(self, name).shape[start + i] for i, axis in enumerate(group) if axis is not None
-                }
-        return tuple(sizes[axis] for axis in range(len(sizes)))
+            shape = getattr(self, name).shape
+            for part, start, group in spans(layout, self.axes):
+                for i, axis in enumerate(group):
+                    found = ranks if part == "rank" else sizes.setdefault(axis, {})  # type: ignore[arg-type]
+                    found[name] = shape[start + i]
+        for what, found in [("rank", ranks), *((f"axis {axis}", sizes[axis]) for axis in sorted(sizes))]:
+            if len(set(found.values())) > 1:
+                entries = ", ".join(
+                    f"{n} {'entries ' if i == 0 else ''}in {name}" for i, (name, n) in enumerate(found.items())
+                )
+                raise LoraError(f"is not of one piece: its {what} has {entries}.")
+        return tuple(next(iter(sizes[axis].values())) for axis in range(len(sizes)))
 
     def trainable(self) -> "Adapter":
         """The same tree with True at what is trained and False at what is frozen."""
