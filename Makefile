@@ -6,7 +6,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: demo compare assets test lint format types clean
+.PHONY: demo compare assets test interop-models lint format types clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py $(ARGS)
@@ -18,7 +18,10 @@ assets: $(VENV)/.demo
 	$(RUN) examples/assets.py
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest --numprocesses 2 $(ARGS)
+	$(RUN) -m pytest --numprocesses 2 --ignore tests/interop_models $(ARGS)
+
+interop-models: $(VENV)/.interop-models
+	$(RUN) -m pytest --numprocesses 2 tests/interop_models $(ARGS)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
@@ -45,3 +48,7 @@ $(VENV)/.demo: pyproject.toml | $(RUN)
 $(VENV)/.dev: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.interop-models: pyproject.toml | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,interop-models]'
+	@touch $@ $(VENV)/.dev $(VENV)/.demo

@@ -4,6 +4,7 @@ Each function here takes `body(jaxpr, args)`, which evaluates an inner jaxpr, an
 in the body changes; settings, policies and shardings are the program's own.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -137,7 +138,8 @@ def _specs(kernel: Kernel, spec: Any) -> Any:
         groups = [group for *_, group in spans(layout, kernel.adapter.axes)]
         return jax.P(*(None if axis is None else entries.get(axis) for group in groups for axis in group))
 
-    return kernel.replace(spec, kernel.adapter.rebuild(kernel.adapter.axes, change))
+    specs = kernel.replace(spec, kernel.adapter.rebuild(kernel.adapter.axes, change))
+    return specs if kernel.factor is None else dataclasses.replace(specs, factor=jax.P())  # type: ignore[arg-type]
 
 
 def _repeated(value: Any, times: int) -> Any:
@@ -148,6 +150,7 @@ def _sliced(eqn: JaxprEqn, value: Any) -> Any:
     """What a scan runs over, as its body will see it; the arrays are not sliced yet."""
     if not isinstance(value, Kernel):
         return value
+    value = value.scaled()
     if value.adapter.group(0) not in ("stack", "unknown"):
         return value.dense(_says(eqn, "slices it along an axis that its adapter does not stack"))
     return value.replace(value.value, value.adapter.replace_axes(0, 1, 0, lambda array, _: array))

@@ -26,6 +26,7 @@ class Kernel:
     adapter: Adapter
     paths: tuple[str, ...] = field(metadata={"static": True})  # of the weights that it is made of
     fallback: Fallback = field(metadata={"static": True})  # asked before W' is formed; refuses by raising
+    factor: jax.Array | None = None  # a scalar that the program multiplied all of it by: left for the product
 
     @property
     def ndim(self) -> int:
@@ -40,7 +41,15 @@ class Kernel:
 
     def merged(self) -> jax.Array:
         """W' as a plain array: for what is thin, such as the rows of an embedding."""
-        return self.adapter.merge(self.value.astype(accumulator(self.value.dtype))).astype(self.value.dtype)
+        kernel = self.scaled()
+        return kernel.adapter.merge(kernel.value.astype(accumulator(self.value.dtype))).astype(self.value.dtype)
+
+    def scaled(self) -> Self:
+        """The same with the factor in both parts."""
+        if self.factor is None:
+            return self
+        value, adapter = self.value * self.factor.astype(self.value.dtype), self.adapter.scale_by(self.factor)
+        return dataclasses.replace(self, value=value, adapter=adapter, factor=None)
 
     def dense(self, why: str) -> jax.Array:
         """W' as a plain array, where the program cannot use a factored one. Refused unless it was asked for."""

@@ -16,12 +16,12 @@ def lowrank(product: "Product", a: jax.Array, b: jax.Array, scale: float) -> jax
 
     a [*stack, *inputs, r], b [*stack, r, *outputs] -> [*s, T, k] in at least fp32 (in x's dtype for convolutions).
 
-    The factors are used in x's dtype and matrix products accumulate in fp32. The scale meets B, in B's own dtype: no
+    The factors are used in x's dtype and matrix products accumulate in fp32. The scale meets B, in fp32 or wider: no
     product over tokens is touched again, and none overflows fp16 by it.
     x @ A is named `lora_h` for the policies of `jax.checkpoint`: keeping it costs r/d of x and saves a pass over x.
     """
     h = checkpoint_name(product.contract(a).astype(product.x.dtype), "lora_h")
-    return product.expand(h, b if scale == 1.0 else b * scale)
+    return product.expand(h, b if scale == 1.0 else b.astype(accumulator(b.dtype, h.dtype)) * scale)
 
 
 def matmul(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:

@@ -211,6 +211,8 @@ def _target(path: str, leaf: Any, rule: Rule, log: Log, materialize: bool) -> Ta
     if not (uses or obstacles):
         return f"{shape} is not used by the function"
     # A weight that is never multiplied, only formed, has no axes of its own: all but the last count as inputs.
+    # The first use that a gradient passes decides which way round the factors are.
+    uses.sort(key=lambda use: use.stopped)
     axes = uses[0].axes if uses else KernelAxes((), tuple(range(leaf.ndim - 1)), (leaf.ndim - 1,))
     _, d, k = axes.fans(leaf.shape)
     if rule.rank > min(d, k):
@@ -245,7 +247,7 @@ def _refusal(target: Target, reasons: list[str]) -> str:
 
 
 def _never_trained(target: Target) -> str | None:
-    if not target.uses or target.materialized or not all(use.stopped for use in target.uses):
+    if not target.uses or target.materialized or not target.uses[0].stopped:
         return None
     shape = f"{target.dtype}{list(target.shape)}"
     return f"{shape} is used behind `stop_gradient` only, by {target.uses[0].where}: its adapter would never train"

@@ -74,7 +74,7 @@ class Conv(Product):
     """A convolution: W's inputs are the window and the channels that one output sees, its outputs the channels given.
 
     With feature groups, group g of the outputs sees group g of x's channels. A is the same for each group: h has n
-    columns for each of them.
+    columns for each of them, which is no saving where there are as many groups as channels (depthwise).
     """
 
     dims: lax.ConvDimensionNumbers

@@ -5,6 +5,7 @@ Products reduce to y = x @ W and hand that to the adapter. Anything that has no 
 array, which is refused unless the user allowed it.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -251,14 +252,20 @@ def all_gather(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
 
 @rule("mul", "div", "neg")
 def scale(eqn: JaxprEqn, *args: Any) -> list[Any]:
-    """A scalar meets one thin factor."""
+    """A scalar. A constant meets W and one thin factor; one that is computed waits for the product.
+
+    x @ (c W) = c (x @ W): else the derivative by c would multiply W with a matrix of its size.
+    """
     kernel, *others = args if isinstance(args[0], Kernel) else args[::-1]
-    inverse = eqn.primitive.name == "div" and not isinstance(args[0], Kernel)
-    if inverse or any(isinstance(other, Kernel) or jnp.ndim(other) for other in others):
+    divides = eqn.primitive.name == "div"
+    if (divides and kernel is args[1]) or any(isinstance(other, Kernel) or jnp.ndim(other) for other in others):
         return no_rule(eqn, *args, why="takes it with more than a scalar factor")
+    factor = jnp.asarray(others[0] if others else -1, accumulator(kernel.value.dtype))
+    factor = 1 / factor if divides else factor
+    if others and isinstance(others[0], jax.Array):
+        return [dataclasses.replace(kernel, factor=factor if kernel.factor is None else kernel.factor * factor)]
     [value] = bind(eqn, [a.value if isinstance(a, Kernel) else a for a in args])
-    factor = jnp.asarray(others[0] if others else -1, accumulator(value.dtype))
-    return [kernel.replace(value, kernel.adapter.scale_by(1 / factor if eqn.primitive.name == "div" else factor))]
+    return [kernel.replace(value, kernel.adapter.scale_by(factor))]
 
 
 @rule("concatenate")
@@ -277,6 +284,7 @@ def _with_axis(kernel: Kernel, axis: int) -> Kernel:
 
 
 def _concatenate(eqn: JaxprEqn, args: Sequence[Any], parts: Sequence[Any], axis: int) -> list[Any]:
+    args, parts = ([a.scaled() if isinstance(a, Kernel) else a for a in group] for group in (args, parts))
     kernels = [p for p in parts if isinstance(p, Kernel)]
     adapters = [p.adapter if isinstance(p, Kernel) else None for p in parts]
     sizes = [p.shape[axis] if isinstance(p, Kernel) or eqn.primitive.name == "concatenate" else 1 for p in parts]
@@ -360,8 +368,10 @@ def _multiply(eqn: JaxprEqn, args: Sequence[Any], kernel: Kernel, axes: KernelAx
         own = kernel.adapter.axes
         made = f"its adapter was made for {own}" if any(own) else "these are not inputs and outputs of a matrix"
         return no_rule(eqn, *args, why=f"uses it with {axes}, but {made}")
-    run = _traced_once(product) if adapter.traced_once else product
-    return [run(Operation.of(eqn), axes, adapter, kernel.value, *arrays)]
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((adapter, kernel.value, arrays)))
+    run = _traced_once(product) if traced and adapter.traced_once else product
+    y = run(Operation.of(eqn), axes, adapter, kernel.value, *arrays)
+    return [y if kernel.factor is None else y * kernel.factor.astype(y.dtype)]
 
 
 @functools.cache

@@ -80,7 +80,8 @@ def _escaped(params: Any, adapters: Any, args: Any, kwargs: Any) -> str:
     names, leaves, _ = flatten_with_names({"params": params, "adapters": adapters, "args": args, "kwargs": kwargs})
     for name, leaf in zip(names, leaves, strict=True):
         try:
-            jax.eval_shape(lambda leaf=leaf: leaf + 0 if isinstance(leaf, jax.core.Tracer) else 0)
+            if isinstance(leaf, jax.core.Tracer):
+                _ = leaf + 0
         except jax.errors.UnexpectedTracerError:
             return (
                 f"{name!r} is a value from inside another jit, grad, vmap or scan, kept beyond its end: return it from "

@@ -89,6 +89,10 @@ def test_merging_is_the_formula(case, rule):
             assert merged[name] is w
 
 
+# Compiled as a whole, and fused in another way; or c (x @ W) in the place of x @ (c W).
+rounded = ("tensor_parallel", "scaled", "scaled_by_what_it_computes")
+
+
 @pytest.mark.parametrize("rule", ["lora"])
 @cases
 def test_starting_is_identity(case, rule):
@@ -96,7 +100,7 @@ def test_starting_is_identity(case, rule):
     adapters = lora.init(jax.random.key(0), params, case.plan(RULES[rule]))
     assert_trees_equal(lora.merge(params, adapters), params)
     found, expected = lora.lora_apply(case.fn)(params, adapters, x), case.fn(params, x)
-    if case.name == "tensor_parallel":  # compiled as a whole, and fused in another way
+    if case.name in rounded:
         assert_trees_close(found, expected, rtol=1e-6, atol=1e-6)
     else:
         assert_trees_equal(found, expected)
