@@ -334,6 +334,12 @@ def behind_a_barrier(p, x):
     return x @ jax.lax.with_sharding_constraint(w, jax.NamedSharding(eight_devices(), jax.P()))
 
 
+@model({"w": (7, 7)}, x=(BATCH, TIME, 7))
+def barrier_of_the_weight_alone(p, x):
+    """Found by random programs: the derivative of a barrier that held W and its factors had a term of W's shape."""
+    return x @ jax.lax.optimization_barrier(p["w"])
+
+
 @model({"w": (D, D)})
 def stopped_once(p, x):
     """A target network: no gradient passes its weights."""

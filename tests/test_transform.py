@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import MODELS, RULES, D, K, assert_trees_close, compilations, equations
+from helpers import MODELS, RULES, D, K, assert_trees_close, compilations, eight_devices, equations
 
 import lora_jax as lora
 from lora_jax import Lora, LoraError
@@ -119,6 +119,20 @@ def test_a_policy_can_keep_the_low_rank_product():
         e for e in equations(program) if e.primitive.name == "dot_general" and e.outvars[0].aval.shape == (tokens, 2)
     ]
     assert len(to_rank) == 2 * 2  # of two weights: x @ A going forward, dy @ B^T going back
+
+
+def test_shardings_of_a_nested_jit_hold():
+    mesh = eight_devices()
+    rows, columns = (jax.NamedSharding(mesh, spec) for spec in (jax.P("data"), jax.P(None, "data")))
+    inner = jax.jit(lambda w, x: jnp.tanh(x @ w), in_shardings=(columns, None), out_shardings=rows)
+    params, x = {"w": jnp.ones((D, 16))}, jnp.ones((24, D))
+    plan = lora.plan(lambda p, x: inner(p["w"], x), params, x, rules={"w": Lora(2)})
+    adapters = lora.init(jax.random.key(0), params, plan)
+    apply = lora.lora_apply(lambda p, x: inner(p["w"], x))
+    assert jax.jit(apply)(params, adapters, x).sharding.is_equivalent_to(rows, 2)
+    program = jax.make_jaxpr(apply)(params, adapters, x)
+    constraints = [e.params["sharding"] for e in equations(program) if e.primitive.name == "sharding_constraint"]
+    assert [c.spec for c in constraints] == [columns.spec, rows.spec]
 
 
 def test_traced_once_for_each_set_of_shapes():
