@@ -6,7 +6,7 @@ Tested on JAX 0.10.2 and 0.12.0. Everything used is a public name of `jax.extend
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ __all__ = [
     "Literal",
     "Operation",
     "Var",
+    "as_differentiated",
     "at_equation",
     "bind",
     "describe",
@@ -88,6 +89,25 @@ def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 @functools.lru_cache(maxsize=4096)
 def _jitted(operation: Operation) -> Any:
     return jax.jit(operation.bind, inline=True)
+
+
+def as_differentiated(run: Callable[..., Any], *args: Any) -> Any:
+    """Run a function that is one `jax.checkpoint`, as the part that is left of one after a derivative was taken.
+
+    Only then does the compiler keep what it recomputes apart from what was computed before.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    program, out = jax.make_jaxpr(lambda *leaves: run(*jax.tree.unflatten(tree, leaves)), return_shape=True)(*leaves)
+    jaxpr, consts = open_jaxpr(program)
+    env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *leaves], strict=True))
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, Literal) else env[v]
+
+    for eqn in jaxpr.eqns:
+        params = eqn.params | ({"differentiated": True} if eqn.primitive is remat_p else {})
+        env |= zip(eqn.outvars, Operation.of(eqn.replace(params=params)).bind(*map(read, eqn.invars)), strict=True)
+    return jax.tree.unflatten(jax.tree.structure(out), [read(v) for v in jaxpr.outvars])
 
 
 # Their parameters hold programs, for which JAX has caches of its own.

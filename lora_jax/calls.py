@@ -12,7 +12,17 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax._compat import JaxprEqn, Literal, Var, describe, jit_p, open_jaxpr, remat_p, scan_groups
+from lora_jax._compat import (
+    JaxprEqn,
+    Literal,
+    Var,
+    as_differentiated,
+    describe,
+    jit_p,
+    open_jaxpr,
+    remat_p,
+    scan_groups,
+)
 from lora_jax.adapters.base import Layout, spans
 from lora_jax.kernel import Kernel, plain
 
@@ -37,7 +47,8 @@ def _placed(value: Any, sharding: Any) -> Any:
 
 def remat(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
     params = {name: eqn.params[name] for name in ("policy", "prevent_cse")}
-    return jax.checkpoint(functools.partial(body, eqn.params["jaxpr"]), **params)(list(args))
+    run = jax.checkpoint(functools.partial(body, eqn.params["jaxpr"]), **params)
+    return as_differentiated(run, list(args)) if eqn.params["differentiated"] else run(list(args))
 
 
 def scan(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:

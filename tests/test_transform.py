@@ -121,6 +121,20 @@ def test_a_policy_can_keep_the_low_rank_product():
     assert len(to_rank) == 2 * 2  # of two weights: x @ A going forward, dy @ B^T going back
 
 
+def test_a_remat_that_was_differentiated_stays_one():
+    """Of a derivative inside the function: the recomputation is not merged with the computation."""
+    case = CASES["gradient_of_a_scan_inside"]
+    args = case.params(), case.input()
+    base = jax.make_jaxpr(case.fn)(*args)
+    adapted = jax.make_jaxpr(lora.lora_apply(case.fn))(args[0], case.adapters(RULES["lora"]), args[1])
+    flags = [
+        sorted(e.params["differentiated"] for e in equations(p) if e.primitive.name in ("remat2", "checkpoint"))
+        for p in (base, adapted)
+    ]
+    assert flags[0] == flags[1]
+    assert True in flags[0]
+
+
 def test_shardings_of_a_nested_jit_hold():
     mesh = eight_devices()
     rows, columns = (jax.NamedSharding(mesh, spec) for spec in (jax.P("data"), jax.P(None, "data")))
