@@ -28,8 +28,9 @@ def of_the_value(eqn: JaxprEqn, *args: Any) -> list[Any]:
 
 @rule("stop_gradient")
 def stop_gradient(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
-    """No gradient passes W', so none passes either of its parts."""
-    return [kernel.replace(lax.stop_gradient(kernel.value), kernel.adapter.stop())]
+    """No gradient passes W', so none passes any of its parts."""
+    stopped = kernel.replace(lax.stop_gradient(kernel.value), kernel.adapter.stop())
+    return [dataclasses.replace(stopped, factor=jax.tree.map(lax.stop_gradient, kernel.factor))]
 
 
 @rule("pvary")
