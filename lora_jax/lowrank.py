@@ -24,11 +24,21 @@ def lowrank(product: "Product", a: jax.Array, b: jax.Array, scale: float) -> jax
     return product.expand(h, b if scale == 1.0 else b.astype(accumulator(b.dtype, h.dtype)) * scale)
 
 
-def matmul(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
-    """x [*s, T, d] @ w [*s, d, k], in x's dtype, accumulated in fp32 or better."""
+def matmul(x: jax.Array, w: jax.Array, precision: Any, over: int = -2) -> jax.Array:
+    """x [*s, T, d] @ w, whose axis `over` is d, in x's dtype, accumulated in fp32 or better."""
     stack = tuple(range(x.ndim - 2))
-    dims = (((x.ndim - 1,), (x.ndim - 2,)), (stack, stack))
+    dims = (((x.ndim - 1,), (x.ndim + over,)), (stack, stack))
     return lax.dot_general(x, w.astype(x.dtype), dims, precision=precision, preferred_element_type=accumulator(x.dtype))
+
+
+def contract(x: jax.Array, a: jax.Array, precision: Any) -> jax.Array:
+    """x [*s, T, d] @ a [*s, d, r], for a thin a.
+
+    A is laid out as [*s, r, d] first, and the barrier keeps it so: XLA's CPU backend reads a thin matrix along d
+    several times faster (benchmarks/train_step.py), and elsewhere a copy of A costs nothing to speak of.
+    """
+    rows = lax.optimization_barrier(jnp.swapaxes(a.astype(x.dtype), -1, -2))
+    return matmul(x, rows, precision, over=-1)
 
 
 def accumulator(*dtypes: Any) -> Any:

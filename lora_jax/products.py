@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.axes import KernelAxes
-from lora_jax.lowrank import accumulator, matmul
+from lora_jax.lowrank import accumulator, contract, matmul
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Matmul(Product):
     """x [*s, T, d]: token axes come flattened, as thin products with more axes are slow on XLA's CPU backend."""
 
     def contract(self, a: jax.Array) -> jax.Array:
-        return matmul(self.x, _columns(a, self._stacked()), self.precision)
+        return contract(self.x, _columns(a, self._stacked()), self.precision)
 
     def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
         return matmul(h, _rows(b, self._stacked()), self.precision)

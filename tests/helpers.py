@@ -45,8 +45,11 @@ class Case:
     def plan(self, rule: Any) -> lora.Plan:
         return lora.plan(self.fn, self.params(), self.input(), rules={self.pattern: rule})
 
-    @functools.cache  # noqa: B019
     def adapters(self, rule: Any, key: int = 2) -> dict[str, lora.Adapter]:
+        return jax.tree.map(jnp.copy, self._adapters(rule, key))  # a training step donates them
+
+    @functools.cache  # noqa: B019
+    def _adapters(self, rule: Any, key: int) -> dict[str, lora.Adapter]:
         return trained(lora.init(jax.random.key(key), self.params(), self.plan(rule)), key)
 
 

@@ -87,4 +87,4 @@ def test_an_unrolled_model_gets_the_equations_of_lora_by_hand_and_reshapes():
     ours = jax.make_jaxpr(jax.grad(lambda a: apply(params, a, x)))(adapters).jaxpr.eqns
     hand = jax.make_jaxpr(jax.grad(lambda a: by_hand(params, a, x, False)))(adapters).jaxpr.eqns
     assert sum(e.primitive.name == "dot_general" for e in ours) == sum(e.primitive.name == "dot_general" for e in hand)
-    assert len(ours) <= 1.1 * len(hand)
+    assert len(ours) <= 1.2 * len(hand)
