@@ -71,8 +71,8 @@ def train(logits: Any, tasks: Any, trainable: Tree, frozen: Tree, key: jax.Array
         return optax.apply_updates(trainable, updates), opt_state
 
     opt_state = optimizer.init(trainable)
-    for step_key in jax.random.split(key, steps):
-        trainable, opt_state = step(trainable, opt_state, frozen, step_key)
+    for i in range(steps):
+        trainable, opt_state = step(trainable, opt_state, frozen, jax.random.fold_in(key, i))
     return trainable
 
 

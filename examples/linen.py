@@ -72,9 +72,9 @@ def step(state: TrainState, frozen: Any, images: jax.Array, digits: jax.Array, k
 
 def train(state: TrainState, *frozen: Any, turned: bool, seed: int) -> TrainState:
     """Trains what is in `state.params`: parameters, or adapters beside frozen parameters."""
-    rng = np.random.default_rng(seed)
-    for key in jax.random.split(jax.random.key(seed), STEPS):
-        state = step(state, frozen, *new_images(rng, 64, turned), key)
+    rng, key = np.random.default_rng(seed), jax.random.key(seed)
+    for i in range(STEPS):
+        state = step(state, frozen, *new_images(rng, 64, turned), jax.random.fold_in(key, i))
     return state
 
 

@@ -76,8 +76,8 @@ def base_step(model: Reader, optimizer: nnx.Optimizer[Reader], key: jax.Array) -
 def main() -> dict[str, Any]:
     model = Reader(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(optax.cosine_decay_schedule(5e-3, 200)), wrt=nnx.Param)
-    for key in jax.random.split(jax.random.key(1), 200):
-        base_step(model, optimizer, key)
+    for i in range(200):
+        base_step(model, optimizer, jax.random.fold_in(jax.random.key(1), i))
     ids, answers = new_lines(jax.random.key(2), side=1, n=1000)
     own = error(model(ids), answers)
 
@@ -101,8 +101,8 @@ def main() -> dict[str, Any]:
 
     adam = lora.freeze_base(optax.adam(optax.cosine_decay_schedule(1e-2, 300)))
     step, train = lora.jit_step(loss, adam), lora.TrainState.create(adapters, adam)
-    for key in jax.random.split(jax.random.key(4), 300):
-        train, metrics = step(train, params, state, key)
+    for i in range(300):
+        train, metrics = step(train, params, state, jax.random.fold_in(jax.random.key(4), i))
         state = metrics["state"]
 
     # The model with merged weights and the new statistics does what the function with adapters does.

@@ -49,7 +49,8 @@ def from_nnx(model: Any) -> tuple[Function, Any, Any]:
     """`fn, params, state` of an NNX module: `fn(params, state, *args, **kwargs) -> (out, state)`.
 
     `state` holds all that is no `nnx.Param`: statistics, caches, the counters of random streams; each call gives back
-    what it has made of it. `method="encode"` calls another method than the model itself. After training,
+    what it has made of it. Whether the model trains or evaluates is fixed as it was given (`model.eval()` before), or
+    a keyword of its call (`train=False`). `method="encode"` calls another method than the model itself. After training,
     `nnx.update(model, lora.merge(params, adapters), state)` puts everything back.
 
     >>> import jax.numpy as jnp, flax.nnx as nnx, lora_jax as lora

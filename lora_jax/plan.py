@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +82,11 @@ def plan(
         else:
             problems[path] = found
 
+    formable = {path for path in problems if log.obstacles.get(path) and _is_matrix(weights[path])}
+
     # Adapters for these axes are tried on the program, to find what cannot stay factored.
     obstacles = _try(program, targets)
+    formable |= obstacles.keys()
     for path, reasons in obstacles.items():
         if allowed.allows(path):
             targets[path] = dataclasses.replace(targets[path], materialized=tuple(reasons))
@@ -91,7 +94,7 @@ def plan(
             problems[path] = _refusal(targets[path], reasons)
     problems |= {path: why for path, target in targets.items() if (why := _never_trained(target))}
     if problems:
-        raise LoraError(_report({path: problems[path] for path in chosen if path in problems}))
+        raise LoraError(_report({path: problems[path] for path in chosen if path in problems}, formable))
     total = sum(math.prod(leaf.shape) for leaf in leaves if is_array(leaf))
     return Plan(targets, len(leaves), total)
 
@@ -220,6 +223,10 @@ def _target(path: str, leaf: Any, rule: Rule, log: Log, materialize: bool) -> Ta
     return Target(path, tuple(leaf.shape), leaf.dtype, axes, rule, tuple(uses))
 
 
+def _is_matrix(leaf: Any) -> bool:
+    return bool(is_array(leaf) and leaf.ndim > 1 and jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
 def _try(program: Program, targets: Mapping[str, Target]) -> dict[str, list[str]]:
     """What the program does with each weight that cannot stay factored, found by an abstract run with adapters."""
     log = Log()
@@ -253,12 +260,12 @@ def _never_trained(target: Target) -> str | None:
     return f"{shape} is used behind `stop_gradient` only, by {target.uses[0].where}: its adapter would never train"
 
 
-def _report(problems: Mapping[str, str]) -> str:
+def _report(problems: Mapping[str, str], formable: Container[str]) -> str:
     shown = "\n".join(f"  {path!r}: {why}" for path, why in list(problems.items())[:8])
     more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
     first = re.escape(next(iter(problems)))
-    return (
-        f"the rules match {len(problems)} weight(s) that cannot be adapted:\n{shown}{more}\n"
-        f"Narrow the pattern, or leave them frozen by an earlier rule, such as {{{first!r}: None}}; a weight that "
-        f"cannot stay factored may also be formed at full size where it has to be: materialize={first!r}."
-    )
+    advice = f"Narrow the pattern, or leave them frozen by an earlier rule, such as {{{first!r}: None}}"
+    path = next((path for path in problems if path in formable), None)
+    if path is not None:
+        advice += f"; a weight may also be formed at full size where it has to be: materialize={re.escape(path)!r}"
+    return f"the rules match {len(problems)} weight(s) that cannot be adapted:\n{shown}{more}\n{advice}."

@@ -14,7 +14,8 @@ def init(key: jax.Array, params: Any, plan: Plan) -> dict[str, Adapter]:
     """`{path: adapter}` for every target of a plan; applying them changes nothing yet.
 
     Each weight's randomness comes from the key and a hash of its path alone: the same on every host, and the same
-    when other weights join or leave the plan. Also runs under `jax.jit` and `jax.eval_shape`.
+    when other weights join or leave the plan. Also runs under `jax.jit`, `jax.vmap` and `jax.eval_shape`, with the
+    plan closed over.
 
     Raises:
         LoraError: `params` lack a planned path, or have another shape there.

@@ -144,7 +144,7 @@ def check_adapters(adapters: Mapping[str, Adapter], names: list[str], leaves: li
         try:
             found, expected = adapter.kernel_shape(), tuple(weight.shape)
         except LoraError as error:
-            raise LoraError(f"the adapter for {path!r} {error} Make it again with lora.init.") from None
+            raise LoraError(f"the adapter for {path!r} {error} lora.init makes one that fits.") from None
         if found != expected:
             raise LoraError(
                 f"the adapter for {path!r} fits a weight of shape {list(found)}, "

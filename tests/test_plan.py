@@ -130,6 +130,14 @@ def test_bad_rules(rules, says):
         assert part in str(error.value)
 
 
+def test_forming_is_advised_only_where_it_helps():
+    with pytest.raises(LoraError) as error:
+        plan({".*bias": Lora(1)})
+    assert "materialize" not in str(error.value)
+    with pytest.raises(LoraError, match=r"materialize='layer_0/query/kernel'\.$"):
+        plan({".*(bias|kernel)": Lora(1)}, fn=lambda p, x: jnp.tanh(p["layer_0"]["query"]["kernel"]) * x.sum())
+
+
 def test_a_weight_used_in_two_ways_names_both():
     def two_ways(params, x):
         y = jnp.einsum("td,dhk->thk", x, params["w"])

@@ -20,6 +20,7 @@ def check(numbers):
     assert numbers["unchanged"]
 
 
+@pytest.mark.slow
 def test_from_scratch(capsys):
     check(from_scratch.main())
     printed = capsys.readouterr().out

@@ -292,6 +292,13 @@ def test_gradient_of_the_base_when_asked():
     assert_trees_close(found, expected)
 
 
+def test_a_stack_of_adapters_without_vmap():
+    stacked = jax.tree.map(lambda a: jnp.stack([a, a]), ADAPTERS)
+    for call in (lora.lora_apply(linear), lambda p, a, x: lora.merge(p, a)):
+        with pytest.raises(LoraError, match=r"'w' has a of shape \[2, 12, 2\], expected 2 axes.*jax.vmap\(apply"):
+            call({"w": W}, stacked, X)
+
+
 def test_parameters_by_keyword():
     apply = lora.lora_apply(linear)
     with pytest.raises(LoraError, match=r"by position, found 0 positional arguments.*\['params', 'adapters', 'x'\]"):

@@ -170,6 +170,12 @@ class Adapter(abc.ABC):
         ranks: dict[str, int] = {}
         for name, layout in self.layout.items():
             shape = getattr(self, name).shape
+            axes = sum(len(group) for *_, group in spans(layout, self.axes))
+            if len(shape) != axes:
+                raise LoraError(
+                    f"has {name} of shape {list(shape)}, expected {axes} axes. Several sets of adapters at once go "
+                    "through jax.vmap(apply, in_axes=(None, 0, ...))."
+                )
             for part, start, group in spans(layout, self.axes):
                 for i, axis in enumerate(group):
                     found = ranks if part == "rank" else sizes.setdefault(axis, {})  # type: ignore[arg-type]
