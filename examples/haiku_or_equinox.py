@@ -31,7 +31,8 @@ def haiku_model(key: jax.Array) -> tuple[Fn, Any]:
     """`fn(params, points)` -> logits [B, 3], and its parameters: Haiku's transform gives just that."""
     import haiku as hk
 
-    model = hk.without_apply_rng(hk.transform(lambda points: hk.nets.MLP([64, 64, 3], activation=jnp.tanh)(points)))
+    mlp = hk.transform(lambda points: hk.nets.MLP([64, 64, 3], activation=jnp.tanh)(points))
+    model: Any = hk.without_apply_rng(mlp)
     return model.apply, model.init(key, jnp.zeros((1, 2)))
 
 
