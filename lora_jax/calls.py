@@ -17,7 +17,6 @@ from lora_jax._compat import (
     Literal,
     Var,
     as_differentiated,
-    describe,
     jit_p,
     open_jaxpr,
     remat_p,
@@ -69,14 +68,8 @@ def scan(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 
     def step(moving: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
         out = body(jaxpr, [*consts, *_with(kept, moving, n_carry), *xs])
-        new = [
-            plain(o, _says(eqn, "changes it from step to step")) for i, o in enumerate(out[:n_carry]) if i not in kept
-        ]
-        ys = [
-            plain(o, _says(eqn, "gives it out of its body"))
-            for i, o in enumerate(out)
-            if i >= n_carry and i not in stacks
-        ]
+        new = [plain(o, "changes it from step to step", eqn) for i, o in enumerate(out[:n_carry]) if i not in kept]
+        ys = [plain(o, "gives it out of its body", eqn) for i, o in enumerate(out) if i >= n_carry and i not in stacks]
         return new, ys
 
     moving, ys = lax.scan(step, moving, xs, **params)
@@ -94,7 +87,7 @@ def while_loop(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 
     def step(moving: Sequence[Any]) -> Sequence[Any]:
         out = body(eqn.params["body_jaxpr"], [*body_consts, *_with(kept, moving, len(carry))])
-        return [plain(o, _says(eqn, "changes it from step to step")) for i, o in enumerate(out) if i not in kept]
+        return [plain(o, "changes it from step to step", eqn) for i, o in enumerate(out) if i not in kept]
 
     return _with(kept, lax.while_loop(cond, step, moving), len(carry))
 
@@ -112,7 +105,7 @@ def cond(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 
     def run(branch: Any, *operands: Any) -> list[Any]:
         out = body(branch, operands)
-        chosen = [plain(o, _says(eqn, "chooses between it and others")) for i, o in enumerate(out) if i not in kept]
+        chosen = [plain(o, "chooses between it and others", eqn) for i, o in enumerate(out) if i not in kept]
         return [_strongly_typed(o) for o in chosen]
 
     rest = lax.switch(index, [functools.partial(run, branch) for branch in branches], *operands)
@@ -128,7 +121,7 @@ def shard_map(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 
     def local(*args: Any) -> tuple[Any, ...]:
         out = body(eqn.params["jaxpr"], args)
-        return tuple(plain(o, _says(eqn, "gives it out of its body")) for o in out)
+        return tuple(plain(o, "gives it out of its body", eqn) for o in out)
 
     run = jax.shard_map(
         local,
@@ -163,7 +156,7 @@ def _sliced(eqn: JaxprEqn, value: Any) -> Any:
         return value
     value = value.scaled()
     if value.adapter.group(0) not in ("stack", "unknown"):
-        return value.dense(_says(eqn, "slices it along an axis that its adapter does not stack"))
+        return plain(value, "slices it along an axis that its adapter does not stack", eqn)
     return value.replace(value.value, value.adapter.replace_axes(0, 1, 0, lambda array, _: array))
 
 
@@ -171,7 +164,7 @@ def _carried(eqn: JaxprEqn, jaxpr: Any, carry: Sequence[Any], n_consts: int) -> 
     """What a loop changes, and the kernels that it hands from step to step unchanged."""
     sources = _forwarded(jaxpr)
     kept = {i: c for i, c in enumerate(carry) if isinstance(c, Kernel) and sources[i] == n_consts + i}
-    moving = [plain(c, _says(eqn, "changes it from step to step")) for i, c in enumerate(carry) if i not in kept]
+    moving = [plain(c, "changes it from step to step", eqn) for i, c in enumerate(carry) if i not in kept]
     return moving, kept
 
 
@@ -210,10 +203,6 @@ def _passed_through(eqn: JaxprEqn) -> list[tuple[Var, Any]]:
 def _strongly_typed(value: Any) -> Any:
     """Branches are to agree also in whether Python's scalars made their results."""
     return lax.convert_element_type(value, value.dtype) if getattr(value, "weak_type", False) else value
-
-
-def _says(eqn: JaxprEqn, what: str) -> str:
-    return f"{describe(eqn)} {what}"
 
 
 CALLS: dict[str, Call] = {

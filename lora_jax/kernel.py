@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import jax
 
+from lora_jax._compat import JaxprEqn, describe
 from lora_jax.adapters.base import Adapter
 from lora_jax.lowrank import accumulator
 
@@ -57,6 +58,8 @@ class Kernel:
         return self.merged()
 
 
-def plain(value: Any, why: str) -> Any:
-    """What may be a kernel, as an array."""
-    return value.dense(why) if isinstance(value, Kernel) else value
+def plain(value: Any, why: str, eqn: JaxprEqn | None = None) -> Any:
+    """What may be a kernel, as an array: because of `why`, which an equation does to it."""
+    if not isinstance(value, Kernel):
+        return value
+    return value.dense(why if eqn is None else f"{describe(eqn)} {why}")

@@ -60,9 +60,16 @@ class Member:
     def groups(self, axes: KernelAxes) -> KernelAxes | None:
         """The axes of a product as axes of the stored weight, if they are those of a matrix."""
         inputs, outputs = ({axis for i in group for axis in self.origin[i]} for group in (axes.inputs, axes.outputs))
+        return None if not inputs or not outputs or inputs & outputs else self.matrix(inputs, outputs)
+
+    def rows(self) -> KernelAxes | None:
+        """The axes of a lookup, if single rows were picked: the inputs are what they were picked along."""
+        inputs = set(self.looked_up)
+        outputs = {axis for group in self.origin for axis in group} - inputs
+        return self.matrix(inputs, outputs) if inputs and outputs else None
+
+    def matrix(self, inputs: set[int], outputs: set[int]) -> KernelAxes:
         stack = set(range(self.ndim)) - inputs - outputs
-        if not inputs or not outputs or inputs & outputs:
-            return None
         return KernelAxes(tuple(sorted(stack)), tuple(sorted(inputs)), tuple(sorted(outputs)))
 
 
@@ -92,7 +99,7 @@ class Probe(Adapter):
         for member in self.members:
             axes = member.groups(product.axes)
             assert axes is not None, "used_as has seen to it"
-            self.log.uses.setdefault(member.path, []).append(self._use(axes, product.rows(), self.where))
+            self._use(member, axes, product.rows(), self.where)
         return product.y
 
     def used_as(self, axes: KernelAxes, eqn: JaxprEqn) -> "Probe | None":
@@ -125,9 +132,6 @@ class Probe(Adapter):
         members = tuple(member for part in parts if part is not None for member in part.members)
         return dataclasses.replace(self, members=members)
 
-    def map(self, fn: Callable[[jax.Array], jax.Array]) -> Self:
-        return self
-
     def scale_by(self, factor: jax.Array) -> "Probe":
         return self
 
@@ -144,16 +148,14 @@ class Probe(Adapter):
         """A plain array is needed: of rows that were looked up, that is what a product is; else it is an obstacle."""
         rows = math.prod(n for i, n in enumerate(kernel.shape) if not any(m.origin[i] for m in self.members))
         for member in self.members:
-            outputs = sorted({axis for group in member.origin for axis in group} - set(member.looked_up))
-            if member.looked_up and outputs:
-                stack = set(range(member.ndim)) - set(member.looked_up) - set(outputs)
-                axes = KernelAxes(tuple(sorted(stack)), tuple(sorted(set(member.looked_up))), tuple(outputs))
-                self.log.uses.setdefault(member.path, []).append(self._use(axes, (0, rows), why))
+            if axes := member.rows():
+                self._use(member, axes, (0, rows), why)
             else:
                 self.log.obstacle(member.path, why)
 
-    def _use(self, axes: KernelAxes, rows: tuple[int, int], where: str) -> Use:
-        return Use(axes, rows, self.times, self.stopped, where)
+    def _use(self, member: Member, axes: KernelAxes, rows: tuple[int, int], where: str) -> None:
+        use = Use(axes, rows, self.times, self.stopped, where)
+        self.log.uses.setdefault(member.path, []).append(use)
 
     def _move(self, change: Callable[[Any], Sequence[tuple[int, ...]]]) -> Self:
         members = tuple(member.move(change(member.origin)) for member in self.members)

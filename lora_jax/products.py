@@ -43,7 +43,7 @@ class Product(abc.ABC):
 
     def keep(self, keys: jax.Array, probability: float) -> Self:
         """The product with each entry of x kept with a probability, and then divided by it; keys [*s]."""
-        mask = _bernoulli(keys.reshape(-1)[0], probability, self.x.shape)
+        mask = jax.random.bernoulli(keys.reshape(-1)[0], probability, self.x.shape)
         return dataclasses.replace(self, x=_masked(self.x, mask, probability))
 
 
@@ -62,7 +62,7 @@ class Matmul(Product):
 
     def keep(self, keys: jax.Array, probability: float) -> Self:
         shape = self.x.shape[self._stacked() :]
-        mask = jax.vmap(lambda key: _bernoulli(key, probability, shape))(keys.reshape(-1))
+        mask = jax.vmap(lambda key: jax.random.bernoulli(key, probability, shape))(keys.reshape(-1))
         return dataclasses.replace(self, x=_masked(self.x, mask.reshape(self.x.shape), probability))
 
     def _stacked(self) -> int:
@@ -173,10 +173,6 @@ def _columns(a: jax.Array, stack: int) -> jax.Array:
 def _rows(b: jax.Array, stack: int) -> jax.Array:
     """B [*s, n, *outputs] as matrices [*s, n, k]."""
     return b.reshape(*b.shape[: stack + 1], math.prod(b.shape[stack + 1 :]))
-
-
-def _bernoulli(key: jax.Array, probability: float, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.bernoulli(key, probability, shape)
 
 
 def _masked(x: jax.Array, mask: jax.Array, probability: float) -> jax.Array:

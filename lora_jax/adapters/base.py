@@ -79,12 +79,9 @@ class Adapter(abc.ABC):
         arrays = {name: change(getattr(self, name), layout) for name, layout in self.layout.items()}
         return dataclasses.replace(self, axes=axes, **arrays)  # type: ignore[type-var]
 
-    def map(self, fn: Callable[[jax.Array], jax.Array]) -> Self:
-        return self.rebuild(self.axes, lambda array, _: fn(array))
-
     def stop(self) -> Self:
         """The adapter of stop_gradient(W)."""
-        return self.map(jax.lax.stop_gradient)
+        return jax.tree.map(jax.lax.stop_gradient, self)
 
     def permute(self, permutation: tuple[int, ...]) -> Self:
         """The adapter of W transposed by a permutation."""

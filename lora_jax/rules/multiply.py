@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._compat import JaxprEqn, Operation, describe
+from lora_jax._compat import JaxprEqn, Operation
 from lora_jax.adapters.base import Adapter
 from lora_jax.axes import KernelAxes
-from lora_jax.kernel import Kernel
+from lora_jax.kernel import Kernel, plain
 from lora_jax.products import (
     BackwardConv,
     Conv,
@@ -49,7 +49,7 @@ def _traced_once(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> list[Any]:
     """A product with the kernel on either side, over any of its axes."""
     if isinstance(lhs, Kernel) and isinstance(rhs, Kernel):
-        lhs = lhs.dense(f"{describe(eqn)} multiplies it by another adapted weight, {_names(rhs)}")
+        lhs = plain(lhs, f"multiplies it by another adapted weight, {_names(rhs)}", eqn)
     contract, batch = eqn.params["dimension_numbers"]
     if isinstance(lhs, Kernel):
         axes = _axes(lhs, contract[0], batch[0])

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from lora_jax._compat import JaxprEqn, bind, describe
+from lora_jax._compat import JaxprEqn, bind
 from lora_jax.kernel import plain
 
 Rule = Callable[..., list[Any]]
@@ -22,4 +22,4 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def no_rule(eqn: JaxprEqn, *args: Any, why: str = "is not an operation that a weight in factored form can pass") -> Any:
     """Any other operation: run as it stands, on plain arrays."""
-    return bind(eqn, [plain(a, f"{describe(eqn)} {why}") for a in args])
+    return bind(eqn, [plain(a, why, eqn) for a in args])
