@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def lowrank(product: "Product", a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
     """scale * x @ A @ B, from left to right, so that nothing of A B's shape exists.
 
-    a [*stack, *inputs, r], b [*stack, r, *outputs] -> [*s, T, k] in at least fp32 (in x's dtype for convolutions).
+    a [*stack, *inputs, r], b [*stack, r, *outputs] -> y's shape, in at least fp32 (in x's dtype for convolutions).
 
     The factors are used in x's dtype and matrix products accumulate in fp32. The scale meets B, in fp32 or wider: no
     product over tokens is touched again, and none overflows fp16 by it.
@@ -24,21 +24,27 @@ def lowrank(product: "Product", a: jax.Array, b: jax.Array, scale: float) -> jax
     return product.expand(h, b if scale == 1.0 else b.astype(accumulator(b.dtype, h.dtype)) * scale)
 
 
-def matmul(x: jax.Array, w: jax.Array, precision: Any, over: int = -2) -> jax.Array:
-    """x [*s, T, d] @ w, whose axis `over` is d, in x's dtype, accumulated in fp32 or better."""
-    stack = tuple(range(x.ndim - 2))
-    dims = (((x.ndim - 1,), (x.ndim + over,)), (stack, stack))
-    return lax.dot_general(x, w.astype(x.dtype), dims, precision=precision, preferred_element_type=accumulator(x.dtype))
+def matmul(x: jax.Array, w: jax.Array, precision: Any, stack: int = 0) -> jax.Array:
+    """x [*s, *T, d] @ w [*s, d, *k], s being `stack` axes, in x's dtype, accumulated in fp32 or better."""
+    return _dot(x, w, ((x.ndim - 1,), (stack,)), precision, stack)
 
 
-def contract(x: jax.Array, a: jax.Array, precision: Any) -> jax.Array:
-    """x [*s, T, d] @ a [*s, d, r], for a thin a.
+def contract(x: jax.Array, a: jax.Array, precision: Any, stack: int = 0) -> jax.Array:
+    """x [*s, *T, *d] @ a [*s, *d, r], for a thin a.
 
-    A is laid out as [*s, r, d] first, and the barrier keeps it so: XLA's CPU backend reads a thin matrix along d
+    A is laid out as [*s, r, *d] first, and the barrier keeps it so: XLA's CPU backend reads a thin matrix along d
     several times faster (benchmarks/train_step.py), and elsewhere a copy of A costs nothing to speak of.
     """
-    rows = lax.optimization_barrier(jnp.swapaxes(a.astype(x.dtype), -1, -2))
-    return matmul(x, rows, precision, over=-1)
+    rows = lax.optimization_barrier(jnp.moveaxis(a.astype(x.dtype), -1, stack))
+    inputs = a.ndim - stack - 1
+    dims = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(stack + 1, a.ndim))
+    return _dot(x, rows, dims, precision, stack)
+
+
+def _dot(x: jax.Array, w: jax.Array, dims: Any, precision: Any, stack: int) -> jax.Array:
+    batch = (tuple(range(stack)),) * 2
+    wide = accumulator(x.dtype)
+    return lax.dot_general(x, w.astype(x.dtype), (dims, batch), precision=precision, preferred_element_type=wide)
 
 
 def accumulator(*dtypes: Any) -> Any:

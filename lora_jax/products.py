@@ -26,16 +26,16 @@ class Product(abc.ABC):
 
     axes: KernelAxes
     x: jax.Array
-    y: jax.Array  # [*s, T, k]
+    y: jax.Array  # [*s, *T, *outputs]; [T, k] where the kind of product says so
     precision: Any
 
     @abc.abstractmethod
     def contract(self, a: jax.Array) -> jax.Array:
-        """x @ A: a [*stack, *inputs, n] -> [*s, T, n]."""
+        """x @ A: a [*stack, *inputs, n] -> h, whose last axis is n."""
 
     @abc.abstractmethod
     def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
-        """h @ B: h as `contract` gives it, b [*stack, n, *outputs] -> [*s, T, k]."""
+        """h @ B: h as `contract` gives it, b [*stack, n, *outputs] -> y's shape."""
 
     @abc.abstractmethod
     def rows(self) -> tuple[int, int]:
@@ -49,16 +49,20 @@ class Product(abc.ABC):
 
 @dataclass(frozen=True)
 class Matmul(Product):
-    """x [*s, T, d]: token axes come flattened, as thin products with more axes are slow on XLA's CPU backend."""
+    """x [*s, *T, *inputs], y [*s, *T, *outputs], both with the axes that they have in the program."""
 
     def contract(self, a: jax.Array) -> jax.Array:
-        return contract(self.x, _columns(a, self._stacked()), self.precision)
+        stack, x = self._stacked(), self.x
+        if self._flat():
+            x, a = as_matrices(x, stack, x.ndim - stack - len(self.axes.inputs)), _columns(a, stack)
+        return contract(x, a, self.precision, stack)
 
     def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
-        return matmul(h, _rows(b, self._stacked()), self.precision)
+        stack = self._stacked()
+        return matmul(h, _rows(b, stack) if self._flat() else b, self.precision, stack).reshape(self.y.shape)
 
     def rows(self) -> tuple[int, int]:
-        return (math.prod(self.x.shape[:-1]),) * 2
+        return (math.prod(self.x.shape[: self.x.ndim - len(self.axes.inputs)]),) * 2
 
     def keep(self, keys: jax.Array, probability: float) -> Self:
         shape = self.x.shape[self._stacked() :]
@@ -66,7 +70,16 @@ class Matmul(Product):
         return dataclasses.replace(self, x=_masked(self.x, mask.reshape(self.x.shape), probability))
 
     def _stacked(self) -> int:
-        return self.x.ndim - 2
+        return len(self.axes.stack)
+
+    def _flat(self) -> bool:
+        """Whether T and d are flattened to one axis each.
+
+        Thin products with more axes are slow on XLA's CPU backend. But over a mesh that the compiler partitions for,
+        an axis may be sharded that would then lie inside another one, and would be gathered.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        return set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,7 @@ class Conv(Product):
             h.reshape(len(h), self.groups, -1).swapaxes(0, 1),  # [g, T, n]
             b.reshape(len(b), self.groups, -1).swapaxes(0, 1),  # [g, n, k / g]
             self.precision,
+            stack=1,
         )
         return grouped.swapaxes(0, 1).reshape(len(h), -1)
 

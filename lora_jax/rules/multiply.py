@@ -86,13 +86,9 @@ def _dot(dot: Operation, axes: KernelAxes, adapter: Adapter, w: jax.Array, x: ja
     [y] = dot.bind(w, x) if on_left else dot.bind(x, w)
     y = y.transpose([result.index(label) for label in canonical])
     rows = x.transpose([i for _, i in stack] + x_free + [i for _, i in inputs])
-    product = Matmul(
-        axes,
-        as_matrices(rows.astype(product_dtype(x.dtype, w.dtype)), len(stack), len(x_free)),
-        as_matrices(y, len(stack), len(x_free)),
-        _precision(dot.params["precision"], on_left),
-    )
-    return adapter.apply(product).reshape(y.shape).transpose([canonical.index(label) for label in result])
+    rows = rows.astype(product_dtype(x.dtype, w.dtype))
+    product = Matmul(axes, rows, y, _precision(dot.params["precision"], on_left))
+    return adapter.apply(product).transpose([canonical.index(label) for label in result])
 
 
 @rule("conv_general_dilated")
