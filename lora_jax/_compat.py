@@ -6,7 +6,7 @@ Tested on JAX 0.10.2 and 0.12.0. Everything used is a public name of `jax.extend
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ __all__ = [
     "remat_p",
     "scan_groups",
     "source_line",
+    "vary",
+    "varying_axes",
 ]
 
 
@@ -47,6 +49,18 @@ def scan_groups(eqn: JaxprEqn) -> tuple[int, int]:
         consts, carry, _ = eqn.params["ft_in"].unpack()
         return len(consts), len(carry)
     return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
+def varying_axes(array: Any) -> frozenset[str]:
+    """The axes of a `shard_map` along which an array differs from device to device. JAX 0.10 moved them."""
+    kind = jax.typeof(array)
+    return frozenset(kind.mat.varying if hasattr(kind, "mat") else kind.vma)
+
+
+def vary(array: Any, axes: Iterable[str]) -> Any:
+    """In `shard_map`: the array as one that may differ from device to device along these axes."""
+    missing = tuple(axis for axis in axes if axis not in varying_axes(array))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from lora_jax._compat import (
     remat_p,
     scan_groups,
 )
-from lora_jax.adapters.base import Layout, spans
 from lora_jax.kernel import Kernel, plain
 
 Body = Callable[[Any, Sequence[Any]], list[Any]]
@@ -136,13 +135,8 @@ def shard_map(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 
 def _specs(kernel: Kernel, spec: Any) -> Any:
     """The partition specs of a kernel's arrays, given its value's."""
-    entries = dict(enumerate(spec))
-
-    def change(_: jax.Array, layout: Layout) -> Any:
-        groups = [group for *_, group in spans(layout, kernel.adapter.axes)]
-        return jax.P(*(None if axis is None else entries.get(axis) for group in groups for axis in group))
-
-    specs = kernel.replace(spec, kernel.adapter.rebuild(kernel.adapter.axes, change))
+    every = jax.P(*spec, *[None] * (kernel.ndim - len(spec)))
+    specs = kernel.replace(spec, kernel.adapter.specs(every))
     return specs if kernel.factor is None else dataclasses.replace(specs, factor=jax.P())  # type: ignore[arg-type]
 
 

@@ -24,9 +24,13 @@ def lowrank(product: "Product", a: jax.Array, b: jax.Array, scale: float) -> jax
     return product.expand(h, b if scale == 1.0 else b.astype(accumulator(b.dtype, h.dtype)) * scale)
 
 
-def matmul(x: jax.Array, w: jax.Array, precision: Any, stack: int = 0) -> jax.Array:
-    """x [*s, *T, d] @ w [*s, d, *k], s being `stack` axes, in x's dtype, accumulated in fp32 or better."""
-    return _dot(x, w, ((x.ndim - 1,), (stack,)), precision, stack)
+def matmul(x: jax.Array, w: jax.Array, precision: Any, stack: int = 0, like: jax.Array | None = None) -> jax.Array:
+    """x [*s, *T, d] @ w [*s, d, *k], s being `stack` axes, in x's dtype, accumulated in fp32 or better.
+
+    On a mesh with explicit axes the result is sharded as `like` is.
+    """
+    place = None if like is None else _explicit(like)
+    return _dot(x, w, ((x.ndim - 1,), (stack,)), precision, stack, place)
 
 
 def contract(x: jax.Array, a: jax.Array, precision: Any, stack: int = 0) -> jax.Array:
@@ -38,13 +42,25 @@ def contract(x: jax.Array, a: jax.Array, precision: Any, stack: int = 0) -> jax.
     rows = lax.optimization_barrier(jnp.moveaxis(a.astype(x.dtype), -1, stack))
     inputs = a.ndim - stack - 1
     dims = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(stack + 1, a.ndim))
-    return _dot(x, rows, dims, precision, stack)
+    place = _explicit(x)
+    return _dot(x, rows, dims, precision, stack, place and jax.P(*place[: x.ndim - inputs], None))
 
 
-def _dot(x: jax.Array, w: jax.Array, dims: Any, precision: Any, stack: int) -> jax.Array:
-    batch = (tuple(range(stack)),) * 2
-    wide = accumulator(x.dtype)
-    return lax.dot_general(x, w.astype(x.dtype), (dims, batch), precision=precision, preferred_element_type=wide)
+def _dot(x: jax.Array, w: jax.Array, dims: Any, precision: Any, stack: int, place: jax.P | None) -> jax.Array:
+    return lax.dot_general(
+        x,
+        w.astype(x.dtype),
+        (dims, (tuple(range(stack)),) * 2),
+        precision=precision,
+        preferred_element_type=accumulator(x.dtype),
+        out_sharding=place,
+    )
+
+
+def _explicit(x: jax.Array) -> jax.P | None:
+    """How an array is sharded, where its type says so: on a mesh with explicit axes."""
+    sharding = jax.typeof(x).sharding
+    return sharding.spec if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def accumulator(*dtypes: Any) -> Any:

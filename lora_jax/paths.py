@@ -7,7 +7,7 @@ that level is left out, so that a model has the same names in Linen and in NNX.
 import difflib
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,7 +17,9 @@ from jax.tree_util import GetAttrKey, PyTreeDef, keystr, tree_flatten_with_path
 from lora_jax.errors import LoraError
 
 
-def flatten_with_names(tree: Any) -> tuple[list[str], list[Any], PyTreeDef]:
+def flatten_with_names(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[str], list[Any], PyTreeDef]:
     """The leaves of a pytree, their names, and the tree to put them back with.
 
     >>> flatten_with_names({"b": 1, "a": [2, 3]})[:2]
@@ -26,7 +28,7 @@ def flatten_with_names(tree: Any) -> tuple[list[str], list[Any], PyTreeDef]:
     Raises:
         LoraError: two leaves have one name, as in `{"a/b": x, "a": {"b": y}}`.
     """
-    keyed, treedef = tree_flatten_with_path(tree)
+    keyed, treedef = tree_flatten_with_path(tree, is_leaf=is_leaf)
     below: dict[tuple[Any, ...], int] = {}  # how many leaves each node has
     for path, _ in keyed:
         for depth in range(len(path)):

@@ -9,6 +9,7 @@ Axes: s stacked matrices, T rows, d inputs, k outputs, n columns of a factor.
 import abc
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -41,6 +42,21 @@ class Product(abc.ABC):
     def rows(self) -> tuple[int, int]:
         """The number of rows in x @ A and in h @ B, over all stacked matrices."""
 
+    def token_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes T, where x has such axes; `split` and `join` are for these."""
+        return ()
+
+    def split(self, counts: Sequence[int], axes: KernelAxes) -> Self:
+        """The product with the i-th token axis in counts[i] parts: stacked axes of x and y, the last ones.
+
+        `axes` are those of a weight that has them too; a count of 1 makes no such axis.
+        """
+        raise NotImplementedError
+
+    def join(self, y: jax.Array, counts: Sequence[int]) -> jax.Array:
+        """y, with the parts of a `split` put back in their places."""
+        raise NotImplementedError
+
     def keep(self, keys: jax.Array, probability: float) -> Self:
         """The product with each entry of x kept with a probability, and then divided by it; keys [*s]."""
         mask = jax.random.bernoulli(keys.reshape(-1)[0], probability, self.x.shape)
@@ -59,7 +75,9 @@ class Matmul(Product):
 
     def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
         stack = self._stacked()
-        return matmul(h, _rows(b, stack) if self._flat() else b, self.precision, stack).reshape(self.y.shape)
+        if self._flat():
+            return matmul(h, _rows(b, stack), self.precision, stack).reshape(self.y.shape)
+        return matmul(h, b, self.precision, stack, like=self.y)
 
     def rows(self) -> tuple[int, int]:
         return (math.prod(self.x.shape[: self.x.ndim - len(self.axes.inputs)]),) * 2
@@ -68,6 +86,29 @@ class Matmul(Product):
         shape = self.x.shape[self._stacked() :]
         mask = jax.vmap(lambda key: jax.random.bernoulli(key, probability, shape))(keys.reshape(-1))
         return dataclasses.replace(self, x=_masked(self.x, mask.reshape(self.x.shape), probability))
+
+    def token_axes(self) -> tuple[int, ...]:
+        return self.x.shape[self._stacked() : self.x.ndim - len(self.axes.inputs)]
+
+    def split(self, counts: Sequence[int], axes: KernelAxes) -> Self:
+        def parts(array: jax.Array) -> jax.Array:
+            at, moved = self._stacked(), 0
+            for i, n in enumerate(counts):
+                if n > 1:
+                    axis = at + moved + i
+                    array = array.reshape(*array.shape[:axis], n, -1, *array.shape[axis + 1 :])
+                    array = jnp.moveaxis(array, axis, at + moved)
+                    moved += 1
+            return array
+
+        return dataclasses.replace(self, axes=axes, x=parts(self.x), y=parts(self.y))
+
+    def join(self, y: jax.Array, counts: Sequence[int]) -> jax.Array:
+        at, split = self._stacked(), [i for i, n in enumerate(counts) if n > 1]
+        for moved, i in reversed(list(enumerate(split))):
+            y = jnp.moveaxis(y, at + moved, at + moved + i)
+            y = y.reshape(*y.shape[: at + moved + i], -1, *y.shape[at + moved + i + 2 :])
+        return y
 
     def _stacked(self) -> int:
         return len(self.axes.stack)

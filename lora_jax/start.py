@@ -8,14 +8,19 @@ from lora_jax.adapters.base import Adapter
 from lora_jax.errors import LoraError
 from lora_jax.paths import flatten_with_names, path_key
 from lora_jax.plan import Plan
+from lora_jax.sharding import adapter_shardings, on_mesh
 
 
-def init(key: jax.Array, params: Any, plan: Plan) -> dict[str, Adapter]:
+def init(key: jax.Array, params: Any, plan: Plan, shardings: Any = None) -> dict[str, Adapter]:
     """`{path: adapter}` for every target of a plan; applying them changes nothing yet.
 
     Each weight's randomness comes from the key and a hash of its path alone: the same on every host, and the same
     when other weights join or leave the plan. Also runs under `jax.jit`, `jax.vmap` and `jax.eval_shape`, with the
     plan closed over.
+
+    Args:
+        shardings: where they go, as `lora.adapter_shardings` gives it: each device makes its own part. Without, they
+            go on the mesh that the planned weights are on, by the default policy, if they are on one.
 
     Raises:
         LoraError: `params` lack a planned path, or have another shape there.
@@ -31,4 +36,10 @@ def init(key: jax.Array, params: Any, plan: Plan) -> dict[str, Adapter]:
                 f"the plan was made for {path!r} of shape {list(target.shape)}, but these parameters have {found}. "
                 "Plan again with these parameters: lora.plan(fn, params, ..., rules=...)."
             )
-    return {path: t.rule.init(path_key(key, path), t.shape, t.axes) for path, t in plan.items()}
+
+    def start(key: jax.Array) -> dict[str, Adapter]:
+        return {path: t.rule.init(path_key(key, path), t.shape, t.axes) for path, t in plan.items()}
+
+    if shardings is None and on_mesh({path: leaf for path, leaf in zip(names, leaves, strict=True) if path in plan}):
+        shardings = adapter_shardings(plan, params)
+    return start(key) if shardings is None else jax.jit(start, out_shardings=shardings)(key)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax._compat import vary, varying_axes
 from lora_jax.adapters.base import Adapter
 from lora_jax.errors import LoraError
 from lora_jax.fallback import Materialize, Patterns
@@ -67,12 +68,18 @@ def lora_apply(fn: Callable[..., Any], *, materialize: Patterns = False) -> Call
             return Kernel(leaf, adapters[name], (name,), fallback)
 
         try:
-            program = trace(params, tuple(rest), kwargs)
+            program = trace(*_as_varying_as(adapters, (params, tuple(rest), kwargs)))
             return program.run(interpreter, program.arrays, adapt)
         except jax.errors.UnexpectedTracerError as error:
             raise LoraError(_escaped(params, adapters, rest, kwargs)) from error
 
     return _with_signature(apply, fn)
+
+
+def _as_varying_as(adapters: Any, args: Any) -> Any:
+    """In `shard_map`: with adapters of its own, all that a device computes may differ from what the others do."""
+    axes = sorted({axis for array in jax.tree.leaves(adapters) for axis in varying_axes(array)})
+    return jax.tree.map(lambda leaf: vary(leaf, axes) if is_array(leaf) else leaf, args) if axes else args
 
 
 def _escaped(params: Any, adapters: Any, args: Any, kwargs: Any) -> str:

@@ -20,7 +20,7 @@ from lora_jax.axes import KernelAxes
 from lora_jax.errors import LoraError
 from lora_jax.products import Product
 
-Layout = tuple[str, ...]  # the groups of W's axes that an array has, in order; "rank" is one axis of its own
+Layout = tuple[str, ...]  # the groups of W's axes that an array has, in order; any other name is one axis of its own
 
 
 class Rule(abc.ABC):
@@ -149,6 +149,15 @@ class Adapter(abc.ABC):
                 adapter = adapter.replace_axes(axis, 1, 0, jnp.squeeze).insert_axis(axis, axes.group(axis))
         return adapter
 
+    def specs(self, spec: jax.P) -> Self:
+        """The partition specs of the arrays, where W's has an entry for each of its axes."""
+
+        def follow(_: jax.Array, layout: Layout) -> jax.P:
+            groups = [group for *_, group in spans(layout, self.axes)]
+            return jax.P(*(None if axis is None else spec[axis] for group in groups for axis in group))
+
+        return self.rebuild(self.axes, follow)
+
     def group(self, axis: int) -> str:
         """The group that an axis of the weight is in."""
         return self.axes.group(axis)
@@ -192,10 +201,10 @@ class Adapter(abc.ABC):
 
 
 def spans(layout: Layout, axes: KernelAxes) -> Iterator[tuple[str, int, tuple[int | None, ...]]]:
-    """Each part of a layout, the array axis that it starts at, and W's axes in it; (None,) for the rank."""
+    """Each part of a layout, the array axis that it starts at, and W's axes in it; (None,) for the rank and its like."""
     start = 0
     for part in layout:
-        group = (None,) if part == "rank" else getattr(axes, part)
+        group = getattr(axes, part) if part in axes._fields else (None,)
         yield part, start, group
         start += len(group)
 

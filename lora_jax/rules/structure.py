@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._compat import JaxprEqn, bind
+from lora_jax._compat import JaxprEqn, bind, vary
 from lora_jax.kernel import Kernel
 from lora_jax.lowrank import accumulator
 from lora_jax.rules.registry import no_rule, rule
@@ -35,8 +35,8 @@ def stop_gradient(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
 
 @rule("pvary")
 def pvary(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
-    """In `shard_map`: the arrays of the adapter differ between devices where the weight does."""
-    return [jax.tree.map(lambda array: bind(eqn, [array])[0], kernel)]
+    """In `shard_map`: the arrays of the adapter differ between devices where the weight does, if not before."""
+    return [jax.tree.map(lambda array: vary(array, eqn.params["axes"]), kernel)]
 
 
 @rule("convert_element_type")
