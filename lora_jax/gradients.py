@@ -1,7 +1,7 @@
 """The gradient of a batch: in microbatches, over devices, with one reduction.
 
-Whatever the batch is cut into, the result is that of its weighted mean, sum of w_i L_i over sum of w_i, where each part i
-says its own loss L_i and weight w_i.
+Whatever parts the batch is cut into, the result is that of sum_i w_i L_i / sum_i w_i, where part i says its own loss
+L_i and weight w_i.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,23 +59,20 @@ def value_and_grad(
             for name in axes:
                 key = jax.random.fold_in(key, lax.axis_index(name))
 
-        def part(batch: Sequence[Any], key: jax.Array | None) -> Any:
-            return _sums(loss, copies, params, batch, {} if key is None else {"key": key}, scale)
+        whole = microbatches == 1 and not axes
 
-        if microbatches == 1:
-            sums = part(batch, key)
-        else:
-            sums = _accumulate(part, batch, key, microbatches, axes)
+        def part(batch: Sequence[Any], key: jax.Array | None) -> Any:
+            return _sums(loss, copies, params, batch, {} if key is None else {"key": key}, scale, weigh=not whole)
+
+        sums = part(batch, key) if microbatches == 1 else _accumulate(part, batch, key, microbatches, axes)
         if axes:
             sums = lax.psum(jax.tree.map(lambda array: vary(array, axes), sums), axes)
         grads, values, weight = sums
-        one_part = microbatches == 1 and not axes
-        mean = (lambda array: array) if one_part else (lambda array: array / weight)
-        factor = scale if one_part else weight * scale
         if batch_sharding is not None:
             grads = add_up(grads, batch_sharding)
-        grads = jax.tree.map(lambda g: (g / factor).astype(g.dtype), grads)
-        return jax.tree.map(mean, values), grads
+        if not whole:
+            values, scale = jax.tree.map(lambda value: value / weight, values), weight * scale
+        return values, jax.tree.map(lambda g: (g / scale).astype(g.dtype), grads)
 
     def in_context(*args: Any, **kwargs: Any) -> Any:
         if batch_sharding is None:
@@ -86,12 +83,14 @@ def value_and_grad(
     return in_context
 
 
-def _sums(loss: Loss, trainable: Any, params: Any, batch: Sequence[Any], key: dict[str, Any], scale: Any) -> Any:
+def _sums(
+    loss: Loss, trainable: Any, params: Any, batch: Sequence[Any], key: dict[str, Any], scale: Any, weigh: bool
+) -> Any:
     """One part's gradient, (loss, metrics) and weight, the first two times the weight."""
 
     def weighted(trainable: Any) -> Any:
         value, metrics, weight = _parts(loss(trainable, params, *batch, **key))
-        if weight is None:
+        if weight is None or not weigh:
             return value * scale, ((value, metrics), jnp.ones((), value.dtype))
         weight = lax.stop_gradient(weight).astype(value.dtype)
         values = jax.tree.map(lambda m: m.astype(accumulator(m.dtype)) * weight, (value, metrics))

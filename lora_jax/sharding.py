@@ -3,6 +3,7 @@
 Each array of an adapter has some of W's axes (its layout) and follows W's spec along these; its rank is never split.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from lora_jax.adapters.base import Adapter
 from lora_jax.axes import KernelAxes
 from lora_jax.errors import LoraError
-from lora_jax.paths import flatten_with_names, nearest
+from lora_jax.paths import flatten_with_names, is_array, nearest
 from lora_jax.plan import Plan
 
 Policy = Callable[[str, P], P]  # (path, spec of W) -> the spec that the adapter's arrays follow
@@ -90,13 +91,39 @@ def adapter_shardings(
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
-def on_mesh(tree: Any) -> Mesh | None:
+def on_mesh(tree: Any) -> Any:
     """The mesh of several devices that a tree's arrays live on, if they do."""
     for leaf in jax.tree.leaves(tree):
         sharding = _sharding(leaf)
         if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
             return sharding.mesh
     return None
+
+
+def check_together(trainable: Any, params: Any) -> None:
+    """What is trained is on the mesh that the base is on.
+
+    Raises:
+        LoraError: which weight is elsewhere, and how to bring both together.
+    """
+    mesh = on_mesh(trainable)
+    names, leaves, _ = flatten_with_names(params)
+    for name, leaf in zip(names, leaves, strict=True):
+        if not is_array(leaf):
+            continue
+        there = on_mesh(leaf)
+        if mesh is None and there is not None:
+            raise LoraError(
+                f"the base weight {name!r} is on the mesh {_described(there)}, but the adapters are on one device. "
+                "lora.init(key, params, plan) makes new ones there; others go there by "
+                "jax.device_put(adapters, lora.adapter_shardings(adapters, params))."
+            )
+        if mesh is not None and (there is None or _devices(there) != _devices(mesh)):
+            found = "on one device" if there is None else f"on the mesh {_described(there)}"
+            raise LoraError(
+                f"the base weight {name!r} is {found}, but the adapters are on the mesh {_described(mesh)}. Place the "
+                "base on it: jax.device_put(params, shardings), or NamedSharding(mesh, P()) for whole copies."
+            )
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> slice:
@@ -113,8 +140,8 @@ def local_rows(sharding: NamedSharding, rows: int) -> slice:
             f"give a multiple of {parts}."
         )
     own = NamedSharding(sharding.mesh, P(entry)).addressable_devices_indices_map((rows,))
-    spans = sorted({index.indices(rows)[:2] for [index] in own.values()})
-    if any(stop != start for (_, stop), (start, _) in zip(spans, spans[1:], strict=False)):
+    spans = sorted({index[0].indices(rows)[:2] for index in own.values() if index is not None})
+    if any(stop != start for (_, stop), (start, _) in itertools.pairwise(spans)):
         raise LoraError(
             f"the devices of process {jax.process_index()} hold the rows {spans} of {rows}: make the mesh by "
             "jax.make_mesh, or put the axes that split the batch first, so that each process has one run of rows."
@@ -161,7 +188,9 @@ def shard_batch(batch: Any, sharding: NamedSharding, rows: int | None = None) ->
                     f"axes {_named(names)} of size {_size(names, mesh)}: pad it."
                 )
     placed = [
-        jax.make_array_from_process_local_data(NamedSharding(mesh, P(*spec[: leaf.ndim])), leaf, (rows, *leaf.shape[1:]))
+        jax.make_array_from_process_local_data(
+            NamedSharding(mesh, P(*spec[: leaf.ndim])), leaf, (rows, *leaf.shape[1:])
+        )
         for leaf in leaves
     ]
     return jax.tree.unflatten(tree, placed)

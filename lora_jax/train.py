@@ -11,8 +11,9 @@ import optax
 from jax import P
 from jax.sharding import Mesh, NamedSharding
 
+from lora_jax.errors import LoraError
 from lora_jax.gradients import Loss, value_and_grad
-from lora_jax.sharding import names_of, on_mesh
+from lora_jax.sharding import check_together, names_of, on_mesh
 
 Step = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
 
@@ -94,9 +95,7 @@ def train_step(
         state: as `TrainState.create` makes it.
         params: the frozen base.
     """
-    gradient = value_and_grad(
-        loss, microbatches=microbatches, axis_name=axis_name, batch_sharding=batch_sharding
-    )
+    gradient = value_and_grad(loss, microbatches=microbatches, axis_name=axis_name, batch_sharding=batch_sharding)
     key = None if state.key is None else jax.random.fold_in(state.key, state.step)
     scale = 1.0 if state.loss_scale is None else state.loss_scale.value
     (value, metrics), grads = gradient(state.trainable, params, *batch, scale=scale, key=key)
@@ -126,22 +125,21 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
     `step.lower(state, params, *batch)` is that of the jitted function.
     """
 
-    @functools.lru_cache(maxsize=16)
-    def compiled(batch_sharding: NamedSharding | None, state_shardings: Any) -> Any:
-        step = functools.partial(
-            train_step, loss, optimizer, microbatches=microbatches, batch_sharding=batch_sharding
-        )
-        if state_shardings is None:
-            return jax.jit(step, donate_argnums=0)
-        leaves, tree = state_shardings
-        whole = NamedSharding(leaves[0].mesh, P())
-        return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.unflatten(tree, leaves), whole))
+    steps: dict[Any, Any] = {}  # by where the batch and the state are
 
     def placed(state: TrainState, params: Any, batch: Any) -> Any:
-        if on_mesh(state.trainable) is None:
-            return compiled(None, None)
-        leaves, tree = jax.tree.flatten(state)
-        return compiled(_longest(batch), (tuple(leaf.sharding for leaf in leaves), tree))
+        places = on_mesh(state.trainable) and jax.tree.map(lambda leaf: leaf.sharding, state)
+        where = places and _longest(batch), tuple(jax.tree.leaves(places)), jax.tree.structure(places)
+        if where not in steps:
+            check_together(state.trainable, params)
+            steps[where] = compiled(where[0], places)
+        return steps[where]
+
+    def compiled(batch_sharding: NamedSharding | None, places: Any) -> Any:
+        step = functools.partial(train_step, loss, optimizer, microbatches=microbatches, batch_sharding=batch_sharding)
+        if places is None:
+            return jax.jit(step, donate_argnums=0)
+        return jax.jit(step, donate_argnums=0, out_shardings=(places, NamedSharding(places.step.mesh, P())))
 
     def step(state: TrainState, params: Any, *batch: Any) -> Any:
         return placed(state, params, batch)(state, params, *batch)
@@ -196,10 +194,17 @@ def shard_map_step(
     (fsdp): `jit_step` is for those. The state is donated.
     """
     names = tuple(name for entry in batch for name in names_of(entry))
+    if missing := [name for name in names if name not in mesh.shape]:
+        raise LoraError(
+            f"the batch is split over {missing[0]!r}, an axis that the mesh lacks: it has {dict(mesh.shape)}."
+        )
+    if not names:
+        raise LoraError(
+            f"the batch is split over no axis of the mesh: give its spec, such as P({mesh.axis_names[0]!r})."
+        )
 
     def local(state: TrainState, params: Any, rows: tuple[Any, ...]) -> Any:
         return train_step(loss, optimizer, state, params, *rows, microbatches=microbatches, axis_name=names)
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), batch), out_specs=P(), axis_names=set(names))
-    run = jax.jit(lambda state, params, *rows: mapped(state, params, rows), donate_argnums=0)
-    return run
+    return jax.jit(lambda state, params, *rows: mapped(state, params, rows), donate_argnums=0)

@@ -74,7 +74,7 @@ def optimizer() -> optax.GradientTransformation:
     return lora.freeze_base(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placement:
     """A mesh, and what its axes split: of the base, by the names of its axes, and of the batch."""
 
@@ -114,7 +114,9 @@ PLACEMENTS = [
     Placement("fsdp", {"fsdp": 8}, P("fsdp"), over(fsdp="fsdp")),
     Placement("tensor", {"tensor": 4}, P(), over(tensor="tensor")),
     Placement("data and tensor", {"data": 2, "tensor": 4}, P("data"), over(tensor="tensor")),
-    Placement("data, fsdp and tensor", {"data": 2, "fsdp": 2, "tensor": 2}, P(("data", "fsdp")), over("fsdp", "tensor")),
+    Placement(
+        "data, fsdp and tensor", {"data": 2, "fsdp": 2, "tensor": 2}, P(("data", "fsdp")), over("fsdp", "tensor")
+    ),
     Placement("data and expert", {"data": 2, "expert": 4}, P("data"), over(expert="expert")),
     Placement("data and sequence", {"data": 2, "sequence": 4}, P("data", "sequence"), {}),
     Placement(

@@ -201,7 +201,7 @@ class Adapter(abc.ABC):
 
 
 def spans(layout: Layout, axes: KernelAxes) -> Iterator[tuple[str, int, tuple[int | None, ...]]]:
-    """Each part of a layout, the array axis that it starts at, and W's axes in it; (None,) for the rank and its like."""
+    """Each part of a layout, the array axis that it starts at, and W's axes in it; (None,) if they are none of W's."""
     start = 0
     for part in layout:
         group = getattr(axes, part) if part in axes._fields else (None,)
