@@ -132,11 +132,15 @@ def new_head(task: Task, seed: int) -> Tree:
     return {"kernel": kernel, "bias": jnp.zeros(2)}
 
 
-def make_lora(task: Task, config: Config, seed: int) -> tuple[Logits, Tree]:
-    """The logits as a function of adapters and head, and where these start."""
+def make_plan(task: Task, config: Config) -> lora.Plan:
     rules = {TARGETS[config.targets]: lora.Lora(config.rank, config.alpha)}
     one_batch = snippets.pad(task.splits["train"].tokens[:1], config.batch)
-    plan = lora.plan(task.encode, task.params, *one_batch, rules=rules)
+    return lora.plan(task.encode, task.params, *one_batch, rules=rules)
+
+
+def make_lora(task: Task, config: Config, seed: int) -> tuple[Logits, Tree]:
+    """The logits as a function of adapters and head, and where these start."""
+    plan = make_plan(task, config)
     encode = lora.lora_apply(task.encode)
 
     def logits(trainable: Tree, params: Tree, ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -179,7 +183,9 @@ def cross_entropy(z: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(z, labels).mean()
 
 
-def make_step(logits: Logits, trainable: Tree, rate: float, steps: int) -> tuple[Callable[..., Any], lora.TrainState]:
+def make_step(
+    logits: Logits, trainable: Tree, rate: float, steps: int, microbatches: int = 1
+) -> tuple[Callable[..., Any], lora.TrainState]:
     """AdamW with warm-up and cosine decay, and the mask that says what it may move."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 20), steps)
     mask = {name: lora.trainable_mask(part) if name == "adapters" else True for name, part in trainable.items()}
@@ -189,7 +195,7 @@ def make_step(logits: Logits, trainable: Tree, rate: float, steps: int) -> tuple
         z = logits(trainable, params, ids, mask)
         return cross_entropy(z, labels), {"accuracy": jnp.mean(z.argmax(-1) == labels)}
 
-    return lora.jit_step(loss, optimizer), lora.TrainState.create(trainable, optimizer)
+    return lora.jit_step(loss, optimizer, microbatches=microbatches), lora.TrainState.create(trainable, optimizer)
 
 
 def train(
@@ -241,9 +247,9 @@ def train(
     return run
 
 
-def accuracy_of(predict: Logits, trainable: Tree, params: Tree, task: Task, name: str) -> float:
+def accuracy_of(predict: Logits, trainable: Tree, params: Tree, task: Task, name: str, rows: int = 64) -> float:
     split = task.splits[name]
-    z = snippets.in_batches(lambda ids, mask: predict(trainable, params, ids, mask), split.tokens)
+    z = snippets.in_batches(lambda ids, mask: predict(trainable, params, ids, mask), split.tokens, rows)
     return float(np.mean(z.argmax(-1) == split.labels))
 
 
@@ -321,7 +327,7 @@ def bytes_on_disk(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, steps: int) -> Iterator[Callable[[float, float, float], None]]:
+def progress_bar(what: str, steps: int, done: int = 0) -> Iterator[Callable[[float, float, float], None]]:
     """A bar with loss, accuracy (a running mean), examples a second and the time that remains, in 80 columns."""
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -332,7 +338,7 @@ def progress_bar(what: str, steps: int) -> Iterator[Callable[[float, float, floa
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(what, total=steps, loss=math.nan, accuracy=0.5, speed=0.0)
+        bar = progress.add_task(what, total=steps, completed=done, loss=math.nan, accuracy=0.5, speed=0.0)
 
         def advance(loss: float, accuracy: float, speed: float) -> None:
             fields = progress.tasks[bar].fields

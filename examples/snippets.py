@@ -46,10 +46,13 @@ def split_by_hash(sentences: list[tuple[str, int]], tokenizer: Tokenizer) -> dic
     }
 
 
-def pad(tokens: list[list[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask [rows, T], T the shortest bucket that holds all; rows beyond the sentences repeat the last."""
+def pad(tokens: list[list[int]], rows: int, longest: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask [rows, T], T the shortest bucket that holds all; rows beyond the sentences repeat the last.
+
+    Where these are some rows of a longer batch, `longest` is the length of its longest sentence.
+    """
     tokens = tokens + [tokens[-1]] * (rows - len(tokens))
-    longest = max(map(len, tokens))
+    longest = max(longest, *map(len, tokens))
     length = next(bucket for bucket in BUCKETS if bucket >= longest)
     ids = np.array([row + [0] * (length - len(row)) for row in tokens], np.int32)
     return ids, np.arange(length) < np.array([[len(row)] for row in tokens])

@@ -44,7 +44,7 @@ def save(folder: str | Path, adapters: Mapping[str, Adapter], others: Mapping[st
     _check(arrays, "")
     description = {
         "format": FORMAT,
-        "adapters": {path: _describe(adapter) for path, adapter in adapters.items()},
+        "adapters": {path: describe_adapter(adapter) for path, adapter in adapters.items()},
         "arrays": jax.tree.map(_shape, arrays),
     }
     new, old = _hidden(folder, "new"), _hidden(folder, "old")
@@ -116,7 +116,8 @@ def _arrays(adapter: Adapter) -> dict[str, jax.Array]:
     return {name: getattr(adapter, name) for name in field_names(adapter, static=False)}
 
 
-def _describe(adapter: Adapter) -> dict[str, Any]:
+def describe_adapter(adapter: Adapter) -> dict[str, Any]:
+    """What an adapter is beside its arrays, for JSON."""
     kind = next(name for name, cls in KINDS.items() if cls is type(adapter))
     return {"kind": kind, **{name: getattr(adapter, name) for name in field_names(adapter, static=True)}}
 

@@ -1,0 +1,102 @@
+"""What a process of a job does in test_hosts: the training of `placements`, started by examples/launch.py.
+
+    python tests/host_worker.py placements FOLDER        # on two meshes; and batches that do not fit together
+    python tests/host_worker.py train FOLDER KILL_AT     # with checkpoints; process 1 is killed once, before a step
+
+What was trained is written to FOLDER, by each process for itself, to be compared.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import placements
+from jax import P
+
+import lora_jax as lora
+from lora_jax.resume import Checkpoints
+
+STEPS = 12
+NAMES = ["data and tensor", "data, fsdp and tensor"]
+
+
+def start(placement):
+    """The mesh, the base, and the state before the first step."""
+    mesh = placement.mesh()
+    params = placement.params(mesh)
+    adapters = lora.init(jax.random.key(1), params, placements.plan())
+    return mesh, params, lora.TrainState.create(adapters, placements.optimizer())
+
+
+def batch_of(placement, mesh, i):
+    """The i-th batch, of which this process gives its own rows."""
+    sharding = jax.NamedSharding(mesh, placement.batch)
+    own = lora.local_rows(sharding, placements.ROWS)
+    return lora.shard_batch(tuple(array[own] for array in placements.batch(i)), sharding, rows=placements.ROWS)
+
+
+def arrays(tree, mesh, prefix):
+    """`{name: array}`, whole on every process."""
+    whole = jax.jit(lambda tree: tree, out_shardings=jax.NamedSharding(mesh, P()))(tree)
+    return {prefix + jax.tree_util.keystr(keys): np.asarray(leaf) for keys, leaf in jax.tree.leaves_with_path(whole)}
+
+
+def write(folder, name, **found):
+    np.savez(folder / f"{name} {jax.process_index()}.npz", **found)
+
+
+def run_placements(folder):
+    for placement in [p for p in placements.PLACEMENTS if p.name in NAMES]:
+        mesh, params, state = start(placement)
+        first, losses = arrays(state.trainable, mesh, "first"), []
+        step = lora.jit_step(placements.loss, placements.optimizer())
+        for i in range(STEPS):
+            state, metrics = step(state, params, *batch_of(placement, mesh, i))
+            losses.append(float(metrics["loss"]))
+        write(folder, placement.name, losses=losses, **first, **arrays(state.trainable, mesh, "last"))
+    wrong_batches(folder, jax.NamedSharding(mesh, P("data")))
+
+
+def wrong_batches(folder, sharding):
+    """Process 1 has a row more than process 0, which has its 8 of 16."""
+    mine = np.zeros((8 + jax.process_index(), 4), np.float32)
+    for name, rows in [("unknown", None), ("known", 16)]:
+        try:
+            lora.shard_batch(mine, sharding, rows=rows)
+            said = ""
+        except lora.LoraError as error:
+            said = str(error)
+        write(folder, name, said=said)
+
+
+def train(folder, kill_at):
+    placement = next(p for p in placements.PLACEMENTS if p.name == NAMES[0])
+    mesh, params, state = start(placement)
+    step = lora.jit_step(placements.loss, placements.optimizer())
+    with Checkpoints(folder / "checkpoints", params, placements.plan(), every=3) as checkpoints:
+        state, position = checkpoints.restore(state)
+        first = position["next"] if position else 0
+        print("from", first, flush=True)
+        for i in range(first, STEPS):
+            if i == kill_at and jax.process_index() == 1 and not (folder / "killed").exists():
+                checkpoints.wait()
+                (folder / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            state, metrics = step(state, params, *batch_of(placement, mesh, i))
+            jax.block_until_ready(metrics)
+            stop = checkpoints.save(state, metrics, position={"next": i + 1})
+            print("step", i + 1, flush=True)
+            if stop:
+                write(folder, "stopped", at=i + 1)
+                return
+            time.sleep(0.5)  # long enough to be told to end in between
+    write(folder, "end", **arrays(state.trainable, mesh, "last"))
+
+
+if __name__ == "__main__":
+    action, folder, *rest = sys.argv[1:]
+    run_placements(Path(folder)) if action == "placements" else train(Path(folder), int(rest[0]))

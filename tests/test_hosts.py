@@ -1,0 +1,150 @@
+"""Law 5 over hosts: real processes of JAX, four simulated devices in each, give what a single device gives.
+
+And what becomes of the others when one of them is killed, or all are told to end.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import host_worker
+import jax
+import numpy as np
+import placements
+import pytest
+
+import lora_jax as lora
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = [sys.executable, str(ROOT / "examples" / "launch.py")]
+PATHS = os.pathsep.join(map(str, [ROOT, ROOT / "tests"]))
+LIMIT = 240  # seconds for a whole job; with both cores to itself it takes a tenth
+
+
+def launch(*arguments, **options):
+    """The launcher as it was started; and everything it prints, for the tests to wait on."""
+    command = [*LAUNCH, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": PATHS, "PYTHONUNBUFFERED": "1"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, cwd=ROOT, **streams, **options)
+
+
+def finish(job):
+    """What a job printed, after it has ended by itself; (exit code, output)."""
+    try:
+        output, _ = job.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        job.send_signal(signal.SIGTERM)
+        job.send_signal(signal.SIGTERM)  # the second one ends all processes
+        pytest.fail(f"the job did not end in {LIMIT} s:\n{job.communicate(timeout=20)[0][-4000:]}")
+    return job.returncode, output
+
+
+def two_processes(*arguments):
+    """A job of two processes of host_worker."""
+    devices = ["--local", 2, "--devices-per-process", 4, "--heartbeat-seconds", 10]
+    return launch(*devices, *arguments)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder in which two processes left what they trained."""
+    folder = tmp_path_factory.mktemp("hosts")
+    code, output = finish(two_processes("tests/host_worker.py", "placements", folder))
+    assert code == 0, output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single():
+    """The losses and adapters of one device, by the names that the processes give them."""
+    state = lora.TrainState.create(
+        lora.init(jax.random.key(1), placements.params(), placements.plan()), placements.optimizer()
+    )
+    found = named(state.trainable, "first")
+    step, losses = lora.jit_step(placements.loss, placements.optimizer()), []
+    for i in range(host_worker.STEPS):
+        state, metrics = step(state, placements.params(), *placements.batch(i))
+        losses.append(float(metrics["loss"]))
+    return found | named(state.trainable, "last") | {"losses": np.array(losses)}
+
+
+def named(tree, prefix):
+    return {prefix + jax.tree_util.keystr(keys): np.array(leaf) for keys, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def written(folder, name):
+    """What the two processes wrote: the same."""
+    one, other = ({k: v for k, v in np.load(folder / f"{name} {i}.npz").items()} for i in range(2))
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        np.testing.assert_array_equal(value, other[key])
+    return one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", host_worker.NAMES)
+def test_two_processes_give_what_one_device_gives(trained, single, name):
+    found = written(trained, name)
+    assert found.keys() == single.keys()
+    for key, expected in single.items():
+        if key.startswith("first"):
+            np.testing.assert_array_equal(found[key], expected)
+        elif key == "losses":
+            np.testing.assert_allclose(found[key], expected, rtol=1e-6)
+        else:
+            assert np.linalg.norm(found[key] - expected) <= 1e-6 * np.linalg.norm(expected), key
+
+
+@pytest.mark.slow
+def test_batches_of_different_sizes(trained):
+    """Each process says it where they ask each other; that with the wrong rows, where it is known what they should be."""
+    said = {name: [str(np.load(trained / f"{name} {i}.npz")["said"]) for i in range(2)] for name in ("unknown", "known")}
+    assert all("the processes have [8, 9] rows of the batch: every process gives an equal part" in s for s in said["unknown"])
+    assert said["known"][0] == ""
+    assert "process 1 gives 9 rows of the batch, expected 8" in said["known"][1]
+
+
+@pytest.mark.slow
+def test_one_is_killed_and_all_start_again(trained, tmp_path):
+    """At step 7, after the checkpoint of step 6: the other one ends, both go on, and nothing shows in the result."""
+    job = two_processes("--restarts", 1, "tests/host_worker.py", "train", tmp_path, 7)
+    code, output = finish(job)
+    assert code == 0, output
+    assert "process 1 was ended by SIGKILL" in output
+    assert "all processes start again" in output
+    [seconds] = re.findall(r"all processes have ended, ([\d.]+) s after process 1 failed", output)
+    assert float(seconds) < 60
+    assert re.findall(r"from \d+", output) == ["from 0", "from 6"]
+    check_undisturbed(trained, tmp_path)
+
+
+@pytest.mark.slow
+def test_told_to_end(trained, tmp_path):
+    """Both processes save the same step and end; started again, they go on from there."""
+    job = two_processes("tests/host_worker.py", "train", tmp_path, -1)
+    for line in job.stdout:
+        if line.startswith("step 2"):
+            break
+    job.send_signal(signal.SIGTERM)
+    code, output = finish(job)
+    assert code == 0, output
+    [stopped] = written(tmp_path, "stopped").values()
+    assert 2 < stopped < host_worker.STEPS
+    assert f"step_{stopped}" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    code, output = finish(two_processes("tests/host_worker.py", "train", tmp_path, -1))
+    assert code == 0, output
+    assert f"from {stopped}\n" in output
+    check_undisturbed(trained, tmp_path)
+
+
+def check_undisturbed(trained, folder):
+    """The adapters are those of the training that nothing happened to, bit for bit."""
+    expected, found = written(trained, host_worker.NAMES[0]), written(folder, "end")
+    assert found
+    for key, value in found.items():
+        np.testing.assert_array_equal(value, expected[key])

@@ -1,0 +1,278 @@
+"""Where adapters go on a mesh."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers import MODELS, RULES, assert_trees_close, assert_trees_equal, total
+from jax import P
+from jax.sharding import AxisType, NamedSharding
+from placements import PLACEMENTS, batch, params, plan
+
+import lora_jax as lora
+from lora_jax import LoraError
+from lora_jax.spread import Spread, add_up, spread
+
+PLACED = next(p for p in PLACEMENTS if p.name == "data, fsdp and tensor")
+
+
+@functools.cache
+def make_mesh(sizes=(2, 2, 2), names=("data", "fsdp", "tensor")):
+    return jax.make_mesh(sizes, names, (AxisType.Auto,) * len(sizes))
+
+
+def specs_of(path, **kwargs):
+    """The specs of A and B at a path."""
+    found = lora.adapter_specs(plan(), PLACED.specs(), make_mesh(), **kwargs)[path]
+    return found.a, found.b
+
+
+def test_the_default_follows_tensor_axes_and_drops_those_of_the_batch():
+    assert specs_of("layers/up") == (P(None, None, None), P(None, None, "tensor"))
+    assert specs_of("layers/down") == (P(None, "tensor", None), P(None, None, None))
+    assert specs_of("layers/q") == (P(None, None, None), P(None, None, "tensor", None))
+    assert specs_of("layers/o") == (P(None, "tensor", None, None), P(None, None, None))
+
+
+def test_other_policies():
+    assert specs_of("layers/down", policy="replicate") == (P(None, None, None), P(None, None, None))
+    assert specs_of("layers/down", policy="inherit") == (P(None, "tensor", None), P(None, None, "fsdp"))
+    assert specs_of("layers/down", batch_axes=["tensor"]) == (P(None, None, None), P(None, None, "fsdp"))
+
+    def own(path, spec):
+        return P() if path == "layers/up" else spec
+
+    assert specs_of("layers/up", policy=own) == (P(None, None, None), P(None, None, None))
+    assert specs_of("layers/down", policy=own) == specs_of("layers/down", policy="inherit")
+
+
+def test_experts_follow_their_stack():
+    place = next(p for p in PLACEMENTS if p.name == "data and expert")
+    specs = lora.adapter_specs(plan(), place.specs(), place.mesh())["layers/experts"]
+    assert (specs.a, specs.b) == (P(None, "expert", None, None), P(None, "expert", None, None))
+
+
+def test_the_base_may_be_given_in_any_way():
+    mesh = make_mesh()
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), PLACED.specs())
+    expected = lora.adapter_specs(plan(), PLACED.specs(), mesh)
+    arrays = PLACED.params(mesh)
+    abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params(), shardings)
+    for base in (shardings, arrays, abstract):
+        assert lora.adapter_specs(plan(), base) == expected
+        assert lora.adapter_specs(lora.init(jax.random.key(0), params(), plan()), base) == expected
+    with jax.set_mesh(mesh):
+        assert lora.adapter_specs(plan(), PLACED.specs()) == expected
+    nothing = jax.tree.map(lambda _: None, params())
+    assert lora.adapter_specs(plan(), nothing, mesh) == lora.adapter_specs(plan(), shardings, policy="replicate")
+
+
+def test_linen_metadata():
+    split = nn.with_partitioning(nn.initializers.lecun_normal(), ("fsdp", "tensor"))
+    model, x = nn.Dense(8, kernel_init=split), jnp.ones((2, 4))
+    variables = model.init(jax.random.key(0), x)
+    fn, unboxed, _ = lora.from_linen(model, nn.unbox(variables))
+    made = lora.plan(fn, unboxed, {}, x, rules={"kernel": lora.Lora(2)})
+    for base in (nn.get_partition_spec(variables)["params"], variables["params"]):
+        found = lora.adapter_specs(made, base, make_mesh())["kernel"]
+        assert (found.a, found.b) == (P(None, None), P(None, "tensor"))
+
+
+def test_logical_names_are_said_to_be_no_axes():
+    split = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+    model, x = nn.Dense(8, kernel_init=split), jnp.ones((2, 4))
+    variables = model.init(jax.random.key(0), x)
+    fn, unboxed, _ = lora.from_linen(model, nn.unbox(variables))
+    made = lora.plan(fn, unboxed, {}, x, rules={"kernel": lora.Lora(2)})
+    logical = nn.get_partition_spec(variables)["params"]
+    with pytest.raises(LoraError, match=r"'kernel' is .*the mesh has no axis 'embed'.*logical_to_mesh"):
+        lora.adapter_specs(made, logical, make_mesh())
+    physical = nn.logical_to_mesh(logical, rules=[("embed", "fsdp"), ("mlp", "tensor")])
+    assert lora.adapter_specs(made, physical, make_mesh())["kernel"].b == P(None, "tensor")
+
+
+def test_nnx_metadata():
+    kernel_init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("fsdp", "tensor"))
+    with jax.set_mesh(make_mesh()):
+        model = nnx.Linear(4, 8, kernel_init=kernel_init, rngs=nnx.Rngs(0))
+    fn, p, state = lora.from_nnx(model)
+    made = lora.plan(fn, p, state, jnp.ones((2, 4)), rules={"kernel": lora.Lora(2)})
+    for base in (nnx.get_partition_spec(p), p):
+        found = lora.adapter_specs(made, base, make_mesh())["kernel"]
+        assert (found.a, found.b) == (P(None, None), P(None, "tensor"))
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+def with_spec(name, spec):
+    specs = PLACED.specs()
+    return {**specs, "layers": {**specs["layers"], name: spec}}
+
+
+@pytest.mark.parametrize(
+    ("base", "kwargs", "says"),
+    [
+        (with_spec("kv", P(None, None, None, ("fsdp", "tensor"))), {"policy": "inherit"}, "axis 3 of size 2 cannot be"),
+        (
+            with_spec("up", P("tensor")),
+            {},
+            r"'layers/up' of shape \[3, 16, 32\].* axis 0 of size 3 .*'tensor' of size 2",
+        ),
+        (with_spec("up", P(None, "model")), {}, r"'layers/up' is .*no axis 'model', only \{'data': 2"),
+        (with_spec("up", P(None, None, None, "tensor")), {}, "expected a PartitionSpec of at most 3 entries"),
+        (with_spec("up", "tensor"), {}, "'layers/up' is a str without a sharding"),
+        ({"layers": {"upper": P()}}, {}, "no place for 'layers/q' in the base; the nearest paths are 'layers/upper'"),
+        (PLACED.specs(), {"policy": "everywhere"}, "'everywhere', expected one of 'tensor', 'replicate', 'inherit'"),
+        (PLACED.specs(), {"policy": lambda path, spec: "x"}, "expected a PartitionSpec"),
+    ],
+)
+def test_what_cannot_be_placed(base, kwargs, says):
+    with pytest.raises(LoraError, match=says):
+        lora.adapter_specs(plan(), base, make_mesh(), **kwargs)
+
+
+def test_a_base_that_is_elsewhere():
+    with pytest.raises(LoraError, match=r"'layers/q' is on SingleDeviceSharding.*not on the mesh"):
+        lora.adapter_specs(plan(), params(), make_mesh())
+    with pytest.raises(LoraError, match="say nothing of a mesh: give one"):
+        lora.adapter_specs(plan(), PLACED.specs())
+    other = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), devices=jax.devices()[::-1])
+    with pytest.raises(LoraError, match="have to be on one mesh"):
+        lora.adapter_specs(plan(), PLACED.params(make_mesh()), other)
+
+
+def test_adapters_and_base_on_two_meshes():
+    optimizer = optax.sgd(1.0)
+    step = lora.jit_step(lambda a, p, x: jnp.ones(()), optimizer)
+    here = lora.TrainState.create(lora.init(jax.random.key(0), params(), plan()), optimizer)
+    there = lora.TrainState.create(lora.init(jax.random.key(0), PLACED.params(make_mesh()), plan()), optimizer)
+    half = next(p for p in PLACEMENTS if p.name == "tensor")
+    for state, p, says in [
+        (here, PLACED.params(make_mesh()), "the base weight 'embed' is on the mesh .*adapters are on one device"),
+        (there, params(), "the base weight 'embed' is on one device, but the adapters are on the mesh"),
+        (there, half.params(half.mesh()), r"'embed' is on the mesh \{'tensor': 4\}.*adapters are on the mesh \{'data'"),
+    ]:
+        with pytest.raises(LoraError, match=says):
+            step(state, p, batch(0)[0])
+
+
+# Adapters on their shards ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["tensor", "replicate", "inherit"])
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda p: p.name)
+def test_adapters_start_on_their_shards_and_with_the_same_numbers(placement, policy):
+    p = placement.params(placement.mesh())
+    shardings = lora.adapter_shardings(plan(), p, policy=policy)
+    made = lora.init(jax.random.key(7), p, plan(), shardings)
+    assert jax.tree.map(lambda array: array.sharding, made) == shardings
+    assert_trees_equal(made, lora.init(jax.random.key(7), params(), plan()))
+    if policy == "tensor":
+        found = lora.init(jax.random.key(7), p, plan())
+        assert jax.tree.map(lambda array: array.sharding, found) == shardings, "as without being told"
+
+
+def test_a_state_is_on_the_mesh_of_its_adapters():
+    adapters = lora.init(jax.random.key(0), PLACED.params(make_mesh()), plan())
+    state = lora.TrainState.create(adapters, lora.freeze_base(optax.adam(1e-3)), key=jax.random.key(1))
+    assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(state))
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    expected = [leaf.sharding for leaf in jax.tree.leaves(adapters)] * 2
+    assert [leaf.sharding for leaf in moments] == expected
+
+
+def test_merged_weights_stay_on_their_shards():
+    p = PLACED.params(make_mesh())
+    merged = lora.merge(p, lora.init(jax.random.key(0), p, plan()))
+    assert jax.tree.map(lambda a: a.sharding, merged) == jax.tree.map(lambda a: a.sharding, p)
+
+
+# Batches --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_on_the_mesh():
+    sharding = NamedSharding(make_mesh((2, 4), ("data", "sequence")), P("data", "sequence"))
+    ids, labels = np.arange(32).reshape(4, 8), np.arange(4)
+    placed = lora.shard_batch({"ids": ids, "labels": labels}, sharding, rows=4)
+    assert placed["ids"].sharding.spec == P("data", "sequence")
+    assert placed["labels"].sharding.spec == P("data")
+    assert_trees_equal(placed, {"ids": jnp.asarray(ids), "labels": jnp.asarray(labels)})
+    assert lora.local_rows(sharding, 4) == slice(0, 4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "says"),
+    [
+        ([np.ones((4, 8)), np.ones(3)], None, r"share their first axis.*\[4, 8\], \[3\]"),
+        ([np.ones(())], None, "share their first axis"),
+        ([], None, "share their first axis"),
+        ([np.ones((3, 8))], None, "a batch of 3 rows cannot be split evenly over the mesh axes 'data' of size 2"),
+        ([np.ones((4, 8))], 8, "gives 4 rows of the batch, expected 8: of all 8"),
+        ([np.ones((4, 6))], None, "axis 1 of the batch has size 6.*'sequence' of size 4: pad it"),
+    ],
+)
+def test_a_batch_that_does_not_fit(batch, rows, says):
+    sharding = NamedSharding(make_mesh((2, 4), ("data", "sequence")), P("data", "sequence"))
+    with pytest.raises(LoraError, match=says):
+        lora.shard_batch(batch, sharding, rows)
+
+
+# Copies of adapters, one for each part of the batch -------------------------------------------------------------------
+
+# JAX cannot differentiate a loop of unknown length; shard_map's own devices are not the batch's.
+spreadable = [case for case in MODELS if case.name != "while_loop"]
+
+
+@pytest.mark.parametrize("case", spreadable, ids=lambda case: case.name)
+def test_copies_change_nothing(case):
+    """Law 1 with copies, whatever the program does to the weight: values, and the gradient once added up.
+
+    Programs whose first token axis has no five parts use one copy for all.
+    """
+    mesh = jax.make_mesh((5,), ("data",), (AxisType.Auto,), devices=jax.devices()[:5])
+    whole = NamedSharding(mesh, P("data"))
+    rule = RULES["lora"]
+    p, x, adapters = case.params(), case.input(), case.adapters(rule)
+    apply = lora.lora_apply(case.fn)
+
+    @jax.jit
+    def with_copies(adapters, p, x):
+        value, grads = jax.value_and_grad(lambda a: total(apply(p, a, x)))(spread(adapters, whole))
+        return value, add_up(grads, whole)
+
+    found = with_copies(adapters, p, x)
+    expected = jax.jit(jax.value_and_grad(lambda a, p, x: total(apply(p, a, x))))(adapters, p, x)
+    rounding = 5e-2 if case.name in ("cast", "bf16", "bf16_activations", "fp16") else 1e-4
+    assert_trees_close(found, expected, rtol=rounding, atol=rounding * 10)
+
+
+def test_copies_are_of_one_adapter():
+    mesh = make_mesh((2, 4), ("data", "sequence"))
+    case = next(case for case in MODELS if case.name == "scan_over_layers_of_experts")
+    adapters = case.adapters(RULES["lora"])
+    copies = jax.jit(lambda a: spread(a, NamedSharding(mesh, P("data", "sequence"))))(adapters)
+    [copied], [adapter] = copies.values(), adapters.values()
+    assert isinstance(copied, Spread)
+    assert copied.inner.a.shape[: len(adapter.axes.stack) + 2] == (*adapter.a.shape[: len(adapter.axes.stack)], 2, 4)
+    assert_trees_equal(copied.one(), adapter)
+    assert copied.kernel_shape() == adapter.kernel_shape()
+    assert_trees_equal(lora.merge(case.params(), copies), lora.merge(case.params(), adapters))
+
+
+def test_dropout_is_the_same_with_copies():
+    case = next(case for case in MODELS if case.name == "scan_over_layers")
+    mesh = jax.make_mesh((5,), ("data",), (AxisType.Auto,), devices=jax.devices()[:5])
+    adapters, apply = case.adapters(RULES["lora"]), lora.lora_apply(case.fn)
+
+    def run(adapters):
+        return apply(case.params(), lora.with_dropout(adapters, jax.random.key(3), 0.5), case.input())
+
+    copied = jax.jit(lambda a: run(spread(a, NamedSharding(mesh, P("data")))))(adapters)
+    assert_trees_close(copied, run(adapters), rtol=1e-5, atol=1e-5)
+    assert jnp.abs(copied - apply(case.params(), adapters, case.input())).max() > 1e-2
