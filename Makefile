@@ -6,10 +6,13 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: demo compare assets test interop-models lint format types clean
+.PHONY: demo demo-sharded compare assets test interop-models lint format types clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py $(ARGS)
+
+demo-sharded: $(VENV)/.demo
+	$(RUN) examples/launch.py --local 2 --devices-per-process 4 examples/finetune_sharded.py --tiny $(ARGS)
 
 compare: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py --compare $(ARGS)

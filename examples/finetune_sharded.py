@@ -83,14 +83,14 @@ def make_mesh(config: Config) -> Mesh:
     if data * config.fsdp * config.tensor != devices:
         given = f"--data {config.data} " if config.data is not None else ""
         raise lora.LoraError(
-            f"{given}--fsdp {config.fsdp} --tensor {config.tensor} do not make a mesh of {devices} devices: the product "
-            f"of all three has to be {devices}."
+            f"{given}--fsdp {config.fsdp} --tensor {config.tensor} do not make a mesh of {devices} devices: the "
+            f"product of data, fsdp and tensor has to be {devices}."
         )
     parts = data * config.fsdp * config.microbatches
     if config.batch % parts:
         raise lora.LoraError(
-            f"--batch is {config.batch}, expected a multiple of {parts}: data {data} x fsdp {config.fsdp} x microbatches "
-            f"{config.microbatches}."
+            f"--batch is {config.batch}, expected a multiple of {parts}: data {data} x fsdp {config.fsdp} x "
+            f"microbatches {config.microbatches}."
         )
     return jax.make_mesh((data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
 
@@ -108,8 +108,8 @@ def place(tree: Tree, mesh: Mesh) -> Tree:
             sharding.shard_shape(array.shape)
         except ValueError as error:
             raise lora.LoraError(
-                f"{path!r} of shape {list(array.shape)} cannot be split as {spec} on a mesh of {dict(mesh.shape)}: give "
-                "--fsdp and --tensor that divide it."
+                f"{path!r} of shape {list(array.shape)} cannot be split as {spec} on a mesh of {dict(mesh.shape)}: "
+                "give --fsdp and --tensor that divide it."
             ) from error
         return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index]))
 
@@ -154,7 +154,10 @@ def fine_tune(task: demo.Task, config: Config, mesh: Mesh) -> demo.Run | None:
                 state, metrics = step(state, task.params, *lora.shard_batch(batch, rows, config.batch))
                 loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
                 if not math.isfinite(loss + float(metrics["grad_norm"])):
-                    raise demo.DivergedError(f"the loss is {loss} at step {int(state.step)}: try a lower learning rate.")
+                    raise demo.DivergedError(
+                        f"the loss is {loss} at step {int(state.step)}, and the norm of its gradient "
+                        f"{float(metrics['grad_norm'])}: try a lower learning rate, in another --output."
+                    )
                 run.losses.append(loss)
                 advance(loss, accuracy, config.batch / (time.perf_counter() - start))
                 start = time.perf_counter()
@@ -205,11 +208,14 @@ def tiny_task() -> demo.Task:
     model = minilm.Encoder(minilm.Config(layers=2, hidden=16, heads=4, intermediate=32, vocabulary=words, positions=64))
     ids = jnp.ones((1, 4), jnp.int32)
 
+    def encode(params: Tree, ids: jax.Array, mask: jax.Array) -> Any:
+        return model.apply({"params": params}, ids, mask)
+
     def no_file(*_: Any) -> None:
         raise NotImplementedError("the weights of the tiny encoder are random, in no file.")
 
     return demo.Task(
-        encode=lambda params, ids, mask: model.apply({"params": params}, ids, mask),
+        encode=encode,
         params=model.init(jax.random.key(0), ids, ids > 0)["params"],
         splits=snippets.split_by_hash(sentences, tokenizer),
         tokenizer=tokenizer,

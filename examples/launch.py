@@ -44,14 +44,22 @@ def main() -> None:
     add("--restarts", type=int, default=0, metavar="R", help="start a failed job again, up to R times; with --local")
     add("--grace-seconds", type=float, default=60.0, metavar="S", help="for the others to end when one has failed")
     add("--all-output", action="store_true", help="show what every process prints, with its number before each line")
-    add("--heartbeat-seconds", type=at_least_1, default=100, metavar="S", help="without a sign of life: a process is lost")
+    add(
+        "--heartbeat-seconds",
+        type=at_least_1,
+        default=100,
+        metavar="S",
+        help="without a sign of life: a process is lost",
+    )
     add("script", help="the script to run")
     add("arguments", nargs=argparse.REMAINDER, help="its own arguments")
     options = parser.parse_args()
     if not Path(options.script).is_file():
         parser.error(f"there is no script {options.script}")
     if options.restarts and not options.local:
-        parser.error("--restarts needs --local: elsewhere it is the scheduler that starts a job again (sbatch --requeue)")
+        parser.error(
+            "--restarts needs --local: elsewhere it is the scheduler that starts a job again (sbatch --requeue)"
+        )
     if options.local:
         sys.exit(Job(options).run())
     join(options.heartbeat_seconds)
@@ -59,8 +67,8 @@ def main() -> None:
 
 
 def at_least_1(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
     return int(text)
 
 

@@ -16,6 +16,7 @@ from lora_jax.optim import freeze_base as freeze_base
 from lora_jax.optim import trainable_mask as trainable_mask
 from lora_jax.plan import Plan as Plan
 from lora_jax.plan import plan as plan
+from lora_jax.resume import Checkpoints as Checkpoints
 from lora_jax.sharding import adapter_shardings as adapter_shardings
 from lora_jax.sharding import adapter_specs as adapter_specs
 from lora_jax.sharding import local_rows as local_rows

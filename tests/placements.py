@@ -36,7 +36,8 @@ def model(params: Any, ids: jax.Array) -> jax.Array:
         x = x + jnp.einsum("bthk,hkd->btd", jnp.einsum("bhts,bshk->bthk", weights, v), p["o"])
         x = x + jax.nn.gelu(x @ p["up"]) @ p["down"]
         gates = jax.nn.softmax(x @ p["router"])
-        return x + jnp.einsum("bte,btd,edk->btk", gates, x, p["experts"]), None
+        each = jnp.einsum("bte,btd->ebtd", gates, x)
+        return x + jnp.einsum("ebtd,edk->ebtk", each, p["experts"]).sum(0), None
 
     x, _ = jax.lax.scan(layer, params["embed"][ids], params["layers"])
     return x @ params["embed"].T

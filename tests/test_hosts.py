@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import host_worker
@@ -50,6 +49,15 @@ def two_processes(*arguments):
     return launch(*devices, *arguments)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The jobs do the same, and what one has compiled the next ones read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder in which two processes left what they trained."""
@@ -79,7 +87,7 @@ def named(tree, prefix):
 
 def written(folder, name):
     """What the two processes wrote: the same."""
-    one, other = ({k: v for k, v in np.load(folder / f"{name} {i}.npz").items()} for i in range(2))
+    one, other = (dict(np.load(folder / f"{name} {i}.npz").items()) for i in range(2))
     assert one.keys() == other.keys()
     for key, value in one.items():
         np.testing.assert_array_equal(value, other[key])
@@ -102,11 +110,11 @@ def test_two_processes_give_what_one_device_gives(trained, single, name):
 
 @pytest.mark.slow
 def test_batches_of_different_sizes(trained):
-    """Each process says it where they ask each other; that with the wrong rows, where it is known what they should be."""
-    said = {name: [str(np.load(trained / f"{name} {i}.npz")["said"]) for i in range(2)] for name in ("unknown", "known")}
-    assert all("the processes have [8, 9] rows of the batch: every process gives an equal part" in s for s in said["unknown"])
-    assert said["known"][0] == ""
-    assert "process 1 gives 9 rows of the batch, expected 8" in said["known"][1]
+    """All say so where they ask each other; where the rows are known, the one that has too many."""
+    unknown, known = ([str(np.load(trained / f"{n} {i}.npz")["said"]) for i in range(2)] for n in ("unknown", "known"))
+    assert all("the processes have [8, 9] rows of the batch: every process gives an equal part" in s for s in unknown)
+    assert known[0] == ""
+    assert "process 1 gives 9 rows of the batch, expected 8" in known[1]
 
 
 @pytest.mark.slow
@@ -119,7 +127,7 @@ def test_one_is_killed_and_all_start_again(trained, tmp_path):
     assert "all processes start again" in output
     [seconds] = re.findall(r"all processes have ended, ([\d.]+) s after process 1 failed", output)
     assert float(seconds) < 60
-    assert re.findall(r"from \d+", output) == ["from 0", "from 6"]
+    assert re.findall(r"^from \d+", output, re.MULTILINE) == ["from 0", "from 6"]
     check_undisturbed(trained, tmp_path)
 
 
@@ -148,3 +156,50 @@ def check_undisturbed(trained, folder):
     assert found
     for key, value in found.items():
         np.testing.assert_array_equal(value, expected[key])
+
+
+# The launcher ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(
+        "import sys, jax\n"
+        "assert __name__ == '__main__'\n"
+        "if jax.process_index() == 1: sys.exit('what went wrong')\n"
+        "print(sys.argv[1:], jax.process_count(), jax.device_count())\n"
+    )
+    return path
+
+
+def test_a_process_by_itself(script):
+    code, output = finish(launch(script, "--its-own", "3"))
+    assert code == 0, output
+    assert "A single process: no cluster was found, and JAX_COORDINATOR_ADDRESS is not set." in output
+    assert "['--its-own', '3'] 1 8" in output
+
+
+def test_one_that_fails(script):
+    """It does not wait for the others, nor they for it; what it had to say is shown."""
+    code, output = finish(launch("--local", 2, "--grace-seconds", 1, "--heartbeat-seconds", 10, script))
+    assert code == 1
+    assert "process 1 ended with exit code 1:" in output
+    assert "what went wrong" in output
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "says"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, [], "Found JAX_NUM_PROCESSES=2; set all of JAX_COORDINATOR_ADDRESS, "),
+        ({"JAX_PROCESS_ID": "one"}, [], "error: JAX_PROCESS_ID is 'one', expected a whole number."),
+        ({}, ["--restarts", "1"], "--restarts needs --local"),
+        ({}, ["--local", "0"], "argument --local: '0', expected a whole number of at least 1"),
+    ],
+)
+def test_wrong_arguments(script, monkeypatch, variables, arguments, says):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, output = finish(launch(*arguments, script))
+    assert code != 0
+    assert says in output

@@ -127,7 +127,7 @@ def with_spec(name, spec):
         (with_spec("up", P(None, "model")), {}, r"'layers/up' is .*no axis 'model', only \{'data': 2"),
         (with_spec("up", P(None, None, None, "tensor")), {}, "expected a PartitionSpec of at most 3 entries"),
         (with_spec("up", "tensor"), {}, "'layers/up' is a str without a sharding"),
-        ({"layers": {"upper": P()}}, {}, "no place for 'layers/q' in the base; the nearest paths are 'layers/upper'"),
+        ({"layers": {"upper": P()}}, {}, "no place for 'layers/down' in the base; the nearest .* are 'layers/upper'"),
         (PLACED.specs(), {"policy": "everywhere"}, "'everywhere', expected one of 'tensor', 'replicate', 'inherit'"),
         (PLACED.specs(), {"policy": lambda path, spec: "x"}, "expected a PartitionSpec"),
     ],
@@ -138,7 +138,7 @@ def test_what_cannot_be_placed(base, kwargs, says):
 
 
 def test_a_base_that_is_elsewhere():
-    with pytest.raises(LoraError, match=r"'layers/q' is on SingleDeviceSharding.*not on the mesh"):
+    with pytest.raises(LoraError, match=r"'layers/down' is on SingleDeviceSharding.*not on the mesh"):
         lora.adapter_specs(plan(), params(), make_mesh())
     with pytest.raises(LoraError, match="say nothing of a mesh: give one"):
         lora.adapter_specs(plan(), PLACED.specs())
@@ -225,8 +225,9 @@ def test_a_batch_that_does_not_fit(batch, rows, says):
 
 # Copies of adapters, one for each part of the batch -------------------------------------------------------------------
 
-# JAX cannot differentiate a loop of unknown length; shard_map's own devices are not the batch's.
-spreadable = [case for case in MODELS if case.name != "while_loop"]
+# JAX cannot differentiate a loop of unknown length; three programs have a mesh of their own.
+apart = ("while_loop", "tensor_parallel", "gathered_in_shard_map", "behind_a_barrier")
+spreadable = [case for case in MODELS if case.name not in apart]
 
 
 @pytest.mark.parametrize("case", spreadable, ids=lambda case: case.name)
@@ -275,4 +276,5 @@ def test_dropout_is_the_same_with_copies():
 
     copied = jax.jit(lambda a: run(spread(a, NamedSharding(mesh, P("data")))))(adapters)
     assert_trees_close(copied, run(adapters), rtol=1e-5, atol=1e-5)
-    assert jnp.abs(copied - apply(case.params(), adapters, case.input())).max() > 1e-2
+    whole = apply(case.params(), adapters, case.input())
+    assert jnp.abs(copied[0] - whole[0]).max() > 1e-2

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import MODELS, RULES, compilations, total
+from helpers import MODELS, RULES, assert_trees_close, assert_trees_equal, compilations, total
 
 import lora_jax as lora
 
@@ -51,7 +51,7 @@ def test_the_second_step_compiles_nothing_and_the_base_is_never_donated():
 def test_a_loss_may_be_a_number_alone():
     loss, state, _ = setup(optimizer := optax.sgd(0.1))
     _, metrics = lora.train_step(lambda *args: loss(*args)[0], optimizer, state, CASE.params(), CASE.input())
-    assert sorted(metrics) == ["grad_norm", "loss"]
+    assert sorted(metrics) == ["grad_norm", "loss", "skipped"]
 
 
 def test_compilations_are_seen():
@@ -132,3 +132,104 @@ def test_it_learns():
         losses.append(float(metrics["loss"]))
     assert losses[0] > 0.05
     assert losses[-1] < 1e-3 * losses[0]
+
+
+def test_value_and_grad_is_jax_value_and_grad():
+    """Of the whole batch, whatever it is cut into: for loops of one's own."""
+    loss, state, _ = setup(optax.sgd(0.1))
+    x = jnp.concatenate([CASE.input(), 2 * CASE.input()[:3]])  # eight rows
+    expected = jax.value_and_grad(lambda a: loss(a, CASE.params(), x)[0])(state.trainable)
+    for microbatches in (1, 2, 8):
+        (value, metrics), grads = lora.value_and_grad(loss, microbatches=microbatches)(
+            state.trainable, CASE.params(), x
+        )
+        np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+        np.testing.assert_allclose(metrics["twice"], 2 * value, rtol=1e-6)
+        assert_trees_close(grads, expected[1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_is_counted_and_changes_nothing():
+    loss, state, _ = setup(optimizer := lora.freeze_base(optax.adamw(1e-2)))
+    step = jax.jit(lambda *args: lora.train_step(loss, optimizer, *args))
+    good, metrics = step(state, CASE.params(), CASE.input())
+    assert metrics["skipped"] == good.skipped == 0
+    after, metrics = step(good, CASE.params(), CASE.input().at[0, 0, 0].set(jnp.nan))
+    assert np.isnan(metrics["loss"])
+    assert metrics["skipped"] == after.skipped == 1
+    assert after.step == 2
+    assert_trees_equal((after.trainable, after.opt_state), (good.trainable, good.opt_state))
+    again, metrics = step(after, CASE.params(), CASE.input())
+    assert metrics["skipped"] == 1
+    assert all(jnp.any(a != b) for a, b in zip(*map(jax.tree.leaves, (again.trainable, after.trainable)), strict=True))
+
+
+def test_the_loss_scale_lets_small_gradients_through_fp16_and_finds_its_size():
+    """Gradients of 1e-8 vanish in fp16; scaled by 2^15 they do not."""
+    case = next(case for case in MODELS if case.name == "fp16")
+    apply, optimizer = lora.lora_apply(case.fn), optax.sgd(1.0)
+    adapters, params, x = case.adapters(RULES["lora"]), case.params(), case.input()
+
+    def loss(adapters, params, x, size):
+        return jnp.mean((apply(params, adapters, x) * size).astype(jnp.float32)) * 1e-3
+
+    def gradient(loss_scale, size=1e-2):
+        state = lora.TrainState.create(adapters, optimizer, loss_scale=loss_scale)
+        size = jnp.float16(size)
+        after, metrics = lora.train_step(loss, optimizer, state, params, x, size)
+        return jax.tree.map(jnp.subtract, adapters, after.trainable), after, metrics
+
+    plain, _, _ = gradient(None)
+    scaled, after, metrics = gradient(lora.LossScale.create(2.0**15))
+    wide = jax.tree.map(lambda array: array.astype(jnp.float32), (params, x))
+    exact = jax.grad(lambda a: loss(a, *wide, 1e-2))(adapters)
+    assert_trees_close(scaled, exact, rtol=0.1, atol=2e-8)
+    norms = [float(optax.tree.norm(tree)) for tree in (plain, scaled, exact)]
+    assert norms[0] < 0.5 * norms[2]
+    assert abs(norms[1] - norms[2]) < 0.05 * norms[2]
+    assert (metrics["loss_scale"], after.loss_scale.value, after.skipped) == (2.0**15, 2.0**15, 0)
+    _, after, _ = gradient(lora.LossScale.create(2.0**40))
+    assert (after.loss_scale.value, after.skipped) == (2.0**39, 1)
+    _, after, _ = gradient(lora.LossScale.create(2.0**10, interval=1))
+    assert after.loss_scale.value == 2.0**11
+
+
+def test_each_step_and_each_microbatch_has_a_random_key_of_its_own():
+    def loss(trainable, params, x, key):
+        return (trainable["w"] * x).sum(), {"draw": jax.random.uniform(key), "bits": x.sum()}
+
+    optimizer = optax.sgd(1.0)
+    draws = []
+    for microbatches in (1, 2):
+        state = lora.TrainState.create({"w": jnp.ones(())}, optimizer, key=jax.random.key(5))
+        step = lora.jit_step(loss, optimizer, microbatches=microbatches)
+        for _ in range(2):
+            state, metrics = step(state, {}, jnp.ones(4))
+            draws.append(float(metrics["draw"]))
+    assert len(set(draws)) == 4
+    again = lora.TrainState.create({"w": jnp.ones(())}, optimizer, key=jax.random.key(5))
+    assert lora.jit_step(loss, optimizer)(again, {}, jnp.ones(4))[1]["draw"] == draws[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "kwargs", "says"),
+    [
+        (lambda t, p, x: x, {}, r"returns a scalar.* found \(4,\)"),
+        (lambda t, p, x: (x.sum(), x), {}, "returns a scalar"),
+        (lambda t, p, x: (x.sum(), {}, x.sum(), {}), {}, "returns a scalar"),
+        (lambda t, p, x: (x.sum(), {"loss": x.sum()}), {}, "reports a metric 'loss', which is the step's own"),
+        (lambda t, p, x: x.sum(), {"microbatches": 3}, r"a batch of shape \[4\] cannot be cut into 3 microbatches"),
+        (lambda t, p, x: x.sum(), {"microbatches": 0}, "microbatches is 0, expected a whole number"),
+    ],
+)
+def test_a_loss_or_batch_that_does_not_fit(loss, kwargs, says):
+    optimizer = optax.sgd(1.0)
+    state = lora.TrainState.create({"w": jnp.ones(())}, optimizer)
+    with pytest.raises(lora.LoraError, match=says):
+        lora.train_step(loss, optimizer, state, {}, jnp.ones(4), **kwargs)
+
+
+def test_a_shard_map_over_axes_that_are_not_there():
+    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
+    for spec, says in [(jax.P("model"), "'model', an axis that the mesh lacks"), (jax.P(), "split over no axis")]:
+        with pytest.raises(lora.LoraError, match=says):
+            lora.shard_map_step(lambda t, p, x: x.sum(), optax.sgd(1.0), mesh, spec)
