@@ -176,7 +176,7 @@ class Setup:
     def base(self, microbatches: int) -> list[Collective]:
         """No adapters: the forward pass and the gradient of x, which the layers below would need."""
 
-        def run(params: Tree, x: jax.Array) -> jax.Array:
+        def run(params: Tree, x: jax.Array) -> Any:
             def part(total: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
                 value, grad = jax.value_and_grad(lambda x: jnp.mean(self.model(params, x) ** 2))(x)
                 return total + value, grad
