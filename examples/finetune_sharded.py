@@ -63,8 +63,7 @@ BATCH = P(("data", "fsdp"))  # rows of ids, mask and labels
 SPECS = {  # by path, the first that matches; kernels are [in, out]
     r"layer_\d+/(attention/(query|key|value)|intermediate)/kernel": P("fsdp", "tensor"),
     r"layer_\d+/(attention/)?output/kernel": P("tensor", "fsdp"),
-    r".*/embedding": P(None, "tensor"),
-    r".*/(bias|scale)": P(),
+    r".*/(embedding|bias|scale)": P(),
     r"head/.*": P(),
 }
 
@@ -173,7 +172,7 @@ def fine_tune(task: demo.Task, config: Config, mesh: Mesh) -> demo.Run | None:
     run.test_accuracy = demo.accuracy_of(predict, state.trainable, task.params, task, "test", config.batch)
     run.trainable = jax.jit(lambda tree: tree, out_shardings=whole)(state.trainable)  # of all hosts, on each
     if jax.process_index() == 0:
-        demo.save_adapters(config.output / "adapters", run.trainable)
+        demo.save_adapters(config.output / "adapters", jax.device_get(run.trainable))
     say(f"Test accuracy {run.test_accuracy:.1%}. Adapters are in {config.output / 'adapters'}.")
     return run
 

