@@ -112,8 +112,8 @@ def check_together(trainable: Any, params: Any) -> None:
         there = _tied_to(leaf)
         if here and there and here != there:
             raise LoraError(
-                f"the base weight {name!r} is on the devices {list(there)}, but the adapters are on {list(here)}. Bring "
-                "both together: lora.init(key, params, plan) makes adapters where the base is, "
+                f"the base weight {name!r} is on the devices {list(there)}, but the adapters are on {list(here)}; "
+                "bring them together: lora.init(key, params, plan) makes adapters where the base is, "
                 "jax.device_put(adapters, lora.adapter_shardings(adapters, params)) moves them there."
             )
 
@@ -125,7 +125,8 @@ def _tied_to(leaf: Any) -> tuple[int, ...]:
     sharding = leaf.sharding
     if isinstance(sharding, NamedSharding):
         return _devices(sharding.mesh)
-    return tuple(sorted(device.id for device in sharding.device_set))
+    devices: Any = sharding.device_set
+    return tuple(sorted(device.id for device in devices))
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> slice:

