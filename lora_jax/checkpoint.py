@@ -52,7 +52,9 @@ def save(folder: str | Path, adapters: Mapping[str, Adapter], others: Mapping[st
     for leftover in sorted(folder.parent.iterdir()):
         if leftover.name.startswith(new.name):  # orbax's own temporary folder has a longer name
             shutil.rmtree(leftover)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    if jax.process_count() > 1:
+        arrays = jax.device_get(arrays)
+    with _checkpointer() as checkpointer:
         parts = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), description=ocp.args.JsonSave(description))
         checkpointer.save(new, parts)
     if folder.exists():
@@ -75,7 +77,7 @@ def load(folder: str | Path) -> tuple[dict[str, Adapter], dict[str, Any]]:
         old = _hidden(folder, "old")
         hint = f" A save was interrupted: rename {old} to {folder}." if _holds_adapters(old) else ""
         raise LoraError(f"{folder} holds no adapters saved by lora_jax.checkpoint.save.{hint}")
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         parts = ocp.args.Composite(description=ocp.args.JsonRestore())
         description = checkpointer.restore(folder, parts).description
         if description.get("format") != FORMAT:
@@ -88,6 +90,18 @@ def load(folder: str | Path) -> tuple[dict[str, Adapter], dict[str, Any]]:
         path: _rebuild(path, facts, arrays["adapters"][path]) for path, facts in description["adapters"].items()
     }
     return adapters, arrays["others"]
+
+
+def _checkpointer() -> Any:
+    """Of this process alone: one of several may save or load without waiting for the others."""
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() == 1:
+        return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    i = jax.process_index()
+    only = ocp.options.MultiprocessingOptions(primary_host=i, active_processes={i}, barrier_sync_key_prefix=f"only_{i}")
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=only))
+    return ocp.Checkpointer(handler, multiprocessing_options=only)
 
 
 def _hidden(folder: Path, state: str) -> Path:
