@@ -58,6 +58,29 @@ def adapter_specs(
     >>> specs["w"].a == jax.P(None, None), specs["w"].b == jax.P(None, "tensor")
     (True, True)
     """
+    return _placed(adapters, base, mesh, policy, batch_axes)[1]
+
+
+def adapter_shardings(
+    adapters: Plan | Mapping[str, Adapter],
+    base: Any,
+    mesh: Mesh | None = None,
+    policy: Literal["tensor", "replicate", "inherit"] | Policy = "tensor",
+    batch_axes: Sequence[str] = BATCH_AXES,
+) -> dict[str, Adapter]:
+    """`adapter_specs` as `NamedSharding`s: for `lora.init`, `jax.device_put`, `jax.jit` and `lora.Checkpoints`."""
+    mesh, specs = _placed(adapters, base, mesh, policy, batch_axes)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def _placed(
+    adapters: Plan | Mapping[str, Adapter],
+    base: Any,
+    mesh: Mesh | None,
+    policy: str | Policy,
+    batch_axes: Sequence[str],
+) -> tuple[Any, dict[str, Adapter]]:
+    """The mesh, and the specs on it."""
     follow = _policy(policy, tuple(batch_axes))
     places = _places(base)
     mesh = _mesh(mesh, {path: places[path] for path in adapters if path in places})
@@ -74,21 +97,7 @@ def adapter_specs(
         spec = _full(path, follow(path, _spec(path, places[path], mesh)), len(shape), mesh)
         _check_divisible(path, shape, adapter.axes, spec, mesh)
         found[path] = adapter.specs(spec)
-    return found
-
-
-def adapter_shardings(
-    adapters: Plan | Mapping[str, Adapter],
-    base: Any,
-    mesh: Mesh | None = None,
-    policy: Literal["tensor", "replicate", "inherit"] | Policy = "tensor",
-    batch_axes: Sequence[str] = BATCH_AXES,
-) -> dict[str, Adapter]:
-    """`adapter_specs` as `NamedSharding`s: for `lora.init`, `jax.device_put`, `jax.jit` and `lora.Checkpoints`."""
-    specs = adapter_specs(adapters, base, mesh, policy, batch_axes)
-    places = _places(base)
-    mesh = _mesh(mesh, {path: places[path] for path in adapters})
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    return mesh, found
 
 
 def on_mesh(tree: Any) -> Any:
