@@ -88,7 +88,7 @@ def main() -> dict[str, Any]:
     before = error(model(ids), answers)
 
     # The kernels of attention are [D, heads, D / heads], and the last one [heads, D / heads, D].
-    plan = lora.plan(fn, params, state, ids, rules={"blocks/.*/kernel": lora.Lora(rank=4, alpha=8)})
+    plan = lora.plan(fn, params, state, ids, rules={"blocks/.*/kernel": lora.Lora(rank=8, alpha=16)})
     print(plan)
     adapters = lora.init(jax.random.key(3), params, plan)
     apply = lora.lora_apply(fn)  # apply(params, adapters, state, ids, train=...) -> (logits, state)

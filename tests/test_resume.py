@@ -672,8 +672,7 @@ def test_sigterm_ends_a_training(tmp_path):
 TWO_PROCESSES = """
 import os, sys
 port, index, folder, action = sys.argv[1:]
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"  # compiled as the tests are, to the last bit
 import jax
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
 import numpy as np
