@@ -6,7 +6,7 @@ finds a damaged file. Neither does arithmetic on the values: NaN, -0.0 and round
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,15 +34,20 @@ def fingerprint(params: Any) -> dict[str, str]:
         for name, leaf in zip(names, leaves, strict=True)
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     ]
-    samples |= _exchange({name: samples[name] for name in apart})
+    samples |= _add_up({name: samples[name] for name in apart})
     hashes = {name: f" {hashlib.sha256(sample.tobytes()).hexdigest()[:16]}" for name, sample in samples.items()}
     return {name: describe(leaf) + hashes.get(name, "") for name, leaf in zip(names, leaves, strict=True)}
 
 
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
-    """`{path: "float32[384, 8] 5e7b2468"}`: shape, dtype, and a sum over all bits. No single flipped bit escapes it."""
-    sums = jax.device_get({name: _checksum(array) for name, array in arrays.items() if array.size})
-    return {name: describe(array) + (f" {sums[name]:08x}" if array.size else "") for name, array in arrays.items()}
+    """`{path: "float32[384, 8] 5e7b2468"}`: shape, dtype, and a sum over all bits. No single flipped bit escapes it.
+
+    Each host sums the words that it holds, and the sums are added up once, for all arrays.
+    """
+    sums = {name: _checksum(array) for name, array in arrays.items() if array.size}
+    sums |= _add_up({name: sums[name] for name in sums if not arrays[name].is_fully_addressable})
+    found = {name: f" {int(total[0]):08x}" for name, total in sums.items()}
+    return {name: describe(array) + found.get(name, "") for name, array in arrays.items()}
 
 
 def differences(saved: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
@@ -93,7 +98,7 @@ def _sample(leaf: Any) -> np.ndarray[Any, Any]:
         for axis, (n, step) in enumerate(_steps(leaf.shape)):
             picked = np.take(picked, np.arange(0, n, step), axis=axis)
         return _bytes(picked)
-    array = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    array = _data(leaf)
     out = np.zeros([-(-n // step) for n, step in _steps(array.shape)], array.dtype)
     for shard in array.addressable_shards:
         if shard.replica_id != 0:
@@ -121,45 +126,53 @@ def _pick(data: jax.Array, indices: list[np.ndarray[Any, Any]]) -> jax.Array:
     return data
 
 
+# Every bit of each array ----------------------------------------------------------------------------------------------
+
+
+def _checksum(leaf: jax.Array) -> np.ndarray[Any, Any]:
+    """[1]: the sum of the words, each times an odd number of its own, modulo 2^32: the same in any order of summing.
+
+    Of an array that is spread over hosts, the sum of those words that this host is the first to hold.
+    """
+    array = _data(leaf)
+    if array.is_fully_addressable:
+        return _sum_of_words(np.asarray(array), [0] * array.ndim, array.shape)
+    total = np.zeros(1, np.uint32)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            starts = [index.indices(n)[0] for index, n in zip(shard.index, array.shape, strict=True)]
+            total += _sum_of_words(np.asarray(shard.data), starts, array.shape)
+    return total
+
+
+def _sum_of_words(part: np.ndarray[Any, Any], starts: Sequence[int], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """[1]: of the part of an array of this shape that starts there."""
+    width = max(1, part.dtype.itemsize // 4)  # words of an entry
+    words = _bytes(part).view(f"uint{8 * min(4, part.dtype.itemsize)}").reshape(*part.shape, width).astype(np.uint32)
+    factor = np.arange(1, 2 * width, 2, dtype=np.uint32)  # twice the word's place in the whole array, plus one
+    for axis, (start, n) in enumerate(zip(starts, part.shape, strict=True)):
+        stride = 2 * width * math.prod(shape[axis + 1 :]) % 2**32
+        along = np.arange(start, start + n, dtype=np.uint32) * np.uint32(stride)
+        factor = factor + along.reshape(n, *[1] * (part.ndim - axis))
+    return np.sum(words * factor, dtype=np.uint32).reshape(1)
+
+
+def _data(leaf: jax.Array) -> jax.Array:
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
 def _bytes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     if jnp.issubdtype(array.dtype, jnp.integer) and jnp.iinfo(array.dtype).bits < 8:
         array = array.astype(np.int8)  # the unused bits of a packed dtype are anything
     return np.frombuffer(array.tobytes(), np.uint8)
 
 
-def _exchange(samples: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-    """The samples of arrays that are spread over hosts: of each byte, all hosts but one hold a zero."""
-    if not samples:
+def _add_up(found: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    """Sums over all hosts, of what each has found in its part of an array."""
+    if not found:
         return {}
     from jax.experimental import multihost_utils
 
-    gathered = multihost_utils.process_allgather(np.concatenate(list(samples.values())))
-    parts = np.split(gathered.sum(axis=0, dtype=np.uint8), np.cumsum([part.size for part in samples.values()])[:-1])
-    return dict(zip(samples, parts, strict=True))
-
-
-# Every bit of each array ----------------------------------------------------------------------------------------------
-
-
-@jax.jit
-def _checksum(array: jax.Array) -> jax.Array:
-    """The sum of all words, each times an odd number of its own, modulo 2^32: the same in any order of summing."""
-    words = _words(array)
-    place = jnp.zeros(words.shape, jnp.uint32)
-    for axis in range(words.ndim):
-        stride = math.prod(words.shape[axis + 1 :]) % 2**32
-        place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
-    return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
-
-
-def _words(array: jax.Array) -> jax.Array:
-    """The bits of each entry, as one uint32 or along a new axis of them."""
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        array = jnp.stack([array.real, array.imag], axis=-1)
-    if array.dtype.itemsize == 8:
-        return jax.lax.bitcast_convert_type(array, jnp.uint32)
-    if jnp.issubdtype(array.dtype, jnp.floating):
-        array = jax.lax.bitcast_convert_type(array, f"uint{jnp.finfo(array.dtype).bits}")
-    return array.astype(jnp.uint32)
+    gathered = multihost_utils.process_allgather(np.concatenate(list(found.values())))
+    parts = np.split(gathered.sum(axis=0, dtype=gathered.dtype), np.cumsum([part.size for part in found.values()])[:-1])
+    return dict(zip(found, parts, strict=True))

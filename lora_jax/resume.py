@@ -14,12 +14,10 @@ import json
 import math
 import re
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import jax
@@ -31,6 +29,7 @@ from lora_jax.checkpoint import describe_adapter
 from lora_jax.errors import LoraError
 from lora_jax.fingerprint import checksums, describe, differences, fingerprint
 from lora_jax.paths import flatten_with_names
+from lora_jax.preemption import Notice
 
 FORMAT = 1
 DELETED = ".lora_jax-deleted"
@@ -87,9 +86,7 @@ class Checkpoints:
         self._every, self._keep, self._best, self._keep_every = every, keep, best, keep_every
         self._base = fingerprint(params)
         self._rules = {path: str(target.rule) for path, target in plan.items()}
-        self._multiprocess = jax.distributed.is_initialized()
-        self._told_to_end = self._passed_on = False
-        self._handler: Any = None  # of SIGTERM, before
+        self._notice = Notice()
         self._problem: LoraError | None = None
         self._manager = self._open()
         self._scores = {step: self._score_of(step) for step in self.steps} if best else {}
@@ -256,14 +253,14 @@ class Checkpoints:
         """
         self._check(state, metrics)
         self._count += 1
-        ending = self._is_told_to_end(state)
+        ending = self._notice.came(state)
         step = self._due(state, now=force or ending)
         if step is not None:
             self._write(step, state, metrics or {}, position() if callable(position) else position)
         if ending:
             self._finish()
         self._raise_problem()
-        self._passed_on = ending
+        self._notice.passed_on(ending)
         return ending
 
     def wait(self) -> None:
@@ -295,6 +292,7 @@ class Checkpoints:
 
     def _start_counting(self) -> None:
         self._count, self._look_at, self._next_step = 0, 1, 0  # calls of save; the call to ask the device at
+        self._notice.restart()
 
     def _due(self, state: Any, now: bool) -> int | None:
         """The step to save, if any.
@@ -435,12 +433,10 @@ class Checkpoints:
         except LoraError:
             return None  # restoring it says why
 
-    # Being told to end ------------------------------------------------------------------------------------------------
+    # The block around the training ------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        # Where there are several processes, they have to agree on the step: JAX's own handler sees to that.
-        if not self._multiprocess and threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, self._on_sigterm) or signal.SIG_DFL
+        self._notice.begin()
         return self
 
     def __exit__(
@@ -455,24 +451,9 @@ class Checkpoints:
         finally:
             self._manager.close()
             self._remove_deleted()
-            self._restore_handler()
-        if error is None and self._told_to_end and not self._passed_on:
-            signal.raise_signal(signal.SIGTERM)  # no save was there to say so
-
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        self._told_to_end = True
-        self._restore_handler()  # a second one ends the process at once
-
-    def _restore_handler(self) -> None:
-        if self._handler is not None and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
-            signal.signal(signal.SIGTERM, self._handler)
-
-    def _is_told_to_end(self, state: Any) -> bool:
-        if not self._multiprocess:
-            return self._told_to_end
-        if self._count == 1:
-            self._started = int(np.asarray(state.step))
-        return self._manager.reached_preemption(self._started + self._count - 1)  # the same number in each process
+            self._notice.end()
+        if error is None:
+            self._notice.raise_again()
 
 
 @dataclass(frozen=True)
