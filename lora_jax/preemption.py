@@ -34,7 +34,7 @@ class Notice:
         """Whether to end after this step, the same in each process. Reads the state's step once in a training."""
         if not self._several:
             return self._came
-        if not jax.config.jax_enable_preemption_service:
+        if not getattr(jax.config, "jax_enable_preemption_service", True):
             return False
         from jax.experimental import multihost_utils
 
