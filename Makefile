@@ -21,7 +21,7 @@ assets: $(VENV)/.demo
 	$(RUN) examples/assets.py
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest --numprocesses 2 --ignore tests/interop_models $(ARGS)
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore tests/interop_models $(ARGS)
 
 interop-models: $(VENV)/.interop-models
 	$(RUN) -m pytest --numprocesses 2 tests/interop_models $(ARGS)

@@ -3,7 +3,6 @@
 A saved folder needs no plan and no rules to be read back, and nothing in it is executed.
 """
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from lora_jax.adapters import KINDS
 from lora_jax.adapters.base import Adapter, field_names
 from lora_jax.axes import KernelAxes
 from lora_jax.errors import LoraError
+from lora_jax.folders import hidden, replace
 
 FORMAT = 1
 
@@ -47,7 +47,7 @@ def save(folder: str | Path, adapters: Mapping[str, Adapter], others: Mapping[st
         "adapters": {path: describe_adapter(adapter) for path, adapter in adapters.items()},
         "arrays": jax.tree.map(_shape, arrays),
     }
-    new, old = _hidden(folder, "new"), _hidden(folder, "old")
+    new = hidden(folder, "new")
     folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in sorted(folder.parent.iterdir()):
         if leftover.name.startswith(new.name):  # orbax's own temporary folder has a longer name
@@ -57,11 +57,7 @@ def save(folder: str | Path, adapters: Mapping[str, Adapter], others: Mapping[st
     with _checkpointer() as checkpointer:
         parts = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), description=ocp.args.JsonSave(description))
         checkpointer.save(new, parts)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)  # older than what is in the folder now
-        os.rename(folder, old)
-    os.rename(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    replace(folder)
 
 
 def load(folder: str | Path) -> tuple[dict[str, Adapter], dict[str, Any]]:
@@ -74,7 +70,7 @@ def load(folder: str | Path) -> tuple[dict[str, Adapter], dict[str, Any]]:
 
     folder = Path(folder).absolute()
     if not _holds_adapters(folder):
-        old = _hidden(folder, "old")
+        old = hidden(folder, "old")
         hint = f" A save was interrupted: rename {old} to {folder}." if _holds_adapters(old) else ""
         raise LoraError(f"{folder} holds no adapters saved by lora_jax.checkpoint.save.{hint}")
     with _checkpointer() as checkpointer:
@@ -102,10 +98,6 @@ def _checkpointer() -> Any:
     only = ocp.options.MultiprocessingOptions(primary_host=i, active_processes={i}, barrier_sync_key_prefix=f"only_{i}")
     handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=only))
     return ocp.Checkpointer(handler, multiprocessing_options=only)
-
-
-def _hidden(folder: Path, state: str) -> Path:
-    return folder.with_name(f".{folder.name}.lora_jax-{state}")
 
 
 def _holds_adapters(folder: Path) -> bool:

@@ -18,6 +18,8 @@ import pytest
 
 import lora_jax as lora
 
+pytestmark = pytest.mark.xdist_group("hosts")  # what two processes trained is read by several tests
+
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, str(ROOT / "examples" / "launch.py")]
 PATHS = os.pathsep.join(map(str, [ROOT, ROOT / "tests"]))

@@ -1,5 +1,9 @@
 """The sharded example on eight simulated devices: the single device's losses, and a run that may be interrupted."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import assets
 import batches
 import finetune_sentiment as demo
@@ -101,6 +105,28 @@ def test_the_real_model(tmp_path, monkeypatch):
     single = on_one_device(task, demo.Config(batch=16, epochs=1, rank=2), None)
     assert len(single) == 4
     np.testing.assert_allclose(run.losses, single, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_from_the_command_line(task, tmp_path):
+    """`make demo-sharded`, for fewer steps: the adapters are those of one process with all devices."""
+    examples = Path(sharded.__file__).parent
+    command = [sys.executable, "launch.py", "--local", "2", "--devices-per-process", "4", "finetune_sharded.py"]
+    settings = [f"--{name}={value}" for name, value in SETTINGS.items() if name != "tiny"]
+    job = subprocess.run(
+        [*command, "--tiny", f"--output={tmp_path / 'two'}", *settings],
+        cwd=examples,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert job.returncode == 0, job.stdout[-4000:] + job.stderr[-4000:]
+    run = fine_tune(task, tmp_path / "one")
+    assert f"Test accuracy {run.test_accuracy:.1%}" in job.stdout
+    saved = [checkpoint.load(tmp_path / name / "adapters") for name in ("two", "one")]
+    assert jax.tree.structure(saved[0]) == jax.tree.structure(saved[1])
+    for two, one in zip(*map(jax.tree.leaves, saved), strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-6)
 
 
 # Wrong settings -------------------------------------------------------------------------------------------------------

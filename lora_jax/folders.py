@@ -1,0 +1,20 @@
+"""Folders that are written whole or not at all: under a hidden name, and renamed when complete."""
+
+import os
+import shutil
+from pathlib import Path
+
+
+def hidden(folder: Path, state: str) -> Path:
+    """The name beside a folder under which it is written ("new"), or was kept while it was replaced ("old")."""
+    return folder.with_name(f".{folder.name}.lora_jax-{state}")
+
+
+def replace(folder: Path) -> None:
+    """Put the new folder in its place. Killed in between, the one that was there is whole under one of its names."""
+    old = hidden(folder, "old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)  # older than what is in the folder now
+        os.rename(folder, old)
+    os.rename(hidden(folder, "new"), folder)
+    shutil.rmtree(old, ignore_errors=True)
