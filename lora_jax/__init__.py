@@ -2,6 +2,7 @@
 
 from lora_jax import checkpoint as checkpoint
 from lora_jax import initializers as initializers
+from lora_jax import key_maps as key_maps
 from lora_jax.adapters.base import Adapter as Adapter
 from lora_jax.adapters.lora import Lora as Lora
 from lora_jax.adapters.lora import LoraAdapter as LoraAdapter
@@ -14,6 +15,8 @@ from lora_jax.models import from_linen as from_linen
 from lora_jax.models import from_nnx as from_nnx
 from lora_jax.optim import freeze_base as freeze_base
 from lora_jax.optim import trainable_mask as trainable_mask
+from lora_jax.peft import load_peft as load_peft
+from lora_jax.peft import save_peft as save_peft
 from lora_jax.plan import Plan as Plan
 from lora_jax.plan import plan as plan
 from lora_jax.resume import Checkpoints as Checkpoints

@@ -1,0 +1,547 @@
+"""Adapters in the files of HF PEFT, read and written: `adapter_config.json` beside `adapter_model.safetensors`.
+
+PEFT's factors are those of torch's weights: W' = W + s B A, with A [r, in] and B [out, r], which are our A and B
+transposed. Files are not trusted: nothing in them is executed, no name in them becomes a path, and what is not
+understood is refused by name.
+"""
+
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters.base import Adapter
+from lora_jax.adapters.lora import LoraAdapter
+from lora_jax.axes import KernelAxes
+from lora_jax.errors import LoraError
+from lora_jax.folders import hidden, replace
+from lora_jax.keymap import Array, KeyMap, Placed
+from lora_jax.paths import flatten_with_names, nearest
+from lora_jax.peft_config import Config, read_config
+from lora_jax.plan import Plan
+
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+LONGEST = 1000  # characters of a name
+
+Factors = tuple[Array, Array, float]  # A [r, in] and B [out, r] of torch, and the scale
+
+
+def load_peft(
+    folder: str | Path, plan_or_params: Any, key_map: KeyMap
+) -> tuple[dict[str, Adapter], dict[str, jax.Array]]:
+    """The adapters of a folder that HF PEFT wrote, and the arrays that were trained whole: `(adapters, others)`.
+
+    Args:
+        plan_or_params: a plan, for adapters of just the planned weights, with the plan's axes; or parameters (or their
+            shapes), with the axes of the key map.
+        key_map: from parameters to modules.
+
+    Returns:
+        `{path: adapter}`, and `{path: array}` of biases, heads and tables to put in the place of the parameters there.
+
+    Raises:
+        LoraError: no such folder; a file that is cut short or not of this format; a kind of adapter, or an option that
+            this version lacks; tensors that the key map gives to no parameter, factors without their partners, ranks
+            other than those of the config, shapes that do not fit: each is named, and nothing is returned.
+    """
+    folder = Path(folder)
+    config = read_config(folder / CONFIG)
+    tensors = _read(folder / WEIGHTS)
+    factors, rest = _sort(tensors, config, folder)
+    shapes = _shapes(plan_or_params)
+    placed = key_map.place(shapes, strict=False)
+    adapters, used = _adapters(placed, factors, config)
+    others, taken = _others(placed, rest)
+    unmatched = [*(name for name in factors if name not in used), *(name for name in rest if name not in taken)]
+    if unmatched:
+        raise LoraError(_unmatched(folder, unmatched, placed, isinstance(plan_or_params, Plan)))
+    if isinstance(plan_or_params, Plan):
+        if missing := [path for path in plan_or_params if path not in adapters]:
+            raise LoraError(
+                f"{folder} holds no factors for {missing[0]!r} of the plan, and {len(missing) - 1} more: plan the "
+                f"weights that it has, which are {', '.join(sorted(adapters)[:8]) or 'none'}."
+            )
+        adapters = {
+            path: _turned(adapter, plan_or_params[path].axes, path, "the plan") for path, adapter in adapters.items()
+        }
+    return adapters, others
+
+
+def save_peft(
+    folder: str | Path,
+    adapters: Mapping[str, Adapter],
+    key_map: KeyMap,
+    *,
+    others: Any = None,
+    params: Any = None,
+    profile: Literal["peft", "vllm", "loralib"] = "peft",
+    base_model: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Write adapters as a folder that HF PEFT reads, and whatever reads its files.
+
+    The folder is written under a hidden name and renamed when it is complete.
+
+    Args:
+        folder: where; replaced if it holds such adapters.
+        adapters: `{path: adapter}`.
+        key_map: from parameters to modules.
+        others: `{path: array}`, or nested dicts, of what was trained whole: biases, a head, a table.
+        params: parameters, or their shapes; only where a module holds several of them and not all have adapters.
+        profile: "vllm" has one rank and one scale for all and no others; "loralib" names tensors as loralib does, with
+            the scale in B, since it keeps none.
+        base_model: name or folder of the model that the adapters are for, as transformers knows it.
+        task_type: such as "SEQ_CLS" or "CAUSAL_LM", for the class that PEFT wraps the model in.
+
+    Raises:
+        LoraError: a path that the key map lacks; a kind, or others, that the profile cannot express; the folder holds
+            something else. Nothing is written.
+    """
+    if profile not in ("peft", "vllm", "loralib"):
+        raise LoraError(f"profile={profile!r}: expected 'peft', 'vllm' or 'loralib'.")
+    folder = Path(folder).absolute()
+    if folder.exists() and not (folder / CONFIG).exists() and any(folder.iterdir()):
+        raise LoraError(f"{folder} exists and holds no adapters of PEFT; it is left as it is. Save to another folder.")
+    whole = dict(zip(*flatten_with_names(others or {})[:2], strict=True))
+    if whole and profile != "peft":
+        raise LoraError(f"profile={profile!r} has no place for others, found {', '.join(whole)}: merge these instead.")
+    if not adapters:
+        raise LoraError("there are no adapters to save.")
+    factors, placed = _factors(adapters, key_map, params)
+    if profile == "vllm":
+        factors = _one_rank(factors)
+    if profile == "loralib":
+        folded = {name: (a, b * np.asarray(scale, b.dtype)) for name, (a, b, scale) in factors.items()}
+        named = {f"{name}.lora_{x}": f for name, pair in folded.items() for x, f in zip("AB", pair, strict=True)}
+        return _write(folder, "lora.safetensors", named, None)
+    extra, told = _whole(whole, key_map, factors)
+    config = _config(factors, placed, told) | {"base_model_name_or_path": base_model, "task_type": task_type}
+    tensors = _named(factors, placed) | extra
+    _write(folder, WEIGHTS, {PREFIX + name: tensor for name, tensor in tensors.items()}, config)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> dict[str, Array]:
+    """The tensors of a file, by their names without the prefix. The header is checked before anything is read."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if not path.is_file():
+        torch = path.with_name("adapter_model.bin")
+        hint = f" {torch.name} is a pickle, which may run any code: save it again as safetensors." * torch.is_file()
+        raise LoraError(f"there is no {path}.{hint}")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise LoraError(f"{path} cannot be read: {str(error)[:200]}.") from error
+    foreign = next((name for name in tensors if not name.startswith(PREFIX)), None)
+    if foreign is not None:
+        raise LoraError(f"{path} holds {_short(foreign)}, expected names that begin with {PREFIX!r}.")
+    for name, tensor in tensors.items():
+        if len(name) > LONGEST:
+            raise LoraError(f"{path} holds a name of {len(name):,} characters, expected at most {LONGEST}.")
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise LoraError(f"{path}: {_short(name)} is of {tensor.dtype}, expected a floating dtype.")
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+_FACTOR = re.compile(r"(.+)\.lora_(?:embedding_(A|B)|(A|B)\.weight)")
+_FOREIGN = re.compile(
+    r".*(\.lora_(magnitude_vector|B\.bias|[ABE]|diag|velora.*|arrow.*|monteclora.*)|\.token_adapter\..+"
+    r"|\.(hada|lokr)_\w+|\.?vera_\w+)"
+)
+
+
+def _sort(tensors: Mapping[str, Array], config: Config, folder: Path) -> tuple[dict[str, Factors], dict[str, Array]]:
+    """The factors of each module, and the tensors that are whole."""
+    halves: dict[str, dict[str, Array]] = {}
+    rest = {}
+    for name, tensor in tensors.items():
+        if match := _FACTOR.fullmatch(name):
+            halves.setdefault(match[1], {})[match[2] or match[3]] = tensor
+        elif _FOREIGN.fullmatch(name):
+            raise LoraError(f"{folder} holds {_short(name)}, of a kind of adapter that this version does not have.")
+        else:
+            rest[name.replace(".base_layer.", ".")] = tensor
+    factors = {}
+    for module, found in halves.items():
+        if len(found) == 1:
+            raise LoraError(
+                f"{folder} holds only the factor {next(iter(found))} of {_short(module)}, and not the other one."
+            )
+        a, b = found["A"], found["B"]
+        if a.ndim < 2 or b.ndim != a.ndim or a.shape[0] != b.shape[1] or 0 in a.shape + b.shape:
+            raise LoraError(
+                f"{folder}: the factors of {_short(module)} are {list(a.shape)} and {list(b.shape)}, of no common rank."
+            )
+        factors[module] = (a, b, config.scale_of(module.replace(".base_layer", "")))
+    return factors, rest
+
+
+def _shapes(plan_or_params: Any) -> dict[str, tuple[int, ...]]:
+    if isinstance(plan_or_params, Plan):
+        return {path: target.shape for path, target in plan_or_params.items()}
+    names, leaves, _ = flatten_with_names(plan_or_params)
+    return {name: tuple(leaf.shape) for name, leaf in zip(names, leaves, strict=True) if hasattr(leaf, "shape")}
+
+
+def _adapters(
+    placed: Mapping[str, Placed], factors: Mapping[str, Factors], config: Config
+) -> tuple[dict[str, Adapter], dict[str, None]]:
+    """The adapters of those parameters whose modules have factors; and the names of these."""
+    files = _names_in_files(placed, config.target_parameters)
+    groups, starts = _groups(placed), _starts(placed)
+    adapters: dict[str, Adapter] = {}
+    used: dict[str, None] = {}
+    for path, place in placed.items():
+        found = {}
+        for index, module in place.names.items():
+            name = files.get(module, module)
+            if place.entry.kind != "array" and name in factors:
+                a, b, scale = factors[name]
+                _check_parts(place, groups[place.tensors()[index]], b)
+                ours = place.factors_from_torch(a, b, starts[path])
+                found[index] = (*ours, _expected_scale(place, module, ours[0].shape[-1], scale, config))
+                used[name] = None
+        if found:
+            adapters[path] = _adapter(place, found)
+    return adapters, used
+
+
+def _expected_scale(place: Placed, module: str, rank: int, scale: float, config: Config) -> float:
+    name = module.rpartition(".")[0] if place.entry.kind.startswith("experts") else module
+    if rank != config.rank_of(name):
+        raise LoraError(
+            f"the factors of {_short(module)} have rank {rank}, but by the config it is {config.rank_of(name)}: the "
+            "two files do not belong together."
+        )
+    return scale
+
+
+def _adapter(place: Placed, found: Mapping[tuple[int, ...], tuple[Array, Array, float]]) -> LoraAdapter:
+    """The adapter of one parameter, from the modules that it is in; those without factors do not change."""
+    scales = list(dict.fromkeys(scale for *_, scale in found.values()))
+    rank = max(a.shape[-1] for a, *_ in found.values())
+    stacks = tuple(place.shape[i] for i in place.unstacked)
+    e = place.inner()[0].count("expert")
+
+    def pad(array: Array, axis: int) -> Array:
+        missing = rank - array.shape[axis]
+        return np.pad(array, [(0, missing if i == axis % array.ndim else 0) for i in range(array.ndim)])
+
+    padded = {
+        index: (pad(a, -1), pad(b if len(scales) == 1 else b * np.asarray(scale, b.dtype), e))
+        for index, (a, b, scale) in found.items()
+    }
+    wholes = []
+    for one in zip(*padded.values(), strict=True):
+        whole = np.zeros((*stacks, *one[0].shape), one[0].dtype)
+        for index, part in zip(padded, one, strict=True):
+            whole[index] = part
+        wholes.append(jnp.asarray(whole))
+    a, b = wholes
+    return LoraAdapter(a, b, place.axes, scales[0] if len(scales) == 1 else 1.0)
+
+
+def _names_in_files(placed: Mapping[str, Placed], targets: Sequence[str]) -> dict[str, str]:
+    """What PEFT calls the factors of experts: the module, with `.base_layer` for each later parameter beside it.
+
+    Its wrappers are nested, the first parameter innermost, and their names do not tell which one they are of: the order
+    of the entries in the key map does.
+    """
+    modules: dict[str, dict[str, None]] = {}
+    for place in sorted(placed.values(), key=lambda place: place.order):
+        for name in place.names.values() if place.entry.kind.startswith("experts") else ():
+            if any(name == target or name.endswith(f".{target}") for target in targets):
+                modules.setdefault(name.rpartition(".")[0], {})[name] = None
+    return {
+        name: module + ".base_layer" * (len(names) - 1 - i)
+        for module, names in modules.items()
+        for i, name in enumerate(names)
+    }
+
+
+def _groups(placed: Mapping[str, Placed]) -> dict[str, list[Placed]]:
+    """The parameters that are parts of one module, in order, by the names of modules."""
+    groups: dict[str, list[Placed]] = {}
+    for place in placed.values():
+        for name in place.tensors().values():
+            groups.setdefault(name, []).append(place)
+    return {name: sorted(parts, key=lambda place: place.entry.part or 0) for name, parts in groups.items()}
+
+
+def _starts(placed: Mapping[str, Placed]) -> dict[str, int]:
+    """Where the outputs of each parameter begin among those of its module."""
+    starts = {}
+    for parts in _groups(placed).values():
+        start = 0
+        for place in parts:
+            starts[place.path] = start
+            start += place.outputs
+    return starts
+
+
+def _others(placed: Mapping[str, Placed], rest: Mapping[str, Array]) -> tuple[dict[str, jax.Array], dict[str, None]]:
+    """The parameters that the file holds whole."""
+    starts, others = _starts(placed), {}
+    taken: dict[str, None] = {}
+    for path, place in placed.items():
+        found = {}
+        for index, name in place.tensors().items():
+            if name in rest:
+                taken[name] = None
+                found[index] = place.from_torch(place.outputs_of(rest[name], starts[path]), index)
+        if not found:
+            continue
+        missing = [name for index, name in place.tensors().items() if index not in found]
+        if missing:
+            raise LoraError(f"the file holds a part of {path!r} whole, but not {_short(missing[0])}.")
+        whole = np.zeros(place.shape, next(iter(found.values())).dtype)
+        for index, part in found.items():
+            place.take(whole, index)[...] = part
+        others[path] = jnp.asarray(whole)
+    return others, taken
+
+
+def _check_parts(place: Placed, parts: Sequence[Placed], b: Array) -> None:
+    """All of a module's outputs have to be known, to know which are ours."""
+    total = sum(part.outputs for part in parts)
+    if place.entry.part is not None and (
+        total != b.shape[0] or [p.entry.part for p in parts] != list(range(len(parts)))
+    ):
+        known = ", ".join(f"{part.path!r} ({part.outputs})" for part in parts)
+        raise LoraError(
+            f"{place.path!r} is part {place.entry.part} of a module with {b.shape[0]} outputs, of which these are "
+            f"known: {known}. Give all parameters, not only a plan, and a key map with all parts."
+        )
+
+
+def _turned(adapter: Adapter, axes: KernelAxes, path: str, whose: str) -> Adapter:
+    """With these axes: a table may be used the other way round."""
+    for candidate in (adapter, adapter.transpose()):
+        if candidate.axes == axes:
+            return candidate
+    raise LoraError(
+        f"{path!r} has {axes} by {whose}, but its adapter has {adapter.axes}: mend its entry in the key map."
+    )
+
+
+def _unmatched(folder: Path, names: Sequence[str], placed: Mapping[str, Placed], planned: bool) -> str:
+    known = [name for place in placed.values() for name in (*place.names.values(), *place.tensors().values())]
+    listed = "\n".join(
+        f"  {_short(name)}; nearest: {', '.join(nearest(name, known, n=2)) or 'none'}" for name in names[:8]
+    )
+    more = f"\n  and {len(names) - 8} more" if len(names) > 8 else ""
+    where = "the planned weights" if planned else "the parameters"
+    hint = "Plan these too, or give the parameters in the plan's place" if planned else "Mend the key map"
+    return (
+        f"{folder} holds {len(names)} module(s) or tensor(s) that the key map gives to none of {where}:\n"
+        f"{listed}{more}\n"
+        f'{hint}; names that only begin with something else are met by key_map.under(name="bert.").'
+    )
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 100 else f"{name[:97]}...")
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def _factors(
+    adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any
+) -> tuple[dict[str, Factors], dict[str, Placed]]:
+    """Torch's factors of each module, and one of the parameters that it holds."""
+    shapes = {}
+    for path, adapter in adapters.items():
+        if not isinstance(adapter, LoraAdapter):
+            raise LoraError(f"{path!r} is a {type(adapter).__name__}; save_peft of this version writes LoraAdapter.")
+        shapes[path] = _shape_of(adapter)
+    placed = key_map.place(shapes)
+    every = placed | {} if params is None else placed | key_map.place(_shapes(params), strict=False)
+    groups = _groups(every)
+    found: dict[str, dict[int, Factors]] = {}
+    first: dict[str, Placed] = {}
+    for path, place in placed.items():
+        adapter = _turned(adapters[path], place.axes, path, "the key map")
+        assert isinstance(adapter, LoraAdapter)
+        a, b = (np.asarray(array) for array in jax.device_get((adapter.a, adapter.b)))
+        axes = [place.axes.stack.index(axis) for axis in place.unstacked]
+        for index, name in place.names.items():
+            where: list[Any] = [slice(None)] * len(place.axes.stack)
+            for axis, i in zip(axes, index, strict=True):
+                where[axis] = i
+            one = place.factors_to_torch(a[tuple(where)], b[tuple(where)])
+            if len(place.names) > 1 and not (one[0].any() or one[1].any()):
+                continue  # a layer of a stack that was not adapted
+            found.setdefault(name, {})[place.entry.part or 0] = (*one, adapter.scale)
+            first.setdefault(name, place)
+    joined = {}
+    for name, parts in found.items():
+        place = first[name]
+        if place.entry.part is None:
+            joined[name] = parts[0]
+        else:
+            tensor = next(place.tensors()[index] for index, module in place.names.items() if module == name)
+            joined[name] = _join(name, parts, groups[tensor], place.experts)
+    return joined, first
+
+
+def _shape_of(adapter: LoraAdapter) -> tuple[int, ...]:
+    """The shape of W."""
+    n, axes = len(adapter.axes.stack), adapter.axes
+    sizes = dict(zip((*axes.stack, *axes.inputs), adapter.a.shape[:-1], strict=True))
+    sizes |= zip(axes.outputs, adapter.b.shape[n + 1 :], strict=True)
+    return tuple(sizes[axis] for axis in sorted(sizes))
+
+
+def _join(name: str, found: Mapping[int, Factors], parts: Sequence[Placed], experts: int) -> Factors:
+    """[W0 | W1 | ...] as one module: one A if they share it, else [A0; A1; ...] and B of blocks."""
+    if [part.entry.part for part in parts] != list(range(len(parts))):
+        known = ", ".join(repr(part.path) for part in parts)
+        raise LoraError(
+            f"{name} holds several parameters, of which only {known} are known. Give all parameters: "
+            "save_peft(..., params=params)."
+        )
+    scales = {scale: None for *_, scale in found.values()}
+    scale = next(iter(scales)) if len(scales) == 1 else 1.0
+    # With the rank as an axis of its own: A [experts, r, in], B [out, r, experts].
+    apart = {
+        i: (a.reshape(experts, -1, *a.shape[1:]), (b if own == scale else b * np.asarray(own, b.dtype)))
+        for i, (a, b, own) in found.items()
+    }
+    apart = {i: (a, b.reshape(b.shape[0], -1, experts)) for i, (a, b) in apart.items()}
+    first, some_b = next(iter(apart.values()))
+    shared = all(np.array_equal(a, first) for a, _ in apart.values())
+    whole = first if shared else np.concatenate([a for a, _ in apart.values()], axis=1)
+    blocks, start = [], 0
+    for i, part in enumerate(parts):
+        block = np.zeros((part.outputs, whole.shape[1], experts), some_b.dtype)
+        if i in apart:
+            b = apart[i][1]
+            block[:, start : start + b.shape[1]] = b
+            start += 0 if shared else b.shape[1]
+        blocks.append(block)
+    joined = np.concatenate(blocks)
+    return whole.reshape(-1, *whole.shape[2:]), joined.reshape(joined.shape[0], -1), scale
+
+
+def _one_rank(factors: Mapping[str, Factors]) -> dict[str, Factors]:
+    """All with the largest rank, and scales of 1."""
+    rank = max(a.shape[0] for a, *_ in factors.values())
+
+    def pad(array: Array, axis: int) -> Array:
+        return np.pad(array, [(0, rank - array.shape[axis] if i == axis else 0) for i in range(array.ndim)])
+
+    return {name: (pad(a, 0), pad(b * np.asarray(scale, b.dtype), 1), 1.0) for name, (a, b, scale) in factors.items()}
+
+
+def _named(factors: Mapping[str, Factors], placed: Mapping[str, Placed]) -> dict[str, Array]:
+    """The tensors of a file, by PEFT's names."""
+    experts = {name: place for name, place in placed.items() if place.entry.kind.startswith("experts")}
+    files = _names_in_files(experts, list(experts))
+    tensors = {}
+    for name, (a, b, _) in factors.items():
+        is_table = placed[name].entry.kind == "embedding"
+        form = "{}.lora_embedding_{}" if is_table else "{}.lora_{}.weight"
+        for letter, factor in (("A", a), ("B", b)):
+            tensors[form.format(files.get(name, name), letter)] = factor
+    return tensors
+
+
+def _whole(
+    others: Mapping[str, Any], key_map: KeyMap, adapted: Container[str]
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """The tensors that were trained whole, and what the config says of them."""
+    placed = key_map.place({path: tuple(np.shape(leaf)) for path, leaf in others.items()})
+    tensors: dict[str, list[Array]] = {}
+    for name, parts in _groups(placed).items():
+        for place in parts:
+            index = next(index for index, tensor in place.tensors().items() if tensor == name)
+            whole = np.asarray(jax.device_get(others[place.path]))
+            tensors.setdefault(name, []).append(place.to_torch(place.take(whole, index)))
+    found: dict[str, Array] = {}
+    modules: dict[str, None] = {}
+    bias = "none"
+    weights = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
+    for name, pieces in tensors.items():
+        place = next(place for place in _groups(placed)[name])
+        tensor = (
+            pieces[0] if place.entry.part is None else np.concatenate(pieces, axis=place.output_axis(pieces[0].ndim))
+        )
+        module, _, leaf = name.rpartition(".")
+        if module in adapted:
+            name = f"{module}.base_layer.{leaf}"
+            bias = "lora_only" if leaf == "bias" and bias == "none" else bias
+        elif module in weights:
+            modules[module] = None
+        else:
+            bias = "all"
+        found[name] = tensor
+    return found, {"bias": bias, "modules_to_save": sorted(modules) or None}
+
+
+def _config(factors: Mapping[str, Factors], placed: Mapping[str, Placed], whole: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that every version of PEFT knows, and those that differ from their defaults."""
+    experts = sorted(name for name in factors if placed[name].entry.kind.startswith("experts"))
+    modules = sorted(name for name in factors if name not in experts)
+    # By what patterns are matched against: of experts that is the module.
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, (a, _, scale) in factors.items():
+        module = name.rpartition(".")[0] if name in experts else name
+        rank = a.shape[0] // placed[name].experts
+        if ranks.setdefault(module, rank) != rank:
+            raise LoraError(f"the experts of {module} have ranks {ranks[module]} and {rank}; PEFT has one for both.")
+        alphas[module] = _plain(scale * rank)
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    kinds = {placed[name].entry.kind for name in modules}
+    transposed = "conv1d" in kinds and "linear" not in kinds
+    longest = sorted(ranks, key=lambda name: (-len(name), name))  # the first pattern that matches counts
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": modules,
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "rank_pattern": {name: ranks[name] for name in longest if ranks[name] != rank},
+        "alpha_pattern": {name: alphas[name] for name in longest if alphas[name] != alpha},
+        "use_rslora": False,
+        "use_dora": False,
+        **whole,
+    }
+    return config | ({"target_parameters": experts} if experts else {})
+
+
+def _plain(number: float) -> int | float:
+    """alpha is a whole number where it was one: alpha / rank * rank need not be."""
+    return round(number) if math.isclose(number, round(number), rel_tol=1e-12) else number
+
+
+def _write(folder: Path, name: str, tensors: Mapping[str, Array], config: Mapping[str, Any] | None) -> None:
+    from safetensors.numpy import save_file
+
+    new = hidden(folder, "new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    save_file(
+        {key: np.ascontiguousarray(t) for key, t in sorted(tensors.items())}, new / name, metadata={"format": "pt"}
+    )
+    if config is not None:
+        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    replace(folder)

@@ -1,0 +1,553 @@
+"""Files of HF PEFT: what it wrote gives its outputs here, and goes out as it came in."""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import twins
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import lora_jax as lora
+from lora_jax import key_maps
+from lora_jax.key_maps import KeyMap, array, conv, conv1d, embedding, experts, linear
+from lora_jax.peft_config import _first_match, read_config
+
+DATA = Path(__file__).parent / "data" / "peft"
+MLP = KeyMap(
+    embedding("emb/embedding", "emb"),
+    *(linear(f"{name}/kernel", name) for name in ("lin0", "lin1", "head")),
+    *(conv(f"{name}/kernel", name) for name in ("conv", "conv1")),
+    *(array(f"{name}/bias", f"{name}.bias") for name in ("lin0", "head", "conv", "conv1")),
+)
+MODELS = {
+    "lora": (twins.mlp, MLP),
+    "rslora_patterns": (twins.mlp, MLP),
+    "lora_emb": (twins.mlp, MLP),
+    "lora_bias_only": (twins.mlp, MLP),
+    "lora_bias_all": (twins.mlp, MLP),
+    "llama": (twins.llama, key_maps.LLAMA),
+    "llama_emb_full": (twins.llama, key_maps.LLAMA),
+    "llama_emb_lora": (twins.llama, key_maps.LLAMA),
+    "gpt2": (twins.gpt2, key_maps.GPT2),
+    "qwen3moe": (twins.llama, key_maps.LLAMA),
+}
+
+
+def case(name):
+    """Parameters, input and PEFT's output."""
+    tensors = load_file(DATA / ("lora" if name == "conv" else name) / "case.safetensors")
+    base = {key.removeprefix("base."): tensor for key, tensor in tensors.items() if key.startswith("base.")}
+    return twins.from_torch(base, conv1d=name == "gpt2"), tensors["input"], tensors["output"]
+
+
+def tensors_of(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def config_of(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def assert_same_tensors(found, expected):
+    assert sorted(found) == sorted(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+
+
+# What PEFT wrote ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_those_of_peft(name):
+    fn, key_map = MODELS[name]
+    params, ids, expected = case(name)
+    adapters, others = lora.load_peft(DATA / name, params, key_map)
+    assert adapters
+    with jax.default_matmul_precision("highest"):
+        applied = lora.lora_apply(fn)(params | others, adapters, ids)
+        merged = fn(lora.merge(params | others, adapters), ids)
+        assert np.abs(fn(params, ids) - expected).max() > 1e-3, "the adapters change something"
+    np.testing.assert_allclose(applied, expected, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(merged, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "conv"])
+def test_what_came_in_goes_out(name, tmp_path):
+    key_map = MODELS[name][1] if name in MODELS else MLP
+    adapters, others = lora.load_peft(DATA / name, case(name)[0], key_map)
+    lora.save_peft(tmp_path / "out", adapters, key_map, others=others, task_type=config_of(DATA / name)["task_type"])
+    assert_same_tensors(tensors_of(tmp_path / "out"), tensors_of(DATA / name))
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
+    # The same ranks and scales, and the same of all that is not about these.
+    before, after = (read_config(folder / "adapter_config.json") for folder in (DATA / name, tmp_path / "out"))
+    for key in tensors_of(DATA / name):
+        if module := re.fullmatch(r"base_model\.model\.(.+)\.lora_(?:A\.weight|embedding_A)", key):
+            module = module[1].replace(".base_layer", "")
+            assert after.rank_of(module) == before.rank_of(module)
+            np.testing.assert_allclose(after.scale_of(module), before.scale_of(module), rtol=1e-15)
+    before, after = config_of(DATA / name), config_of(tmp_path / "out")
+    for option in ("peft_type", "task_type", "bias", "fan_in_fan_out", "inference_mode"):
+        assert after[option] == before[option], option
+    for option in (
+        "target_modules",
+        "modules_to_save",
+        "target_parameters",
+    ):  # ours are whole names, PEFT's may be ends
+        names, ends = after.get(option) or [], before[option] or []
+        assert all(any(f".{name}".endswith(f".{end}") for end in ends) for name in names), option
+        assert all(any(f".{name}".endswith(f".{end}") for name in names) for end in ends), option
+
+
+def test_convolutions():
+    """[kh, kw, in, out] of W' = W + s sum_r A[r, in, kh, kw] B[out, r]."""
+    params = case("conv")[0]
+    adapters, _ = lora.load_peft(DATA / "conv", params, MLP)
+    merged, tensors = lora.merge(params, adapters), tensors_of(DATA / "conv")
+    for name, formula in [("conv", "ripq,orxy->pqio"), ("conv1", "rip,orx->pio")]:
+        a, b = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        expected = params[f"{name}/kernel"] + 2 * np.einsum(formula, a, b)
+        np.testing.assert_allclose(merged[f"{name}/kernel"], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("dora", "use_dora is True, which this version of lora_jax does not have"),
+        ("conv_dora", "use_dora is True"),
+        ("lora_lora_bias", "lora_bias is True"),
+        ("llama_tokens", r"trainable_token_indices is \["),
+        ("llama_replicate", r"layer_replication is \["),
+        ("pissa", "init_lora_weights is 'pissa', which changed the base too. Save it as plain LoRA first"),
+        ("adalora", "peft_type is 'ADALORA'; this version of lora_jax reads LORA"),
+        ("vera", "peft_type is 'VERA'"),
+        ("vera_noproj", "peft_type is 'VERA'"),
+        ("loha", "peft_type is 'LOHA'"),
+        ("lokr", "peft_type is 'LOKR'"),
+    ],
+)
+def test_kinds_that_are_refused(name, says):
+    params, key_map = (case("llama")[0], key_maps.LLAMA) if "llama" in name else (case("lora")[0], MLP)
+    with pytest.raises(lora.LoraError, match=says):
+        lora.load_peft(DATA / name, params, key_map)
+
+
+# Other layouts --------------------------------------------------------------------------------------------------------
+
+
+def test_with_a_plan():
+    """The adapters of the planned weights, along the plan's axes; the table may be used as the head."""
+    params, ids, _ = case("lora_emb")
+    plan = lora.plan(twins.mlp, params, ids, rules={"emb/.*|lin0/kernel": lora.Lora(2)})
+    adapters, _ = lora.load_peft(DATA / "lora_emb", plan, MLP)
+    expected, _ = lora.load_peft(DATA / "lora_emb", params, MLP)
+    assert jax.tree.structure(adapters) == jax.tree.structure(expected)
+
+    def head(p, x):
+        return x @ p["emb/embedding"].T @ jnp.ones((11, 6)) @ p["lin0/kernel"]
+
+    turned, _ = lora.load_peft(
+        DATA / "lora_emb", lora.plan(head, params, jnp.ones((3, 6)), rules={"emb/.*|lin0/kernel": lora.Lora(2)}), MLP
+    )
+    assert turned["emb/embedding"].axes == expected["emb/embedding"].axes.transpose()
+    for one, other in zip(*(jax.tree.leaves(lora.merge(params, a)) for a in (turned, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_a_plan_of_less_than_the_file():
+    params, ids, _ = case("lora_emb")
+    plan = lora.plan(twins.mlp, params, ids, rules={"lin0/kernel": lora.Lora(2)})
+    with pytest.raises(
+        lora.LoraError, match=r"gives to none of the planned weights:\n  'emb'; nearest: .*\nPlan these too"
+    ):
+        lora.load_peft(DATA / "lora_emb", plan, MLP)
+
+
+def test_a_plan_of_more_than_the_file():
+    params, ids, _ = case("lora_emb")
+    plan = lora.plan(twins.mlp, params, ids, rules={"emb/.*|lin./kernel": lora.Lora(2)})
+    with pytest.raises(lora.LoraError, match="holds no factors for 'lin1/kernel' of the plan"):
+        lora.load_peft(DATA / "lora_emb", plan, MLP)
+
+
+def stacked(params):
+    """Layers along a first axis, and heads apart: [layers, d, heads, head_dim] and [layers, heads, head_dim, d]."""
+    found = {path: leaf for path, leaf in params.items() if "/layers/" not in path}
+    for path in [path for path in params if "/layers/0/" in path]:
+        leaf = jnp.stack([params[path.replace("/0/", f"/{i}/")] for i in range(2)])
+        if re.search("[qkv]_proj", path):
+            leaf = leaf.reshape(*leaf.shape[:2], -1, 4)
+        if "o_proj" in path:
+            leaf = leaf.reshape(2, -1, 4, leaf.shape[-1])
+        found[path.replace("/0/", "/")] = leaf
+    return found
+
+
+def test_stacked_layers_and_heads(tmp_path):
+    params, key_map = case("llama")[0], key_maps.LLAMA.stacked()
+    expected = stacked(lora.merge(params, lora.load_peft(DATA / "llama", params, key_maps.LLAMA)[0]))
+    adapters, _ = lora.load_peft(DATA / "llama", stacked(params), key_map)
+    query = adapters["model/layers/self_attn/q_proj/kernel"]
+    assert (query.a.shape, query.b.shape) == ((2, 16, 2), (2, 2, 4, 4))
+    merged = lora.merge(stacked(params), adapters)
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(merged[path], leaf, rtol=1e-6, atol=1e-7, err_msg=path)
+    lora.save_peft(tmp_path / "out", adapters, key_map)
+    assert_same_tensors(tensors_of(tmp_path / "out"), tensors_of(DATA / "llama"))
+
+
+def test_some_layers_of_a_stack(tmp_path):
+    """Only layer 1, with a rank of its own; layer 0 is as it was, and is not written again."""
+    folder = copy("llama", tmp_path)
+    edit_tensors(folder, lambda t: {k: v for k, v in t.items() if ".1.self_attn.q_proj" in k})
+    params = stacked(case("llama")[0])
+    adapters, _ = lora.load_peft(folder, params, key_maps.LLAMA.stacked())
+    [path] = adapters
+    changed = lora.merge(params, adapters)[path] - params[path]
+    assert not changed[0].any()
+    assert changed[1].any()
+    lora.save_peft(tmp_path / "out", adapters, key_maps.LLAMA.stacked())
+    assert_same_tensors(tensors_of(tmp_path / "out"), tensors_of(folder))
+
+
+def test_layers_of_different_ranks_and_scales_in_a_stack(tmp_path):
+    folder = copy("llama", tmp_path)
+    one = "model.layers.1.self_attn.q_proj"
+
+    def widen(tensors):
+        a, b = (f"base_model.model.{one}.lora_{x}.weight" for x in "AB")
+        return tensors | {
+            a: np.pad(tensors[a], [(0, 1), (0, 0)], constant_values=0.5),
+            b: np.pad(tensors[b], [(0, 0), (0, 1)], constant_values=0.5),
+        }
+
+    edit_tensors(folder, widen)
+    edit_config(folder, rank_pattern={one: 3}, alpha_pattern={one: 7})
+    params = case("llama")[0]
+    expected = stacked(lora.merge(params, lora.load_peft(folder, params, key_maps.LLAMA)[0]))
+    adapters, _ = lora.load_peft(folder, stacked(params), key_maps.LLAMA.stacked())
+    path = "model/layers/self_attn/q_proj/kernel"
+    assert adapters[path].a.shape == (2, 16, 3)
+    np.testing.assert_allclose(lora.merge(stacked(params), adapters)[path], expected[path], rtol=1e-6, atol=1e-7)
+
+
+SPLIT = KeyMap(
+    *(conv1d(f"{name}/kernel", "transformer.h.0.attn.c_attn", "in out*", part=i) for i, name in enumerate("qkv")),
+    *(array(f"{name}/bias", "transformer.h.0.attn.c_attn.bias", part=i) for i, name in enumerate("qkv")),
+)
+
+
+def split_params():
+    w = case("gpt2")[0]
+    parts = np.split(w["transformer/h/0/attn/c_attn/kernel"], 3, axis=1)
+    return {f"{name}/kernel": part.reshape(16, 2, 8) for name, part in zip("qkv", parts, strict=True)}
+
+
+def test_three_weights_in_one_module(tmp_path):
+    """Their common A comes back as one; own ones become blocks of a larger rank, with the same product."""
+    fused, params = case("gpt2")[0], split_params()
+    adapters, _ = lora.load_peft(DATA / "gpt2", params, SPLIT)
+    expected = lora.merge(fused, lora.load_peft(DATA / "gpt2", fused, key_maps.GPT2)[0])
+    merged = lora.merge(params, adapters)
+    whole = np.concatenate([merged[f"{name}/kernel"].reshape(16, -1) for name in "qkv"], axis=1)
+    np.testing.assert_allclose(whole, expected["transformer/h/0/attn/c_attn/kernel"], rtol=1e-6, atol=1e-7)
+    lora.save_peft(tmp_path / "same", adapters, SPLIT)
+    assert_same_tensors(tensors_of(tmp_path / "same"), tensors_of(DATA / "gpt2"))
+
+    own = {
+        "q/kernel": adapters["q/kernel"],
+        "v/kernel": dataclasses.replace(adapters["v/kernel"], a=-adapters["v/kernel"].a, scale=0.5),
+    }
+    with pytest.raises(lora.LoraError, match=r"of which only 'q/kernel', 'v/kernel' are known.*params=params"):
+        lora.save_peft(tmp_path / "own", own, SPLIT)
+    lora.save_peft(tmp_path / "own", own, SPLIT, params=params)
+    assert config_of(tmp_path / "own")["r"] == 4
+    fused_again = lora.merge(fused, lora.load_peft(tmp_path / "own", fused, key_maps.GPT2)[0])
+    merged = lora.merge(params, own)
+    whole = np.concatenate([merged[f"{name}/kernel"].reshape(16, -1) for name in "qkv"], axis=1)
+    np.testing.assert_allclose(fused_again["transformer/h/0/attn/c_attn/kernel"], whole, rtol=1e-6, atol=1e-7)
+
+
+def test_a_part_without_the_others_is_not_known():
+    params = {"k/kernel": split_params()["k/kernel"]}
+    with pytest.raises(
+        lora.LoraError, match="part 1 of a module with 48 outputs, of which these are known: 'k/kernel'"
+    ):
+        lora.load_peft(DATA / "gpt2", params, SPLIT)
+
+
+def test_gate_and_up_of_experts_apart(tmp_path):
+    at, key_map = (
+        "model/layers/0/mlp/experts/",
+        KeyMap(
+            experts("gate", "model.layers.0.mlp.experts.gate_up_proj", part=0),
+            experts("up", "model.layers.0.mlp.experts.gate_up_proj", part=1),
+            experts("down", "model.layers.0.mlp.experts.down_proj"),
+            linear("query", "model.layers.0.self_attn.q_proj"),
+        ),
+    )
+    fused = case("qwen3moe")[0]
+    gate, up = jnp.split(fused[at + "gate_up_proj/kernel"], 2, axis=-1)
+    params = {
+        "gate": gate,
+        "up": up,
+        "down": fused[at + "down_proj/kernel"],
+        "query": fused["model/layers/0/self_attn/q_proj/kernel"],
+    }
+    adapters, _ = lora.load_peft(DATA / "qwen3moe", params, key_map)
+    lora.save_peft(tmp_path / "same", adapters, key_map)
+    assert_same_tensors(tensors_of(tmp_path / "same"), tensors_of(DATA / "qwen3moe"))
+
+    own = {"gate": adapters["gate"], "up": dataclasses.replace(adapters["up"], a=2 - adapters["up"].a)}
+    lora.save_peft(tmp_path / "own", own, key_map)
+    found = lora.merge(fused, lora.load_peft(tmp_path / "own", fused, key_maps.LLAMA)[0])[at + "gate_up_proj/kernel"]
+    merged = lora.merge(params, own)
+    np.testing.assert_allclose(found, jnp.concatenate([merged["gate"], merged["up"]], axis=-1), rtol=1e-6, atol=1e-7)
+
+
+# Other readers --------------------------------------------------------------------------------------------------------
+
+
+def test_for_vllm(tmp_path):
+    """One rank, a scale of one, and the same products."""
+    params = case("rslora_patterns")[0]
+    adapters, _ = lora.load_peft(DATA / "rslora_patterns", params, MLP)
+    lora.save_peft(tmp_path / "out", adapters, MLP, profile="vllm")
+    config = config_of(tmp_path / "out")
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (3, 3, {}, {})
+    again, _ = lora.load_peft(tmp_path / "out", params, MLP)
+    assert {adapter.a.shape[-1] for adapter in again.values()} == {3}
+    for one, other in zip(*(jax.tree.leaves(lora.merge(params, a)) for a in (adapters, again)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
+    with pytest.raises(lora.LoraError, match="profile='vllm' has no place for others, found lin0/bias"):
+        lora.save_peft(tmp_path / "out", adapters, MLP, profile="vllm", others={"lin0": {"bias": np.zeros(10)}})
+
+
+def test_as_loralib_has_it(tmp_path):
+    adapters, _ = lora.load_peft(DATA / "lora_emb", case("lora_emb")[0], MLP)
+    lora.save_peft(tmp_path / "out", adapters, MLP, profile="loralib")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lora.safetensors"]
+    found, tensors = load_file(tmp_path / "out" / "lora.safetensors"), tensors_of(DATA / "lora_emb")
+    np.testing.assert_array_equal(found["lin0.lora_A"], tensors["base_model.model.lin0.lora_A.weight"])
+    np.testing.assert_array_equal(found["lin0.lora_B"], 2 * tensors["base_model.model.lin0.lora_B.weight"])
+    assert sorted(found) == ["emb.lora_A", "emb.lora_B", "lin0.lora_A", "lin0.lora_B"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_thin_dtypes(dtype, tmp_path):
+    params = case("lora")[0]
+    adapters, others = jax.tree.map(lambda a: a.astype(dtype), lora.load_peft(DATA / "lora", params, MLP))
+    lora.save_peft(tmp_path / "out", adapters, MLP, others=others)
+    found = lora.load_peft(tmp_path / "out", params, MLP)
+    assert jax.tree.structure(found) == jax.tree.structure((adapters, others))
+    for one, other in zip(*map(jax.tree.leaves, (found, (adapters, others))), strict=True):
+        assert one.dtype == dtype
+        np.testing.assert_array_equal(one, other)
+
+
+# Patterns of configs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "module", "matches"),
+    [
+        ("q_proj", "a.q_proj", True),
+        ("q", "a.xq", False),
+        ("^q", "a.q", False),
+        ("^a.q", "a.q", True),
+        ("layers.0", "m.layers.0.q", False),
+        (r".*\.0\.q", "m.layers.0.q", True),
+        ("a|q", "m.q", True),
+        (r"layers\.(0|2)\..*", "m.layers.2.q", True),
+        (r"layers\.(0|2)\..*", "m.layers.1.q", False),
+    ],
+)
+def test_patterns_match_as_in_peft(pattern, module, matches):
+    assert _first_match({pattern: 1}, module, 0) == matches
+
+
+def test_a_pattern_cannot_hang():
+    start = time.perf_counter()
+    assert _first_match({"(a+)+b": 1, "(.*)*(.*)*(.*)*x": 2}, "a" * 900, 0) == 0
+    assert time.perf_counter() - start < 5
+
+
+def test_patterns_without_re2(monkeypatch):
+    monkeypatch.setitem(sys.modules, "re2", None)
+    assert _first_match({"^model.layers-1": 1}, "model.layers-1", 0) == 1
+    with pytest.raises(
+        lora.LoraError, match=r"the regular expression 'a\+', for which RE2 is needed: pip install google-re2"
+    ):
+        _first_match({"a+": 1}, "a", 0)
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def copy(name, folder):
+    shutil.copytree(DATA / name, folder / "in")
+    return folder / "in"
+
+
+def edit_config(folder, **options):
+    (folder / "adapter_config.json").write_text(json.dumps(config_of(folder) | options))
+
+
+def edit_tensors(folder, change):
+    save_file(change(tensors_of(folder)), folder / "adapter_model.safetensors")
+
+
+P = "base_model.model."
+A, B = P + "lin0.lora_A.weight", P + "lin0.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"r": 0}, "r is 0, expected a whole number of at least 1"),
+        ({"r": "8"}, "r is '8'"),
+        ({"r": True}, "r is True"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf, expected a finite number"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"rank_pattern": ["a"]}, r"rank_pattern is \['a'\], expected an object"),
+        ({"rank_pattern": {"lin0": -1}}, r"rank_pattern\['lin0'\] is -1"),
+        ({"rank_pattern": {"lin(": 3}}, r"rank_pattern has 'lin\(', which is no regular expression of RE2"),
+        ({"rank_pattern": {r"(a)\1": 3}}, "no regular expression of RE2"),
+        ({"rank_pattern": {"lin0": 3}}, "the factors of 'lin0' have rank 2, but by the config it is 3"),
+        ({"r": 4}, "have rank 2, but by the config it is 4"),
+        ({"target_parameters": "a"}, "target_parameters is 'a', expected a list of names"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"a_new_option": {"x": 1}}, r"a_new_option is \{'x': 1\}, which this version of lora_jax does not have"),
+    ],
+)
+def test_wrong_configs(options, says, tmp_path):
+    folder = copy("lora", tmp_path)
+    edit_config(folder, **options)
+    with pytest.raises(lora.LoraError, match=says):
+        lora.load_peft(folder, case("lora")[0], MLP)
+
+
+WRONG_TENSORS = [
+    (lambda t: t, A, "holds only the factor B of 'lin0', and not the other one"),
+    (lambda t: t | {A: t[A][:1]}, None, r"the factors of 'lin0' are \[1, 6\] and \[10, 2\], of no common rank"),
+    (
+        lambda t: t | {A: t[A][:, :5]},
+        None,
+        r"lin0 has factors \[2, 5\] and \[10, 2\], which do not fit 'lin0/kernel' of shape \[6, 10\]",
+    ),
+    (lambda t: t | {A: t[A].astype(np.int32)}, None, "is of int32, expected a floating dtype"),
+    (lambda t: t | {A: t[A][None]}, None, "of no common rank"),
+    (
+        lambda t: t | {A.replace("0", "9"): t[A], B.replace("0", "9"): t[B]},
+        None,
+        "gives to none of the parameters:\n  'lin9'; nearest: lin",
+    ),
+    (lambda t: t | {P + "extra.weight": t[A]}, None, "'extra.weight'; nearest"),
+    (lambda t: t | {"lin0.x": t[A]}, None, "holds 'lin0.x', expected names that begin with 'base_model.model.'"),
+    (lambda t: t | {P + "a" * 2000: t[A]}, None, "a name of 2,017 characters"),
+    (lambda t: t | {P + "lin0.lora_magnitude_vector": t[A]}, None, "of a kind of adapter that this version does not"),
+    (
+        lambda t: t | {P + "head.weight": t[A]},
+        None,
+        r"head.weight has shape \[2, 6\], but 'head/kernel' of shape \[4, 3\] needs \[3, 4\]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "lost", "says"), WRONG_TENSORS)
+def test_wrong_tensors(change, lost, says, tmp_path):
+    folder = copy("lora", tmp_path)
+    edit_tensors(folder, lambda t: {key: tensor for key, tensor in change(t).items() if key != lost})
+    with pytest.raises(lora.LoraError, match=says):
+        lora.load_peft(folder, case("lora")[0], MLP)
+
+
+def test_wrong_files(tmp_path):
+    folder, params = copy("lora", tmp_path), case("lora")[0]
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    whole = weights.read_bytes()
+    for damaged in (b"", whole[:20], whole[:-1], whole[:8] + b"{" * (len(whole) - 8), b"\xff" * 8 + whole[8:]):
+        weights.write_bytes(damaged)
+        with pytest.raises(lora.LoraError, match=r"adapter_model.safetensors cannot be read"):
+            lora.load_peft(folder, params, MLP)
+    weights.rename(folder / "adapter_model.bin")
+    with pytest.raises(lora.LoraError, match=r"there is no .*safetensors. adapter_model.bin is a pickle"):
+        lora.load_peft(folder, params, MLP)
+    for text in ("", "{", "[1]", '"a"', "[" * 100_000, "\x00"):
+        config.write_text(text)
+        with pytest.raises(lora.LoraError, match=r"adapter_config.json (is no JSON|holds a (list|str))"):
+            lora.load_peft(folder, params, MLP)
+    config.write_text(" " * (8 * 2**20 + 1))
+    with pytest.raises(lora.LoraError, match="more than 8,388,608 bytes"):
+        lora.load_peft(folder, params, MLP)
+    config.unlink()
+    with pytest.raises(lora.LoraError, match=r"adapter_config.json cannot be read: No such file"):
+        lora.load_peft(folder, params, MLP)
+
+
+def test_what_cannot_be_saved(tmp_path):
+    adapters, _ = lora.load_peft(DATA / "lora", case("lora")[0], MLP)
+    with pytest.raises(
+        lora.LoraError, match="the key map has no entry for 'lin0/kernel'; the nearest are 'lin1/kernel'"
+    ):
+        lora.save_peft(tmp_path / "a", adapters, KeyMap(linear("lin1/kernel", "lin1")))
+    with pytest.raises(lora.LoraError, match=r"gives 'lin1/kernel' and 'lin0/kernel' the same tensor 'x.weight'"):
+        lora.save_peft(tmp_path / "a", adapters, KeyMap(*(linear(path, "x") for path in adapters)))
+    with pytest.raises(
+        lora.LoraError, match=r"has shape \[6, 10\], but the key map says that its axes are 'in out out'"
+    ):
+        lora.save_peft(tmp_path / "a", adapters, KeyMap(linear("lin0/kernel", "x", "in out out"), *MLP.entries))
+    stack = KeyMap(linear("lin0/kernel", "x.{i}", "i out"), *MLP.entries)
+    with pytest.raises(
+        lora.LoraError, match="has stack 0, outputs 1 by the key map, but its adapter has inputs 0, outputs 1: mend"
+    ):
+        lora.save_peft(tmp_path / "a", adapters, stack)
+    with pytest.raises(lora.LoraError, match="there are no adapters to save"):
+        lora.save_peft(tmp_path / "a", {}, MLP)
+    with pytest.raises(lora.LoraError, match="profile='hf': expected 'peft', 'vllm' or 'loralib'"):
+        lora.save_peft(tmp_path / "a", adapters, MLP, profile="hf")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(lora.LoraError, match="exists and holds no adapters of PEFT; it is left as it is"):
+        lora.save_peft(tmp_path / "full", adapters, MLP)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
+    adapters, others = lora.load_peft(DATA / "lora", case("lora")[0], MLP)
+    lora.save_peft(tmp_path / "out", adapters, MLP, others=others)
+
+    def fail(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        lora.save_peft(tmp_path / "out", adapters, MLP)
+    monkeypatch.undo()
+    assert_same_tensors(tensors_of(tmp_path / "out"), tensors_of(DATA / "lora"))
+    lora.save_peft(tmp_path / "out", {"lin0/kernel": adapters["lin0/kernel"]}, MLP)
+    assert len(tensors_of(tmp_path / "out")) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        (lambda: linear("a/kernel", "b.{i}"), "unknown are i"),
+        (lambda: linear("a/kernel", "b", "in rows"), "unknown are rows"),
+        (lambda: linear("a/kernel", "b", "in* out*"), r"one \* at most"),
+    ],
+)
+def test_wrong_entries(entry, says):
+    with pytest.raises(lora.LoraError, match=says):
+        entry()
