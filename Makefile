@@ -6,7 +6,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: demo demo-sharded compare assets test interop-models lint format types clean
+.PHONY: demo demo-sharded compare assets test test-interop interop-models lint format types clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py $(ARGS)
@@ -21,7 +21,10 @@ assets: $(VENV)/.demo
 	$(RUN) examples/assets.py
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore tests/interop_models $(ARGS)
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore tests/interop_models --ignore tests/interop_peft $(ARGS)
+
+test-interop: $(VENV)/.test-interop
+	$(RUN) -m pytest --numprocesses 2 tests/interop_peft $(ARGS)
 
 interop-models: $(VENV)/.interop-models
 	$(RUN) -m pytest --numprocesses 2 tests/interop_models $(ARGS)
@@ -51,6 +54,10 @@ $(VENV)/.demo: pyproject.toml | $(RUN)
 $(VENV)/.dev: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.test-interop: pyproject.toml | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[interop]'
+	@touch $@ $(VENV)/.dev $(VENV)/.demo
 
 $(VENV)/.interop-models: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,interop-models]'

@@ -19,6 +19,7 @@ __all__ = [
     "LLAMA",
     "T5",
     "VIT",
+    "VIT_4",
     "Entry",
     "KeyMap",
     "array",
@@ -102,19 +103,26 @@ GEMMA = LLAMA + _map(
     *(_norm(f"model.layers.{{i}}.{name}_feedforward_layernorm") for name in ("pre", "post")),
 )
 
-VIT = _map(
+_VIT = _map(
     array("vit/embeddings/cls_token", "vit.embeddings.cls_token", "keep*"),
     array("vit/embeddings/position_embeddings", "vit.embeddings.position_embeddings", "keep*"),
     conv("vit/embeddings/patch_embeddings/projection/kernel", "vit.embeddings.patch_embeddings.projection"),
     array("vit/embeddings/patch_embeddings/projection/bias", "vit.embeddings.patch_embeddings.projection.bias"),
-    *(_dense(f"vit.encoder.layer.{{i}}.attention.attention.{name}", "in out*") for name in ("query", "key", "value")),
-    _dense("vit.encoder.layer.{i}.attention.output.dense", "in* out"),
-    _dense("vit.encoder.layer.{i}.intermediate.dense"),
-    _dense("vit.encoder.layer.{i}.output.dense"),
-    *(_norm(f"vit.encoder.layer.{{i}}.layernorm_{place}") for place in ("before", "after")),
     _norm("vit.layernorm"),
     _dense("vit.pooler.dense"),
     _dense("classifier"),
+)
+VIT = _VIT + _map(
+    *(_dense(f"vit.layers.{{i}}.attention.{name}_proj", "in out*") for name in "qkv"),
+    _dense("vit.layers.{i}.attention.o_proj", "in* out"),
+    *(_dense(f"vit.layers.{{i}}.mlp.fc{n}") for n in (1, 2)),
+    *(_norm(f"vit.layers.{{i}}.layernorm_{place}") for place in ("before", "after")),
+)
+VIT_4 = _VIT + _map(  # the modules of transformers 4, as in the published files
+    *(_dense(f"vit.encoder.layer.{{i}}.attention.attention.{name}", "in out*") for name in ("query", "key", "value")),
+    _dense("vit.encoder.layer.{i}.attention.output.dense", "in* out"),
+    *(_dense(f"vit.encoder.layer.{{i}}.{name}.dense") for name in ("intermediate", "output")),
+    *(_norm(f"vit.encoder.layer.{{i}}.layernorm_{place}") for place in ("before", "after")),
 )
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from lora_jax.errors import LoraError
 
+LIMIT = 2.0**127  # what fp32 can hold
 LARGEST = 8 * 2**20  # bytes of a config; PEFT's have a few thousand
 
 # Options that change nothing about what a saved adapter computes, or that are read below.
@@ -116,8 +117,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _number(path: Path, name: str, value: Any, whole: bool = False) -> Any:
     kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or (whole and value < 1):
-        expected = "a whole number of at least 1" if whole else "a finite number"
+    if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) < LIMIT or (whole and value < 1):
+        expected = "a whole number of at least 1" if whole else "a finite number of fp32"
         raise LoraError(f"{path}: {name} is {_short(value)}, expected {expected}.")
     return value
 

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import re
+import resource
 import shutil
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import jax
 import jax.numpy as jnp
@@ -418,6 +420,7 @@ A, B = P + "lin0.lora_A.weight", P + "lin0.lora_B.weight"
         ({"r": "8"}, "r is '8'"),
         ({"r": True}, "r is True"),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf, expected a finite number"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000.*, expected a finite number of fp32"),
         ({"lora_alpha": None}, "lora_alpha is None"),
         ({"rank_pattern": ["a"]}, r"rank_pattern is \['a'\], expected an object"),
         ({"rank_pattern": {"lin0": -1}}, r"rank_pattern\['lin0'\] is -1"),
@@ -551,3 +554,87 @@ def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
 def test_wrong_entries(entry, says):
     with pytest.raises(lora.LoraError, match=says):
         entry()
+
+
+# Files that are not to be trusted -------------------------------------------------------------------------------------
+
+
+def mutated(random, weights, config):
+    """One of both files with something changed: bits, lengths, names, numbers, nesting."""
+    weights, options = bytearray(weights), json.loads(config)
+    size = int.from_bytes(weights[:8], "little")
+    kind = random.randrange(8)
+    if kind == 0:  # a bit anywhere, the length of the header included
+        weights[random.randrange(len(weights))] ^= 1 << random.randrange(8)
+    elif kind == 1:  # cut short, or longer
+        at = random.randrange(len(weights))
+        weights = weights[:at] if random.random() < 0.7 else weights + bytes(at)
+    elif kind == 2:  # a character of the header
+        weights[8 + random.randrange(size)] = random.randrange(256)
+    elif kind == 3:  # a digit of a shape or an offset
+        digits = [i for i in range(8, 8 + size) if chr(weights[i]).isdigit()]
+        weights[random.choice(digits)] = ord(random.choice("0123456789-e."))
+    elif kind == 4:  # the length of the header
+        weights[:8] = random.choice([0, 1, size - 1, size + 1, 2**31, 2**63, 2**64 - 1]).to_bytes(8, "little")
+    elif kind == 5:  # a value of the config
+        odd = [
+            None,
+            -1,
+            0,
+            1e308,
+            10**400,
+            float("nan"),
+            2**70,
+            "x",
+            "(a*)*" * 20,
+            [],
+            {},
+            [[]],
+            {"a": {}},
+            True,
+            "../../x",
+        ]
+        options[random.choice(sorted(options))] = random.choice(odd)
+    elif kind == 6:  # patterns
+        options["rank_pattern"] = {"".join(random.choices("lin01.*+?()[]|^$\\a{},", k=12)): random.choice([1, 2, 3])}
+    else:  # bytes of the config
+        text = bytearray(json.dumps(options).encode())
+        text[random.randrange(len(text))] = random.randrange(256)
+        return bytes(weights), bytes(text)
+    return bytes(weights), json.dumps(options).encode()
+
+
+def load_mutated(cases, seed, folder):
+    """Each ends with adapters or with the library's own error; how many did either."""
+    random, params, ends = Random(seed), case("lora")[0], [0, 0]
+    folder.mkdir()
+    paths = [folder / name for name in ("adapter_model.safetensors", "adapter_config.json")]
+    originals = [(DATA / "lora" / path.name).read_bytes() for path in paths]
+    for i in range(cases):
+        for path, content in zip(paths, mutated(random, *originals), strict=True):
+            path.write_bytes(content)
+        start = time.perf_counter()
+        try:
+            lora.load_peft(folder, params, MLP)
+            ends[0] += 1
+        except lora.LoraError:
+            ends[1] += 1
+        assert time.perf_counter() - start < 10, f"case {i} of seed {seed} took too long"
+    assert sorted(folder.iterdir()) == sorted(paths)
+    return ends
+
+
+def test_mutated_files(tmp_path):
+    loaded, refused = load_mutated(500, 0, tmp_path / "in")
+    assert loaded > 20
+    assert refused > 100
+
+
+@pytest.mark.slow
+def test_many_mutated_files(tmp_path):
+    """20,000 of them, in little memory: no header makes it allocate what is not there."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded, refused = load_mutated(20_000, 1, tmp_path / "in")
+    assert loaded > 1000
+    assert refused > 5000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000, "kilobytes"

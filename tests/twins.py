@@ -112,15 +112,18 @@ def experts(p, at, h, top=2):
 
 @broadcasting
 def gpt2(p, ids, heads=2):
-    x = p["transformer/wte/embedding"][ids] + p["transformer/wpe/embedding"][jnp.arange(ids.shape[1])][None]
+    x = p["transformer/wte/embedding"][ids] + p["transformer/wpe/embedding"][jnp.arange(ids.shape[1])]
 
     def dense(h, path):
-        return h @ p[f"transformer/h/0/{path}/kernel"] + p[f"transformer/h/0/{path}/bias"]
+        return h @ p[f"{path}/kernel"] + p[f"{path}/bias"]
 
     def norm(h, path):
-        return layer_norm(h, p[f"transformer/{path}/scale"], p[f"transformer/{path}/bias"])
+        return layer_norm(h, p[f"{path}/scale"], p[f"{path}/bias"])
 
-    q, k, v = jnp.split(dense(norm(x, "h/0/ln_1"), "attn/c_attn"), 3, axis=-1)
-    x = x + dense(attend(*(a.reshape(*a.shape[:2], heads, -1) for a in (q, k, v))), "attn/c_proj")
-    h = jax.nn.gelu(dense(norm(x, "h/0/ln_2"), "mlp/c_fc"), approximate=True)
-    return norm(x + dense(h, "mlp/c_proj"), "ln_f") @ p["lm_head/kernel"]
+    for i in range(1 + max(int(path.split("/")[2]) for path in p if path.startswith("transformer/h/"))):
+        at = f"transformer/h/{i}/"
+        q, k, v = jnp.split(dense(norm(x, at + "ln_1"), at + "attn/c_attn"), 3, axis=-1)
+        x = x + dense(attend(*(a.reshape(*a.shape[:2], heads, -1) for a in (q, k, v))), at + "attn/c_proj")
+        h = jax.nn.gelu(dense(norm(x, at + "ln_2"), at + "mlp/c_fc"), approximate=True)
+        x = x + dense(h, at + "mlp/c_proj")
+    return norm(x, "transformer/ln_f") @ p["lm_head/kernel"]

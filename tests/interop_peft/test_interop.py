@@ -1,0 +1,233 @@
+"""The real HF PEFT: it reads what is written here without a warning, and what it writes is read here.
+
+Tiny random models of transformers, one for each key map. Needs torch, transformers and peft: `make test-interop`.
+"""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+peft = pytest.importorskip("peft", reason="needs HF PEFT: make test-interop")
+torch = pytest.importorskip("torch", reason="needs torch: make test-interop")
+import transformers as hf  # noqa: E402
+import twins  # noqa: E402
+from transformers.pytorch_utils import Conv1D  # noqa: E402
+
+import lora_jax as lora  # noqa: E402
+from lora_jax import key_maps  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+DECODER = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+LAYERS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+MODELS = {
+    "bert": lambda: hf.BertModel(hf.BertConfig(vocab_size=11, max_position_embeddings=16, **LAYERS)),
+    "gpt2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=11, n_positions=16, n_embd=16, n_layer=2, n_head=2, tie_word_embeddings=False)
+    ),
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER, **HEADS)),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**DECODER, **HEADS)),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(
+        hf.Qwen2Config(**DECODER, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
+    ),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**DECODER, **HEADS)),
+    "qwen3moe": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(**DECODER, **HEADS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12)
+    ),
+    "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**DECODER, **HEADS, tie_word_embeddings=False)),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**DECODER, **HEADS, tie_word_embeddings=False)),
+    "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(image_size=8, patch_size=4, **LAYERS)),
+    "t5": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(vocab_size=11, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, tie_word_embeddings=False)
+    ),
+}
+KEY_MAPS = {
+    "bert": key_maps.BERT,
+    "gpt2": key_maps.GPT2,
+    "gemma": key_maps.GEMMA,
+    "gemma2": key_maps.GEMMA,
+    "vit": key_maps.VIT,
+    "t5": key_maps.T5,
+}
+
+
+def made(name):
+    torch.manual_seed(0)
+    return MODELS[name]().eval()
+
+
+def key_map_of(name):
+    return KEY_MAPS.get(name, key_maps.LLAMA)
+
+
+def inputs(name):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 11, (2, 5), generator=generator)
+    if name == "vit":
+        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
+    return {"input_ids": ids} | ({"decoder_input_ids": ids.flip(0)} if name == "t5" else {})
+
+
+def outputs(model, name):
+    with torch.no_grad():
+        return model(**inputs(name))[0].numpy()
+
+
+def params_of(model):
+    """`{path: array}` by the types of the modules, and the torch name of each."""
+    params, names, every = {}, {}, dict(model.named_parameters())
+    for module_name, module in model.named_modules():
+        for leaf, tensor in module.named_parameters(recurse=False):
+            name, array = f"{module_name}.{leaf}", tensor.detach().numpy()
+            path = module_name.replace(".", "/")
+            if name not in every:
+                continue  # the same as another one
+            if leaf == "bias":
+                path += "/bias"
+            elif isinstance(module, torch.nn.Linear):
+                path, array = f"{path}/kernel", array.T
+            elif isinstance(module, Conv1D):
+                path += "/kernel"
+            elif isinstance(module, torch.nn.Embedding):
+                path += "/embedding"
+            elif isinstance(module, torch.nn.Conv2d):
+                path, array = f"{path}/kernel", array.transpose(2, 3, 1, 0)
+            elif leaf == "weight" and array.ndim == 1:
+                path += "/scale"
+            elif leaf == "weight":  # a router
+                path, array = f"{path}/kernel", array.T
+            elif array.ndim == 3 and "experts" in module_name:
+                path, array = f"{path}/{leaf}/kernel", array.transpose(0, 2, 1)
+            else:
+                path += f"/{leaf}"
+            params[path], names[path] = jnp.asarray(array), name
+    return params, names
+
+
+def adapted(placed):
+    """The linear kernels that are adapted: those of the blocks."""
+    return [
+        path
+        for path, place in placed.items()
+        if place.entry.kind in ("linear", "conv1d", "experts") and "{i}" in place.entry.path and "/gate/" not in path
+    ]
+
+
+def random_adapters(placed):
+    """Of rank 3, with alpha 5, all of it changing something."""
+    found = {}
+    for i, path in enumerate(adapted(placed)):
+        place = placed[path]
+        fresh = lora.Lora(rank=3, alpha=5).init(jax.random.key(i), place.shape, place.axes)
+        found[path] = jax.tree.map(lambda a, i=i: jax.random.normal(jax.random.key(1000 + i), a.shape) / 3, fresh)
+    return found
+
+
+def loaded(model, folder):
+    """PEFT's model, with everything that it would warn of an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT's own
+        return peft.PeftModel.from_pretrained(model, folder).eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_key_map_names_every_parameter(name):
+    params, names = params_of(made(name))
+    placed = key_map_of(name).place({path: leaf.shape for path, leaf in params.items()})
+    assert {path: place.tensors()[()] for path, place in placed.items()} == names
+    for path, place in placed.items():
+        tensor = dict(made(name).named_parameters())[names[path]].detach().numpy()
+        np.testing.assert_array_equal(place.from_torch(tensor, ()), params[path])
+        np.testing.assert_array_equal(place.to_torch(np.asarray(params[path])), tensor)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_peft_reads_what_is_written_here(name, tmp_path):
+    params, names = params_of(made(name))
+    key_map = key_map_of(name)
+    adapters = random_adapters(key_map.place({path: leaf.shape for path, leaf in params.items()}))
+    lora.save_peft(tmp_path, adapters, key_map)
+    model = loaded(made(name), tmp_path)
+    assert np.abs(outputs(model, name) - outputs(made(name), name)).max() > 1e-3, "the adapters change something"
+    # The outputs are those of a model with the weights as they are merged here.
+    merged, theirs = lora.merge(params, adapters), made(name)
+    placed = key_map.place({path: leaf.shape for path, leaf in params.items()})
+    state = {names[path]: torch.tensor(place.to_torch(np.asarray(merged[path]))) for path, place in placed.items()}
+    theirs.load_state_dict(state, strict=False)
+    np.testing.assert_allclose(outputs(model, name), outputs(theirs, name), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen3moe"])
+def test_what_peft_writes_is_read_here(name, tmp_path):
+    """Saved by PEFT, read, written and read by PEFT again: the same outputs; and the same merged weights."""
+    model = made(name)
+    params, names = params_of(model)
+    placed = key_map_of(name).place({path: leaf.shape for path, leaf in params.items()})
+    targets = [names[path].removesuffix(".weight") for path in adapted(placed)]
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False, use_rslora=True,
+        rank_pattern={targets[0]: 2}, fan_in_fan_out=name == "gpt2",
+    )  # fmt: skip
+    model = peft.get_peft_model(model, config).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    adapters, others = lora.load_peft(tmp_path / "theirs", params, key_map_of(name))
+    assert len(adapters) == len(targets)
+    assert not others
+    lora.save_peft(tmp_path / "ours", adapters, key_map_of(name))
+    np.testing.assert_allclose(outputs(loaded(made(name), tmp_path / "ours"), name), outputs(model, name), atol=1e-5)
+    merged, state = lora.merge(params, adapters), model.merge_and_unload().state_dict()
+    for path, place in placed.items():
+        found = place.to_torch(np.asarray(merged[path]))
+        np.testing.assert_allclose(found, state[names[path]].numpy(), atol=1e-5, rtol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_training_goes_the_same_way(name, tmp_path):
+    """Five steps of SGD from the same adapters on the same batches, in torch with PEFT and here."""
+    model = made(name)
+    params, _ = params_of(model)
+    options = {"target_modules": ["q_proj", "v_proj"]}
+    if name == "gpt2":
+        options = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    config = peft.LoraConfig(r=2, lora_alpha=4, **options)
+    model = peft.get_peft_model(model, config)
+    model.save_pretrained(tmp_path / "start")
+    rng, expected = np.random.default_rng(0), []
+    batches = rng.integers(0, 11, (5, 4, 6))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model.eval()  # no dropout
+    for ids in batches:
+        logits = model(input_ids=torch.tensor(ids)).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(ids[:, 1:]).flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    model.save_pretrained(tmp_path / "end")
+
+    fn = {"llama": twins.llama, "gpt2": twins.gpt2}[name]
+    adapters, _ = lora.load_peft(tmp_path / "start", params, key_map_of(name))
+    apply, losses = lora.lora_apply(fn), []
+
+    @jax.jit
+    def step(adapters, ids):
+        def loss(adapters):
+            scores = jax.nn.log_softmax(apply(params, adapters, ids)[:, :-1])
+            return -jnp.take_along_axis(scores, ids[:, 1:, None], axis=-1).mean()
+
+        value, gradient = jax.value_and_grad(loss)(adapters)
+        return value, jax.tree.map(lambda a, g: a - 0.5 * g, adapters, gradient)
+
+    for ids in batches:
+        value, adapters = step(adapters, jnp.asarray(ids))
+        losses.append(float(value))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    end, _ = lora.load_peft(tmp_path / "end", params, key_map_of(name))
+    for one, other in zip(*map(jax.tree.leaves, (adapters, end)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
