@@ -13,6 +13,7 @@ from random import Random
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import twins
 from safetensors import safe_open
@@ -24,6 +25,7 @@ from lora_jax.key_maps import KeyMap, array, conv, conv1d, embedding, experts, l
 from lora_jax.peft_config import _first_match, read_config
 
 DATA = Path(__file__).parent / "data" / "peft"
+P = "base_model.model."  # what all names in PEFT's files begin with
 MLP = KeyMap(
     embedding("emb/embedding", "emb"),
     *(linear(f"{name}/kernel", name) for name in ("lin0", "lin1", "head")),
@@ -142,6 +144,57 @@ def test_kinds_that_are_refused(name, says):
     params, key_map = (case("llama")[0], key_maps.LLAMA) if "llama" in name else (case("lora")[0], MLP)
     with pytest.raises(lora.LoraError, match=says):
         lora.load_peft(DATA / name, params, key_map)
+
+
+def peft_folder(folder, tensors, part, rslora):
+    """The adapters that torch had at some time, as PEFT would save them: of rank 2, with alpha 4."""
+    factors = {
+        key.removeprefix(f"{part}.").replace(".default", ""): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(f"{part}.")
+    }
+    folder.mkdir()
+    save_file({P + key: tensor for key, tensor in factors.items()}, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": rslora, "target_modules": ["lin0", "lin1"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["lora_sgd", "lora_adamw", "rslora_adamw", "lora_bias_all_sgd"])
+def test_training_is_as_in_peft(name, tmp_path):
+    """Five steps from PEFT's start on its batches: losses, adapters and outputs."""
+    tensors = load_file(DATA / "train" / f"{name}.safetensors")
+    params = twins.from_torch({key[5:]: tensor for key, tensor in tensors.items() if key.startswith("base.")})
+    both = KeyMap(*(entry for lin in ("lin0", "lin1") for entry in
+                    (linear(f"{lin}/kernel", lin), array(f"{lin}/bias", f"{lin}.bias"))))  # fmt: skip
+    start, end = (
+        lora.load_peft(peft_folder(tmp_path / part, tensors, part, "rslora" in name), params, both)
+        for part in ("init", "final")
+    )
+
+    @twins.broadcasting
+    def model(p, x):
+        return jnp.tanh(x @ p["lin0/kernel"] + p["lin0/bias"]) @ p["lin1/kernel"] + p["lin1/bias"]
+
+    apply = lora.lora_apply(model)
+    optimizer = optax.sgd(0.1) if "sgd" in name else optax.adamw(1e-2, weight_decay=1e-2)
+
+    def loss(trainable, params, x, y):
+        adapters, others = trainable
+        return ((apply(params | others, adapters, x) - y) ** 2).mean()
+
+    with jax.default_matmul_precision("highest"):
+        step, state, losses = lora.jit_step(loss, optimizer), lora.TrainState.create(start, optimizer), []
+        for x, y in zip(tensors["X"], tensors["Y"], strict=True):
+            state, metrics = step(state, params, x, y)
+            losses.append(float(metrics["loss"]))
+        adapters, others = state.trainable
+        out = apply(params | others, adapters, tensors["X"][0])
+    np.testing.assert_allclose(losses, tensors["losses"], rtol=1e-5)
+    assert jax.tree.structure(state.trainable) == jax.tree.structure(end)
+    for one, other in zip(*map(jax.tree.leaves, (state.trainable, end)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    np.testing.assert_allclose(out, tensors["final_out"], atol=1e-5)
 
 
 # Other layouts --------------------------------------------------------------------------------------------------------
@@ -409,7 +462,6 @@ def edit_tensors(folder, change):
     save_file(change(tensors_of(folder)), folder / "adapter_model.safetensors")
 
 
-P = "base_model.model."
 A, B = P + "lin0.lora_A.weight", P + "lin0.lora_B.weight"
 
 
