@@ -300,12 +300,21 @@ def save_head(path: Path, head: Tree) -> None:
 def export(task: Task, logits: Logits, trainable: Tree, output: Path) -> float:
     """Save the adapters, load them back, merge, save the merged weights, load those into the plain encoder.
 
+    Also writes the adapters as HF PEFT reads them.
+
     Returns the largest difference in logits, over the test sentences, between adapter form and merged form.
     """
     save_adapters(output / "adapters", trainable)
     adapters, others = checkpoint.load(output / "adapters")
     task.save_weights(output / "merged" / "model.safetensors", lora.merge(task.params, adapters))
     save_head(output / "merged" / "head.safetensors", others["head"])
+    lora.save_peft(
+        output / "peft",
+        adapters,
+        minilm.KEY_MAP,
+        base_model="sentence-transformers/all-MiniLM-L6-v2",
+        task_type="FEATURE_EXTRACTION",
+    )
 
     plain = task.load_weights(output / "merged" / "model.safetensors")
     head = load_file(output / "merged" / "head.safetensors")
@@ -441,7 +450,7 @@ def fine_tune(task: Task, config: Config) -> list[Run]:
     print(
         f"Adapters are in {output / 'adapters'}, merged weights under the original file's names in {output / 'merged'},"
     )
-    print(f"curves in {output / 'curves.png'}.")
+    print(f"adapters for HF PEFT in {output / 'peft'}, curves in {output / 'curves.png'}.")
     print(f"Adapter form and merged form differ by at most {difference:.1e} in the logits of the test sentences.")
     print(f"{time.perf_counter() - started:.0f} s in all.")
     return runs

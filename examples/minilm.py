@@ -1,7 +1,7 @@
 """MiniLM-L6, a small BERT, in Flax; and its weights, from and to the safetensors file that they are published in.
 
 Wang et al. 2020, "MiniLM: Deep Self-Attention Distillation", arXiv 2002.10957; the weights are those of
-sentence-transformers/all-MiniLM-L6-v2. Nothing here knows of LoRA.
+sentence-transformers/all-MiniLM-L6-v2. The model knows nothing of LoRA.
 
 Axes: B sentences, T tokens, D hidden, H heads.
 """
@@ -17,6 +17,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
+
+from lora_jax import key_maps
 
 Params = dict[str, Any]
 
@@ -105,6 +107,18 @@ def load_tokenizer(path: Path, length: int) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
     return tokenizer
+
+
+# Where the kernels are in torch's `BertModel`, for the files of HF PEFT.
+KEY_MAP = key_maps.KeyMap(
+    *(
+        key_maps.linear(f"layer_{{i}}/attention/{name}/kernel", f"encoder.layer.{{i}}.attention.self.{name}")
+        for name in ("query", "key", "value")
+    ),
+    key_maps.linear("layer_{i}/attention/output/kernel", "encoder.layer.{i}.attention.output.dense"),
+    key_maps.linear("layer_{i}/intermediate/kernel", "encoder.layer.{i}.intermediate.dense"),
+    key_maps.linear("layer_{i}/output/kernel", "encoder.layer.{i}.output.dense"),
+)
 
 
 def _names(config: Config) -> list[tuple[tuple[str, ...], str, bool]]:

@@ -3,12 +3,17 @@
 Tiny random models of transformers, one for each key map. Needs torch, transformers and peft: `make test-interop`.
 """
 
+import dataclasses
 import warnings
 
+import assets
+import finetune_sentiment as demo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import snippets
+from safetensors.numpy import load_file
 
 peft = pytest.importorskip("peft", reason="needs HF PEFT: make test-interop")
 torch = pytest.importorskip("torch", reason="needs torch: make test-interop")
@@ -231,3 +236,38 @@ def test_training_goes_the_same_way(name, tmp_path):
     end, _ = lora.load_peft(tmp_path / "end", params, key_map_of(name))
     for one, other in zip(*map(jax.tree.leaves, (adapters, end)), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    assets.cached(assets.MINILM) is None or assets.cached(assets.VADER) is None, reason="`make assets` brings them"
+)
+def test_the_demo_says_the_same_in_torch(tmp_path):
+    """An adapter of MiniLM trained by the demo, on a part of its sentences: the same label for each test sentence."""
+    task = demo.load_task()
+    test = task.splits["test"]
+    few = {name: snippets.Split(split.tokens[:320], split.labels[:320]) for name, split in task.splits.items()}
+    config = demo.Config(output=tmp_path, epochs=1)
+    _, run = demo.fine_tune(dataclasses.replace(task, splits=few), config)
+    adapters, head = run.trainable["adapters"], run.trainable["head"]
+
+    tensors = load_file(next(path for path in assets.cached(assets.MINILM) if path.suffix == ".safetensors"))
+    torch_model = hf.BertModel(hf.BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6))
+    missing, unexpected = torch_model.load_state_dict(
+        {name: torch.tensor(tensor) for name, tensor in tensors.items()}, strict=False
+    )
+    assert not missing
+    assert not [name for name in unexpected if "position_ids" not in name]
+    model = loaded(torch_model, tmp_path / "peft")
+    logits, _ = demo.make_lora(task, config, seed=0)
+    ours = jax.jit(lambda ids, mask: logits({"adapters": adapters, "head": head}, task.params, ids, mask))
+
+    def theirs(ids, mask):
+        with torch.no_grad():
+            states = model(torch.tensor(np.asarray(ids)), torch.tensor(np.asarray(mask)))[0].numpy()
+        kept = np.asarray(mask)[:, :, None]
+        return demo.classify(head, (states * kept).sum(1) / kept.sum(1))
+
+    found, expected = (snippets.in_batches(fn, test.tokens) for fn in (theirs, ours))
+    assert len(found) > 1900
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
