@@ -276,12 +276,12 @@ class Placed(NamedTuple):
         words, _ = self.inner()
         return [i for i in _order(words, self.entry.kind) if words[i] in ("in", "window")]
 
-    def take(self, whole: Array, index: tuple[int, ...]) -> Array:
-        """Of an array with our axes, the part that is one module."""
-        where: list[Any] = [slice(None)] * whole.ndim
+    def where(self, index: tuple[int, ...]) -> tuple[Any, ...]:
+        """Of an array with our axes, where the part is that is one module."""
+        where: list[Any] = [slice(None)] * len(self.shape)
         for axis, i in zip(self.unstacked, index, strict=True):
             where[axis] = i
-        return whole[tuple(where)]
+        return tuple(where)
 
     def to_torch(self, ours: Array) -> Array:
         """The tensor of one module, or of our part of it, from our array."""

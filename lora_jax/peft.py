@@ -31,6 +31,7 @@ from lora_jax.plan import Plan
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+LORALIB = "lora.safetensors"  # of profile="loralib", which has no config
 LONGEST = 1000  # characters of a name
 
 Factors = tuple[Array, Array, float]  # A [r, in] and B [out, r] of torch, and the scale
@@ -62,6 +63,7 @@ def load_peft(
     placed = key_map.place(shapes, strict=False)
     adapters, used = _adapters(placed, factors, config)
     others, taken = _others(placed, rest)
+    _check_targets(folder, config, factors)
     unmatched = [*(name for name in factors if name not in used), *(name for name in rest if name not in taken)]
     if unmatched:
         raise LoraError(_unmatched(folder, unmatched, placed, isinstance(plan_or_params, Plan)))
@@ -110,7 +112,8 @@ def save_peft(
     if profile not in ("peft", "vllm", "loralib"):
         raise LoraError(f"profile={profile!r}: expected 'peft', 'vllm' or 'loralib'.")
     folder = Path(folder).absolute()
-    if folder.exists() and not (folder / CONFIG).exists() and any(folder.iterdir()):
+    ours = any((folder / name).exists() for name in (CONFIG, LORALIB))
+    if folder.exists() and not ours and any(folder.iterdir()):
         raise LoraError(f"{folder} exists and holds no adapters of PEFT; it is left as it is. Save to another folder.")
     whole = dict(zip(*flatten_with_names(others or {})[:2], strict=True))
     if whole and profile != "peft":
@@ -119,11 +122,15 @@ def save_peft(
         raise LoraError("there are no adapters to save.")
     factors, placed = _factors(adapters, key_map, params)
     if profile == "vllm":
+        if packed := [name for name, place in placed.items() if place.entry.kind.startswith("experts")]:
+            raise LoraError(
+                f"profile='vllm' has no place for experts in one parameter, found {packed[0]}: merge these."
+            )
         factors = _one_rank(factors)
     if profile == "loralib":
         folded = {name: (a, b * np.asarray(scale, b.dtype)) for name, (a, b, scale) in factors.items()}
         named = {f"{name}.lora_{x}": f for name, pair in folded.items() for x, f in zip("AB", pair, strict=True)}
-        return _write(folder, "lora.safetensors", named, None)
+        return _write(folder, LORALIB, named, None)
     extra, told = _whole(whole, key_map, factors)
     config = _config(factors, placed, told) | {"base_model_name_or_path": base_model, "task_type": task_type}
     tensors = _named(factors, placed) | extra
@@ -235,7 +242,7 @@ def _adapter(place: Placed, found: Mapping[tuple[int, ...], tuple[Array, Array, 
     scales = list(dict.fromkeys(scale for *_, scale in found.values()))
     rank = max(a.shape[-1] for a, *_ in found.values())
     stacks = tuple(place.shape[i] for i in place.unstacked)
-    e = place.inner()[0].count("expert")
+    e = len(place.axes.stack) - len(stacks)
 
     def pad(array: Array, axis: int) -> Array:
         missing = rank - array.shape[axis]
@@ -250,9 +257,11 @@ def _adapter(place: Placed, found: Mapping[tuple[int, ...], tuple[Array, Array, 
         whole = np.zeros((*stacks, *one[0].shape), one[0].dtype)
         for index, part in zip(padded, one, strict=True):
             whole[index] = part
-        wholes.append(jnp.asarray(whole))
-    a, b = wholes
-    return LoraAdapter(a, b, place.axes, scales[0] if len(scales) == 1 else 1.0)
+        wholes.append(whole)
+    experts = [axis for axis in place.axes.stack if axis not in place.unstacked]
+    order = [[*place.unstacked, *experts].index(axis) for axis in place.axes.stack]
+    a, b = (array.transpose(*order, *range(len(order), array.ndim)) for array in wholes)
+    return LoraAdapter(jnp.asarray(a), jnp.asarray(b), place.axes, scales[0] if len(scales) == 1 else 1.0)
 
 
 def _names_in_files(placed: Mapping[str, Placed], targets: Sequence[str]) -> dict[str, str]:
@@ -310,9 +319,22 @@ def _others(placed: Mapping[str, Placed], rest: Mapping[str, Array]) -> tuple[di
             raise LoraError(f"the file holds a part of {path!r} whole, but not {_short(missing[0])}.")
         whole = np.zeros(place.shape, next(iter(found.values())).dtype)
         for index, part in found.items():
-            place.take(whole, index)[...] = part
+            whole[place.where(index)] = part
         others[path] = jnp.asarray(whole)
     return others, taken
+
+
+def _check_targets(folder: Path, config: Config, factors: Mapping[str, Factors]) -> None:
+    """A file that lacks some of what the config says it has was cut, or is of another adapter."""
+    modules = [f".{module.replace('.base_layer', '')}" for module in factors]
+    for target in config.target_modules:
+        if not any(module.endswith(f".{target}") for module in modules):
+            raise LoraError(
+                f"{folder} holds no factors for {_short(target)}, which its config has among target_modules: the two "
+                "files do not belong together."
+            )
+    if not factors:
+        raise LoraError(f"{folder} holds no factors of any module.")
 
 
 def _check_parts(place: Placed, parts: Sequence[Placed], b: Array) -> None:
@@ -378,15 +400,13 @@ def _factors(
         adapter = _turned(adapters[path], place.axes, path, "the key map")
         assert isinstance(adapter, LoraAdapter)
         a, b = (np.asarray(array) for array in jax.device_get((adapter.a, adapter.b)))
-        axes = [place.axes.stack.index(axis) for axis in place.unstacked]
+        modules = {}
         for index, name in place.names.items():
-            where: list[Any] = [slice(None)] * len(place.axes.stack)
-            for axis, i in zip(axes, index, strict=True):
-                where[axis] = i
-            one = place.factors_to_torch(a[tuple(where)], b[tuple(where)])
-            if len(place.names) > 1 and not (one[0].any() or one[1].any()):
-                continue  # a layer of a stack that was not adapted
-            found.setdefault(name, {})[place.entry.part or 0] = (*one, adapter.scale)
+            where = tuple(place.where(index)[axis] for axis in place.axes.stack)
+            modules[name] = place.factors_to_torch(a[where], b[where])
+        changed = [name for name, factors in modules.items() if factors[0].any() or factors[1].any()]
+        for name in changed or modules:  # the others are layers of a stack that were not adapted
+            found.setdefault(name, {})[place.entry.part or 0] = (*modules[name], adapter.scale)
             first.setdefault(name, place)
     joined = {}
     for name, parts in found.items():
@@ -465,19 +485,19 @@ def _whole(
     others: Mapping[str, Any], key_map: KeyMap, adapted: Container[str]
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """The tensors that were trained whole, and what the config says of them."""
-    placed = key_map.place({path: tuple(np.shape(leaf)) for path, leaf in others.items()})
+    groups = _groups(key_map.place({path: tuple(np.shape(leaf)) for path, leaf in others.items()}))
     tensors: dict[str, list[Array]] = {}
-    for name, parts in _groups(placed).items():
+    for name, parts in groups.items():
         for place in parts:
             index = next(index for index, tensor in place.tensors().items() if tensor == name)
             whole = np.asarray(jax.device_get(others[place.path]))
-            tensors.setdefault(name, []).append(place.to_torch(place.take(whole, index)))
+            tensors.setdefault(name, []).append(place.to_torch(whole[place.where(index)]))
     found: dict[str, Array] = {}
     modules: dict[str, None] = {}
     bias = "none"
     weights = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
     for name, pieces in tensors.items():
-        place = next(place for place in _groups(placed)[name])
+        place = groups[name][0]
         tensor = (
             pieces[0] if place.entry.part is None else np.concatenate(pieces, axis=place.output_axis(pieces[0].ndim))
         )
@@ -497,15 +517,14 @@ def _config(factors: Mapping[str, Factors], placed: Mapping[str, Placed], whole:
     """The options that every version of PEFT knows, and those that differ from their defaults."""
     experts = sorted(name for name in factors if placed[name].entry.kind.startswith("experts"))
     modules = sorted(name for name in factors if name not in experts)
-    # By what patterns are matched against: of experts that is the module.
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
+    both: dict[str, tuple[int, float]] = {}  # rank and alpha by what patterns are matched with: of experts the module
     for name, (a, _, scale) in factors.items():
         module = name.rpartition(".")[0] if name in experts else name
         rank = a.shape[0] // placed[name].experts
-        if ranks.setdefault(module, rank) != rank:
-            raise LoraError(f"the experts of {module} have ranks {ranks[module]} and {rank}; PEFT has one for both.")
-        alphas[module] = _plain(scale * rank)
+        own = (rank, _plain(scale * rank))
+        if both.setdefault(module, own) != own:
+            raise LoraError(f"{module} has experts of rank and alpha {both[module]} and {own}; PEFT has one for all.")
+    ranks, alphas = ({module: pair[i] for module, pair in both.items()} for i in (0, 1))
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     kinds = {placed[name].entry.kind for name in modules}
     transposed = "conv1d" in kinds and "linear" not in kinds

@@ -59,6 +59,7 @@ class Config(NamedTuple):
     rslora: bool
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
+    target_modules: tuple[str, ...]  # none where it is a regular expression
     target_parameters: tuple[str, ...]
 
     def rank_of(self, module: str) -> int:
@@ -83,6 +84,7 @@ def read_config(path: Path) -> Config:
     for name in sorted(facts):
         if name not in KNOWN and facts[name]:
             raise LoraError(f"{path}: {name} is {_short(facts[name])}, which this version of lora_jax does not have.")
+    targets = facts.get("target_modules")
     start = facts.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(CHANGE_THE_BASE):
         raise LoraError(
@@ -95,6 +97,7 @@ def read_config(path: Path) -> Config:
         rslora=bool(facts.get("use_rslora")),
         rank_pattern=_pattern(path, "rank_pattern", facts, whole=True),
         alpha_pattern=_pattern(path, "alpha_pattern", facts, whole=False),
+        target_modules=() if isinstance(targets, str) else _strings(path, "target_modules", targets),
         target_parameters=_strings(path, "target_parameters", facts.get("target_parameters")),
     )
 

@@ -265,6 +265,7 @@ def test_some_layers_of_a_stack(tmp_path):
     """Only layer 1, with a rank of its own; layer 0 is as it was, and is not written again."""
     folder = copy("llama", tmp_path)
     edit_tensors(folder, lambda t: {k: v for k, v in t.items() if ".1.self_attn.q_proj" in k})
+    edit_config(folder, target_modules=["q_proj"])
     params = stacked(case("llama")[0])
     adapters, _ = lora.load_peft(folder, params, key_maps.LLAMA.stacked())
     [path] = adapters
@@ -341,6 +342,22 @@ def test_a_part_without_the_others_is_not_known():
         lora.load_peft(DATA / "gpt2", params, SPLIT)
 
 
+def test_experts_before_layers(tmp_path):
+    """[experts, layers, in, out]: the order of the stacked axes is the parameter's own."""
+    at = "model/layers/0/mlp/experts/down_proj/kernel"
+    both = experts("down", "model.layers.{i}.mlp.experts.down_proj", "expert i in out")
+    key_map = KeyMap(both, *SPLIT.entries)
+    one = case("qwen3moe")[0][at]
+    params = {"down": jnp.stack([one, one, one], axis=1)}
+    fresh = lora.Lora(2, 3).init(jax.random.key(0), params["down"].shape, lora.KernelAxes((0, 1), (2,), (3,)))
+    adapters = {"down": dataclasses.replace(fresh, b=jax.random.normal(jax.random.key(1), fresh.b.shape))}
+    lora.save_peft(tmp_path / "out", adapters, key_map)
+    found, _ = lora.load_peft(tmp_path / "out", params, key_map)
+    assert jax.tree.structure(found) == jax.tree.structure(adapters)
+    for a, b in zip(*map(jax.tree.leaves, (found, adapters)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_gate_and_up_of_experts_apart(tmp_path):
     at, key_map = (
         "model/layers/0/mlp/experts/",
@@ -388,8 +405,15 @@ def test_for_vllm(tmp_path):
         lora.save_peft(tmp_path / "out", adapters, MLP, profile="vllm", others={"lin0": {"bias": np.zeros(10)}})
 
 
+def test_experts_in_one_parameter_are_not_for_vllm(tmp_path):
+    adapters, _ = lora.load_peft(DATA / "qwen3moe", case("qwen3moe")[0], key_maps.LLAMA)
+    with pytest.raises(lora.LoraError, match="profile='vllm' has no place for experts in one parameter"):
+        lora.save_peft(tmp_path / "out", adapters, key_maps.LLAMA, profile="vllm")
+
+
 def test_as_loralib_has_it(tmp_path):
     adapters, _ = lora.load_peft(DATA / "lora_emb", case("lora_emb")[0], MLP)
+    lora.save_peft(tmp_path / "out", adapters, MLP, profile="loralib")
     lora.save_peft(tmp_path / "out", adapters, MLP, profile="loralib")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["lora.safetensors"]
     found, tensors = load_file(tmp_path / "out" / "lora.safetensors"), tensors_of(DATA / "lora_emb")
@@ -480,6 +504,11 @@ A, B = P + "lin0.lora_A.weight", P + "lin0.lora_B.weight"
         ({"rank_pattern": {r"(a)\1": 3}}, "no regular expression of RE2"),
         ({"rank_pattern": {"lin0": 3}}, "the factors of 'lin0' have rank 2, but by the config it is 3"),
         ({"r": 4}, "have rank 2, but by the config it is 4"),
+        (
+            {"target_modules": ["lin0", "lin7"]},
+            "holds no factors for 'lin7', which its config has among target_modules",
+        ),
+        ({"target_modules": [3]}, r"target_modules is \[3\], expected a list of names"),
         ({"target_parameters": "a"}, "target_parameters is 'a', expected a list of names"),
         ({"peft_type": None}, "peft_type is None"),
         ({"a_new_option": {"x": 1}}, r"a_new_option is \{'x': 1\}, which this version of lora_jax does not have"),
