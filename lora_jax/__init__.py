@@ -9,6 +9,7 @@ from lora_jax.adapters.lora import LoraAdapter as LoraAdapter
 from lora_jax.axes import KernelAxes as KernelAxes
 from lora_jax.dropout import with_dropout as with_dropout
 from lora_jax.errors import LoraError as LoraError
+from lora_jax.export import merge_checkpoint as merge_checkpoint
 from lora_jax.gradients import value_and_grad as value_and_grad
 from lora_jax.merge import merge as merge
 from lora_jax.models import from_linen as from_linen

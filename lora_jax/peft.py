@@ -120,7 +120,7 @@ def save_peft(
         raise LoraError(f"profile={profile!r} has no place for others, found {', '.join(whole)}: merge these instead.")
     if not adapters:
         raise LoraError("there are no adapters to save.")
-    factors, placed = _factors(adapters, key_map, params)
+    factors, placed = torch_factors(adapters, key_map, params)
     if profile == "vllm":
         if packed := [name for name, place in placed.items() if place.entry.kind.startswith("experts")]:
             raise LoraError(
@@ -195,6 +195,31 @@ def _sort(tensors: Mapping[str, Array], config: Config, folder: Path) -> tuple[d
             )
         factors[module] = (a, b, config.scale_of(module.replace(".base_layer", "")))
     return factors, rest
+
+
+def torch_factors_of_folder(folder: Path) -> tuple[dict[str, tuple[str, Array, Array, float]], dict[str, Array]]:
+    """`{module: (kind of module, A, B, scale)}` of a folder, and `{name: tensor}` of what it holds whole."""
+    config = read_config(folder / CONFIG)
+    if config.target_parameters:
+        raise LoraError(
+            f"{folder} adapts {config.target_parameters[0]}, and its tensors do not tell of which parameter they are: "
+            "load it with a key map, lora.load_peft(folder, params, key_map)."
+        )
+    tensors = _read(folder / WEIGHTS)
+    factors, rest = _sort(tensors, config, folder)
+    _check_targets(folder, config, factors)
+    tables = {name.removesuffix(".lora_embedding_A") for name in tensors if name.endswith(".lora_embedding_A")}
+    found = {}
+    for module, (a, b, scale) in factors.items():
+        if a.shape[0] != config.rank_of(module):
+            raise LoraError(
+                f"{folder}: {_short(module)} has rank {a.shape[0]}, by the config {config.rank_of(module)}."
+            )
+        kind = (
+            "embedding" if module in tables else "conv" if a.ndim > 2 else "conv1d" if config.transposed else "linear"
+        )
+        found[module] = (kind, a, b, scale)
+    return found, rest
 
 
 def _shapes(plan_or_params: Any) -> dict[str, tuple[int, ...]]:
@@ -382,7 +407,7 @@ def _short(name: str) -> str:
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
-def _factors(
+def torch_factors(
     adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any
 ) -> tuple[dict[str, Factors], dict[str, Placed]]:
     """Torch's factors of each module, and one of the parameters that it holds."""

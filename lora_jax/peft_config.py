@@ -57,6 +57,7 @@ class Config(NamedTuple):
     rank: int
     alpha: float
     rslora: bool
+    transposed: bool  # weights are [in, out], as those of transformers' Conv1D
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     target_modules: tuple[str, ...]  # none where it is a regular expression
@@ -95,6 +96,7 @@ def read_config(path: Path) -> Config:
         rank=_number(path, "r", facts.get("r", 8), whole=True),
         alpha=_number(path, "lora_alpha", facts.get("lora_alpha", 8)),
         rslora=bool(facts.get("use_rslora")),
+        transposed=bool(facts.get("fan_in_fan_out")),
         rank_pattern=_pattern(path, "rank_pattern", facts, whole=True),
         alpha_pattern=_pattern(path, "alpha_pattern", facts, whole=False),
         target_modules=() if isinstance(targets, str) else _strings(path, "target_modules", targets),

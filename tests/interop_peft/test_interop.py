@@ -271,3 +271,20 @@ def test_the_demo_says_the_same_in_torch(tmp_path):
     assert len(found) > 1900
     np.testing.assert_allclose(found, expected, atol=2e-4)
     np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("vit", "qwen3moe")])
+def test_merged_files_load_in_transformers(name, tmp_path):
+    """Merged into the files that transformers wrote, in shards: the outputs are those of PEFT's model."""
+    made(name).save_pretrained(tmp_path / "base", max_shard_size="8KB")
+    assert (tmp_path / "base" / "model.safetensors.index.json").exists()
+    params, _ = params_of(made(name))
+    key_map = key_map_of(name)
+    adapters = random_adapters(key_map.place({path: leaf.shape for path, leaf in params.items()}))
+    lora.save_peft(tmp_path / "peft", adapters, key_map)
+    lora.merge_checkpoint(tmp_path / "base", tmp_path / "merged", adapters, key_map)
+    lora.merge_checkpoint(tmp_path / "base", tmp_path / "again", tmp_path / "peft")
+    expected = outputs(loaded(made(name), tmp_path / "peft"), name)
+    for folder in ("merged", "again"):
+        model = type(made(name)).from_pretrained(tmp_path / folder).eval()
+        np.testing.assert_allclose(outputs(model, name), expected, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,241 @@
+"""Adapters into the safetensors of a published model, without building it: shard by shard, in little memory.
+
+W' = W + s B A, in fp32 and rounded once to W's dtype. Each file is copied as it is, and the bytes of adapted tensors
+are then written over: names, order, dtypes, metadata and the index stay what they were.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters.base import Adapter
+from lora_jax.errors import LoraError
+from lora_jax.folders import hidden, replace
+from lora_jax.keymap import KINDS, Array, KeyMap
+from lora_jax.paths import nearest
+from lora_jax.peft import torch_factors, torch_factors_of_folder
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+CHUNK = 2**22  # entries of a tensor at a time
+OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors"}  # are not copied
+
+
+class Change(NamedTuple):
+    """What is added to a tensor: L @ R for each of the matrices that it is made of."""
+
+    factors: list[tuple[Array, Array]]  # L [rows, r] and R [r, columns]
+    shape: tuple[int, ...]  # that the tensor has to have
+
+
+class Tensor(NamedTuple):
+    """Where a tensor is in a file."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int  # bytes
+
+
+def merge_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    adapters: Mapping[str, Adapter] | str | Path,
+    key_map: KeyMap | None = None,
+    *,
+    params: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Write a model of Hugging Face with adapters merged into its weights.
+
+    Holds a few chunks of a tensor in memory, whatever the size of the model.
+
+    Args:
+        source: a folder with `model.safetensors` or an index and its shards.
+        target: a new folder: the same files, with the merged tensors in their places.
+        adapters: `{path: adapter}`, with `key_map`; or a folder of HF PEFT, whose own names say where they go. What
+            that folder holds whole takes the place of the tensor with its name.
+        params: as of `save_peft`.
+        progress: called with the bytes done and those of all adapted tensors.
+
+    Returns:
+        `{tensor: rounding loss}`: |W' rounded - W'| / |W' - W|, of norms. 1 means that nothing of the change is left.
+
+    Raises:
+        LoraError: the source has no safetensors, or damaged ones; a tensor is missing, has another shape, or is
+            quantised; the target exists. Nothing is written.
+    """
+    source, target = Path(source).absolute(), Path(target).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise LoraError(f"{target} exists and is not empty; it is left as it is. Give another folder.")
+    tensors, files = _tensors(source)
+    if isinstance(adapters, str | Path):
+        changes, whole = _changes_of_folder(Path(adapters))
+    else:
+        if key_map is None:
+            raise LoraError("merge_checkpoint(key_map=...): which tensor each path is, such as lora.key_maps.LLAMA.")
+        changes, whole = _changes(adapters, key_map, params), {}
+    _check(source, tensors, changes, whole)
+    new = hidden(target, "new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        if path.name in files or (path.is_file() and path.suffix not in OTHER_WEIGHTS):
+            shutil.copyfile(path, new / path.name)
+    for name, array in whole.items():
+        _overwrite(new, tensors[name], array)
+    total, done = sum(tensors[name].size for name in changes), 0
+    losses = {}
+    for name, change in changes.items():
+        losses[name] = _merge(source, new, tensors[name], change.factors)
+        done += tensors[name].size
+        if progress is not None:
+            progress(done, total)
+    replace(target)
+    return losses
+
+
+# What is added --------------------------------------------------------------------------------------------------------
+
+
+def _changes(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any) -> dict[str, Change]:
+    factors, placed = torch_factors(adapters, key_map, params)
+    return {
+        name + KINDS[placed[name].entry.kind][1]: _change(placed[name].entry.kind, a, b, scale, placed[name].experts)
+        for name, (a, b, scale) in factors.items()
+    }
+
+
+def _changes_of_folder(folder: Path) -> tuple[dict[str, Change], dict[str, Array]]:
+    factors, whole = torch_factors_of_folder(folder)
+    return {f"{name}.weight": _change(kind, a, b, scale, 1) for name, (kind, a, b, scale) in factors.items()}, whole
+
+
+def _change(kind: str, a: Array, b: Array, scale: float, experts: int) -> Change:
+    """Torch's A and B of a module as the products that are added to its tensor."""
+    wide_a, wide_b = np.asarray(a, np.float32), np.asarray(b, np.float32) * np.float32(scale)
+    window = a.shape[2:]
+    a2 = wide_a.reshape(experts, a.shape[0] // experts, -1)
+    b2 = np.moveaxis(wide_b.reshape(b.shape[0], -1, experts), -1, 0)
+    turned = KINDS[kind][0].split().index("in") < KINDS[kind][0].split().index("out")
+    factors = [(a_.T, b_.T) if turned else (b_, a_) for a_, b_ in zip(a2, b2, strict=True)]
+    inner = (a.shape[1], b.shape[0]) if turned else (b.shape[0], a.shape[1])
+    return Change(factors, (*((experts,) if "expert" in KINDS[kind][0] else ()), *inner, *window))
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _tensors(source: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """All tensors of a model, in order, and the files that they are in."""
+    if not source.is_dir():
+        raise LoraError(f"there is no folder {source}.")
+    files = [SINGLE]
+    if (source / INDEX).is_file():
+        files = _indexed(source / INDEX)
+    found: dict[str, Tensor] = {}
+    for file in files:
+        if not (source / file).is_file():
+            raise LoraError(f"there is no {source / file}: merge_checkpoint reads {SINGLE}, or the shards of {INDEX}.")
+        for name, tensor in _header(source / file).items():
+            if name in found:
+                raise LoraError(f"{source} holds {name!r} twice, in {found[name].file} and {file}.")
+            found[name] = tensor
+    return found, files
+
+
+def _indexed(path: Path) -> list[str]:
+    """The files that an index names, which are names and no paths."""
+    try:
+        weights = json.loads(path.read_bytes())["weight_map"]
+        files = sorted(dict.fromkeys(weights.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise LoraError(f"{path} is no index of safetensors: {str(error)[:200]}.") from error
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise LoraError(f"{path} names {str(file)[:100]!r}, expected names of safetensors files beside it.")
+    return files
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    """Where the tensors of a file are. `safetensors` checks that they lie beside one another in the file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise LoraError(f"{path} cannot be read: {str(error)[:200]}.") from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    return {
+        name: Tensor(path.name, facts["dtype"], tuple(facts["shape"]), 8 + length + begin, end - begin)
+        for name, facts in entries.items()
+        if name != "__metadata__"
+        for begin, end in [facts["data_offsets"]]
+    }
+
+
+def _check(
+    source: Path, tensors: Mapping[str, Tensor], changes: Mapping[str, Change], whole: Mapping[str, Array]
+) -> None:
+    """All of it before anything is written."""
+    shapes = {name: change.shape for name, change in changes.items()} | {n: a.shape for n, a in whole.items()}
+    for name, shape in shapes.items():
+        if name not in tensors:
+            tied = " A tied head is in the file once, under the name of the embedding." * ("head" in name)
+            raise LoraError(
+                f"{source} has no tensor {name!r}; the nearest are {', '.join(nearest(name, tensors, n=3)) or 'none'}. "
+                f"Names that only begin with something else are met by key_map.under(name=...).{tied}"
+            )
+        tensor = tensors[name]
+        if tensor.dtype not in DTYPES:
+            raise LoraError(
+                f"{name!r} is of {tensor.dtype} in {source}: quantised weights would be rounded again. Merge into the "
+                "weights that they were made of, and quantise the result."
+            )
+        if tensor.shape != shape:
+            raise LoraError(f"{name!r} has shape {list(tensor.shape)} in {source}, its adapter {list(shape)}.")
+
+
+def _merge(source: Path, new: Path, tensor: Tensor, factors: list[tuple[Array, Array]]) -> float:
+    """Write a tensor's sum over its copy, and tell the rounding loss."""
+    dtype: Any = np.dtype(DTYPES[tensor.dtype])
+    wide = np.float64 if dtype == np.float64 else np.float32
+    lost = changed = 0.0
+    with (source / tensor.file).open("rb") as old, (new / tensor.file).open("r+b") as file:
+        old.seek(tensor.start)
+        file.seek(tensor.start)
+        for left, right in _chunks(factors):
+            count = left.shape[0] * right.shape[1]
+            w = np.frombuffer(old.read(count * dtype.itemsize), dtype).reshape(left.shape[0], -1)
+            delta: Array = (left @ right).astype(wide)
+            exact: Array = w.astype(wide) + delta
+            rounded = exact.astype(dtype)
+            file.write(rounded.tobytes())
+            lost += float(np.sum(np.square(rounded.astype(wide) - exact), dtype=np.float64))
+            changed += float(np.sum(np.square(delta), dtype=np.float64))
+    return math.sqrt(lost / changed) if changed else 0.0
+
+
+def _chunks(factors: list[tuple[Array, Array]]) -> Iterator[tuple[Array, Array]]:
+    """Some rows at a time."""
+    for left, right in factors:
+        rows = max(1, CHUNK // right.shape[1])
+        for start in range(0, left.shape[0], rows):
+            yield left[start : start + rows], right
+
+
+def _overwrite(new: Path, tensor: Tensor, array: Array) -> None:
+    with (new / tensor.file).open("r+b") as file:
+        file.seek(tensor.start)
+        file.write(array.astype(DTYPES[tensor.dtype]).tobytes())

@@ -1,0 +1,225 @@
+"""Merging into published files: what changes is the adapted tensors' bytes, by what `lora.merge` computes."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import twins
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from test_peft import DATA, MLP, SPLIT, edit_config
+
+import lora_jax as lora
+from lora_jax import key_maps
+
+METADATA = {"format": "pt", "made": "by hand"}
+
+
+def published(folder, name, dtype=np.float32, shards=1):
+    """A folder as on the hub: shards with an index, and other files; whole tensors in an order that is no name's."""
+    tensors = load_file(DATA / name / "case.safetensors")
+    base = {key.removeprefix("base."): t.astype(dtype) for key, t in tensors.items() if key.startswith("base.")}
+    names = sorted(base, key=lambda name: name[::-1])
+    folder.mkdir()
+    files = ["model.safetensors"]
+    if shards > 1:
+        files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+        index = {"metadata": {"total_size": 1}, "weight_map": {n: files[i % shards] for i, n in enumerate(names)}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for i, file in enumerate(files):
+        save_file({name: base[name] for name in names[i::shards]}, folder / file, metadata=METADATA)
+    (folder / "config.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_text("a pickle")
+    return base
+
+
+def tensors_in(folder):
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16, np.float64])
+@pytest.mark.parametrize(
+    ("name", "key_map", "shards"),
+    [("lora_emb", MLP, 1), ("rslora_patterns", MLP, 2), ("llama", key_maps.LLAMA, 3), ("gpt2", key_maps.GPT2, 1),
+     ("qwen3moe", key_maps.LLAMA, 2)],
+)  # fmt: skip
+def test_merging_is_merging(name, key_map, shards, dtype, tmp_path):
+    base = published(tmp_path / "in", name, dtype, shards)
+    params = twins.from_torch(base, conv1d=name == "gpt2")
+    adapters, _ = lora.load_peft(DATA / name, params, key_map)
+    losses = lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, key_map)
+    expected = {path: np.asarray(leaf) for path, leaf in lora.merge(params, adapters).items()}
+    found = twins.from_torch(tensors_in(tmp_path / "out"), conv1d=name == "gpt2")
+    placed = key_map.place({path: leaf.shape for path, leaf in params.items()}, strict=False)
+    for path, leaf in expected.items():
+        if path not in adapters:
+            np.testing.assert_array_equal(np.asarray(found[path]), leaf)
+            continue
+        own = found[path].dtype
+        np.testing.assert_allclose(
+            found[path].astype(np.float32), leaf.astype(np.float32), rtol=float(jnp.finfo(own).eps), atol=1e-6
+        )
+        change = np.asarray(found[path], np.float32) - np.asarray(params[path], np.float32)
+        loss = losses[placed[path].tensors()[()]]
+        assert np.abs(change).max() > 0
+        assert 1e-4 < loss < 0.5 if own.itemsize == 2 else loss < 1e-5
+    assert len(losses) == len(adapters)
+
+
+def test_all_else_stays_as_it_was(tmp_path):
+    base = published(tmp_path / "in", "llama", jnp.bfloat16, shards=3)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()}
+    adapters, _ = lora.load_peft(DATA / "llama", twins.from_torch(base), key_maps.LLAMA)
+    seen = []
+    lora.merge_checkpoint(
+        tmp_path / "in", tmp_path / "out", adapters, key_maps.LLAMA, progress=lambda *n: seen.append(n)
+    )
+    assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(set(before) - {"pytorch_model.bin"})
+    assert len(seen) == len(adapters)
+    assert seen[-1][0] == seen[-1][1]
+    for name, content in before.items():
+        if not name.endswith(".safetensors"):
+            assert name == "pytorch_model.bin" or (tmp_path / "out" / name).read_bytes() == content
+            continue
+        header = 8 + int.from_bytes(content[:8], "little")
+        assert (tmp_path / "out" / name).read_bytes()[:header] == content[:header]
+        with safe_open(tmp_path / "out" / name, "np") as file:
+            assert file.metadata() == METADATA
+
+
+@pytest.mark.parametrize(
+    "name", ["lora", "rslora_patterns", "lora_emb", "lora_bias_all", "conv", "llama", "llama_emb_lora", "gpt2"]
+)
+def test_a_folder_of_peft_needs_no_key_map(name, tmp_path):
+    """Its own names say where the factors go, and what it holds whole."""
+    base = published(tmp_path / "in", "lora" if name == "conv" else name)
+    lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / name)
+    params = twins.from_torch(base, conv1d=name == "gpt2")
+    key_map = {"llama": key_maps.LLAMA, "llama_emb_lora": key_maps.LLAMA, "gpt2": key_maps.GPT2}.get(name, MLP)
+    adapters, others = lora.load_peft(DATA / name, params, key_map)
+    expected = lora.merge(params | others, adapters)
+    found = twins.from_torch(tensors_in(tmp_path / "out"), conv1d=name == "gpt2")
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(found[path], leaf, rtol=1e-6, atol=1e-6, err_msg=path)
+
+
+def test_parts_of_one_module(tmp_path):
+    base = published(tmp_path / "in", "gpt2")
+    parts = np.split(base["transformer.h.0.attn.c_attn.weight"], 3, axis=1)
+    params = {f"{name}/kernel": part.reshape(16, 2, 8) for name, part in zip("qkv", parts, strict=True)}
+    plan = {"q/kernel": lora.Lora(2), "v/kernel": lora.Lora(3)}
+    axes = lora.KernelAxes((), (0,), (1, 2))
+    adapters = {
+        path: jax.tree.map(
+            lambda a: jax.random.normal(jax.random.key(a.size), a.shape), rule.init(jax.random.key(0), (16, 2, 8), axes)
+        )
+        for path, rule in plan.items()
+    }
+    lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, SPLIT, params=params)
+    merged = lora.merge(params, adapters)
+    expected = np.concatenate([np.asarray(merged[f"{name}/kernel"]).reshape(16, -1) for name in "qkv"], axis=1)
+    found = tensors_in(tmp_path / "out")["transformer.h.0.attn.c_attn.weight"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def rewrite(folder, change):
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors")
+
+
+LIN0 = "lin0.weight"
+
+
+def index(text):
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(text)
+
+
+WRONG_SOURCES = [
+    (
+        lambda f: rewrite(f, lambda t: t | {LIN0: t[LIN0].astype(np.uint8)}),
+        "'lin0.weight' is of U8 .*: quantised weights",
+    ),
+    (lambda f: rewrite(f, lambda t: t | {LIN0: t[LIN0][:5]}), r"has shape \[5, 6\] in .*, its adapter \[10, 6\]"),
+    (
+        lambda f: rewrite(f, lambda t: {f"bert.{k}": v for k, v in t.items()}),
+        "has no tensor 'lin0.weight'; the nearest are bert.lin0",
+    ),
+    (lambda f: (f / "model.safetensors").unlink(), "there is no .*model.safetensors: merge_checkpoint reads"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "model.safetensors cannot be read"),
+    (index("{"), "is no index of safetensors"),
+    (index('{"weight_map": {"a": "../model.safetensors"}}'), r"names '\.\./model.safetensors', expected names of"),
+    (index('{"weight_map": {"a": "b.safetensors"}}'), "there is no .*b.safetensors"),
+    (shutil.rmtree, "there is no folder"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), WRONG_SOURCES)
+def test_wrong_sources(change, says, tmp_path):
+    published(tmp_path / "in", "lora")
+    change(tmp_path / "in")
+    with pytest.raises(lora.LoraError, match=says):
+        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / "lora")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_calls(tmp_path):
+    base = published(tmp_path / "in", "lora")
+    adapters, _ = lora.load_peft(DATA / "lora", twins.from_torch(base), MLP)
+    with pytest.raises(lora.LoraError, match="exists and is not empty; it is left as it is"):
+        lora.merge_checkpoint(tmp_path / "in", tmp_path / "in", adapters, MLP)
+    with pytest.raises(lora.LoraError, match=r"merge_checkpoint\(key_map=...\)"):
+        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters)
+    with pytest.raises(lora.LoraError, match="its tensors do not tell of which parameter they are"):
+        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / "qwen3moe")
+    shutil.copytree(DATA / "lora", tmp_path / "peft")
+    edit_config(tmp_path / "peft", r=3)
+    with pytest.raises(lora.LoraError, match="'lin0' has rank 2, by the config 3"):
+        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", tmp_path / "peft")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "peft"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    published(tmp_path / "in", "lora")
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    with pytest.raises(OSError, match="No space left"):
+        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / "lora")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_few_chunks(tmp_path):
+    """A tensor of 512 MiB is merged with less than 300 MiB beyond what was there before."""
+    code = """
+    import pathlib, resource, sys, jax, jax.numpy as jnp, numpy as np
+    from safetensors.numpy import save_file
+    import lora_jax as lora
+    folder = pathlib.Path(sys.argv[1])
+    if sys.argv[2] == "make":
+        (folder / "in").mkdir()
+        save_file({"w.weight": np.zeros((16384, 16384), jnp.bfloat16)}, folder / "in" / "model.safetensors")
+    else:
+        adapters = {"w": lora.Lora(4).init(jax.random.key(0), (16384, 16384), lora.KernelAxes((), (0,), (1,)))}
+        jax.block_until_ready(adapters)
+        import safetensors.numpy
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        key_map = lora.key_maps.KeyMap(lora.key_maps.linear("w", "w"))
+        lora.merge_checkpoint(folder / "in", folder / "out", adapters, key_map)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    for action in ("make", "merge"):
+        command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), action]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 300 * 1024
