@@ -76,14 +76,7 @@ def merge_checkpoint(
     source, target = Path(source).absolute(), Path(target).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise LoraError(f"{target} exists and is not empty; it is left as it is. Give another folder.")
-    tensors, files = _tensors(source)
-    if isinstance(adapters, str | Path):
-        changes, whole = _changes_of_folder(Path(adapters))
-    else:
-        if key_map is None:
-            raise LoraError("merge_checkpoint(key_map=...): which tensor each path is, such as lora.key_maps.LLAMA.")
-        changes, whole = _changes(adapters, key_map, params), {}
-    _check(source, tensors, changes, whole)
+    tensors, files, changes, whole = _checked(source, adapters, key_map, params)
     new = hidden(target, "new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -101,6 +94,33 @@ def merge_checkpoint(
             progress(done, total)
     replace(target)
     return losses
+
+
+def check_checkpoint(
+    source: str | Path,
+    adapters: Mapping[str, Adapter] | str | Path,
+    key_map: KeyMap | None = None,
+    *,
+    params: Any = None,
+) -> None:
+    """Raise what `merge_checkpoint` would raise, and write nothing."""
+    _checked(Path(source).absolute(), adapters, key_map, params)
+
+
+def _checked(
+    source: Path, adapters: Mapping[str, Adapter] | str | Path, key_map: KeyMap | None, params: Any
+) -> tuple[dict[str, Tensor], list[str], dict[str, Change], dict[str, Array]]:
+    """The tensors and files of the source, what is added to tensors, and what takes their places."""
+    tensors, files = _tensors(source)
+    whole: dict[str, Array] = {}
+    if isinstance(adapters, str | Path):
+        changes, whole = _changes_of_folder(Path(adapters))
+    elif key_map is None:
+        raise LoraError("merge_checkpoint(key_map=...): which tensor each path is, such as lora.key_maps.LLAMA.")
+    else:
+        changes = _changes(adapters, key_map, params)
+    _check(source, tensors, changes, whole)
+    return tensors, files, changes, whole
 
 
 # What is added --------------------------------------------------------------------------------------------------------

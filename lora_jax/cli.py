@@ -1,0 +1,209 @@
+"""`lora-jax`: adapters and published weights from the command line, without a model.
+
+lora-jax inspect runs/sentiment/adapters --plot deltas.png
+lora-jax verify runs/sentiment/peft --base MiniLM-L6
+lora-jax merge MiniLM-L6 runs/sentiment/peft merged
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+
+from lora_jax import checkpoint
+from lora_jax.adapters.lora import LoraAdapter
+from lora_jax.errors import LoraError
+from lora_jax.export import check_checkpoint, merge_checkpoint
+from lora_jax.peft import CONFIG, torch_factors_of_folder
+from lora_jax.spectrum import Spectrum, spectrum
+from lora_jax.table import format_table
+
+try:
+    import tyro
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+except ImportError as error:
+    sys.exit(f"error: {error.name} is not installed, which the command line needs: pip install 'lora_jax[cli]'")
+
+Place = Annotated[Path, tyro.conf.Positional]
+
+
+class Row(NamedTuple):
+    """One adapted weight."""
+
+    weight: str
+    kind: str
+    shape: tuple[int, ...]  # of each matrix, [inputs, outputs]
+    matrices: int
+    rank: int
+    scale: float
+    spectrum: Spectrum
+
+
+def inspect(adapters: Place, /, plot: Path | None = None, json: bool = False) -> int:
+    """What adapters are: rank and scale, and of each weight's change the norm and the effective rank.
+
+    Example: lora-jax inspect runs/sentiment/adapters --plot deltas.png
+
+    Args:
+        adapters: a folder of lora_jax.checkpoint.save, or of HF PEFT.
+        plot: also draw the norms and effective ranks as bars, into this PNG.
+        json: print JSON in the table's place.
+    """
+    rows = _rows(adapters)
+    if plot is not None:
+        _draw(rows, plot)
+    if json:
+        _print_json([row._asdict() | {"spectrum": row.spectrum._asdict()} for row in rows])
+        return 0
+    header = ["weight", "kind", "inputs, outputs", "matrices", "rank", "scale", "norm", "effective rank"]
+    cells = [
+        [r.weight, r.kind, list(r.shape), r.matrices, r.rank, f"{r.scale:.4g}",
+         f"{r.spectrum.norm:.4g}", f"{r.spectrum.effective_rank:.2f}"]
+        for r in rows
+    ]  # fmt: skip
+    print(format_table(header, cells, right=5))
+    total = sum(r.matrices * r.rank * sum(r.shape) for r in rows)
+    print(f"{len(rows)} weights adapted, {total:,} parameters.")
+    return 0
+
+
+def verify(adapters: Place, /, base: Path | None = None, json: bool = False) -> int:
+    """Whether adapters are sound: finite, not without effect, and fitting a base. Exits with 1 if not.
+
+    Example: lora-jax verify runs/sentiment/peft --base MiniLM-L6
+
+    Args:
+        adapters: a folder of lora_jax.checkpoint.save, or of HF PEFT.
+        base: a folder with the base's safetensors, for adapters of HF PEFT: each has to have its tensor there.
+        json: print JSON in the text's place.
+    """
+    problems = [
+        f"{row.weight}: {'does not change anything' if row.spectrum.finite else 'holds a NaN or an infinity'}"
+        for row in _rows(adapters)
+        if not row.spectrum.norm > 0
+    ]
+    if base is not None:
+        try:
+            check_checkpoint(base, adapters)
+        except LoraError as error:
+            problems.append(str(error))
+    if json:
+        _print_json({"sound": not problems, "problems": problems})
+    else:
+        print("\n".join(problems) or f"{adapters} is sound.")
+    return 1 if problems else 0
+
+
+def merge(base: Place, adapters: Place, output: Place, /, json: bool = False) -> int:
+    """Write a model of Hugging Face with adapters of HF PEFT merged into its weights, in little memory.
+
+    Example: lora-jax merge MiniLM-L6 runs/sentiment/peft merged
+
+    Args:
+        base: a folder with model.safetensors, or an index and its shards.
+        adapters: a folder of HF PEFT, as lora_jax.save_peft writes it.
+        output: a new folder for the merged model.
+        json: print the rounding loss of each tensor as JSON.
+    """
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("merging", total=None)
+        losses = merge_checkpoint(
+            base, output, adapters, progress=lambda done, total: progress.update(bar, completed=done, total=total)
+        )
+    if json:
+        _print_json(losses)
+        return 0
+    worst = sorted(losses.items(), key=lambda item: (-item[1], item[0]))[:5]
+    print(format_table(["most is lost to rounding in", "of the change"], [[n, f"{x:.2%}"] for n, x in worst], right=1))
+    print(f"{len(losses)} tensors merged into {output}.")
+    return 0
+
+
+# Adapters of either format --------------------------------------------------------------------------------------------
+
+
+def _rows(folder: Path) -> list[Row]:
+    """The adapters in a folder, in order."""
+    if (folder / CONFIG).exists():
+        factors, _ = torch_factors_of_folder(folder)
+        found = {name: (kind, a.reshape(a.shape[0], -1).T, b.reshape(b.shape[0], -1).T, scale)
+                 for name, (kind, a, b, scale) in factors.items()}  # fmt: skip
+        return [_row(name, *found[name]) for name in sorted(found)]
+    adapters, _ = checkpoint.load(folder)
+    rows = []
+    for path, adapter in sorted(adapters.items()):
+        if not isinstance(adapter, LoraAdapter):
+            raise LoraError(f"{path!r} is a {type(adapter).__name__}; this version inspects LoraAdapter.")
+        n = len(adapter.axes.stack)
+        a, b = np.asarray(adapter.a), np.asarray(adapter.b)
+        a, b = a.reshape(*a.shape[:n], -1, a.shape[-1]), b.reshape(*b.shape[: n + 1], -1)
+        rows.append(_row(path, "lora", a, b, adapter.scale))
+    return rows
+
+
+def _row(name: str, kind: str, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], scale: float) -> Row:
+    matrices = int(np.prod(a.shape[:-2]))
+    return Row(name, kind, (a.shape[-2], b.shape[-1]), matrices, a.shape[-1], scale, spectrum(a, b, scale))
+
+
+# Output ---------------------------------------------------------------------------------------------------------------
+
+
+def _draw(rows: list[Row], path: Path) -> None:
+    """Norms and effective ranks, a bar for each weight."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.4 + 0.22 * len(rows)), sharey=True, layout="constrained")
+    names = [row.weight for row in rows]
+    left.barh(names, [row.spectrum.norm for row in rows], color="#1f6fb4")
+    right.barh(names, [row.rank for row in rows], color="#d8e4ef", label="rank")
+    right.barh(
+        names, [row.spectrum.effective_rank for row in rows], color="#c44e52", height=0.5, label="effective rank"
+    )
+    left.set(xlabel="norm of the change", ylim=(len(rows) - 0.4, -0.6))
+    right.set(xlabel="rank")
+    right.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+        axes.grid(axis="x", alpha=0.25)
+        axes.tick_params(axis="y", labelsize=8, length=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)
+
+
+def _print_json(value: Any) -> None:
+    """NaN and infinities, which JSON lacks, as null."""
+
+    def clean(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: clean(child) for key, child in node.items()}
+        if isinstance(node, list | tuple):
+            return [clean(child) for child in node]
+        return None if isinstance(node, float) and not np.isfinite(node) else node
+
+    print(json.dumps(clean(value), indent=2))
+
+
+DESCRIPTION = "Adapters and published weights from the command line, without a model."
+COMMANDS: dict[str, Callable[..., int]] = {"inspect": inspect, "verify": verify, "merge": merge}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0, or 1 with a line on stderr that says what is wrong."""
+    try:
+        return int(
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="lora-jax", description=DESCRIPTION, args=arguments)
+        )
+    except LoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,114 @@
+"""`lora-jax`: what it prints, what it writes, and how it exits."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import twins
+from safetensors.numpy import load_file, save_file
+from test_export import published, tensors_in
+from test_peft import DATA, MLP, case
+
+import lora_jax as lora
+from lora_jax.cli import main
+from lora_jax.spectrum import spectrum
+
+
+def run(capsys, *arguments):
+    """The exit code, and what was printed."""
+    code = main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def test_spectrum_is_that_of_the_change():
+    """Of a stack of matrices, against their singular values."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(3, 7, 4)).astype(np.float32), rng.normal(size=(3, 4, 5)).astype(np.float32)
+    b[1] = 0
+    found = spectrum(a, b, -0.5)
+    delta = -0.5 * np.einsum("sdr,srk->sdk", a.astype(np.float64), b)
+    np.testing.assert_allclose(found.norm, np.linalg.norm(delta), rtol=1e-12)
+    ranks = []
+    for matrix in delta[[0, 2]]:
+        values = np.linalg.svd(matrix, compute_uv=False)[:4]
+        shares = values / values.sum()
+        ranks.append(np.exp(-(shares * np.log(shares)).sum()))
+    np.testing.assert_allclose(found.effective_rank, np.mean(ranks), rtol=1e-9)
+    assert spectrum(a, 0 * b, 1.0) == (0, 0, True)
+    assert not spectrum(a * np.nan, b, 1.0).finite
+
+
+def test_inspect(capsys, tmp_path):
+    code, out, _ = run(capsys, "inspect", DATA / "rslora_patterns", "--plot", tmp_path / "plots" / "a.png")
+    assert code == 0
+    assert [line.split()[:2] for line in out.splitlines()[2:4]] == [["lin0", "linear"], ["lin1", "linear"]]
+    assert out.splitlines()[-1] == "2 weights adapted, 74 parameters."
+    assert (tmp_path / "plots" / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_says_the_same_of_both_formats(capsys, tmp_path):
+    adapters, _ = lora.load_peft(DATA / "lora_emb", case("lora_emb")[0], MLP)
+    lora.checkpoint.save(tmp_path / "own", adapters)
+    own, theirs = (json.loads(run(capsys, "inspect", f, "--json")[1]) for f in (tmp_path / "own", DATA / "lora_emb"))
+    assert [row["weight"] for row in own] == ["emb/embedding", "lin0/kernel"]
+    for a, b in zip(own, theirs, strict=True):
+        assert [a[key] for key in ("shape", "rank", "scale", "matrices")] == [
+            b[key] for key in ("shape", "rank", "scale", "matrices")
+        ]
+        np.testing.assert_allclose(a["spectrum"]["norm"], b["spectrum"]["norm"], rtol=1e-12)
+
+
+def test_verify(capsys, tmp_path):
+    published(tmp_path / "base", "lora")
+    assert run(capsys, "verify", DATA / "lora", "--base", tmp_path / "base")[:2] == (0, f"{DATA / 'lora'} is sound.\n")
+    shutil.copytree(DATA / "lora", tmp_path / "bad")
+    file = tmp_path / "bad" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    zero, nan = (f"base_model.model.lin{i}.lora_B.weight" for i in (0, 1))
+    save_file(tensors | {zero: 0 * tensors[zero], nan: math.nan * tensors[nan]}, file)
+    code, out, _ = run(capsys, "verify", tmp_path / "bad")
+    assert code == 1
+    assert out == "lin0: does not change anything\nlin1: holds a NaN or an infinity\n"
+    code, out, _ = run(capsys, "verify", DATA / "llama", "--base", tmp_path / "base", "--json")
+    assert code == 1
+    assert json.loads(out)["problems"][0].startswith(f"{tmp_path / 'base'} has no tensor 'model.layers.0.mlp.down_proj")
+
+
+def test_merge(capsys, tmp_path):
+    base = published(tmp_path / "base", "llama", shards=2)
+    code, out, err = run(capsys, "merge", tmp_path / "base", DATA / "llama", tmp_path / "out")
+    assert code == 0
+    assert "most is lost to rounding in" in out
+    assert f"14 tensors merged into {tmp_path / 'out'}." in out
+    assert "merging" in err
+    adapters, _ = lora.load_peft(DATA / "llama", twins.from_torch(base), lora.key_maps.LLAMA)
+    expected = lora.merge(twins.from_torch(base), adapters)
+    found = twins.from_torch(tensors_in(tmp_path / "out"))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    code, out, err = run(capsys, "merge", tmp_path / "base", DATA / "llama", tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith(f"error: {tmp_path / 'out'} exists and is not empty")
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "nowhere"], ["verify", "nowhere"], ["merge", "a", "b", "c"]])
+def test_what_is_missing_is_named(arguments, capsys):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("error: ")
+
+
+def test_as_a_program():
+    """The installed command: help with an example, and the exit codes."""
+    program = Path(sys.executable).with_name("lora-jax")
+    done = subprocess.run([program, "merge", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "Example: lora-jax merge MiniLM-L6 runs/sentiment/peft merged" in done.stdout
+    assert subprocess.run([program, "nothing"], capture_output=True).returncode == 2
+    assert subprocess.run([program, "inspect", "nowhere"], capture_output=True).returncode == 1
