@@ -7,6 +7,7 @@ from lora_jax.adapters.base import Adapter as Adapter
 from lora_jax.adapters.lora import Lora as Lora
 from lora_jax.adapters.lora import LoraAdapter as LoraAdapter
 from lora_jax.axes import KernelAxes as KernelAxes
+from lora_jax.compose import combine as combine
 from lora_jax.dropout import with_dropout as with_dropout
 from lora_jax.errors import LoraError as LoraError
 from lora_jax.export import merge_checkpoint as merge_checkpoint

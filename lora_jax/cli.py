@@ -3,21 +3,25 @@
 lora-jax inspect runs/sentiment/adapters --plot deltas.png
 lora-jax verify runs/sentiment/peft --base MiniLM-L6
 lora-jax merge MiniLM-L6 runs/sentiment/peft merged
+lora-jax convert runs/llama/adapters for-vllm --to vllm --key-map llama
+lora-jax compose both style:0.7 facts:-0.3
 """
 
 import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
-from lora_jax import checkpoint
+from lora_jax import checkpoint, key_maps
 from lora_jax.adapters.lora import LoraAdapter
+from lora_jax.compose import combine
 from lora_jax.errors import LoraError
 from lora_jax.export import check_checkpoint, merge_checkpoint
-from lora_jax.peft import CONFIG, torch_factors_of_folder
+from lora_jax.keymap import KeyMap
+from lora_jax.peft import CONFIG, load_by_module, save_peft, torch_factors_of_folder
 from lora_jax.spectrum import Spectrum, spectrum
 from lora_jax.table import format_table
 
@@ -124,6 +128,85 @@ def merge(base: Place, adapters: Place, output: Place, /, json: bool = False) ->
     return 0
 
 
+def convert(
+    adapters: Place,
+    output: Place,
+    /,
+    to: Literal["peft", "vllm", "loralib", "orbax"] = "peft",
+    key_map: Literal["bert", "gpt2", "llama", "gemma", "vit", "vit_4", "t5"] | None = None,
+    stacked: bool = False,
+    prefix: str = "",
+) -> int:
+    """Write adapters in another format.
+
+    Example: lora-jax convert runs/llama/adapters for-vllm --to vllm --key-map llama --stacked
+
+    Args:
+        adapters: a folder of lora_jax.checkpoint.save, or of HF PEFT.
+        output: a new folder.
+        to: HF PEFT; what vLLM reads of it (one rank, one scale); loralib's names; or lora_jax.checkpoint's orbax, in
+            which the paths of adapters from PEFT are its module names.
+        key_map: for adapters of lora_jax.checkpoint.save: the table from their paths to torch's modules.
+        stacked: their layers are stacked along a first axis.
+        prefix: what torch's names begin with beyond those of the table, such as "bert.".
+    """
+    _refuse_to_replace(output)
+    if (adapters / CONFIG).exists():
+        found, others, table = load_by_module(adapters)
+    else:
+        found, others = checkpoint.load(adapters)
+        if key_map is None and to != "orbax":
+            raise LoraError(f"{adapters} has paths of JAX: say which torch modules they are, such as --key-map llama.")
+        table = getattr(key_maps, (key_map or "bert").upper())
+        table = (table.stacked() if stacked else table).under(name=prefix)
+    if to == "orbax":
+        checkpoint.save(output, found, others)
+    else:
+        save_peft(output, found, table, others=others, profile=to)
+    print(f"{len(found)} adapters written to {output}.")
+    return 0
+
+
+def compose(output: Place, parts: Annotated[tuple[str, ...], tyro.conf.Positional], /) -> int:
+    """Write the weighted sum of adapters of HF PEFT, exactly: its rank is the sum of their ranks.
+
+    Example: lora-jax compose both style:0.7 facts:-0.3
+
+    Args:
+        output: a new folder of HF PEFT.
+        parts: folders of HF PEFT, each with ":" and its weight, or with the weight 1.
+    """
+    _refuse_to_replace(output)
+    sums, table = [], KeyMap()
+    for part in parts:
+        folder, weight = _weighted(part)
+        adapters, others, own = load_by_module(folder)
+        if others:
+            raise LoraError(f"{folder} also holds {next(iter(others))} whole, which no sum of adapters expresses.")
+        sums.append((adapters, weight))
+        table += own
+    combined = combine(sums)
+    save_peft(output, combined, table)
+    print(f"{len(combined)} adapters written to {output}.")
+    return 0
+
+
+def _refuse_to_replace(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise LoraError(f"{output} exists and is not empty; it is left as it is. Give another folder.")
+
+
+def _weighted(part: str) -> tuple[Path, float]:
+    """`folder:0.7`, or a folder alone."""
+    name, colon, weight = part.rpartition(":")
+    if not colon:
+        return Path(part), 1.0
+    try:
+        return Path(name), float(weight)
+    except ValueError as error:
+        raise LoraError(f"{part!r}: expected a folder and a weight, such as {name}:0.7.") from error
+
+
 # Adapters of either format --------------------------------------------------------------------------------------------
 
 
@@ -195,7 +278,13 @@ def _print_json(value: Any) -> None:
 
 
 DESCRIPTION = "Adapters and published weights from the command line, without a model."
-COMMANDS: dict[str, Callable[..., int]] = {"inspect": inspect, "verify": verify, "merge": merge}
+COMMANDS: dict[str, Callable[..., int]] = {
+    "inspect": inspect,
+    "verify": verify,
+    "merge": merge,
+    "convert": convert,
+    "compose": compose,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

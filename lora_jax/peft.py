@@ -23,7 +23,7 @@ from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.axes import KernelAxes
 from lora_jax.errors import LoraError
 from lora_jax.folders import hidden, replace
-from lora_jax.keymap import Array, KeyMap, Placed
+from lora_jax.keymap import Array, Entry, KeyMap, Placed
 from lora_jax.paths import flatten_with_names, nearest
 from lora_jax.peft_config import Config, read_config
 from lora_jax.plan import Plan
@@ -195,6 +195,20 @@ def _sort(tensors: Mapping[str, Array], config: Config, folder: Path) -> tuple[d
             )
         factors[module] = (a, b, config.scale_of(module.replace(".base_layer", "")))
     return factors, rest
+
+
+def load_by_module(folder: Path) -> tuple[dict[str, Adapter], dict[str, Array], KeyMap]:
+    """Adapters and others of a folder by torch's own names, where no model is at hand; and the key map back."""
+    factors, whole = torch_factors_of_folder(folder)
+    kernels = [Entry(name, name, "window* in out" if kind == "conv" else "in out", kind)
+               for name, (kind, *_) in factors.items()]  # fmt: skip
+    key_map = KeyMap(*kernels, *(Entry(name, name, "keep*", "array") for name in whole))
+    placed = key_map.place({name: (*a.shape[2:], a.shape[1], b.shape[0]) for name, (_, a, b, _) in factors.items()})
+    adapters: dict[str, Adapter] = {}
+    for name, (_, a, b, scale) in factors.items():
+        a, b = placed[name].factors_from_torch(a, b, 0)
+        adapters[name] = LoraAdapter(jnp.asarray(a), jnp.asarray(b), placed[name].axes, scale)
+    return adapters, whole, key_map
 
 
 def torch_factors_of_folder(folder: Path) -> tuple[dict[str, tuple[str, Array, Array, float]], dict[str, Array]]:

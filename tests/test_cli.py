@@ -13,10 +13,11 @@ import pytest
 import twins
 from safetensors.numpy import load_file, save_file
 from test_export import published, tensors_in
-from test_peft import DATA, MLP, case
+from test_peft import DATA, MLP, assert_same_tensors, case, stacked, tensors_of
 
 import lora_jax as lora
 from lora_jax.cli import main
+from lora_jax.peft import load_by_module
 from lora_jax.spectrum import spectrum
 
 
@@ -97,7 +98,75 @@ def test_merge(capsys, tmp_path):
     assert err.splitlines()[-1].startswith(f"error: {tmp_path / 'out'} exists and is not empty")
 
 
-@pytest.mark.parametrize("arguments", [["inspect", "nowhere"], ["verify", "nowhere"], ["merge", "a", "b", "c"]])
+@pytest.mark.parametrize("name", ["lora", "lora_emb", "conv", "gpt2", "llama_emb_lora", "lora_bias_all"])
+def test_convert(name, capsys, tmp_path):
+    """From PEFT to PEFT, and to orbax by module names; the same tensors."""
+    run(capsys, "convert", DATA / name, tmp_path / "again")
+    assert_same_tensors(tensors_of(tmp_path / "again"), tensors_of(DATA / name))
+    code, out, _ = run(capsys, "convert", DATA / name, tmp_path / "orbax", "--to", "orbax")
+    assert code == 0
+    assert out.endswith(f"adapters written to {tmp_path / 'orbax'}.\n")
+    adapters, others, _ = load_by_module(DATA / name)
+    found, found_others = lora.checkpoint.load(tmp_path / "orbax")
+    for one, other in zip(*map(jax.tree.leaves, ((found, found_others), (adapters, others))), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_convert_with_a_key_map(capsys, tmp_path):
+    params = stacked(case("llama")[0])
+    adapters, _ = lora.load_peft(DATA / "llama", params, lora.key_maps.LLAMA.stacked())
+    lora.checkpoint.save(tmp_path / "own", adapters)
+    assert run(capsys, "convert", tmp_path / "own", tmp_path / "out", "--key-map", "llama", "--stacked")[0] == 0
+    assert_same_tensors(tensors_of(tmp_path / "out"), tensors_of(DATA / "llama"))
+    code, _, err = run(capsys, "convert", tmp_path / "own", tmp_path / "other")
+    assert code == 1
+    assert "say which torch modules they are, such as --key-map llama" in err
+    assert not (tmp_path / "other").exists()
+    assert "is not empty" in run(capsys, "convert", DATA / "llama", tmp_path / "out")[2]
+
+
+def test_convert_for_vllm(capsys, tmp_path):
+    assert run(capsys, "convert", DATA / "rslora_patterns", tmp_path / "out", "--to", "vllm")[0] == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 3)
+
+
+def test_compose(capsys, tmp_path):
+    """The change is the weighted sum of the changes."""
+    a, b = DATA / "rslora_patterns", DATA / "lora_emb"
+    code, out, _ = run(capsys, "compose", tmp_path / "sum", f"{a}:0.7", f"{b}:-0.3", a)
+    assert (code, out) == (0, f"3 adapters written to {tmp_path / 'sum'}.\n")
+    params = case("lora_emb")[0]
+
+    def change(folder):
+        merged = lora.merge(params, lora.load_peft(folder, params, MLP)[0])
+        return jax.tree.map(lambda one, other: one - other, merged, params)
+
+    expected = jax.tree.map(lambda one, other: 1.7 * one - 0.3 * other, change(a), change(b))
+    for found, leaf in zip(*map(jax.tree.leaves, (change(tmp_path / "sum"), expected)), strict=True):
+        np.testing.assert_allclose(found, leaf, atol=1e-5)
+    for parts, says in [
+        ([f"{a}:x"], "expected a folder and a weight, such as"),
+        ([f"{a}:nan"], "a weight is nan, expected a finite number"),
+        ([DATA / "lora"], "whole, which no sum of adapters expresses"),
+        ([a, tmp_path / "none"], "adapter_config.json cannot be read"),
+    ]:
+        code, _, err = run(capsys, "compose", tmp_path / "other", *parts)
+        assert code == 1
+        assert says in err
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "nowhere"],
+        ["verify", "nowhere"],
+        ["merge", "a", "b", "c"],
+        ["convert", "a", "b"],
+        ["compose", "a", "b"],
+    ],
+)
 def test_what_is_missing_is_named(arguments, capsys):
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (1, "")
