@@ -1,16 +1,18 @@
 """Adapters into the safetensors of a published model, without building it: shard by shard, in little memory.
 
-W' = W + s B A, in fp32 and rounded once to W's dtype. Each file is copied as it is, and the bytes of adapted tensors
-are then written over: names, order, dtypes, metadata and the index stay what they were.
+W' = W + s B A, in fp32 and rounded once to W's dtype. Each file is copied but for the bytes of adapted tensors: names,
+order, dtypes, metadata and the index stay what they were.
 """
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,7 +26,8 @@ from lora_jax.peft import torch_factors, torch_factors_of_folder
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-CHUNK = 2**22  # entries of a tensor at a time
+CHUNK = 2**21  # entries of a tensor at a time: they fit into a CPU's cache
+BLOCK = 2**24  # bytes at a time of what is only copied
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors"}  # are not copied
 
 
@@ -81,17 +84,27 @@ def merge_checkpoint(
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     for path in sorted(source.iterdir()):
-        if path.name in files or (path.is_file() and path.suffix not in OTHER_WEIGHTS):
+        if path.is_file() and path.suffix not in OTHER_WEIGHTS:
             shutil.copyfile(path, new / path.name)
-    for name, array in whole.items():
-        _overwrite(new, tensors[name], array)
+    losses: dict[str, float] = {}
     total, done = sum(tensors[name].size for name in changes), 0
-    losses = {}
-    for name, change in changes.items():
-        losses[name] = _merge(source, new, tensors[name], change.factors)
-        done += tensors[name].size
-        if progress is not None:
-            progress(done, total)
+    for file in files:
+        touched = [
+            name for name, tensor in tensors.items() if tensor.file == file and (name in changes or name in whole)
+        ]
+        with (source / file).open("rb") as old, (new / file).open("wb") as out:
+            for name in sorted(touched, key=lambda name: tensors[name].start):
+                tensor = tensors[name]
+                _copy(old, out, tensor.start - old.tell())
+                if name in changes:
+                    losses[name] = _merge(old, out, tensor, changes[name].factors)
+                    done += tensor.size
+                    if progress is not None:
+                        progress(done, total)
+                else:
+                    out.write(whole[name].astype(DTYPES[tensor.dtype]).tobytes())
+                    old.seek(tensor.size, os.SEEK_CUR)
+            _copy(old, out, (source / file).stat().st_size - old.tell())
     replace(target)
     return losses
 
@@ -227,35 +240,47 @@ def _check(
             raise LoraError(f"{name!r} has shape {list(tensor.shape)} in {source}, its adapter {list(shape)}.")
 
 
-def _merge(source: Path, new: Path, tensor: Tensor, factors: list[tuple[Array, Array]]) -> float:
-    """Write a tensor's sum over its copy, and tell the rounding loss."""
+def _copy(old: BinaryIO, out: BinaryIO, size: int) -> None:
+    while size:
+        block = old.read(min(size, BLOCK))
+        if not block:
+            raise LoraError(f"{old.name} became shorter while it was read.")
+        out.write(block)
+        size -= len(block)
+
+
+def _merge(old: BinaryIO, out: BinaryIO, tensor: Tensor, factors: list[tuple[Array, Array]]) -> float:
+    """Read a tensor, write its sum, and tell the rounding loss."""
     dtype: Any = np.dtype(DTYPES[tensor.dtype])
-    wide = np.float64 if dtype == np.float64 else np.float32
     lost = changed = 0.0
-    with (source / tensor.file).open("rb") as old, (new / tensor.file).open("r+b") as file:
-        old.seek(tensor.start)
-        file.seek(tensor.start)
-        for left, right in _chunks(factors):
-            count = left.shape[0] * right.shape[1]
-            w = np.frombuffer(old.read(count * dtype.itemsize), dtype).reshape(left.shape[0], -1)
-            delta: Array = (left @ right).astype(wide)
-            exact: Array = w.astype(wide) + delta
-            rounded = exact.astype(dtype)
-            file.write(rounded.tobytes())
-            lost += float(np.sum(np.square(rounded.astype(wide) - exact), dtype=np.float64))
-            changed += float(np.sum(np.square(delta), dtype=np.float64))
+    for left, right in factors:
+        changed += _squared_norm(left, right)
+        rows = max(1, CHUNK // right.shape[1])
+        for start in range(0, left.shape[0], rows):
+            part = left[start : start + rows]
+            count = part.shape[0] * right.shape[1]
+            w = np.frombuffer(old.read(count * dtype.itemsize), dtype).reshape(part.shape[0], -1)
+            rounded, errors = _sum_in_fp64(w, part, right) if dtype == np.float64 else _sum(w, part, right)
+            out.write(np.asarray(rounded).view(np.uint8).data)
+            lost += float(np.asarray(errors).sum(dtype=np.float64))
     return math.sqrt(lost / changed) if changed else 0.0
 
 
-def _chunks(factors: list[tuple[Array, Array]]) -> Iterator[tuple[Array, Array]]:
-    """Some rows at a time."""
-    for left, right in factors:
-        rows = max(1, CHUNK // right.shape[1])
-        for start in range(0, left.shape[0], rows):
-            yield left[start : start + rows], right
+@jax.jit
+def _sum(w: jax.Array, left: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """W + L R rounded to W's dtype, and of each row the squared norm of what rounding took."""
+    exact = w.astype(jnp.float32) + jnp.matmul(left, right, precision="highest")
+    rounded = exact.astype(w.dtype)
+    error = rounded.astype(jnp.float32) - exact
+    return rounded, jnp.einsum("ij,ij->i", error, error)
 
 
-def _overwrite(new: Path, tensor: Tensor, array: Array) -> None:
-    with (new / tensor.file).open("r+b") as file:
-        file.seek(tensor.start)
-        file.write(array.astype(DTYPES[tensor.dtype]).tobytes())
+def _sum_in_fp64(w: Array, left: Array, right: Array) -> tuple[Array, float]:
+    """The same for fp64, which JAX has only where that is asked for; nothing is lost that counts."""
+    return w + left.astype(np.float64) @ right, 0.0
+
+
+def _squared_norm(left: Array, right: Array) -> float:
+    """Of L R, as the trace of (L^T L)(R R^T)."""
+    left, right = left.astype(np.float64), right.astype(np.float64)
+    return max(0.0, float(np.sum((left.T @ left) * (right @ right.T))))
