@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -253,6 +254,17 @@ def _merge(old: BinaryIO, out: BinaryIO, tensor: Tensor, factors: list[tuple[Arr
     """Read a tensor, write its sum, and tell the rounding loss."""
     dtype: Any = np.dtype(DTYPES[tensor.dtype])
     lost = changed = 0.0
+    computed: deque[tuple[Any, Any]] = deque()
+
+    def write(left_to_write: int) -> float:
+        """Write what was computed first, while the rest is being computed."""
+        lost = 0.0
+        while len(computed) > left_to_write:
+            rounded, errors = computed.popleft()
+            out.write(np.asarray(rounded).view(np.uint8).data)
+            lost += float(np.asarray(errors).sum(dtype=np.float64))
+        return lost
+
     for left, right in factors:
         changed += _squared_norm(left, right)
         rows = max(1, CHUNK // right.shape[1])
@@ -260,9 +272,9 @@ def _merge(old: BinaryIO, out: BinaryIO, tensor: Tensor, factors: list[tuple[Arr
             part = left[start : start + rows]
             count = part.shape[0] * right.shape[1]
             w = np.frombuffer(old.read(count * dtype.itemsize), dtype).reshape(part.shape[0], -1)
-            rounded, errors = _sum_in_fp64(w, part, right) if dtype == np.float64 else _sum(w, part, right)
-            out.write(np.asarray(rounded).view(np.uint8).data)
-            lost += float(np.asarray(errors).sum(dtype=np.float64))
+            computed.append(_sum_in_fp64(w, part, right) if dtype == np.float64 else _sum(w, part, right))
+            lost += write(1)
+    lost += write(0)
     return math.sqrt(lost / changed) if changed else 0.0
 
 
