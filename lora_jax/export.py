@@ -19,7 +19,7 @@ import numpy as np
 
 from lora_jax.adapters.base import Adapter
 from lora_jax.errors import LoraError
-from lora_jax.folders import hidden, replace
+from lora_jax.folders import written
 from lora_jax.keymap import KINDS, Array, KeyMap
 from lora_jax.paths import nearest
 from lora_jax.peft import torch_factors, torch_factors_of_folder
@@ -81,33 +81,11 @@ def merge_checkpoint(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise LoraError(f"{target} exists and is not empty; it is left as it is. Give another folder.")
     tensors, files, changes, whole = _checked(source, adapters, key_map, params)
-    new = hidden(target, "new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix not in OTHER_WEIGHTS:
-            shutil.copyfile(path, new / path.name)
-    losses: dict[str, float] = {}
-    total, done = sum(tensors[name].size for name in changes), 0
-    for file in files:
-        touched = [
-            name for name, tensor in tensors.items() if tensor.file == file and (name in changes or name in whole)
-        ]
-        with (source / file).open("rb") as old, (new / file).open("wb") as out:
-            for name in sorted(touched, key=lambda name: tensors[name].start):
-                tensor = tensors[name]
-                _copy(old, out, tensor.start - old.tell())
-                if name in changes:
-                    losses[name] = _merge(old, out, tensor, changes[name].factors)
-                    done += tensor.size
-                    if progress is not None:
-                        progress(done, total)
-                else:
-                    out.write(whole[name].astype(DTYPES[tensor.dtype]).tobytes())
-                    old.seek(tensor.size, os.SEEK_CUR)
-            _copy(old, out, (source / file).stat().st_size - old.tell())
-    replace(target)
-    return losses
+    with written(target) as new:
+        for path in sorted(source.iterdir()):
+            if path.is_file() and path.suffix not in OTHER_WEIGHTS:
+                shutil.copyfile(path, new / path.name)
+        return _write(source, new, tensors, files, changes, whole, progress)
 
 
 def check_checkpoint(
@@ -239,6 +217,38 @@ def _check(
             )
         if tensor.shape != shape:
             raise LoraError(f"{name!r} has shape {list(tensor.shape)} in {source}, its adapter {list(shape)}.")
+
+
+def _write(
+    source: Path,
+    new: Path,
+    tensors: Mapping[str, Tensor],
+    files: list[str],
+    changes: Mapping[str, Change],
+    whole: Mapping[str, Array],
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, float]:
+    """The files again, with sums and other tensors in their places; and the rounding loss of each sum."""
+    losses: dict[str, float] = {}
+    total, done = sum(tensors[name].size for name in changes), 0
+    for file in files:
+        touched = [
+            name for name, tensor in tensors.items() if tensor.file == file and (name in changes or name in whole)
+        ]
+        with (source / file).open("rb") as old, (new / file).open("wb") as out:
+            for name in sorted(touched, key=lambda name: tensors[name].start):
+                tensor = tensors[name]
+                _copy(old, out, tensor.start - old.tell())
+                if name in changes:
+                    losses[name] = _merge(old, out, tensor, changes[name].factors)
+                    done += tensor.size
+                    if progress is not None:
+                        progress(done, total)
+                else:
+                    out.write(whole[name].astype(DTYPES[tensor.dtype]).tobytes())
+                    old.seek(tensor.size, os.SEEK_CUR)
+            _copy(old, out, (source / file).stat().st_size - old.tell())
+    return losses
 
 
 def _copy(old: BinaryIO, out: BinaryIO, size: int) -> None:

@@ -1,13 +1,29 @@
 """Folders that are written whole or not at all: under a hidden name, and renamed when complete."""
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def hidden(folder: Path, state: str) -> Path:
     """The name beside a folder under which it is written ("new"), or was kept while it was replaced ("old")."""
     return folder.with_name(f".{folder.name}.lora_jax-{state}")
+
+
+@contextlib.contextmanager
+def written(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `folder` at the end, and is gone if that is not reached."""
+    new = hidden(folder, "new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    replace(folder)
 
 
 def replace(folder: Path) -> None:

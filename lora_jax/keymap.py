@@ -247,7 +247,8 @@ class Placed(NamedTuple):
         count = math.prod(experts)
         rank = a.shape[0] // count
         expected = (rank * count, *_flat([words[i] for i in inputs], [sizes[i] for i in inputs]))
-        if a.shape != expected or b.shape[0] < start + n or b.size != b.shape[0] * rank * count:
+        fits = b.shape[0] == n if self.entry.part is None else b.shape[0] >= start + n
+        if a.shape != expected or not fits or b.size != b.shape[0] * rank * count:
             raise LoraError(
                 f"{next(iter(self.names.values()))} has factors {list(a.shape)} and {list(b.shape)}, which do not fit "
                 f"{self.path!r} of shape {list(self.shape)}: another model, or another key map."

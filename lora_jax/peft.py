@@ -8,7 +8,6 @@ understood is refused by name.
 import json
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from lora_jax.adapters.base import Adapter
 from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.axes import KernelAxes
 from lora_jax.errors import LoraError
-from lora_jax.folders import hidden, replace
+from lora_jax.folders import written
 from lora_jax.keymap import Array, Entry, KeyMap, Placed
 from lora_jax.paths import flatten_with_names, nearest
 from lora_jax.peft_config import Config, read_config
@@ -92,7 +91,8 @@ def save_peft(
 ) -> None:
     """Write adapters as a folder that HF PEFT reads, and whatever reads its files.
 
-    The folder is written under a hidden name and renamed when it is complete.
+    The folder is written under a hidden name and renamed when it is complete. Of several processes one calls it, with
+    arrays that it holds whole.
 
     Args:
         folder: where; replaced if it holds such adapters.
@@ -594,12 +594,8 @@ def _plain(number: float) -> int | float:
 def _write(folder: Path, name: str, tensors: Mapping[str, Array], config: Mapping[str, Any] | None) -> None:
     from safetensors.numpy import save_file
 
-    new = hidden(folder, "new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    save_file(
-        {key: np.ascontiguousarray(t) for key, t in sorted(tensors.items())}, new / name, metadata={"format": "pt"}
-    )
-    if config is not None:
-        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    replace(folder)
+    whole = {key: np.ascontiguousarray(tensor) for key, tensor in sorted(tensors.items())}
+    with written(folder) as new:
+        save_file(whole, new / name, metadata={"format": "pt"})
+        if config is not None:
+            (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -529,6 +529,8 @@ WRONG_TENSORS = [
         None,
         r"lin0 has factors \[2, 5\] and \[10, 2\], which do not fit 'lin0/kernel' of shape \[6, 10\]",
     ),
+    (lambda t: t | {B: np.concatenate([t[B], t[B]])}, None, r"lin0 has factors \[2, 6\] and \[20, 2\]"),
+    (lambda t: t | {B: t[B][:9]}, None, r"lin0 has factors \[2, 6\] and \[9, 2\]"),
     (lambda t: t | {A: t[A].astype(np.int32)}, None, "is of int32, expected a floating dtype"),
     (lambda t: t | {A: t[A][None]}, None, "of no common rank"),
     (
