@@ -5,25 +5,32 @@ lora-jax verify runs/sentiment/peft --base MiniLM-L6
 lora-jax merge MiniLM-L6 runs/sentiment/peft merged
 lora-jax convert runs/llama/adapters for-vllm --to vllm --key-map llama
 lora-jax compose both style:0.7 facts:-0.3
+lora-jax plan SmolLM2-135M --modules ".*self_attn.*" --rank 16
+lora-jax diff base tuned adapters --energy 0.95
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import checkpoint, key_maps
 from lora_jax.adapters.lora import LoraAdapter
+from lora_jax.axes import KernelAxes
 from lora_jax.compose import combine
 from lora_jax.errors import LoraError
-from lora_jax.export import check_checkpoint, merge_checkpoint
-from lora_jax.keymap import KeyMap
+from lora_jax.export import Tensor, check_checkpoint, merge_checkpoint, read_tensors
+from lora_jax.extract import low_rank
+from lora_jax.keymap import Entry, KeyMap
+from lora_jax.paths import nearest
 from lora_jax.peft import CONFIG, load_by_module, save_peft, torch_factors_of_folder
 from lora_jax.spectrum import Spectrum, spectrum
-from lora_jax.table import format_table
+from lora_jax.table import count, format_table, size
 
 try:
     import tyro
@@ -191,6 +198,124 @@ def compose(output: Place, parts: Annotated[tuple[str, ...], tyro.conf.Positiona
     return 0
 
 
+def plan(base: Place, /, modules: str, rank: int = 8, json: bool = False) -> int:
+    """What adapters for some modules of a model would be: parameters, memory, and FLOPs for each token.
+
+    Example: lora-jax plan SmolLM2-135M --modules ".*self_attn.*" --rank 16
+
+    Args:
+        base: a folder with model.safetensors, or an index and its shards. Only the headers are read.
+        modules: a regular expression for whole names of modules, as model.layers.0.self_attn.q_proj.
+        rank: of the adapters.
+        json: print JSON in the table's place.
+    """
+    places = read_tensors(base).places
+    rows: list[dict[str, Any]] = []
+    for module in _modules(base, places, modules):
+        shape = places[f"{module}.weight"].shape
+        if rank > min(shape):
+            raise LoraError(
+                f"{module} of shape {list(shape)}: rank {rank} is above {min(shape)}, give it at most that."
+            )
+        rows.append(
+            {"module": module, "shape": list(shape), "parameters": rank * sum(shape), "flops": 2 * rank * sum(shape)}
+        )
+    if json:
+        _print_json(rows)
+        return 0
+    cells = [
+        [r["module"], r["shape"], f"{r['parameters']:,}", size(4 * r["parameters"]), count(r["flops"])] for r in rows
+    ]
+    print(format_table(["module", "shape", "parameters", "bytes", "FLOPs a token"], cells, right=3))
+    total, whole = sum(r["parameters"] for r in rows), sum(int(np.prod(place.shape)) for place in places.values())
+    print(
+        f"{len(rows)} modules: {total:,} parameters beside {whole:,} ({total / (total + whole):.2%}), "
+        f"{size(4 * total)}."
+    )
+    return 0
+
+
+def diff(
+    before: Place,
+    after: Place,
+    output: Place,
+    /,
+    rank: int | None = None,
+    energy: float | None = None,
+    modules: str = r".*",
+    rest: bool = False,
+) -> int:
+    """Extract adapters from two versions of a model: those nearest to the change of each module.
+
+    Example: lora-jax diff base tuned adapters --rank 16
+
+    Args:
+        before: a folder with safetensors.
+        after: the same model with other weights.
+        output: a new folder of HF PEFT.
+        rank: of the adapters.
+        energy: or the share of each change's squared norm to hold, such as 0.95, with as small a rank as that takes.
+        modules: a regular expression for whole names of the modules that get adapters, if they changed.
+        rest: go on though other tensors changed too, which the adapters then lack.
+    """
+    _refuse_to_replace(output)
+    old, new = read_tensors(before), read_tensors(after)
+    if list(old) != list(new) and sorted(old) != sorted(new):
+        other = sorted(set(old) ^ set(new))[0]
+        raise LoraError(f"only one of {before} and {after} has {other!r}: they are not versions of one model.")
+    kind = "conv1d" if _model_type(before) == "gpt2" else "linear"
+    chosen = dict.fromkeys(_modules(before, old.places, modules))
+    entries, adapters, rows, left = [], {}, [], []
+    for name in old:
+        w0, w1 = (np.asarray(tensors[name], np.float32) for tensors in (old, new))
+        if w0.shape != w1.shape:
+            raise LoraError(f"{name!r} has shape {list(w0.shape)} in {before}, and {list(w1.shape)} in {after}.")
+        if np.array_equal(w0, w1):
+            continue
+        module = name.removesuffix(".weight")
+        if module not in chosen:
+            left.append(name)
+            continue
+        change = w1 - w0 if kind == "conv1d" else (w1 - w0).T
+        a, b, share = low_rank(change, rank, energy)
+        entries.append(Entry(module, module, "in out", kind))
+        adapters[module] = LoraAdapter(jnp.asarray(a), jnp.asarray(b), KernelAxes((), (0,), (1,)), 1.0)
+        rows.append([module, list(w0.shape), a.shape[1], f"{share:.2%}"])
+    if left and not rest:
+        raise LoraError(f"{len(left)} other tensors changed too, {left[0]!r} first. To go on without them: --rest.")
+    if not adapters:
+        raise LoraError(f"no module that {modules!r} matches has changed.")
+    save_peft(output, adapters, KeyMap(*entries))
+    print(format_table(["module", "shape", "rank", "of the change"], rows, right=2))
+    print(f"{len(adapters)} adapters written to {output}.")
+    return 0
+
+
+def _modules(base: Path, places: Mapping[str, Tensor], pattern: str) -> list[str]:
+    """The modules with a matrix whose whole name matches."""
+    try:
+        matches = re.compile(pattern).fullmatch
+    except re.error as error:
+        raise LoraError(f"{pattern!r} is no regular expression: {error}.") from error
+    matrices = [name.removesuffix(".weight") for name, place in places.items()
+                if name.endswith(".weight") and len(place.shape) == 2]  # fmt: skip
+    found = [module for module in matrices if matches(module)]
+    if not found:
+        raise LoraError(
+            f"{pattern!r} matches no module of {base} with a matrix; a pattern stands for a whole name, and the "
+            f"nearest are {', '.join(nearest(pattern, matrices, n=3)) or 'none'}."
+        )
+    return found
+
+
+def _model_type(base: Path) -> Any:
+    try:
+        facts = json.loads((base / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None  # a folder of weights alone: linear, as most are
+    return facts.get("model_type") if isinstance(facts, dict) else None
+
+
 def _refuse_to_replace(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise LoraError(f"{output} exists and is not empty; it is left as it is. Give another folder.")
@@ -284,6 +409,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "merge": merge,
     "convert": convert,
     "compose": compose,
+    "plan": plan,
+    "diff": diff,
 }
 
 

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -113,6 +113,36 @@ def _checked(
         changes = _changes(adapters, key_map, params)
     _check(source, tensors, changes, whole)
     return tensors, files, changes, whole
+
+
+def read_tensors(source: Path) -> "Tensors":
+    """The tensors of a model's folder, each read when it is asked for.
+
+    Raises:
+        LoraError: as `merge_checkpoint`.
+    """
+    return Tensors(source, _tensors(source.absolute())[0])
+
+
+class Tensors(Mapping[str, Array]):
+    """`{name: tensor}` in the order of the files."""
+
+    def __init__(self, source: Path, places: Mapping[str, Tensor]) -> None:
+        self._source, self.places = source, places
+
+    def __getitem__(self, name: str) -> Array:
+        place = self.places[name]
+        if place.dtype not in DTYPES:
+            raise LoraError(f"{name!r} is of {place.dtype} in {self._source}, expected one of {', '.join(DTYPES)}.")
+        with (self._source / place.file).open("rb") as file:
+            file.seek(place.start)
+            return np.frombuffer(file.read(place.size), DTYPES[place.dtype]).reshape(place.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 # What is added --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from test_peft import DATA, MLP, assert_same_tensors, case, stacked, tensors_of
 
 import lora_jax as lora
 from lora_jax.cli import main
+from lora_jax.extract import low_rank
 from lora_jax.peft import load_by_module
 from lora_jax.spectrum import spectrum
 
@@ -181,3 +183,80 @@ def test_as_a_program():
     assert "Example: lora-jax merge MiniLM-L6 runs/sentiment/peft merged" in done.stdout
     assert subprocess.run([program, "nothing"], capture_output=True).returncode == 2
     assert subprocess.run([program, "inspect", "nowhere"], capture_output=True).returncode == 1
+
+
+# Planning, and extracting ---------------------------------------------------------------------------------------------
+
+
+def test_plan(capsys, tmp_path):
+    published(tmp_path / "base", "llama", shards=2)
+    code, out, _ = run(capsys, "plan", tmp_path / "base", "--modules", ".*self_attn.[qv]_proj", "--rank", "4")
+    assert code == 0
+    assert len(out.splitlines()) == 2 + 4 + 1
+    assert re.search(r"model.layers.0.self_attn.v_proj +\[8, 16\] +96 +384 B +192", out)
+    assert out.splitlines()[-1].startswith("4 modules: 448 parameters beside ")
+    rows = json.loads(run(capsys, "plan", tmp_path / "base", "--modules", ".*q_proj", "--json")[1])
+    assert [row["flops"] for row in rows] == [2 * 8 * 32] * 2
+    for arguments, says in [
+        (["--modules", "q_proj"], "'q_proj' matches no module of .* with a matrix; .* the nearest are .*q_proj"),
+        (["--modules", "("], r"'\(' is no regular expression"),
+        (["--modules", ".*v_proj", "--rank", "9"], r"v_proj of shape \[8, 16\]: rank 9 is above 8"),
+    ]:
+        code, _, err = run(capsys, "plan", tmp_path / "base", *arguments)
+        assert code == 1
+        assert re.search(says, err)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "rslora_patterns"])
+def test_diff(name, capsys, tmp_path):
+    """What was merged comes out again: of the rank that it had, and with the same effect."""
+    published(tmp_path / "base", name)
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "gpt2"} if name == "gpt2" else {}))
+    lora.merge_checkpoint(tmp_path / "base", tmp_path / "tuned", DATA / name)
+    code, *_ = run(capsys, "diff", tmp_path / "base", tmp_path / "tuned", tmp_path / "out", "--energy", "0.999999")
+    assert code == 0
+    before, after = load_by_module(DATA / name)[0], load_by_module(tmp_path / "out")[0]
+    assert before.keys() == after.keys()
+    for module, adapter in before.items():
+        assert after[module].a.shape == adapter.a.shape
+        change, again = (np.asarray(x.a) @ np.asarray(x.b) * x.scale for x in (adapter, after[module]))
+        np.testing.assert_allclose(again, change, atol=1e-5)
+    lora.merge_checkpoint(tmp_path / "base", tmp_path / "again", tmp_path / "out")
+    tuned, again = tensors_in(tmp_path / "tuned"), tensors_in(tmp_path / "again")
+    assert tuned.keys() == again.keys()
+    for key, tensor in tuned.items():
+        np.testing.assert_allclose(again[key], tensor, atol=1e-5)
+
+
+def test_diff_of_less_than_all(capsys, tmp_path):
+    published(tmp_path / "base", "lora")
+    lora.merge_checkpoint(tmp_path / "base", tmp_path / "tuned", DATA / "lora")  # also changes the head
+    arguments = ["diff", tmp_path / "base", tmp_path / "tuned", tmp_path / "out", "--modules", "lin."]
+    code, _, err = run(capsys, *arguments, "--rank", "1")
+    assert code == 1
+    assert "2 other tensors changed too, 'head." in err
+    assert "give one of them" in run(capsys, *arguments, "--rest")[2]
+    code, out, _ = run(capsys, *arguments, "--rank", "1", "--rest")
+    assert code == 0
+    assert sorted(line.split()[0] for line in out.splitlines()[2:4]) == ["lin0", "lin1"]
+    code, _, err = run(capsys, "diff", tmp_path / "base", tmp_path / "base", tmp_path / "none", "--rank", "1")
+    assert code == 1
+    assert "no module that '.*' matches has changed" in err
+
+
+def test_the_nearest_of_a_rank():
+    """Against the singular values, and with the smallest rank for a share."""
+    change = np.random.default_rng(0).normal(size=(7, 5))
+    values = np.linalg.svd(change, compute_uv=False)
+    for rank in (1, 3, 5, 9):
+        a, b, share = low_rank(change, rank)
+        np.testing.assert_allclose(np.linalg.norm(change - a @ b) ** 2, (values[rank:] ** 2).sum(), atol=1e-6)
+        np.testing.assert_allclose(share, (values[:rank] ** 2).sum() / (values**2).sum(), rtol=1e-12)
+    for count in range(1, 6):
+        energy = (values[:count] ** 2).sum() / (values**2).sum()
+        assert low_rank(change, energy=energy)[0].shape == (7, count)
+    for wrong, says in [({"rank": 0}, "expected at least 1"), ({"energy": 1.5}, "above 0 and at most 1")]:
+        with pytest.raises(lora.LoraError, match=says):
+            low_rank(change, **wrong)
+    with pytest.raises(lora.LoraError, match="holds a NaN"):
+        low_rank(change * np.nan, 1)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from random import Random
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from test_peft import DATA, MLP, SPLIT, edit_config
 
 import lora_jax as lora
 from lora_jax import key_maps
+from lora_jax.export import read_tensors
 
 METADATA = {"format": "pt", "made": "by hand"}
 
@@ -195,6 +197,35 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("lora_jax.export._merge", fail)
     with pytest.raises(OSError, match="No space left"):
         lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / "lora")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def mutated(random, content):
+    content = bytearray(content)
+    if random.random() < 0.3:
+        return bytes(content[: random.randrange(len(content))])
+    for _ in range(random.randrange(1, 4)):
+        content[random.randrange(min(len(content), 900))] = random.randrange(256)  # mostly in the header
+    return bytes(content)
+
+
+@pytest.mark.parametrize("cases", [200, pytest.param(4000, marks=pytest.mark.slow)])
+def test_mutated_sources(cases, tmp_path):
+    """An index or a shard with some bytes changed: read as it is, or refused; and no file but these is touched."""
+    published(tmp_path / "in", "lora", shards=2)
+    paths = [path for path in sorted((tmp_path / "in").iterdir()) if path.suffix in (".json", ".safetensors")]
+    originals, random, ends = [path.read_bytes() for path in paths], Random(cases), [0, 0]
+    for _ in range(cases):
+        i = random.randrange(len(paths))
+        paths[i].write_bytes(mutated(random, originals[i]))
+        try:
+            for tensor in read_tensors(tmp_path / "in").values():
+                assert tensor.size >= 0
+            ends[0] += 1
+        except lora.LoraError:
+            ends[1] += 1
+        paths[i].write_bytes(originals[i])
+    assert min(ends) > cases / 20
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
