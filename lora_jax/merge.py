@@ -1,5 +1,6 @@
 """Adapters into weights: the end of training, at no cost at inference."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,34 +8,59 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.base import Adapter
+from lora_jax.errors import LoraError
 from lora_jax.lowrank import accumulator
 from lora_jax.paths import flatten_with_names
 from lora_jax.transform import check_adapters
 
 
-def merge(params: Any, adapters: Mapping[str, Adapter]) -> Any:
+def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False) -> Any:
     """W -> W' for each adapted weight: the same tree, dtypes and shardings, for the unchanged function.
 
     Computed in fp32 (or better) and cast once to W's dtype. `params` are left as they are: keep them, and there is
     no need to ever take a merge back, which rounding makes inexact.
 
+    Args:
+        donate: each merged weight takes the memory of the weight itself, one after the other on its own devices: for
+            models of which there is no room for two. The adapted leaves of `params` are gone afterwards.
+
     Raises:
-        LoraError: an adapter has no weight, or does not fit it.
+        LoraError: an adapter has no weight, or does not fit it; `donate` of what is no array on a device.
     """
     names, leaves, treedef = flatten_with_names(params)
     check_adapters(adapters, names, leaves)
+    change = _merge_in_place if donate else _merge
+    for name, leaf in zip(names, leaves, strict=True):
+        if donate and name in adapters and not (isinstance(leaf, jax.Array) and _concrete(leaf)):
+            raise LoraError(
+                f"merge(donate=True) takes the memory of arrays on devices, but {name!r} is a {type(leaf).__name__}: "
+                "leave donate out."
+            )
     merged = [
-        _merge(leaf, adapters[name]) if name in adapters else leaf for name, leaf in zip(names, leaves, strict=True)
+        change(leaf, adapters[name]) if name in adapters else leaf for name, leaf in zip(names, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, merged)
 
 
 def _merge(leaf: Any, adapter: Adapter) -> jax.Array:
     w = jnp.asarray(leaf)  # numpy's float64 is JAX's default float, as it would be in the function itself
-    merged = adapter.merge(w.astype(accumulator(w.dtype))).astype(w.dtype)
+    merged = _merged(w, adapter)
     if _concrete(w) and _concrete(merged) and merged.sharding != w.sharding:
         return jax.device_put(merged, w.sharding)
     return merged
+
+
+def _merged(w: jax.Array, adapter: Adapter) -> jax.Array:
+    return adapter.merge(w.astype(accumulator(w.dtype))).astype(w.dtype)
+
+
+def _merge_in_place(w: jax.Array, adapter: Adapter) -> jax.Array:
+    return _in_place(w.sharding)(w, adapter)
+
+
+@functools.cache
+def _in_place(sharding: jax.sharding.Sharding) -> Any:
+    return jax.jit(_merged, donate_argnums=0, out_shardings=sharding)
 
 
 def _concrete(array: jax.Array) -> bool:

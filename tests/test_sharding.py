@@ -16,6 +16,8 @@ from placements import PLACEMENTS, batch, params, plan
 
 import lora_jax as lora
 from lora_jax import LoraError
+from lora_jax.merge import _in_place
+from lora_jax.paths import flatten_with_names
 from lora_jax.spread import Spread, add_up, spread
 
 PLACED = next(p for p in PLACEMENTS if p.name == "data, fsdp and tensor")
@@ -197,6 +199,33 @@ def test_merged_weights_stay_on_their_shards():
     p = PLACED.params(make_mesh())
     merged = lora.merge(p, lora.init(jax.random.key(0), p, plan()))
     assert jax.tree.map(lambda a: a.sharding, merged) == jax.tree.map(lambda a: a.sharding, p)
+
+
+def test_merged_weights_take_the_place_of_the_weights():
+    """On their own shards, and in their own memory: what is adapted is gone, the rest is as it was."""
+    p = PLACED.params(make_mesh())
+    adapters = lora.init(jax.random.key(0), p, plan())
+    adapters = jax.tree.map(lambda a: a + jax.random.normal(jax.random.key(1), a.shape, a.dtype), adapters)
+    expected, leaves = lora.merge(p, adapters), dict(zip(*flatten_with_names(p)[:2], strict=True))
+    places = jax.tree.map(lambda a: a.sharding, p)
+    for path, adapter in adapters.items():
+        compiled = _in_place(leaves[path].sharding).lower(leaves[path], adapter).compile()
+        assert compiled.memory_analysis().alias_size_in_bytes == leaves[path].addressable_shards[0].data.nbytes
+    found = lora.merge(p, adapters, donate=True)
+    assert {path for path, leaf in leaves.items() if leaf.is_deleted()} == set(adapters)
+    assert jax.tree.map(lambda a: a.sharding, found) == places
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_on_no_device_has_no_memory_to_give():
+    p = jax.tree.map(np.asarray, PLACED.params(make_mesh()))
+    adapters = lora.init(jax.random.key(0), p, plan())
+    with pytest.raises(
+        lora.LoraError, match=r"merge\(donate=True\) takes the memory .* is a ndarray: leave donate out"
+    ):
+        lora.merge(p, adapters, donate=True)
 
 
 # Batches --------------------------------------------------------------------------------------------------------------
