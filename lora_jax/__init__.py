@@ -18,7 +18,7 @@ from lora_jax.models import from_nnx as from_nnx
 from lora_jax.optim import freeze_base as freeze_base
 from lora_jax.optim import trainable_mask as trainable_mask
 from lora_jax.peft import load_peft as load_peft
-from lora_jax.peft import save_peft as save_peft
+from lora_jax.peft_save import save_peft as save_peft
 from lora_jax.plan import Plan as Plan
 from lora_jax.plan import plan as plan
 from lora_jax.resume import Checkpoints as Checkpoints

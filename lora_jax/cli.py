@@ -28,7 +28,8 @@ from lora_jax.export import Tensor, check_checkpoint, merge_checkpoint, read_ten
 from lora_jax.extract import low_rank
 from lora_jax.keymap import Entry, KeyMap
 from lora_jax.paths import nearest
-from lora_jax.peft import CONFIG, load_by_module, save_peft, torch_factors_of_folder
+from lora_jax.peft import CONFIG, load_by_module, torch_factors_of_folder
+from lora_jax.peft_save import save_peft
 from lora_jax.spectrum import Spectrum, spectrum
 from lora_jax.table import count, format_table, size
 

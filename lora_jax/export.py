@@ -22,12 +22,13 @@ from lora_jax.errors import LoraError
 from lora_jax.folders import written
 from lora_jax.keymap import KINDS, Array, KeyMap
 from lora_jax.paths import nearest
-from lora_jax.peft import torch_factors, torch_factors_of_folder
+from lora_jax.peft import torch_factors_of_folder
+from lora_jax.peft_save import torch_factors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-CHUNK = 2**21  # entries of a tensor at a time: they fit into a CPU's cache
+CHUNK = 2**20  # entries of a tensor at a time: they fit into a CPU's cache
 BLOCK = 2**24  # bytes at a time of what is only copied
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors"}  # are not copied
 
@@ -209,7 +210,7 @@ def _indexed(path: Path) -> list[str]:
 
 def _header(path: Path) -> dict[str, Tensor]:
     """Where the tensors of a file are. `safetensors` checks that they lie beside one another in the file."""
-    from safetensors import SafetensorError, safe_open
+    from lora_jax._safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "np"):
@@ -307,7 +308,7 @@ def _merge(old: BinaryIO, out: BinaryIO, tensor: Tensor, factors: list[tuple[Arr
 
     for left, right in factors:
         changed += _squared_norm(left, right)
-        rows = max(1, CHUNK // right.shape[1])
+        rows = _rows(left.shape[0], CHUNK // right.shape[1])
         for start in range(0, left.shape[0], rows):
             part = left[start : start + rows]
             count = part.shape[0] * right.shape[1]
@@ -316,6 +317,12 @@ def _merge(old: BinaryIO, out: BinaryIO, tensor: Tensor, factors: list[tuple[Arr
             lost += write(1)
     lost += write(0)
     return math.sqrt(lost / changed) if changed else 0.0
+
+
+def _rows(n: int, most: int) -> int:
+    """How many of n rows at a time: a divisor if there is a large one, so that one program serves all parts."""
+    most = max(1, min(n, most))
+    return next((rows for rows in range(most, most // 2, -1) if n % rows == 0), most)
 
 
 @jax.jit

@@ -581,6 +581,15 @@ def test_wrong_files(tmp_path):
         lora.load_peft(folder, params, MLP)
 
 
+def test_without_safetensors(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.delitem(sys.modules, "lora_jax._safetensors", raising=False)
+    with pytest.raises(
+        lora.LoraError, match=r"need safetensors, which is not installed: pip install 'lora_jax\[peft\]'"
+    ):
+        lora.load_peft(DATA / "lora", case("lora")[0], MLP)
+
+
 def test_what_cannot_be_saved(tmp_path):
     adapters, _ = lora.load_peft(DATA / "lora", case("lora")[0], MLP)
     with pytest.raises(
@@ -616,7 +625,7 @@ def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("safetensors.numpy.save_file", fail)
+    monkeypatch.setattr("lora_jax._safetensors.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         lora.save_peft(tmp_path / "out", adapters, MLP)
     monkeypatch.undo()
