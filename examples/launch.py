@@ -166,8 +166,11 @@ class Job:
                 for worker in workers:
                     worker.send(signal.SIGTERM if passed_on == 1 else signal.SIGKILL)
             if first is None and (failed := [worker for worker in workers if worker.has_failed()]):
-                [first, *_] = failed
-                first.say_why()
+                # One that dies takes others with it, within the same moment: what was killed from outside came first.
+                failed.sort(key=lambda worker: worker.process.returncode not in (-signal.SIGKILL, -signal.SIGTERM))
+                first = failed[0]
+                for worker in failed:
+                    worker.say_why()
                 failed_at = time.monotonic()
                 deadline = failed_at + self.options.grace_seconds
             if time.monotonic() > deadline:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import checkpoint, key_maps
+from lora_jax.adapters.base import Adapter
 from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.axes import KernelAxes
 from lora_jax.compose import combine
@@ -144,6 +145,7 @@ def convert(
     key_map: Literal["bert", "gpt2", "llama", "gemma", "vit", "vit_4", "t5"] | None = None,
     stacked: bool = False,
     prefix: str = "",
+    json: bool = False,
 ) -> int:
     """Write adapters in another format.
 
@@ -157,6 +159,7 @@ def convert(
         key_map: for adapters of lora_jax.checkpoint.save: the table from their paths to torch's modules.
         stacked: their layers are stacked along a first axis.
         prefix: what torch's names begin with beyond those of the table, such as "bert.".
+        json: print JSON in the text's place.
     """
     _refuse_to_replace(output)
     if (adapters / CONFIG).exists():
@@ -171,11 +174,10 @@ def convert(
         checkpoint.save(output, found, others)
     else:
         save_peft(output, found, table, others=others, profile=to)
-    print(f"{len(found)} adapters written to {output}.")
-    return 0
+    return _say_written(output, {path: _rank(adapter) for path, adapter in found.items()}, json)
 
 
-def compose(output: Place, parts: Annotated[tuple[str, ...], tyro.conf.Positional], /) -> int:
+def compose(output: Place, parts: Annotated[tuple[str, ...], tyro.conf.Positional], /, json: bool = False) -> int:
     """Write the weighted sum of adapters of HF PEFT, exactly: its rank is the sum of their ranks.
 
     Example: lora-jax compose both style:0.7 facts:-0.3
@@ -183,6 +185,7 @@ def compose(output: Place, parts: Annotated[tuple[str, ...], tyro.conf.Positiona
     Args:
         output: a new folder of HF PEFT.
         parts: folders of HF PEFT, each with ":" and its weight, or with the weight 1.
+        json: print JSON in the text's place.
     """
     _refuse_to_replace(output)
     sums, table = [], KeyMap()
@@ -195,7 +198,18 @@ def compose(output: Place, parts: Annotated[tuple[str, ...], tyro.conf.Positiona
         table += own
     combined = combine(sums)
     save_peft(output, combined, table)
-    print(f"{len(combined)} adapters written to {output}.")
+    return _say_written(output, {path: _rank(adapter) for path, adapter in combined.items()}, json)
+
+
+def _rank(adapter: Adapter) -> int | None:
+    return adapter.a.shape[-1] if isinstance(adapter, LoraAdapter) else None
+
+
+def _say_written(output: Path, ranks: Mapping[str, int | None], as_json: bool) -> int:
+    if as_json:
+        _print_json({"output": str(output), "ranks": ranks})
+    else:
+        print(f"{len(ranks)} adapters written to {output}.")
     return 0
 
 
@@ -245,6 +259,7 @@ def diff(
     energy: float | None = None,
     modules: str = r".*",
     rest: bool = False,
+    json: bool = False,
 ) -> int:
     """Extract adapters from two versions of a model: those nearest to the change of each module.
 
@@ -258,6 +273,7 @@ def diff(
         energy: or the share of each change's squared norm to hold, such as 0.95, with as small a rank as that takes.
         modules: a regular expression for whole names of the modules that get adapters, if they changed.
         rest: go on though other tensors changed too, which the adapters then lack.
+        json: print JSON in the table's place.
     """
     _refuse_to_replace(output)
     old, new = read_tensors(before), read_tensors(after)
@@ -287,9 +303,9 @@ def diff(
     if not adapters:
         raise LoraError(f"no module that {modules!r} matches has changed.")
     save_peft(output, adapters, KeyMap(*entries))
-    print(format_table(["module", "shape", "rank", "of the change"], rows, right=2))
-    print(f"{len(adapters)} adapters written to {output}.")
-    return 0
+    if not json:
+        print(format_table(["module", "shape", "rank", "of the change"], rows, right=2))
+    return _say_written(output, {path: _rank(adapter) for path, adapter in adapters.items()}, json)
 
 
 def _modules(base: Path, places: Mapping[str, Tensor], pattern: str) -> list[str]:

@@ -35,7 +35,8 @@ def save_peft(
     """Write adapters as a folder that HF PEFT reads, and whatever reads its files.
 
     The folder is written under a hidden name and renamed when it is complete. Of several processes one calls it, with
-    arrays that it holds whole.
+    arrays that it holds whole. An adapter of a table that the program also uses as its head is written for the
+    embedding alone: merge it for torch models that tie the two.
 
     Args:
         folder: where; replaced if it holds such adapters.

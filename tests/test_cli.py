@@ -105,6 +105,8 @@ def test_convert(name, capsys, tmp_path):
     """From PEFT to PEFT, and to orbax by module names; the same tensors."""
     run(capsys, "convert", DATA / name, tmp_path / "again")
     assert_same_tensors(tensors_of(tmp_path / "again"), tensors_of(DATA / name))
+    code, out, _ = run(capsys, "convert", DATA / name, tmp_path / "json", "--json")
+    assert (code, set(json.loads(out)["ranks"].values())) == (0, {2})
     code, out, _ = run(capsys, "convert", DATA / name, tmp_path / "orbax", "--to", "orbax")
     assert code == 0
     assert out.endswith(f"adapters written to {tmp_path / 'orbax'}.\n")
