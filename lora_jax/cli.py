@@ -27,6 +27,7 @@ from lora_jax.compose import combine
 from lora_jax.errors import LoraError
 from lora_jax.export import Tensor, check_checkpoint, merge_checkpoint, read_tensors
 from lora_jax.extract import low_rank
+from lora_jax.folders import refuse_to_replace
 from lora_jax.keymap import Entry, KeyMap
 from lora_jax.paths import nearest
 from lora_jax.peft import CONFIG, load_by_module, torch_factors_of_folder
@@ -161,7 +162,7 @@ def convert(
         prefix: what torch's names begin with beyond those of the table, such as "bert.".
         json: print JSON in the text's place.
     """
-    _refuse_to_replace(output)
+    refuse_to_replace(output)
     if (adapters / CONFIG).exists():
         found, others, table = load_by_module(adapters)
     else:
@@ -187,7 +188,7 @@ def compose(output: Place, parts: Annotated[tuple[str, ...], tyro.conf.Positiona
         parts: folders of HF PEFT, each with ":" and its weight, or with the weight 1.
         json: print JSON in the text's place.
     """
-    _refuse_to_replace(output)
+    refuse_to_replace(output)
     sums, table = [], KeyMap()
     for part in parts:
         folder, weight = _weighted(part)
@@ -275,7 +276,7 @@ def diff(
         rest: go on though other tensors changed too, which the adapters then lack.
         json: print JSON in the table's place.
     """
-    _refuse_to_replace(output)
+    refuse_to_replace(output)
     old, new = read_tensors(before), read_tensors(after)
     if list(old) != list(new) and sorted(old) != sorted(new):
         other = sorted(set(old) ^ set(new))[0]
@@ -331,11 +332,6 @@ def _model_type(base: Path) -> Any:
     except (OSError, ValueError, RecursionError):
         return None  # a folder of weights alone: linear, as most are
     return facts.get("model_type") if isinstance(facts, dict) else None
-
-
-def _refuse_to_replace(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise LoraError(f"{output} exists and is not empty; it is left as it is. Give another folder.")
 
 
 def _weighted(part: str) -> tuple[Path, float]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from lora_jax.adapters.base import Adapter
 from lora_jax.errors import LoraError
-from lora_jax.folders import written
+from lora_jax.folders import refuse_to_replace, written
 from lora_jax.keymap import KINDS, Array, KeyMap
 from lora_jax.paths import nearest
 from lora_jax.peft import torch_factors_of_folder
@@ -79,8 +79,7 @@ def merge_checkpoint(
             quantised; the target exists. Nothing is written.
     """
     source, target = Path(source).absolute(), Path(target).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise LoraError(f"{target} exists and is not empty; it is left as it is. Give another folder.")
+    refuse_to_replace(target)
     tensors, files, changes, whole = _checked(source, adapters, key_map, params)
     with written(target) as new:
         for path in sorted(source.iterdir()):
@@ -152,7 +151,7 @@ class Tensors(Mapping[str, Array]):
 def _changes(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any) -> dict[str, Change]:
     factors, placed = torch_factors(adapters, key_map, params)
     return {
-        name + KINDS[placed[name].entry.kind][1]: _change(placed[name].entry.kind, a, b, scale, placed[name].experts)
+        name + placed[name].entry.suffix: _change(placed[name].entry.kind, a, b, scale, placed[name].experts)
         for name, (a, b, scale) in factors.items()
     }
 

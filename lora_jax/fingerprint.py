@@ -98,7 +98,7 @@ def _sample(leaf: Any) -> np.ndarray[Any, Any]:
         for axis, (n, step) in enumerate(_steps(leaf.shape)):
             picked = np.take(picked, np.arange(0, n, step), axis=axis)
         return _bytes(picked)
-    array = _data(leaf)
+    array = plain_data(leaf)
     out = np.zeros([-(-n // step) for n, step in _steps(array.shape)], array.dtype)
     for shard in array.addressable_shards:
         if shard.replica_id != 0:
@@ -134,7 +134,7 @@ def _checksum(leaf: jax.Array) -> np.ndarray[Any, Any]:
 
     Of an array that is spread over hosts, the sum of those words that this host is the first to hold.
     """
-    array = _data(leaf)
+    array = plain_data(leaf)
     if array.is_fully_addressable:
         return _sum_of_words(np.asarray(array), [0] * array.ndim, array.shape)
     total = np.zeros(1, np.uint32)
@@ -157,7 +157,8 @@ def _sum_of_words(part: np.ndarray[Any, Any], starts: Sequence[int], shape: tupl
     return np.sum(words * factor, dtype=np.uint32).reshape(1)
 
 
-def _data(leaf: jax.Array) -> jax.Array:
+def plain_data(leaf: jax.Array) -> jax.Array:
+    """The array itself; of a random key its data."""
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from lora_jax.errors import LoraError
+
 
 def hidden(folder: Path, state: str) -> Path:
     """The name beside a folder under which it is written ("new"), or was kept while it was replaced ("old")."""
@@ -24,6 +26,12 @@ def written(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         raise
     replace(folder)
+
+
+def refuse_to_replace(folder: Path) -> None:
+    """Raise if anything is there already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise LoraError(f"{folder} exists and is not empty; it is left as it is. Give another folder.")
 
 
 def replace(folder: Path) -> None:

@@ -64,9 +64,13 @@ class Entry:
             )
 
     @property
-    def tensor(self) -> str:
-        """The name of the weight itself, with its placeholders."""
-        return self.name + KINDS[self.kind][1]
+    def suffix(self) -> str:
+        """What the name of the weight itself has beyond that of the module."""
+        return KINDS[self.kind][1]
+
+    @property
+    def is_of_experts(self) -> bool:
+        return self.kind.startswith("experts")
 
     def words(self, ndim: int) -> tuple[str, ...] | None:
         """What each of so many axes is; None if there cannot be so many."""
@@ -215,7 +219,7 @@ class Placed(NamedTuple):
         return tuple(self.words[i] for i in kept), tuple(self.shape[i] for i in kept)
 
     def tensors(self) -> dict[tuple[int, ...], str]:
-        return {index: name + KINDS[self.entry.kind][1] for index, name in self.names.items()}
+        return {index: name + self.entry.suffix for index, name in self.names.items()}
 
     @property
     def experts(self) -> int:
@@ -244,7 +248,7 @@ class Placed(NamedTuple):
         words, sizes = self.inner()
         inputs, n = self._inputs_in_torch(), self.outputs
         experts = tuple(size for word, size in zip(words, sizes, strict=True) if word == "expert")
-        count = math.prod(experts)
+        count = self.experts
         rank = a.shape[0] // count
         expected = (rank * count, *_flat([words[i] for i in inputs], [sizes[i] for i in inputs]))
         fits = b.shape[0] == n if self.entry.part is None else b.shape[0] >= start + n

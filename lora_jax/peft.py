@@ -20,7 +20,7 @@ from lora_jax.axes import KernelAxes
 from lora_jax.errors import LoraError
 from lora_jax.keymap import Array, Entry, KeyMap, Placed
 from lora_jax.paths import flatten_with_names, nearest
-from lora_jax.peft_config import Config, read_config
+from lora_jax.peft_config import Config, read_config, short
 from lora_jax.plan import Plan
 
 PREFIX = "base_model.model."
@@ -87,12 +87,12 @@ def _read(path: Path) -> dict[str, Array]:
         raise LoraError(f"{path} cannot be read: {str(error)[:200]}.") from error
     foreign = next((name for name in tensors if not name.startswith(PREFIX)), None)
     if foreign is not None:
-        raise LoraError(f"{path} holds {_short(foreign)}, expected names that begin with {PREFIX!r}.")
+        raise LoraError(f"{path} holds {short(foreign)}, expected names that begin with {PREFIX!r}.")
     for name, tensor in tensors.items():
         if len(name) > LONGEST:
             raise LoraError(f"{path} holds a name of {len(name):,} characters, expected at most {LONGEST}.")
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise LoraError(f"{path}: {_short(name)} is of {tensor.dtype}, expected a floating dtype.")
+            raise LoraError(f"{path}: {short(name)} is of {tensor.dtype}, expected a floating dtype.")
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
@@ -111,19 +111,19 @@ def _sort(tensors: Mapping[str, Array], config: Config, folder: Path) -> tuple[d
         if match := _FACTOR.fullmatch(name):
             halves.setdefault(match[1], {})[match[2] or match[3]] = tensor
         elif _FOREIGN.fullmatch(name):
-            raise LoraError(f"{folder} holds {_short(name)}, of a kind of adapter that this version does not have.")
+            raise LoraError(f"{folder} holds {short(name)}, of a kind of adapter that this version does not have.")
         else:
             rest[name.replace(".base_layer.", ".")] = tensor
     factors = {}
     for module, found in halves.items():
         if len(found) == 1:
             raise LoraError(
-                f"{folder} holds only the factor {next(iter(found))} of {_short(module)}, and not the other one."
+                f"{folder} holds only the factor {next(iter(found))} of {short(module)}, and not the other one."
             )
         a, b = found["A"], found["B"]
         if a.ndim < 2 or b.ndim != a.ndim or a.shape[0] != b.shape[1] or 0 in a.shape + b.shape:
             raise LoraError(
-                f"{folder}: the factors of {_short(module)} are {list(a.shape)} and {list(b.shape)}, of no common rank."
+                f"{folder}: the factors of {short(module)} are {list(a.shape)} and {list(b.shape)}, of no common rank."
             )
         factors[module] = (a, b, config.scale_of(module.replace(".base_layer", "")))
     return factors, rest
@@ -158,9 +158,7 @@ def torch_factors_of_folder(folder: Path) -> tuple[dict[str, tuple[str, Array, A
     found = {}
     for module, (a, b, scale) in factors.items():
         if a.shape[0] != config.rank_of(module):
-            raise LoraError(
-                f"{folder}: {_short(module)} has rank {a.shape[0]}, by the config {config.rank_of(module)}."
-            )
+            raise LoraError(f"{folder}: {short(module)} has rank {a.shape[0]}, by the config {config.rank_of(module)}.")
         kind = (
             "embedding" if module in tables else "conv" if a.ndim > 2 else "conv1d" if config.transposed else "linear"
         )
@@ -199,10 +197,10 @@ def _adapters(
 
 
 def _expected_scale(place: Placed, module: str, rank: int, scale: float, config: Config) -> float:
-    name = module.rpartition(".")[0] if place.entry.kind.startswith("experts") else module
+    name = module.rpartition(".")[0] if place.entry.is_of_experts else module
     if rank != config.rank_of(name):
         raise LoraError(
-            f"the factors of {_short(module)} have rank {rank}, but by the config it is {config.rank_of(name)}: the "
+            f"the factors of {short(module)} have rank {rank}, but by the config it is {config.rank_of(name)}: the "
             "two files do not belong together."
         )
     return scale
@@ -243,7 +241,7 @@ def names_in_files(placed: Mapping[str, Placed], targets: Sequence[str]) -> dict
     """
     modules: dict[str, dict[str, None]] = {}
     for place in sorted(placed.values(), key=lambda place: place.order):
-        for name in place.names.values() if place.entry.kind.startswith("experts") else ():
+        for name in place.names.values() if place.entry.is_of_experts else ():
             if any(name == target or name.endswith(f".{target}") for target in targets):
                 modules.setdefault(name.rpartition(".")[0], {})[name] = None
     return {
@@ -287,7 +285,7 @@ def _others(placed: Mapping[str, Placed], rest: Mapping[str, Array]) -> tuple[di
             continue
         missing = [name for index, name in place.tensors().items() if index not in found]
         if missing:
-            raise LoraError(f"the file holds a part of {path!r} whole, but not {_short(missing[0])}.")
+            raise LoraError(f"the file holds a part of {path!r} whole, but not {short(missing[0])}.")
         whole = np.zeros(place.shape, next(iter(found.values())).dtype)
         for index, part in found.items():
             whole[place.where(index)] = part
@@ -301,7 +299,7 @@ def _check_targets(folder: Path, config: Config, factors: Mapping[str, Factors])
     for target in config.target_modules:
         if not any(module.endswith(f".{target}") for module in modules):
             raise LoraError(
-                f"{folder} holds no factors for {_short(target)}, which its config has among target_modules: the two "
+                f"{folder} holds no factors for {short(target)}, which its config has among target_modules: the two "
                 "files do not belong together."
             )
     if not factors:
@@ -334,7 +332,7 @@ def turned(adapter: Adapter, axes: KernelAxes, path: str, whose: str) -> Adapter
 def _unmatched(folder: Path, names: Sequence[str], placed: Mapping[str, Placed], planned: bool) -> str:
     known = [name for place in placed.values() for name in (*place.names.values(), *place.tensors().values())]
     listed = "\n".join(
-        f"  {_short(name)}; nearest: {', '.join(nearest(name, known, n=2)) or 'none'}" for name in names[:8]
+        f"  {short(name)}; nearest: {', '.join(nearest(name, known, n=2)) or 'none'}" for name in names[:8]
     )
     more = f"\n  and {len(names) - 8} more" if len(names) > 8 else ""
     where = "the planned weights" if planned else "the parameters"
@@ -344,7 +342,3 @@ def _unmatched(folder: Path, names: Sequence[str], placed: Mapping[str, Placed],
         f"{listed}{more}\n"
         f'{hint}; names that only begin with something else are met by key_map.under(name="bert.").'
     )
-
-
-def _short(name: str) -> str:
-    return repr(name if len(name) <= 100 else f"{name[:97]}...")

@@ -84,7 +84,7 @@ def read_config(path: Path) -> Config:
         raise LoraError(f"{path}: peft_type is {kind!r}; this version of lora_jax reads LORA.")
     for name in sorted(facts):
         if name not in KNOWN and facts[name]:
-            raise LoraError(f"{path}: {name} is {_short(facts[name])}, which this version of lora_jax does not have.")
+            raise LoraError(f"{path}: {name} is {short(facts[name])}, which this version of lora_jax does not have.")
     targets = facts.get("target_modules")
     start = facts.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(CHANGE_THE_BASE):
@@ -124,27 +124,28 @@ def _number(path: Path, name: str, value: Any, whole: bool = False) -> Any:
     kinds = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) < LIMIT or (whole and value < 1):
         expected = "a whole number of at least 1" if whole else "a finite number of fp32"
-        raise LoraError(f"{path}: {name} is {_short(value)}, expected {expected}.")
+        raise LoraError(f"{path}: {name} is {short(value)}, expected {expected}.")
     return value
 
 
 def _pattern(path: Path, name: str, facts: Mapping[str, Any], whole: bool) -> dict[str, Any]:
     found = facts.get(name) or {}
     if not isinstance(found, dict):
-        raise LoraError(f"{path}: {name} is {_short(found)}, expected an object of patterns and numbers.")
+        raise LoraError(f"{path}: {name} is {short(found)}, expected an object of patterns and numbers.")
     for pattern in found:
         _compile(f"{path}: {name}", pattern)
-    return {pattern: _number(path, f"{name}[{_short(pattern)}]", value, whole) for pattern, value in found.items()}
+    return {pattern: _number(path, f"{name}[{short(pattern)}]", value, whole) for pattern, value in found.items()}
 
 
 def _strings(path: Path, name: str, value: Any) -> tuple[str, ...]:
     value = value or []
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise LoraError(f"{path}: {name} is {_short(value)}, expected a list of names.")
+        raise LoraError(f"{path}: {name} is {short(value)}, expected a list of names.")
     return tuple(value)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """What a file says, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
@@ -166,11 +167,11 @@ def _compile(where: str, pattern: str) -> Any:
         import re2
     except ImportError as error:
         raise LoraError(
-            f"{where} has the regular expression {_short(pattern)}, for which RE2 is needed: pip install google-re2."
+            f"{where} has the regular expression {short(pattern)}, for which RE2 is needed: pip install google-re2."
         ) from error
     options = re2.Options()
     options.log_errors = False
     try:
         return re2.compile(anchored, options)
     except re2.error as error:
-        raise LoraError(f"{where} has {_short(pattern)}, which is no regular expression of RE2: {error}.") from error
+        raise LoraError(f"{where} has {short(pattern)}, which is no regular expression of RE2: {error}.") from error

@@ -66,7 +66,7 @@ def save_peft(
         raise LoraError("there are no adapters to save.")
     factors, placed = torch_factors(adapters, key_map, params)
     if profile == "vllm":
-        if packed := [name for name, place in placed.items() if place.entry.kind.startswith("experts")]:
+        if packed := [name for name, place in placed.items() if place.entry.is_of_experts]:
             raise LoraError(
                 f"profile='vllm' has no place for experts in one parameter, found {packed[0]}: merge these."
             )
@@ -91,8 +91,8 @@ def torch_factors(
             raise LoraError(f"{path!r} is a {type(adapter).__name__}; save_peft of this version writes LoraAdapter.")
         shapes[path] = _shape_of(adapter)
     placed = key_map.place(shapes)
-    every = placed | {} if params is None else placed | key_map.place(shapes_of(params), strict=False)
-    groups = groups_of(every)
+    others = {} if params is None else key_map.place(shapes_of(params), strict=False)
+    groups = groups_of(placed | others)
     found: dict[str, dict[int, Factors]] = {}
     first: dict[str, Placed] = {}
     for path, place in placed.items():
@@ -113,8 +113,7 @@ def torch_factors(
         if place.entry.part is None:
             joined[name] = parts[0]
         else:
-            tensor = next(place.tensors()[index] for index, module in place.names.items() if module == name)
-            joined[name] = _join(name, parts, groups[tensor], place.experts)
+            joined[name] = _join(name, parts, groups[name + place.entry.suffix], place.experts)
     return joined, first
 
 
@@ -169,7 +168,7 @@ def _one_rank(factors: Mapping[str, Factors]) -> dict[str, Factors]:
 
 def _named(factors: Mapping[str, Factors], placed: Mapping[str, Placed]) -> dict[str, Array]:
     """The tensors of a file, by PEFT's names."""
-    experts = {name: place for name, place in placed.items() if place.entry.kind.startswith("experts")}
+    experts = {name: place for name, place in placed.items() if place.entry.is_of_experts}
     files = names_in_files(experts, list(experts))
     tensors = {}
     for name, (a, b, _) in factors.items():
@@ -214,7 +213,7 @@ def _whole(
 
 def _config(factors: Mapping[str, Factors], placed: Mapping[str, Placed], whole: Mapping[str, Any]) -> dict[str, Any]:
     """The options that every version of PEFT knows, and those that differ from their defaults."""
-    experts = sorted(name for name in factors if placed[name].entry.kind.startswith("experts"))
+    experts = sorted(name for name in factors if placed[name].entry.is_of_experts)
     modules = sorted(name for name in factors if name not in experts)
     both: dict[str, tuple[int, float]] = {}  # rank and alpha by what patterns are matched with: of experts the module
     for name, (a, _, scale) in factors.items():

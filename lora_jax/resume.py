@@ -27,7 +27,7 @@ import numpy as np
 from lora_jax.adapters.base import Adapter
 from lora_jax.checkpoint import describe_adapter
 from lora_jax.errors import LoraError
-from lora_jax.fingerprint import checksums, describe, differences, fingerprint
+from lora_jax.fingerprint import checksums, describe, differences, fingerprint, plain_data
 from lora_jax.paths import flatten_with_names
 from lora_jax.preemption import Notice
 
@@ -204,7 +204,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         like = {path: leaf for path, leaf in like.items() if leaf.size}  # there is nothing to read of the others
-        data = {path: _data(leaf) for path, leaf in like.items()}
+        data = {path: plain_data(leaf) for path, leaf in like.items()}
         how = {
             path: ocp.RestoreArgs(restore_type=np.ndarray)
             if not array.committed or (jax.process_count() > 1 and array.is_fully_addressable)
@@ -484,14 +484,9 @@ def _leaves(state: Any) -> dict[str, jax.Array]:
     return {name: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for name, leaf in found.items()}
 
 
-def _data(leaf: jax.Array) -> jax.Array:
-    """What can be written of it: of a random key its data."""
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
 def _to_write(leaves: Mapping[str, jax.Array]) -> dict[str, Any]:
     """Copies of the arrays on this host, which take orbax half the time; as they are where several hosts hold them."""
-    arrays = {path: _data(leaf) for path, leaf in leaves.items() if leaf.size}
+    arrays = {path: plain_data(leaf) for path, leaf in leaves.items() if leaf.size}
     return arrays | jax.device_get({path: array for path, array in arrays.items() if array.is_fully_addressable})
 
 
