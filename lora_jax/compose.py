@@ -26,7 +26,7 @@ def combine(parts: Sequence[tuple[Mapping[str, Adapter], float]]) -> dict[str, A
 
     >>> import jax, lora_jax as lora
     >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
-    >>> one = {"w": lora.Lora(2).init(jax.random.key(0), (4, 3), axes)}
+    >>> one = {"w": lora.Lora(2).factors(jax.random.key(0), (4, 3), axes)}
     >>> both = lora.combine([(one, 0.5), (one, -1.5)])["w"]
     >>> both.a.shape, both.b.shape
     ((4, 4), (4, 3))

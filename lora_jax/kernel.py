@@ -29,6 +29,12 @@ class Kernel:
     fallback: Fallback = field(metadata={"static": True})  # asked before W' is formed; refuses by raising
     factor: jax.Array | None = None  # a scalar that the program multiplied all of it by: left for the product
 
+    @classmethod
+    def of(cls, w: jax.Array, adapter: Adapter, path: str, fallback: Fallback) -> "Kernel | jax.Array":
+        """What stands for W' where W comes into a program."""
+        entered = adapter.enter(w)
+        return cls(w, entered, (path,), fallback) if isinstance(entered, Adapter) else entered
+
     @property
     def ndim(self) -> int:
         return self.value.ndim

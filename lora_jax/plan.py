@@ -68,7 +68,8 @@ def plan(
     allowed, log = Materialize.of(materialize), Log()
 
     def follow(name: str, leaf: Any) -> Any:
-        return Kernel(leaf, Probe.of(name, leaf.ndim, log), (name,), probe) if chosen.get(name) else leaf
+        rule = chosen.get(name)
+        return leaf if rule is None or rule.whole else Kernel(leaf, Probe.of(name, leaf.ndim, log), (name,), probe)
 
     jax.eval_shape(lambda arrays: program.run(Interpreter(rebuilt=None), arrays, follow), program.arrays)
 
@@ -82,6 +83,7 @@ def plan(
         else:
             problems[path] = found
 
+    targets = _among(targets)
     formable = {path for path in problems if log.obstacles.get(path) and _is_matrix(weights[path])}
 
     # Adapters for these axes are tried on the program, to find what cannot stay factored.
@@ -113,7 +115,8 @@ class Target:
 
     def abstract(self) -> Adapter:
         """The adapter's shapes."""
-        return jax.eval_shape(lambda key: self.rule.init(key, self.shape, self.axes), jax.random.key(0))
+        weight = jax.ShapeDtypeStruct(self.shape, self.dtype)
+        return jax.eval_shape(lambda key, w: self.rule.init(key, w, self.axes), jax.random.key(0), weight)
 
     def flops(self) -> int:
         """FLOPs that the adapter adds to one forward pass at the planned batch; a gradient costs three times that."""
@@ -204,6 +207,9 @@ def _target(path: str, leaf: Any, rule: Rule, log: Log, materialize: bool) -> Ta
     if not is_array(leaf):
         return f"is a {type(leaf).__name__}, not an array"
     shape = f"{leaf.dtype}{list(leaf.shape)}"
+    if rule.whole and jnp.issubdtype(leaf.dtype, jnp.floating):
+        axes = KernelAxes((), (), tuple(range(leaf.ndim)))
+        return Target(path, tuple(leaf.shape), leaf.dtype, axes, rule, ())
     if leaf.ndim < 2:
         return f"is a {'vector' if leaf.ndim else 'scalar'} {shape}, low-rank factors need a matrix"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -217,10 +223,19 @@ def _target(path: str, leaf: Any, rule: Rule, log: Log, materialize: bool) -> Ta
     # The first use that a gradient passes decides which way round the factors are.
     uses.sort(key=lambda use: use.stopped)
     axes = uses[0].axes if uses else KernelAxes((), tuple(range(leaf.ndim - 1)), (leaf.ndim - 1,))
-    _, d, k = axes.fans(leaf.shape)
-    if rule.rank > min(d, k):
-        return f"{shape} with {axes}: rank {rule.rank} is above min({d}, {k}), give it at most {min(d, k)}"
+    rule = rule.at(path, tuple(leaf.shape))
+    if problem := rule.problem(tuple(leaf.shape), axes):
+        return f"{shape} with {axes}: {problem}"
     return Target(path, tuple(leaf.shape), leaf.dtype, axes, rule, tuple(uses))
+
+
+def _among(targets: Mapping[str, Target]) -> dict[str, Target]:
+    """The targets, with each rule knowing of all weights that it is used for."""
+    fans: dict[int, list[tuple[int, int]]] = {}
+    for target in targets.values():
+        _, d, k = target.axes.fans(target.shape)
+        fans.setdefault(id(target.rule), []).append((d, k))
+    return {p: dataclasses.replace(t, rule=t.rule.among(fans[id(t.rule)])) for p, t in targets.items()}
 
 
 def _is_matrix(leaf: Any) -> bool:
@@ -237,7 +252,7 @@ def _try(program: Program, targets: Mapping[str, Target]) -> dict[str, list[str]
 
     def run(arrays: Any, adapters: Any) -> Any:
         def adapt(name: str, leaf: Any) -> Any:
-            return Kernel(leaf, adapters[name], (name,), note) if name in adapters else leaf
+            return Kernel.of(leaf, adapters[name], name, note) if name in adapters else leaf
 
         return program.run(Interpreter(rebuilt=None), arrays, adapt)
 
@@ -254,7 +269,7 @@ def _refusal(target: Target, reasons: list[str]) -> str:
 
 
 def _never_trained(target: Target) -> str | None:
-    if not target.uses or target.materialized or not target.uses[0].stopped:
+    if target.rule.whole or not target.uses or target.materialized or not target.uses[0].stopped:
         return None
     shape = f"{target.dtype}{list(target.shape)}"
     return f"{shape} is used behind `stop_gradient` only, by {target.uses[0].where}: its adapter would never train"

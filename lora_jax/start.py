@@ -37,9 +37,17 @@ def init(key: jax.Array, params: Any, plan: Plan, shardings: Any = None) -> dict
                 "Plan again with these parameters: lora.plan(fn, params, ..., rules=...)."
             )
 
-    def start(key: jax.Array) -> dict[str, Adapter]:
-        return {path: t.rule.init(path_key(key, path), t.shape, t.axes) for path, t in plan.items()}
+    weights: dict[str, Any] = {
+        name: leaf if plan[name].rule.reads_weight else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for name, leaf in zip(names, leaves, strict=True)
+        if name in plan
+    }
+    read = {path: leaf for path, leaf in weights.items() if plan[path].rule.reads_weight}
+
+    def start(key: jax.Array, read: dict[str, jax.Array]) -> dict[str, Adapter]:
+        given = weights | read
+        return {path: t.rule.init(path_key(key, path), given[path], t.axes) for path, t in plan.items()}
 
     if shardings is None and on_mesh({path: leaf for path, leaf in zip(names, leaves, strict=True) if path in plan}):
         shardings = adapter_shardings(plan, params)
-    return start(key) if shardings is None else jax.jit(start, out_shardings=shardings)(key)
+    return start(key, read) if shardings is None else jax.jit(start, out_shardings=shardings)(key, read)

@@ -65,7 +65,7 @@ def lora_apply(fn: Callable[..., Any], *, materialize: Patterns = False) -> Call
         def adapt(name: str, leaf: Any) -> Any:
             if name not in adapters:
                 return leaf
-            return Kernel(leaf, adapters[name], (name,), fallback)
+            return Kernel.of(leaf, adapters[name], name, fallback)
 
         try:
             program = trace(*_as_varying_as(adapters, (params, tuple(rest), kwargs)))

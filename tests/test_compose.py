@@ -33,14 +33,14 @@ def test_a_sum_is_the_sum_of_changes(case):
 
 def test_the_other_way_round():
     axes = lora.KernelAxes((), (0,), (1,))
-    adapter = lora.Lora(2).init(jax.random.key(0), (4, 3), axes)
+    adapter = lora.Lora(2).factors(jax.random.key(0), (4, 3), axes)
     adapter = dataclasses.replace(adapter, b=jax.random.normal(jax.random.key(1), (2, 3)))
     twice = lora.combine([({"w": adapter}, 1.0), ({"w": adapter.transpose()}, 1.0)])
     w = np.zeros((4, 3), np.float32)
     np.testing.assert_allclose(
         lora.merge({"w": w}, twice)["w"], 2 * lora.merge({"w": w}, {"w": adapter})["w"], rtol=1e-5
     )
-    fits_not = lora.Lora(2).init(jax.random.key(0), (4, 5), axes)
+    fits_not = lora.Lora(2).factors(jax.random.key(0), (4, 5), axes)
     with pytest.raises(
         lora.LoraError, match=r"'w' has adapters for different weights: inputs 0, outputs 1 with A \[4, 2\]"
     ):

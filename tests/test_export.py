@@ -124,7 +124,8 @@ def test_parts_of_one_module(tmp_path):
     axes = lora.KernelAxes((), (0,), (1, 2))
     adapters = {
         path: jax.tree.map(
-            lambda a: jax.random.normal(jax.random.key(a.size), a.shape), rule.init(jax.random.key(0), (16, 2, 8), axes)
+            lambda a: jax.random.normal(jax.random.key(a.size), a.shape),
+            rule.factors(jax.random.key(0), (16, 2, 8), axes),
         )
         for path, rule in plan.items()
     }
@@ -244,7 +245,7 @@ def test_memory_is_that_of_a_few_chunks(tmp_path):
         (folder / "in").mkdir()
         save_file({"w.weight": np.zeros((16384, 16384), jnp.bfloat16)}, folder / "in" / "model.safetensors")
     else:
-        adapters = {"w": lora.Lora(4).init(jax.random.key(0), (16384, 16384), lora.KernelAxes((), (0,), (1,)))}
+        adapters = {"w": lora.Lora(4).factors(jax.random.key(0), (16384, 16384), lora.KernelAxes((), (0,), (1,)))}
         jax.block_until_ready(adapters)
         import safetensors.numpy
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -349,7 +349,7 @@ def test_experts_before_layers(tmp_path):
     key_map = KeyMap(both, *SPLIT.entries)
     one = case("qwen3moe")[0][at]
     params = {"down": jnp.stack([one, one, one], axis=1)}
-    fresh = lora.Lora(2, 3).init(jax.random.key(0), params["down"].shape, lora.KernelAxes((0, 1), (2,), (3,)))
+    fresh = lora.Lora(2, 3).factors(jax.random.key(0), params["down"].shape, lora.KernelAxes((0, 1), (2,), (3,)))
     adapters = {"down": dataclasses.replace(fresh, b=jax.random.normal(jax.random.key(1), fresh.b.shape))}
     lora.save_peft(tmp_path / "out", adapters, key_map)
     found, _ = lora.load_peft(tmp_path / "out", params, key_map)

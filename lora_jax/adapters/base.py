@@ -26,15 +26,28 @@ Layout = tuple[str, ...]  # the groups of W's axes that an array has, in order; 
 class Rule(abc.ABC):
     """What to do with the weights that a pattern matches. Checked when made, before any work."""
 
-    rank: int
+    whole: ClassVar[bool] = False  # it is for arrays of any kind, used in any way
+    reads_weight: ClassVar[bool] = False  # `init` looks at the numbers in W, not at its shape alone
 
     @abc.abstractmethod
-    def init(self, key: jax.Array, shape: tuple[int, ...], axes: KernelAxes) -> "Adapter":
-        """A fresh adapter for a weight of this shape."""
+    def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> "Adapter":
+        """A fresh adapter for a weight, of which only the shape is known unless the rule `reads_weight`."""
 
     @abc.abstractmethod
     def flops(self, shape: tuple[int, ...], axes: KernelAxes, rows: tuple[int, int]) -> int:
         """FLOPs that the adapter adds to a product with so many rows of x @ A and of h @ B, over all of a stack."""
+
+    def at(self, path: str, shape: tuple[int, ...]) -> Self:
+        """The rule for one weight, where it depends on the weight."""
+        return self
+
+    def among(self, fans: Sequence[tuple[int, int]]) -> Self:
+        """The rule for all weights that it is used for, where it depends on their inputs and outputs."""
+        return self
+
+    def problem(self, shape: tuple[int, ...], axes: KernelAxes) -> str | None:
+        """Why it cannot be used for a weight along these axes."""
+        return None
 
 
 class Adapter(abc.ABC):
@@ -46,6 +59,7 @@ class Adapter(abc.ABC):
     axes: KernelAxes
     layout: ClassVar[Mapping[str, Layout]]  # of each array
     frozen: ClassVar[tuple[str, ...]] = ()  # fields that are never trained
+    additive: ClassVar[bool] = True  # W' is W and a sum that W is no part of
     traced_once: ClassVar[bool] = True  # equal products with equal adapters share a trace
 
     @abc.abstractmethod
@@ -55,6 +69,16 @@ class Adapter(abc.ABC):
     @abc.abstractmethod
     def apply(self, product: Product) -> jax.Array:
         """y = x @ W [*s, T, k] -> x @ W' [*s, T, k], in y's dtype, without forming W'."""
+
+    def enter(self, w: jax.Array) -> "Adapter | jax.Array":
+        """What stands for W' in a program, made once where W comes in: an adapter of W with the same `merge`, in a form
+        that follows all that programs do to weights; or W' itself, where that is no larger than the adapter.
+        """
+        return self
+
+    def explicit(self) -> "Adapter":
+        """The same adapter in a form that others can be joined with."""
+        return self
 
     @abc.abstractmethod
     def transpose(self) -> "Adapter":

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,16 @@ from lora_jax.errors import LoraError
 from lora_jax.lowrank import accumulator, lowrank
 from lora_jax.products import Product
 
+Rank = int | Callable[[str, tuple[int, ...]], int]
+
 
 @dataclass(frozen=True)
 class Lora(Rule):
     """W' = W + (alpha / rank) A B.
 
     Args:
-        rank: r, the width of the factors; at most min(d, k) of every weight that it is used for.
+        rank: r, the width of the factors; at most min(d, k) of every weight that it is used for. Or a function of a
+            weight's path and shape that says its rank.
         alpha: the numerator of the scale; None stands for the rank, that is a scale of 1.
         init_a: how A starts, one of `lora_jax.initializers` or a function like them; B starts at zero.
         dtype: of A and B. fp32 by default, also on a bf16 base: Adam's updates vanish in bf16.
@@ -40,33 +43,39 @@ class Lora(Rule):
             an `init_a` that is not a function.
     """
 
-    rank: int
+    rank: Rank
     alpha: float | None = None
     init_a: Callable[..., jax.Array] = initializers.kaiming
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int | np.integer) or self.rank < 1:
-            raise LoraError(f"Lora(rank={self.rank!r}): the rank is a whole number of at least 1, for example 8.")
-        if self.alpha is not None and not _is_usable(self.alpha, self.rank):
-            raise LoraError(
-                f"Lora(alpha={self.alpha!r}): alpha is a finite number other than 0, for example {2 * self.rank}."
-            )
-        if not _is_floating(self.dtype):
-            raise LoraError(
-                f"Lora(dtype={self.dtype!r}): adapters are trained, give a floating dtype such as jnp.float32."
-            )
+        name = type(self).__name__
+        check_rank(name, self.rank)
+        if self.alpha is not None and not _is_usable(self.alpha, 1 if callable(self.rank) else self.rank):
+            raise LoraError(f"{name}(alpha={self.alpha!r}): alpha is a finite number other than 0, for example 16.")
+        check_dtype(name, self.dtype)
         if not callable(self.init_a):
-            raise LoraError(f"Lora(init_a={self.init_a!r}): give a function, such as lora_jax.initializers.gaussian.")
+            raise LoraError(f"{name}(init_a={self.init_a!r}): give a function, such as lora.initializers.gaussian.")
 
     def __str__(self) -> str:
-        return f"Lora(rank={self.rank}, alpha={self.alpha})"
+        return f"{type(self).__name__}(rank={self.rank}, alpha={self.alpha})"
 
     @property
     def scale(self) -> float:
-        return 1.0 if self.alpha is None else float(self.alpha) / int(self.rank)
+        return 1.0 if self.alpha is None else float(self.alpha) / int(self.rank)  # type: ignore[arg-type]
 
-    def init(self, key: jax.Array, shape: tuple[int, ...], axes: KernelAxes) -> "LoraAdapter":
+    def at(self, path: str, shape: tuple[int, ...]) -> Self:
+        return dataclasses.replace(self, rank=self.rank(path, shape)) if callable(self.rank) else self
+
+    def problem(self, shape: tuple[int, ...], axes: KernelAxes) -> str | None:
+        _, d, k = axes.fans(shape)
+        return rank_above(self.rank, d, k)
+
+    def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> Adapter:
+        return self.factors(key, w.shape, axes)
+
+    def factors(self, key: jax.Array, shape: tuple[int, ...], axes: KernelAxes) -> "LoraAdapter":
+        """A and B as they start."""
         stack, inputs, outputs = axes.sizes(shape)
         a = self.init_a(key, (*stack, *inputs, self.rank), math.prod(inputs), self.dtype)
         b = jnp.zeros((*stack, self.rank, *outputs), self.dtype)
@@ -74,10 +83,24 @@ class Lora(Rule):
 
     def flops(self, shape: tuple[int, ...], axes: KernelAxes, rows: tuple[int, int]) -> int:
         _, d, k = axes.fans(shape)
-        return 2 * self.rank * (rows[0] * d + rows[1] * k)
+        return 2 * int(self.rank) * (rows[0] * d + rows[1] * k)  # type: ignore[arg-type]
 
 
-def _is_usable(alpha: Any, rank: int) -> bool:
+def check_rank(name: str, rank: Any) -> None:
+    if not callable(rank) and (isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 1):
+        raise LoraError(f"{name}(rank={rank!r}): the rank is a whole number of at least 1, for example 8.")
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    if not _is_floating(dtype):
+        raise LoraError(f"{name}(dtype={dtype!r}): adapters are trained, give a floating dtype such as jnp.float32.")
+
+
+def rank_above(rank: Any, d: int, k: int) -> str | None:
+    return f"rank {rank} is above min({d}, {k}), give it at most {min(d, k)}" if rank > min(d, k) else None
+
+
+def _is_usable(alpha: Any, rank: Any) -> bool:
     if isinstance(alpha, bool) or not isinstance(alpha, int | float | np.number):
         return False
     scale = abs(float(alpha)) / rank

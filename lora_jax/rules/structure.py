@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax._compat import JaxprEqn, bind, vary
@@ -136,6 +137,8 @@ def pad(eqn: JaxprEqn, kernel: Any, value: Any) -> list[Any]:
     if not isinstance(kernel, Kernel):
         return no_rule(eqn, kernel, value)
     adapter = kernel.adapter
+    if not adapter.additive and not (isinstance(value, float | int | np.ndarray | np.generic) and value == 0):
+        return no_rule(eqn, kernel, value, why="pads it, and its adapter scales what it pads with")
     for axis, config in enumerate(eqn.params["padding_config"]):
         if any(config):
 
@@ -196,9 +199,10 @@ def _with_axis(kernel: Kernel, axis: int) -> Kernel:
 def _concatenate(eqn: JaxprEqn, args: Sequence[Any], parts: Sequence[Any], axis: int) -> list[Any]:
     args, parts = ([a.scaled() if isinstance(a, Kernel) else a for a in group] for group in (args, parts))
     kernels = [p for p in parts if isinstance(p, Kernel)]
-    adapters = [p.adapter if isinstance(p, Kernel) else None for p in parts]
+    adapters = [p.adapter.explicit() if isinstance(p, Kernel) else None for p in parts]
     sizes = [p.shape[axis] if isinstance(p, Kernel) or eqn.primitive.name == "concatenate" else 1 for p in parts]
-    adapter = kernels[0].adapter.concatenate(adapters, sizes, axis)
+    first = next(a for a in adapters if a is not None)
+    adapter = first.concatenate(adapters, sizes, axis)
     if adapter is None:
         return no_rule(eqn, *args, why="joins it with weights whose adapters have no common form")
     [value] = bind(eqn, [a.value if isinstance(a, Kernel) else a for a in args])

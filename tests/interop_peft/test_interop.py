@@ -128,7 +128,7 @@ def random_adapters(placed):
     found = {}
     for i, path in enumerate(adapted(placed)):
         place = placed[path]
-        fresh = lora.Lora(rank=3, alpha=5).init(jax.random.key(i), place.shape, place.axes)
+        fresh = lora.Lora(rank=3, alpha=5).factors(jax.random.key(i), place.shape, place.axes)
         found[path] = jax.tree.map(lambda a, i=i: jax.random.normal(jax.random.key(1000 + i), a.shape) / 3, fresh)
     return found
 
