@@ -67,6 +67,10 @@ class Dropped(Adapter):
     def merge(self, w: jax.Array) -> jax.Array:
         return self.inner.merge(w)
 
+    def enter(self, w: jax.Array) -> Adapter | jax.Array:
+        entered = self.inner.enter(w)
+        return dataclasses.replace(self, inner=entered) if isinstance(entered, Adapter) else entered
+
     def apply(self, product: Product) -> jax.Array:
         return self.inner.apply(product.keep(self.keys, 1 - self.rate))
 

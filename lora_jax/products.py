@@ -42,6 +42,10 @@ class Product(abc.ABC):
     def rows(self) -> tuple[int, int]:
         """The number of rows in x @ A and in h @ B, over all stacked matrices."""
 
+    def for_each_output(self, gain: jax.Array) -> jax.Array:
+        """gain [*stack, *outputs], to be multiplied with y."""
+        return jnp.broadcast_to(gain.reshape(-1), self.y.shape)  # [T, k]
+
     def token_axes(self) -> tuple[int, ...]:
         """The sizes of the axes T, where x has such axes; `split` and `join` are for these."""
         return ()
@@ -81,6 +85,10 @@ class Matmul(Product):
 
     def rows(self) -> tuple[int, int]:
         return (math.prod(self.x.shape[: self.x.ndim - len(self.axes.inputs)]),) * 2
+
+    def for_each_output(self, gain: jax.Array) -> jax.Array:
+        n, tokens = self._stacked(), self.y.ndim - gain.ndim
+        return jnp.broadcast_to(jnp.expand_dims(gain, range(n, n + tokens)), self.y.shape)
 
     def keep(self, keys: jax.Array, probability: float) -> Self:
         shape = self.x.shape[self._stacked() :]
@@ -191,6 +199,11 @@ class Ragged(Product):
 
     def rows(self) -> tuple[int, int]:
         return len(self.x), len(self.x)
+
+    def for_each_output(self, gain: jax.Array) -> jax.Array:
+        """Of each row's own expert."""
+        experts = jnp.repeat(jnp.arange(len(gain)), self.group_sizes, total_repeat_length=len(self.x))
+        return gain.reshape(len(gain), -1)[experts]
 
     def _dot(self, x: jax.Array, w: jax.Array) -> jax.Array:
         return lax.ragged_dot(x, w.astype(x.dtype), self.group_sizes, precision=self.precision)

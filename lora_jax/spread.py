@@ -44,6 +44,21 @@ class Spread(Adapter):
     def merge(self, w: jax.Array) -> jax.Array:
         return self.one().merge(w)
 
+    def enter(self, w: jax.Array) -> Adapter | jax.Array:
+        """Each copy as it enters; an array has one copy only."""
+        n, k = len(self.axes.stack), len(self.counts)
+        whole = self.one().enter(w)
+        if not isinstance(whole, Adapter):
+            return whole
+
+        def change(adapter: Adapter) -> Any:
+            return adapter.enter(w)
+
+        for _ in range(k):
+            change = jax.vmap(change, in_axes=n, out_axes=n)
+        entered = change(self.inner.rebuild(self.axes, lambda array, _: array))
+        return dataclasses.replace(self, inner=entered.rebuild(_with_copies(self.axes, k), lambda array, _: array))
+
     def apply(self, product: Product) -> jax.Array:
         """Each part of the rows by its own copy; where the rows have no such parts, all of them by one."""
         rows = product.token_axes()

@@ -88,6 +88,9 @@ def gather(eqn: JaxprEqn, kernel: Any, indices: Any) -> list[Any]:
     clips = eqn.params["mode"] == lax.GatherScatterMode.CLIP
     if len(indexed) != 1 or sizes[indexed[0]] != 1 or not (whole and stacked) or (ignored and not clips):
         return no_rule(eqn, kernel, indices, why="picks more than whole rows from it")
+    fill = eqn.params["fill_value"]
+    if not adapter.additive and fill is not None and fill == fill and fill != 0:  # NaN and 0 are what they were
+        return no_rule(eqn, kernel, indices, why=f"fills it with {fill} out of bounds, which its adapter would scale")
     [axis], free = indexed, [i for i in range(indices.ndim - 1) if i not in batch_of_indices]
     column = dims.start_index_map.index(axis)
     unit = [("w", axis)] if axis not in dims.collapsed_slice_dims else []  # the axis stays, of size 1

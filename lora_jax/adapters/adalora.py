@@ -1,0 +1,82 @@
+"""AdaLoRA: W' = W + (alpha / r) A diag(e) B, from which the entries of e that matter least can be taken.
+
+Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters.base import Adapter
+from lora_jax.adapters.factored import Factored
+from lora_jax.adapters.lora import Lora, LoraAdapter
+from lora_jax.axes import KernelAxes
+from lora_jax.errors import LoraError
+
+
+@dataclass(frozen=True)
+class AdaLora(Lora):
+    """W' = W + (alpha / rank) A diag(e) B, with A and B of nearly orthogonal columns and rows; errors as of `Lora`.
+
+    A and B start with a standard deviation of 0.02, e at zero; `init_a` has no meaning here. The rank is what training
+    starts with. `lora.orthogonality` is what the loss has to hold down beside.
+    """
+
+    def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> Adapter:
+        one, two = jax.random.split(key)
+        factors = self.factors(one, w.shape, axes)
+        a = 0.02 * jax.random.normal(one, factors.a.shape, self.dtype)
+        b = 0.02 * jax.random.normal(two, factors.b.shape, self.dtype)
+        stack, _, _ = axes.sizes(w.shape)
+        return AdaLoraAdapter(a, jnp.zeros((*stack, a.shape[-1]), self.dtype), b, axes, self.scale)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AdaLoraAdapter(Factored):
+    """The factors of one weight's change, scale * A diag(e) B."""
+
+    a: jax.Array  # [*stack, *inputs, r]
+    e: jax.Array  # [*stack, r]
+    b: jax.Array  # [*stack, r, *outputs]
+    axes: KernelAxes = field(metadata={"static": True})
+    scale: float = field(metadata={"static": True})
+
+    layout = MappingProxyType(
+        {"a": ("stack", "inputs", "rank"), "e": ("stack", "rank"), "b": ("stack", "rank", "outputs")}
+    )
+
+    def factors(self) -> LoraAdapter:
+        e = self.e.reshape(*self.e.shape, *[1] * len(self.axes.outputs))
+        return LoraAdapter(self.a, e * self.b, self.axes, self.scale)
+
+
+def orthogonality(adapters: Mapping[str, Adapter]) -> jax.Array:
+    """The mean over all A and B of |A^T A - I| and |B B^T - I|, Frobenius norms: AdaLoRA's term of the loss.
+
+    The paper's R of all matrices, as HF PEFT weighs it: add 0.5 of it to the loss.
+
+    Raises:
+        LoraError: there is no AdaLoRA adapter.
+    """
+    norms = []
+    for adapter in adapters.values():
+        if isinstance(adapter, AdaLoraAdapter):
+            n, r = len(adapter.axes.stack), adapter.e.shape[-1]
+            a = adapter.a.reshape(math.prod(adapter.a.shape[:n]), -1, r)
+            b = adapter.b.reshape(math.prod(adapter.b.shape[:n]), r, -1)
+            norms += [_distance(a.swapaxes(1, 2)), _distance(b)]
+    if not norms:
+        raise LoraError("orthogonality is of adapters of the rule lora.AdaLora, and there is none among these.")
+    return jnp.mean(jnp.concatenate(norms))
+
+
+def _distance(rows: jax.Array) -> jax.Array:
+    """|M M^T - I| of each M [s, r, n]."""
+    gram = jnp.matmul(rows, rows.swapaxes(1, 2), precision="highest")
+    return jnp.linalg.norm(gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)[None], axis=(1, 2))

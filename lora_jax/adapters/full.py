@@ -1,0 +1,75 @@
+"""Full: W' = W + D, with D of W's own shape: biases, norms, heads or whole weights, trained beside adapters."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters.base import Adapter, Rule
+from lora_jax.adapters.lora import check_dtype
+from lora_jax.axes import KernelAxes
+from lora_jax.products import Product
+
+
+@dataclass(frozen=True)
+class Full(Rule):
+    """W' = W + D, for arrays of any shape that are used in any way.
+
+    D starts at zero, so that weight decay draws W' to W and not to zero.
+
+    Args:
+        dtype: of D. fp32 by default, also on a bf16 base, where it keeps what is too small for W's own dtype.
+
+    Raises:
+        LoraError: a dtype that is not a floating one.
+    """
+
+    dtype: Any = jnp.float32
+
+    whole = True
+
+    def __post_init__(self) -> None:
+        check_dtype("Full", self.dtype)
+
+    def __str__(self) -> str:
+        return "Full()"
+
+    def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> "FullAdapter":
+        return FullAdapter(jnp.zeros(w.shape, self.dtype), axes)
+
+    def flops(self, shape: tuple[int, ...], axes: KernelAxes, rows: tuple[int, int]) -> int:
+        return math.prod(shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FullAdapter(Adapter):
+    """The change of an array, entry by entry."""
+
+    delta: jax.Array  # W's shape
+    axes: KernelAxes = field(metadata={"static": True})  # all of W's are outputs
+
+    layout = MappingProxyType({"delta": ("stack", "outputs")})
+
+    def merge(self, w: jax.Array) -> jax.Array:
+        return w + self.delta.astype(w.dtype)
+
+    def enter(self, w: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(w.dtype, self.delta.dtype)
+        return (w.astype(wide) + self.delta.astype(wide)).astype(w.dtype)
+
+    def apply(self, product: Product) -> jax.Array:
+        raise NotImplementedError("it enters programs as an array")
+
+    def transpose(self) -> Adapter:
+        raise NotImplementedError("it enters programs as an array")
+
+    def scale_by(self, factor: jax.Array) -> Adapter:
+        raise NotImplementedError("it enters programs as an array")
+
+    def concatenate(self, parts: Sequence[Adapter | None], sizes: Sequence[int], axis: int) -> Adapter | None:
+        raise NotImplementedError("it enters programs as an array")

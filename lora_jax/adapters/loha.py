@@ -1,0 +1,66 @@
+"""LoHa: W' = W + (alpha / r) (A1 B1) * (A2 B2), a product entry by entry of two low-rank products: of rank up to r^2.
+
+Hyeon-Woo et al. 2022, "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning",
+arXiv 2108.06098. (A1 B1) * (A2 B2) = A B, where A [d, r^2] has the products of each column of A1 with each of A2, and B
+[r^2, k] those of the rows: so x @ W' is computed as for LoRA of rank r^2.
+"""
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters.base import Adapter
+from lora_jax.adapters.factored import Factored
+from lora_jax.adapters.lora import Lora, LoraAdapter
+from lora_jax.axes import KernelAxes
+
+
+@dataclass(frozen=True)
+class Loha(Lora):
+    """W' = W + (alpha / rank) (A1 B1) * (A2 B2); arguments and errors are those of `Lora`.
+
+    A1, A2 and B1 start as `init_a` says, B2 at zero.
+    """
+
+    def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> Adapter:
+        one, two, three = jax.random.split(key, 3)
+        first, second = (self.factors(k, w.shape, axes) for k in (one, two))
+        n = len(axes.stack)
+        turned = self.init_a(three, (*jnp.moveaxis(first.b, n, -1).shape,), self.rank, self.dtype)
+        return LohaAdapter(first.a, jnp.moveaxis(turned, -1, n), second.a, second.b, axes, first.scale)
+
+    def flops(self, shape: tuple[int, ...], axes: KernelAxes, rows: tuple[int, int]) -> int:
+        return int(self.rank) * super().flops(shape, axes, rows)  # type: ignore[arg-type]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LohaAdapter(Factored):
+    """The factors of one weight's change, scale * (A1 B1) * (A2 B2)."""
+
+    a1: jax.Array  # [*stack, *inputs, r]
+    b1: jax.Array  # [*stack, r, *outputs]
+    a2: jax.Array
+    b2: jax.Array
+    axes: KernelAxes = field(metadata={"static": True})
+    scale: float = field(metadata={"static": True})
+
+    layout = MappingProxyType(
+        {
+            "a1": ("stack", "inputs", "rank"),
+            "b1": ("stack", "rank", "outputs"),
+            "a2": ("stack", "inputs", "rank"),
+            "b2": ("stack", "rank", "outputs"),
+        }
+    )
+
+    def factors(self) -> LoraAdapter:
+        n = len(self.axes.stack)
+        a = self.a1[..., :, None] * self.a2[..., None, :]
+        b = jnp.expand_dims(self.b1, n + 1) * jnp.expand_dims(self.b2, n)
+        return LoraAdapter(
+            a.reshape(*a.shape[:-2], -1), b.reshape(*b.shape[:n], -1, *b.shape[n + 2 :]), self.axes, self.scale
+        )
