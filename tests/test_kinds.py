@@ -1,14 +1,19 @@
 """Every kind of adapter: the laws, over programs that use weights in each way."""
 
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import MODELS, Case, assert_trees_close, assert_trees_equal, eight_devices, formed, total, trained
+from safetensors.numpy import load_file
 
 import lora_jax as lora
+
+DATA = Path(__file__).parent / "data" / "peft"
 
 KINDS = {
     "rslora": lora.RsLora(rank=2, alpha=3),
@@ -157,6 +162,58 @@ def test_checkpoints_give_back_what_was_saved(kind, tmp_path):
     found, _ = lora.checkpoint.load(tmp_path / "adapters")
     assert jax.tree.structure(found) == jax.tree.structure(adapters)
     assert_trees_equal(found, adapters)
+
+
+def from_torch(tensors, module):
+    """The adapter of a linear module from what HF PEFT calls its arrays."""
+    arrays = {
+        name.removeprefix(f"{module}.").removesuffix(".weight").removesuffix(".default"): jnp.asarray(tensor.T)
+        for name, tensor in tensors.items()
+        if name.startswith(f"{module}.")
+    }
+    axes = lora.KernelAxes((), (0,), (1,))
+    if "hada_w1_a" in arrays:
+        names = ("hada_w1_b", "hada_w1_a", "hada_w2_b", "hada_w2_a")
+        return lora.LohaAdapter(*(arrays[name] for name in names), axes, 2.0)
+    a, b, m = (arrays[name] for name in ("lora_A", "lora_B", "lora_magnitude_vector"))
+    return lora.DoraAdapter(a, b, m, axes, 2.0)
+
+
+@pytest.mark.parametrize("name", ["dora_sgd", "dora_adamw", "loha_adamw"])
+def test_training_goes_as_with_hf_peft(name):
+    """Five steps from PEFT's start, on its batches: losses, first gradients and the adapters at the end."""
+    tensors = load_file(DATA / "train" / f"{name}.safetensors")
+
+    def part(prefix):
+        return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+
+    base = {path: jnp.asarray(t.T) for path, t in part("base.").items()}
+    modules = ("lin0", "lin1")
+    adapters, final, grad0 = (
+        {f"{m}.weight": from_torch(part(prefix), m) for m in modules} for prefix in ("init.", "final.", "grad0.")
+    )
+
+    def model(p, x):
+        x = jnp.tanh(jnp.matmul(x, p["lin0.weight"], precision="highest") + p["lin0.bias"][None])
+        return jnp.matmul(x, p["lin1.weight"], precision="highest") + p["lin1.bias"][None]
+
+    apply = lora.lora_apply(model)
+    optimizer = optax.sgd(0.1) if "sgd" in name else optax.adamw(0.01, weight_decay=0.01)
+
+    @jax.jit
+    def step(adapters, state, x, y):
+        loss, grads = jax.value_and_grad(lambda a: jnp.mean(jnp.square(apply(base, a, x) - y)))(adapters)
+        updates, state = optimizer.update(grads, state, adapters)
+        return optax.apply_updates(adapters, updates), state, loss, grads
+
+    state, losses = optimizer.init(adapters), []
+    for i, (x, y) in enumerate(zip(tensors["X"], tensors["Y"], strict=True)):
+        adapters, state, loss, grads = step(adapters, state, x, y)
+        losses.append(loss)
+        if i == 0:
+            assert_trees_close(grads, grad0, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(losses, tensors["losses"], rtol=1e-5, atol=1e-5)
+    assert_trees_close(adapters, final, rtol=1e-5, atol=1e-5)
 
 
 def test_full_trains_vectors_beside_factors():
