@@ -84,11 +84,17 @@ def save_peft(
 def torch_factors(
     adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any
 ) -> tuple[dict[str, Factors], dict[str, Placed]]:
-    """Torch's factors of each module, and one of the parameters that it holds."""
+    """Torch's factors of each module, and one of the parameters that it holds.
+
+    Kinds that are LoRA with factors of a special form are taken as the LoRA that they are.
+    """
     shapes = {}
+    adapters = {path: a.explicit() if isinstance(a, Adapter) else a for path, a in adapters.items()}
     for path, adapter in adapters.items():
         if not isinstance(adapter, LoraAdapter):
-            raise LoraError(f"{path!r} is a {type(adapter).__name__}; save_peft of this version writes LoraAdapter.")
+            raise LoraError(
+                f"{path!r} is a {type(adapter).__name__}; this version writes what is W + s A B: merge it instead."
+            )
         shapes[path] = _shape_of(adapter)
     placed = key_map.place(shapes)
     others = {} if params is None else key_map.place(shapes_of(params), strict=False)

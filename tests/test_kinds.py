@@ -12,6 +12,7 @@ from helpers import MODELS, Case, assert_trees_close, assert_trees_equal, eight_
 from safetensors.numpy import load_file
 
 import lora_jax as lora
+from lora_jax.key_maps import KeyMap, linear
 
 DATA = Path(__file__).parent / "data" / "peft"
 
@@ -214,6 +215,26 @@ def test_training_goes_as_with_hf_peft(name):
             assert_trees_close(grads, grad0, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(losses, tensors["losses"], rtol=1e-5, atol=1e-5)
     assert_trees_close(adapters, final, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rslora", "lora_fa", "loha", "adalora"])
+def test_saving_to_peft_writes_the_lora_that_it_is(kind, tmp_path):
+    case = next(c for c in MODELS if c.name == "two_layers")
+    params, adapters = case.params(), case.adapters(KINDS[kind])
+    key_map = KeyMap(*(linear(path, path) for path in adapters))
+    lora.save_peft(tmp_path / "peft", adapters, key_map)
+    found, _ = lora.load_peft(tmp_path / "peft", params, key_map)
+    assert_trees_close(lora.merge(params, found), lora.merge(params, adapters), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dora", "full"])
+def test_what_is_no_lora_is_not_saved_as_one(kind, tmp_path):
+    case = next(c for c in MODELS if c.name == "two_layers")
+    adapters = case.adapters(KINDS[kind])
+    key_map = KeyMap(*(linear(path, path) for path in adapters))
+    with pytest.raises(lora.LoraError, match="merge it instead"):
+        lora.save_peft(tmp_path / "peft", adapters, key_map)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_full_trains_vectors_beside_factors():
