@@ -20,6 +20,8 @@ from lora_jax.adapters.lora_fa import LoraFa as LoraFa
 from lora_jax.adapters.lora_fa import LoraFaAdapter as LoraFaAdapter
 from lora_jax.adapters.rslora import RsLora as RsLora
 from lora_jax.axes import KernelAxes as KernelAxes
+from lora_jax.budget import adapt_budget as adapt_budget
+from lora_jax.budget import prune as prune
 from lora_jax.compose import combine as combine
 from lora_jax.dropout import with_dropout as with_dropout
 from lora_jax.errors import LoraError as LoraError
