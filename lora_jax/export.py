@@ -307,7 +307,7 @@ def _parts(
         if name in changes:
             yield from _summed(file, tensor, name, changes[name].factors, base)
         elif base is not None:
-            yield Part(file, tensor.start, tensor.size, name, base=base.astype(DTYPES[tensor.dtype]))
+            yield Part(file, tensor.start, tensor.size, name, base=base.astype(DTYPES[tensor.dtype], copy=False))
     yield from _copied(file, at, size)
 
 
@@ -321,7 +321,7 @@ def _summed(
 ) -> Iterator[Part]:
     """Some rows of W + L R at a time; W is the file's, or `base`."""
     dtype: Any = np.dtype(DTYPES[tensor.dtype])
-    flat = None if base is None else base.astype(dtype).reshape(-1)
+    flat = None if base is None else base.astype(dtype, copy=False).reshape(-1)
     done = 0  # entries
     for left, right in factors:
         rows = _rows(left.shape[0], CHUNK // right.shape[1])

@@ -83,7 +83,6 @@ def plan(
         else:
             problems[path] = found
 
-    targets = _among(targets)
     formable = {path for path in problems if log.obstacles.get(path) and _is_matrix(weights[path])}
 
     # Adapters for these axes are tried on the program, to find what cannot stay factored.
@@ -227,15 +226,6 @@ def _target(path: str, leaf: Any, rule: Rule, log: Log, materialize: bool) -> Ta
     if problem := rule.problem(tuple(leaf.shape), axes):
         return f"{shape} with {axes}: {problem}"
     return Target(path, tuple(leaf.shape), leaf.dtype, axes, rule, tuple(uses))
-
-
-def _among(targets: Mapping[str, Target]) -> dict[str, Target]:
-    """The targets, with each rule knowing of all weights that it is used for."""
-    fans: dict[int, list[tuple[int, int]]] = {}
-    for target in targets.values():
-        _, d, k = target.axes.fans(target.shape)
-        fans.setdefault(id(target.rule), []).append((d, k))
-    return {p: dataclasses.replace(t, rule=t.rule.among(fans[id(t.rule)])) for p, t in targets.items()}
 
 
 def _is_matrix(leaf: Any) -> bool:

@@ -29,11 +29,10 @@ class AdaLora(Lora):
 
     def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> Adapter:
         one, two = jax.random.split(key)
-        factors = self.factors(one, w.shape, axes)
-        a = 0.02 * jax.random.normal(one, factors.a.shape, self.dtype)
-        b = 0.02 * jax.random.normal(two, factors.b.shape, self.dtype)
-        stack, _, _ = axes.sizes(w.shape)
-        return AdaLoraAdapter(a, jnp.zeros((*stack, a.shape[-1]), self.dtype), b, axes, self.scale)
+        (stack, inputs, outputs), r = axes.sizes(w.shape), int(self.rank)  # type: ignore[arg-type]
+        a = 0.02 * jax.random.normal(one, (*stack, *inputs, r), self.dtype)
+        b = 0.02 * jax.random.normal(two, (*stack, r, *outputs), self.dtype)
+        return AdaLoraAdapter(a, jnp.zeros((*stack, r), self.dtype), b, axes, self.scale)
 
 
 @jax.tree_util.register_dataclass

@@ -41,10 +41,6 @@ class Rule(abc.ABC):
         """The rule for one weight, where it depends on the weight."""
         return self
 
-    def among(self, fans: Sequence[tuple[int, int]]) -> Self:
-        """The rule for all weights that it is used for, where it depends on their inputs and outputs."""
-        return self
-
     def problem(self, shape: tuple[int, ...], axes: KernelAxes) -> str | None:
         """Why it cannot be used for a weight along these axes."""
         return None
@@ -222,6 +218,25 @@ class Adapter(abc.ABC):
         """The same tree with True at what is trained and False at what is frozen."""
         arrays = {name: name not in self.frozen for name in field_names(self, static=False)}
         return dataclasses.replace(self, **arrays)  # type: ignore[type-var]
+
+
+class Entering(Adapter):
+    """An adapter that no program ever meets: `enter` puts another one, or W' itself, in its place."""
+
+    def apply(self, product: Product) -> jax.Array:
+        raise self._never_met()
+
+    def transpose(self) -> Adapter:
+        raise self._never_met()
+
+    def scale_by(self, factor: jax.Array) -> Adapter:
+        raise self._never_met()
+
+    def concatenate(self, parts: Sequence[Adapter | None], sizes: Sequence[int], axis: int) -> Adapter | None:
+        raise self._never_met()
+
+    def _never_met(self) -> Exception:
+        return AssertionError(f"{type(self).__name__} is in a program, where what its `enter` gives belongs")
 
 
 def spans(layout: Layout, axes: KernelAxes) -> Iterator[tuple[str, int, tuple[int | None, ...]]]:

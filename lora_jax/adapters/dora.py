@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._compat import JaxprEqn
-from lora_jax.adapters.base import Adapter, Layout
+from lora_jax.adapters.base import Adapter, Entering, Layout
 from lora_jax.adapters.lora import Lora, LoraAdapter
 from lora_jax.axes import KernelAxes
 from lora_jax.lowrank import accumulator
@@ -45,7 +45,7 @@ class Dora(Lora):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class DoraAdapter(Adapter):
+class DoraAdapter(Entering):
     """The factors and lengths of one weight. In a program it is a `Gained` LoRA."""
 
     a: jax.Array  # [*stack, *inputs, r]
@@ -67,18 +67,6 @@ class DoraAdapter(Adapter):
     def enter(self, w: jax.Array) -> "Gained":
         factors = LoraAdapter(self.a, self.b, self.axes, self.scale)
         return Gained(factors, _gain(self.m, _lengths(w, factors)), self.axes)
-
-    def apply(self, product: Product) -> jax.Array:
-        raise NotImplementedError("it enters programs as a Gained LoRA")
-
-    def transpose(self) -> Adapter:
-        raise NotImplementedError("it enters programs as a Gained LoRA")
-
-    def scale_by(self, factor: jax.Array) -> Adapter:
-        raise NotImplementedError("it enters programs as a Gained LoRA")
-
-    def concatenate(self, parts: Sequence[Adapter | None], sizes: Sequence[int], axis: int) -> Adapter | None:
-        raise NotImplementedError("it enters programs as a Gained LoRA")
 
 
 @jax.tree_util.register_dataclass

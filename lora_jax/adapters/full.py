@@ -1,7 +1,6 @@
 """Full: W' = W + D, with D of W's own shape: biases, norms, heads or whole weights, trained beside adapters."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -9,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.base import Adapter, Rule
+from lora_jax.adapters.base import Entering, Rule
 from lora_jax.adapters.lora import check_dtype
 from lora_jax.axes import KernelAxes
-from lora_jax.products import Product
+from lora_jax.lowrank import accumulator
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Full(Rule):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class FullAdapter(Adapter):
+class FullAdapter(Entering):
     """The change of an array, entry by entry."""
 
     delta: jax.Array  # W's shape
@@ -59,17 +58,4 @@ class FullAdapter(Adapter):
         return w + self.delta.astype(w.dtype)
 
     def enter(self, w: jax.Array) -> jax.Array:
-        wide = jnp.promote_types(w.dtype, self.delta.dtype)
-        return (w.astype(wide) + self.delta.astype(wide)).astype(w.dtype)
-
-    def apply(self, product: Product) -> jax.Array:
-        raise NotImplementedError("it enters programs as an array")
-
-    def transpose(self) -> Adapter:
-        raise NotImplementedError("it enters programs as an array")
-
-    def scale_by(self, factor: jax.Array) -> Adapter:
-        raise NotImplementedError("it enters programs as an array")
-
-    def concatenate(self, parts: Sequence[Adapter | None], sizes: Sequence[int], axis: int) -> Adapter | None:
-        raise NotImplementedError("it enters programs as an array")
+        return self.merge(w.astype(accumulator(w.dtype))).astype(w.dtype)

@@ -28,9 +28,9 @@ class Loha(Lora):
     def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> Adapter:
         one, two, three = jax.random.split(key, 3)
         first, second = (self.factors(k, w.shape, axes) for k in (one, two))
-        n = len(axes.stack)
-        turned = self.init_a(three, (*jnp.moveaxis(first.b, n, -1).shape,), self.rank, self.dtype)
-        return LohaAdapter(first.a, jnp.moveaxis(turned, -1, n), second.a, second.b, axes, first.scale)
+        stack, _, outputs = axes.sizes(w.shape)
+        turned = self.init_a(three, (*stack, *outputs, self.rank), self.rank, self.dtype)
+        return LohaAdapter(first.a, jnp.moveaxis(turned, -1, len(stack)), second.a, second.b, axes, first.scale)
 
     def flops(self, shape: tuple[int, ...], axes: KernelAxes, rows: tuple[int, int]) -> int:
         return int(self.rank) * super().flops(shape, axes, rows)  # type: ignore[arg-type]

@@ -33,4 +33,4 @@ class LoraFaAdapter(LoraAdapter):
         return LoraAdapter(jax.lax.stop_gradient(self.a), self.b, self.axes, self.scale)
 
     def merge(self, w: jax.Array) -> jax.Array:
-        return LoraAdapter(jax.lax.stop_gradient(self.a), self.b, self.axes, self.scale).merge(w)
+        return self.enter(w).merge(w)
