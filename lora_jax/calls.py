@@ -113,6 +113,7 @@ def cond(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 
 def shard_map(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
     """The factors are split over devices as the axes of the weight are that they share."""
+    args = [_divisible(arg, spec) for arg, spec in zip(args, eqn.params["in_specs"], strict=True)]
     specs = [
         _specs(arg, spec) if isinstance(arg, Kernel) else spec
         for arg, spec in zip(args, eqn.params["in_specs"], strict=True)
@@ -131,6 +132,15 @@ def shard_map(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
         check_vma=eqn.params["check_vma"],
     )
     return list(run(*args))
+
+
+def _divisible(value: Any, spec: Any) -> Any:
+    """A kernel in the form whose arrays are split along with the weight's matrices, if these are."""
+    if not isinstance(value, Kernel):
+        return value
+    axes = value.adapter.axes
+    splits = any(spec[axis] for axis in (*axes.inputs, *axes.outputs) if axis < len(spec))
+    return value.replace(value.value, value.adapter.explicit()) if splits else value
 
 
 def _specs(kernel: Kernel, spec: Any) -> Any:

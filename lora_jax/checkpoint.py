@@ -40,7 +40,7 @@ def save(folder: str | Path, adapters: Mapping[str, Adapter], others: Mapping[st
     folder = Path(folder).absolute()
     if folder.exists() and not _holds_adapters(folder) and any(folder.iterdir()):
         raise LoraError(f"{folder} exists and holds no saved adapters; it is left as it is. Save to another folder.")
-    arrays = {"adapters": {path: _arrays(adapter) for path, adapter in adapters.items()}, "others": dict(others or {})}
+    arrays = {"adapters": {path: adapter.arrays() for path, adapter in adapters.items()}, "others": dict(others or {})}
     _check(arrays, "")
     description = {
         "format": FORMAT,
@@ -118,10 +118,6 @@ def _check(node: Any, path: str) -> None:
         raise LoraError(f"{path} of shape {list(node.shape)} is empty, and cannot be saved.")
 
 
-def _arrays(adapter: Adapter) -> dict[str, jax.Array]:
-    return {name: getattr(adapter, name) for name in field_names(adapter, static=False)}
-
-
 def describe_adapter(adapter: Adapter) -> dict[str, Any]:
     """What an adapter is beside its arrays, for JSON."""
     kind = next(name for name, cls in KINDS.items() if cls is type(adapter))
@@ -134,6 +130,7 @@ def _rebuild(path: str, facts: dict[str, Any], arrays: dict[str, jax.Array]) -> 
         known = ", ".join(KINDS)
         raise LoraError(f"{path!r} is an adapter of kind {kind!r}; this version knows {known}: update lora_jax.")
     static = {name: facts[name] for name in field_names(KINDS[kind], static=True)}
+    static = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in static.items()}
     static["axes"] = KernelAxes(*map(tuple, static["axes"]))
     return KINDS[kind](**arrays, **static)
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,9 @@ class Dropped(Adapter):
     def apply(self, product: Product) -> jax.Array:
         return self.inner.apply(product.keep(self.keys, 1 - self.rate))
 
+    def explicit(self) -> "Dropped":
+        return dataclasses.replace(self, inner=self.inner.explicit())
+
     def transpose(self) -> "Dropped":
         return dataclasses.replace(self, inner=self.inner.transpose(), axes=self.axes.transpose())
 
@@ -96,10 +99,11 @@ class Dropped(Adapter):
         ]
         return dataclasses.replace(self, inner=inner, keys=jnp.concatenate(keys, at))
 
-    def rebuild(self, axes: KernelAxes, change: Callable[[jax.Array, Layout], Any]) -> Self:
-        return dataclasses.replace(
-            self, inner=self.inner.rebuild(axes, change), keys=change(self.keys, ("stack",)), axes=axes
-        )
+    def rebuild(
+        self, axes: KernelAxes, change: Callable[[jax.Array, Layout], Any], stack_only: bool = False
+    ) -> "Dropped":
+        inner = self.inner.rebuild(axes, change, stack_only)
+        return dataclasses.replace(self, inner=inner, keys=change(self.keys, ("stack",)), axes=axes)
 
     def kernel_shape(self) -> tuple[int, ...]:
         return self.inner.kernel_shape()

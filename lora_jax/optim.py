@@ -119,8 +119,8 @@ def _listed(names: list[str]) -> str:
 def decay_mask(tree: Any) -> Any:
     """The same tree of booleans: True at matrices, which weight decay may shrink, False at vectors and frozen arrays.
 
-    Of an adapter, the factors are matrices: arrays with a rank axis, and inputs or outputs. Magnitudes, gains, biases
-    and scales are vectors, for which zero is no neutral value. Beside adapters, arrays of two axes or more count as
+    Of an adapter, the factors are matrices: arrays of two groups of axes. Magnitudes, gains, biases and scales are
+    vectors, for which zero is no neutral value. Beside adapters, arrays of two axes or more count as
     matrices.
 
     >>> import jax.numpy as jnp, optax, lora_jax as lora
@@ -133,8 +133,7 @@ def decay_mask(tree: Any) -> Any:
     """
 
     def is_factor(adapter: Adapter, name: str) -> bool:
-        layout = adapter.layout[name]
-        return "rank" in layout and ("inputs" in layout or "outputs" in layout)
+        return len([group for group in adapter.layout[name] if group != "stack"]) > 1
 
     return mark(tree, is_factor, _is_matrix, frozen=False)
 

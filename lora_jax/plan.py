@@ -83,6 +83,8 @@ def plan(
         else:
             problems[path] = found
 
+    targets = {path: dataclasses.replace(target, rule=_among(target, targets)) for path, target in targets.items()}
+
     formable = {path for path in problems if log.obstacles.get(path) and _is_matrix(weights[path])}
 
     # Adapters for these axes are tried on the program, to find what cannot stay factored.
@@ -226,6 +228,12 @@ def _target(path: str, leaf: Any, rule: Rule, log: Log, materialize: bool) -> Ta
     if problem := rule.problem(tuple(leaf.shape), axes):
         return f"{shape} with {axes}: {problem}"
     return Target(path, tuple(leaf.shape), leaf.dtype, axes, rule, tuple(uses))
+
+
+def _among(target: Target, targets: Mapping[str, Target]) -> Rule:
+    """The rule, told of all matrices that it is used for."""
+    same = (other for other in targets.values() if other.rule == target.rule)
+    return target.rule.among(other.axes.fans(other.shape)[1:] for other in same)
 
 
 def _is_matrix(leaf: Any) -> bool:

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +56,9 @@ class Spread(Adapter):
 
         for _ in range(k):
             change = jax.vmap(change, in_axes=n, out_axes=n)
-        entered = change(self.inner.rebuild(self.axes, lambda array, _: array))
-        return dataclasses.replace(self, inner=entered.rebuild(_with_copies(self.axes, k), lambda array, _: array))
+        entered = change(self.inner.rebuild(self.axes, lambda array, _: array, stack_only=True))
+        inner = entered.rebuild(_with_copies(self.axes, k), lambda array, _: array, stack_only=True)
+        return dataclasses.replace(self, inner=inner)
 
     def apply(self, product: Product) -> jax.Array:
         """Each part of the rows by its own copy; where the rows have no such parts, all of them by one."""
@@ -68,6 +69,9 @@ class Spread(Adapter):
             return inner.apply(product)
         counts = [n if fit else 1 for n, fit in zip(self.counts, fits, strict=True)]
         return product.join(inner.apply(product.split(counts, inner.axes)), counts)
+
+    def explicit(self) -> "Spread":
+        return dataclasses.replace(self, inner=self.inner.explicit())
 
     def transpose(self) -> "Spread":
         return dataclasses.replace(self, inner=self.inner.transpose(), axes=self.axes.transpose())
@@ -81,14 +85,16 @@ class Spread(Adapter):
         inner = self.inner.concatenate([p and p.inner for p in parts], sizes, axis)  # type: ignore[attr-defined]
         return inner and dataclasses.replace(self, inner=inner)
 
-    def rebuild(self, axes: KernelAxes, change: Callable[[jax.Array, Layout], Any]) -> Self:
+    def rebuild(
+        self, axes: KernelAxes, change: Callable[[jax.Array, Layout], Any], stack_only: bool = False
+    ) -> "Spread":
         def with_copies(array: jax.Array, layout: Layout) -> Any:
             return change(array, ("stack", *["copies"] * len(self.counts), *layout[1:]))
 
-        inner = self.inner.rebuild(_with_copies(axes, len(self.counts)), with_copies)
+        inner = self.inner.rebuild(_with_copies(axes, len(self.counts)), with_copies, stack_only)
         return dataclasses.replace(self, inner=inner, axes=axes)
 
-    def rows(self, axis: int, n: int, fn: Callable[..., Any], stack: Sequence[int] = ()) -> Adapter:  # type: ignore[override]
+    def rows(self, axis: int, n: int, fn: Callable[..., Any], stack: Sequence[int] = ()) -> Adapter:
         """Rows that are looked up are few and thin: those of one copy."""
         return self.one().rows(axis, n, fn, stack)
 
@@ -121,7 +127,7 @@ def spread(tree: Any, batch: NamedSharding) -> Any:
         if not is_adapter(node):
             return node
         axes, n = node.axes, len(node.axes.stack)
-        inner = node.rebuild(_with_copies(axes, len(sizes)), functools.partial(copies, n=n))
+        inner = node.rebuild(_with_copies(axes, len(sizes)), functools.partial(copies, n=n), stack_only=True)
         return Spread(inner, axes, tuple(sizes))
 
     return jax.tree.map(spread_one, tree, is_leaf=is_adapter)
@@ -141,7 +147,7 @@ def add_up(grads: Any, batch: NamedSharding) -> Any:
         if not isinstance(node, Spread):
             return node
         n = len(node.axes.stack)
-        return node.inner.rebuild(node.axes, functools.partial(total, n=n, copies=len(node.counts)))
+        return node.inner.rebuild(node.axes, functools.partial(total, n=n, copies=len(node.counts)), stack_only=True)
 
     return jax.tree.map(add_one, grads, is_leaf=is_adapter)
 

@@ -30,13 +30,16 @@ def from_torch(tensors, prefix):
     return {f"{name}.weight": one(name) for name in ("lin0", "lin1")}
 
 
-@pytest.mark.parametrize(("name", "weight"), [("adalora_adamw", 0.5), ("adalora_noreg_adamw", 0.0)])
-def test_training_goes_as_with_hf_peft(name, weight):
-    """With tinit 2, tfinal 3 and 12 steps in all, of which these are the first five."""
+@pytest.mark.parametrize(
+    ("name", "weight", "interval", "first"),
+    [("adalora_adamw", 0.5, 1, 0), ("adalora_noreg_adamw", 0.0, 1, 0), ("adalora_full_schedule", 0.5, 2, -1)],
+)
+def test_training_goes_as_with_hf_peft(name, weight, interval, first):
+    """With tinit 2, tfinal 3 and 12 steps in all: the first five, or all and two more, counted from 0 on."""
     tensors = load_file(TRAIN / f"{name}.safetensors")
     base = {key.removeprefix("base."): jnp.asarray(t.T) for key, t in tensors.items() if key.startswith("base.")}
     adapters, apply = from_torch(tensors, "init"), lora.lora_apply(model)
-    optimizer = lora.adapt_budget(optax.adamw(0.01, weight_decay=0.01), 2, 12, warmup=2, final=3)
+    optimizer = lora.adapt_budget(optax.adamw(0.01, weight_decay=0.01), 2, 12, warmup=2, final=3, interval=interval)
 
     @jax.jit
     def step(adapters, state, x, y):
@@ -48,7 +51,8 @@ def test_training_goes_as_with_hf_peft(name, weight):
         return optax.apply_updates(adapters, updates), state, value
 
     state, losses = optimizer.init(adapters), []
-    for x, y in zip(tensors["X"], tensors["Y"], strict=True):
+    state = state._replace(step=state.step + first)
+    for x, y in list(zip(tensors["X"], tensors["Y"], strict=True))[: len(tensors["losses"])]:
         adapters, state, value = step(adapters, state, x, y)
         losses.append(value)
     np.testing.assert_allclose(losses, tensors["losses"], atol=1e-5)

@@ -1,5 +1,6 @@
 """Every kind of adapter: the laws, over programs that use weights in each way."""
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -8,10 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import MODELS, Case, assert_trees_close, assert_trees_equal, eight_devices, formed, total, trained
+from helpers import (
+    MODELS,
+    Case,
+    assert_trees_close,
+    assert_trees_equal,
+    eight_devices,
+    equations,
+    formed,
+    total,
+    trained,
+)
 from safetensors.numpy import load_file
 
 import lora_jax as lora
+from lora_jax.adapters.vera import shared_projections
 from lora_jax.key_maps import KeyMap, linear
 
 DATA = Path(__file__).parent / "data" / "peft"
@@ -22,6 +34,10 @@ KINDS = {
     "dora": lora.Dora(rank=2, alpha=3),
     "loha": lora.Loha(rank=2, alpha=3),
     "adalora": lora.AdaLora(rank=2, alpha=3),
+    "lokr": lora.Lokr(rank=2, alpha=3),
+    "lokr_whole": lora.Lokr(rank=9, alpha=3),
+    "vera": lora.Vera(rank=2),
+    "ia3": lora.Ia3(),
     "full": lora.Full(),
 }
 NAMES = ["two_layers", "attention_kernels", "scan_over_remat", "experts", "embedding", "convolution", "ragged"]
@@ -36,7 +52,11 @@ def by_hand(w, adapter):
     if isinstance(adapter, lora.FullAdapter):
         return w + np.asarray(adapter.delta, np.float64)
     stack, inputs, outputs = adapter.axes
-    arrays = {name: np.asarray(getattr(adapter, name), np.float64) for name in adapter.layout}
+    arrays = {
+        name: np.asarray(getattr(adapter, name), np.float64)
+        for name in adapter.layout
+        if getattr(adapter, name) is not None
+    }
     canonical = w.transpose([*stack, *inputs, *outputs])
     shape = canonical.shape
     n, n_in = len(stack), len(inputs)
@@ -45,14 +65,27 @@ def by_hand(w, adapter):
     def product(a, b):
         return a.reshape(*a.shape[:n], -1, a.shape[-1]) @ b.reshape(*b.shape[: n + 1], -1)
 
-    if isinstance(adapter, lora.LohaAdapter):
+    scale = getattr(adapter, "scale", 1.0)
+    if isinstance(adapter, lora.Ia3Adapter):
+        gain = arrays["gain"].reshape(*shape[:n], 1, -1)
+        delta = matrix * (gain - 1)
+    elif isinstance(adapter, lora.VeraAdapter):
+        a, b = shared_projections(0, 2, *adapter.widths)
+        outputs_of_each = arrays["b"].reshape(*shape[:n], 1, -1)
+        left, right = a[: matrix.shape[-2]].astype(np.float64), b[:, : matrix.shape[-1]]
+        delta = (left * arrays["d"][..., None, :]) @ right * outputs_of_each
+    elif isinstance(adapter, lora.LokrAdapter):
+        w2 = arrays["a"] @ arrays["b"] if "b" in arrays else arrays["a"]
+        flat = [m.reshape(-1, *m.shape[-2:]) for m in (arrays["w1"], w2)]
+        delta = np.stack([np.kron(*pair) for pair in zip(*flat, strict=True)]).reshape(matrix.shape)
+    elif isinstance(adapter, lora.LohaAdapter):
         delta = product(arrays["a1"], arrays["b1"]) * product(arrays["a2"], arrays["b2"])
     elif isinstance(adapter, lora.AdaLoraAdapter):
         e = arrays["e"].reshape(*arrays["e"].shape, *[1] * len(outputs))
         delta = product(arrays["a"], e * arrays["b"])
     else:
         delta = product(arrays["a"], arrays["b"])
-    changed = matrix + adapter.scale * delta
+    changed = matrix + scale * delta
     if isinstance(adapter, lora.DoraAdapter):
         m = arrays["m"].reshape(*arrays["m"].shape[:n], 1, -1)
         changed = changed * m / np.linalg.norm(changed, axis=-2, keepdims=True)
@@ -95,7 +128,7 @@ def test_starting_is_identity(kind, case):
     assert_trees_close(lora.lora_apply(case.fn)(params, adapters, x), case.fn(params, x), rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "full"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("full", "lokr_whole")])
 @cases
 def test_factored_stays_factored(kind, case: Case):
     params, x, adapters = case.params(), case.input(), case.adapters(KINDS[kind])
@@ -122,21 +155,30 @@ def test_every_program_is_right_or_refused(kind, name):
     assert_trees_close(found, expected, rtol=rounding, atol=rounding)
 
 
-def test_kinds_mix_in_one_model_with_dropout_and_vmap():
+def test_kinds_mix_in_one_model():
     case = next(c for c in MODELS if c.name == "two_layers")
     params, x = case.params(), case.input()
-    first, *others = [path for path in params if path.startswith("w")]
-    rules = {first: lora.Dora(rank=2), "|".join(others): lora.Loha(rank=2)}
-    plan = lora.plan(case.fn, params, x, rules=rules)
+    plan = lora.plan(case.fn, params, x, rules={"w1": lora.Dora(rank=2), "w2": lora.Loha(rank=2), "b": lora.Full()})
     assert "Dora(rank=2, alpha=None)" in str(plan)
-    one, two = (trained(lora.init(jax.random.key(i), params, plan), i) for i in (1, 2))
-    apply = lora.lora_apply(case.fn)
+    adapters = trained(lora.init(jax.random.key(0), params, plan), 1)
+    assert_trees_close(lora.lora_apply(case.fn)(params, adapters, x), case.fn(lora.merge(params, adapters), x))
+
+
+@kinds
+def test_several_sets_at_once_and_dropout(kind):
+    """`vmap` over adapters; dropout of nothing is nothing, and of something changes the output of what sees x."""
+    case = next(c for c in MODELS if c.name == "two_layers")
+    params, x = case.params(), case.input()
+    one, two = (trained(case.adapters(KINDS[kind]), seed) for seed in (1, 2))
+    apply = jax.jit(lora.lora_apply(case.fn))
     stacked = jax.tree.map(lambda *a: jnp.stack(a), one, two)
     found = jax.vmap(apply, in_axes=(None, 0, None))(params, stacked, x)
-    assert_trees_close(found, jnp.stack([apply(params, one, x), apply(params, two, x)]))
+    each = [apply(params, one, x), apply(params, two, x)]
+    assert_trees_close(found, jnp.stack(each))
     dropped = apply(params, lora.with_dropout(one, jax.random.key(0), 0.5), x)
     assert jnp.isfinite(dropped).all()
-    assert not np.allclose(dropped, found[0])
+    sees_x = kind not in ("full", "ia3")
+    assert np.allclose(dropped, each[0], rtol=1e-5, atol=1e-5) != sees_x
 
 
 @kinds
@@ -165,6 +207,16 @@ def test_checkpoints_give_back_what_was_saved(kind, tmp_path):
     assert_trees_equal(found, adapters)
 
 
+def test_rows_are_saved(tmp_path):
+    params = {"table": jnp.arange(12.0).reshape(4, 3), "head": jnp.ones((4, 5))}
+    plan = lora.plan(tied, params, jnp.array([1]), rules={"table": lora.Rows((3, 1))})
+    adapters = lora.init(jax.random.key(0), params, plan)
+    lora.checkpoint.save(tmp_path / "adapters", adapters)
+    found, _ = lora.checkpoint.load(tmp_path / "adapters")
+    assert jax.tree.structure(found) == jax.tree.structure(adapters)
+    assert_trees_equal(found, adapters)
+
+
 def from_torch(tensors, module):
     """The adapter of a linear module from what HF PEFT calls its arrays."""
     arrays = {
@@ -173,14 +225,24 @@ def from_torch(tensors, module):
         if name.startswith(f"{module}.")
     }
     axes = lora.KernelAxes((), (0,), (1,))
+    inputs, outputs = {"lin0": ((6,), (10,)), "lin1": ((10,), (4,))}[module]
+
+    def of(*names):
+        return [arrays[name] for name in names]
+
     if "hada_w1_a" in arrays:
-        names = ("hada_w1_b", "hada_w1_a", "hada_w2_b", "hada_w2_a")
-        return lora.LohaAdapter(*(arrays[name] for name in names), axes, 2.0)
-    a, b, m = (arrays[name] for name in ("lora_A", "lora_B", "lora_magnitude_vector"))
-    return lora.DoraAdapter(a, b, m, axes, 2.0)
+        return lora.LohaAdapter(*of("hada_w1_b", "hada_w1_a", "hada_w2_b", "hada_w2_a"), axes, 2.0)
+    if "lokr_w1" in arrays:
+        w1, a, b = of("lokr_w1", "lokr_w2_b", "lokr_w2_a")
+        return lora.LokrAdapter(w1, a, axes, 2.0, inputs, outputs, b)
+    if "vera_lambda_d" in arrays:
+        return lora.VeraAdapter(*of("vera_lambda_d", "vera_lambda_b"), axes, inputs, outputs, 0, (10, 10))
+    if "lora_magnitude_vector" in arrays:
+        return lora.DoraAdapter(*of("lora_A", "lora_B", "lora_magnitude_vector"), axes, 2.0)
+    return lora.LoraAdapter(*of("lora_A", "lora_B"), axes, 2.0)
 
 
-@pytest.mark.parametrize("name", ["dora_sgd", "dora_adamw", "loha_adamw"])
+@pytest.mark.parametrize("name", ["dora_sgd", "dora_adamw", "loha_adamw", "lokr_adamw", "vera_adamw", "pissa_adamw"])
 def test_training_goes_as_with_hf_peft(name):
     """Five steps from PEFT's start, on its batches: losses, first gradients and the adapters at the end."""
     tensors = load_file(DATA / "train" / f"{name}.safetensors")
@@ -193,6 +255,9 @@ def test_training_goes_as_with_hf_peft(name):
     adapters, final, grad0 = (
         {f"{m}.weight": from_torch(part(prefix), m) for m in modules} for prefix in ("init.", "final.", "grad0.")
     )
+    if name.startswith("pissa"):  # whose start changes the base
+        fresh = {path: dataclasses.replace(a, b=jnp.zeros_like(a.b)) for path, a in adapters.items()}
+        base, _ = lora.starts.pissa(base, fresh)
 
     def model(p, x):
         x = jnp.tanh(jnp.matmul(x, p["lin0.weight"], precision="highest") + p["lin0.bias"][None])
@@ -227,7 +292,7 @@ def test_saving_to_peft_writes_the_lora_that_it_is(kind, tmp_path):
     assert_trees_close(lora.merge(params, found), lora.merge(params, adapters), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["dora", "full"])
+@pytest.mark.parametrize("kind", ["ia3", "full"])
 def test_what_is_no_lora_is_not_saved_as_one(kind, tmp_path):
     case = next(c for c in MODELS if c.name == "two_layers")
     adapters = case.adapters(KINDS[kind])
@@ -269,6 +334,133 @@ def test_rslora_keeps_its_scale_as_the_rank_grows():
         np.polyfit(np.log(ranks), np.log([size(rule, r) for r in ranks]), 1)[0] for rule in (lora.RsLora, lora.Lora)
     ]
     np.testing.assert_allclose(slopes, [0, -0.5], atol=0.05)
+
+
+def test_vera_shares_one_pair_of_projections():
+    """However many layers use them, and also where these are scanned: a program holds each once, an adapter none."""
+    layers, d, r = 5, 24, 7
+
+    def unrolled(p, x):
+        for i in range(layers):
+            x = jnp.tanh(x @ p["w"][i])
+        return x.sum()
+
+    def separate(p, x):
+        for w in p.values():
+            x = jnp.tanh(x @ w)
+        return x.sum()
+
+    def scanned(p, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0].sum()
+
+    stacked, x = {"w": jnp.ones((layers, d, d)) / d}, jnp.ones((3, d))
+    unstacked = {f"w{i}": w for i, w in enumerate(stacked["w"])}
+    for fn, params in ((unrolled, stacked), (separate, unstacked), (scanned, stacked)):
+        adapters = lora.init(jax.random.key(0), params, lora.plan(fn, params, x, rules={"w.*": lora.Vera(rank=r)}))
+        assert sum(leaf.size for leaf in jax.tree.leaves(adapters)) == layers * (r + d)
+        program = jax.make_jaxpr(jax.grad(lambda a, p, x: lora.lora_apply(fn)(p, a, x)))(adapters, params, x)  # noqa: B023
+        assert sorted(c.shape for c in program.consts if c.size > d) == [(r, d), (d, r)]
+        copies = Counter(e.primitive.name for e in equations(program) if (layers, d, r) in shapes_out(e))
+        assert not copies, "no layer has a projection of its own"
+
+
+def shapes_out(eqn):
+    return [v.aval.shape for v in eqn.outvars]
+
+
+def test_vera_draws_what_hf_peft_draws():
+    tensors = load_file(DATA / "vera" / "adapter_model.safetensors")
+    a, b = shared_projections(0, 4, 10, 10)
+    np.testing.assert_array_equal(a.T, tensors["base_model.vera_A"])
+    np.testing.assert_array_equal(b.T, tensors["base_model.vera_B"])
+
+
+def test_vera_is_as_wide_as_the_widest_weight_of_its_rule():
+    def fn(p, x):
+        return jnp.tanh(x @ p["up"]) @ p["down"] @ p["other"]
+
+    params = {"up": jnp.ones((4, 9)), "down": jnp.ones((9, 5)), "other": jnp.ones((5, 11))}
+    rules = {"up|down": lora.Vera(rank=3), "other": lora.Vera(rank=3, seed=1)}
+    plan = lora.plan(fn, params, jnp.ones((2, 4)), rules=rules)
+    assert {path: target.rule.widths for path, target in plan.items()} == {
+        "up": (9, 9),
+        "down": (9, 9),
+        "other": (5, 11),
+    }
+    with pytest.raises(lora.LoraError, match="no room for 9 inputs and 5 outputs"):
+        lora.plan(fn, params, jnp.ones((2, 4)), rules={"up|down": lora.Vera(rank=3, widths=(8, 9))})
+    with pytest.raises(lora.LoraError, match=r"lora\.plan"):
+        lora.Vera(rank=3).init(jax.random.key(0), params["up"], plan["up"].axes)
+
+
+def tied(p, ids):
+    return jnp.tanh(p["table"][ids]) @ p["table"].T @ p["head"]
+
+
+def test_rows_are_trained_and_no_others():
+    params = {
+        "table": jax.random.normal(jax.random.key(0), (9, 4)),
+        "head": jax.random.normal(jax.random.key(1), (9, 5)),
+    }
+    ids = jnp.array([[1, 5, 7], [5, 5, 0]])
+    plan = lora.plan(tied, params, ids, rules={"table": lora.Rows((5, 2)), "head": lora.Rows([3], axis=1)})
+    adapters = lora.init(jax.random.key(2), params, plan)
+    apply = lora.lora_apply(tied)
+    np.testing.assert_array_equal(apply(params, adapters, ids), tied(params, ids))
+    adapters = trained(adapters, 1)
+    merged = lora.merge(params, adapters)
+    np.testing.assert_array_equal(merged["table"][jnp.array([5, 2])], adapters["table"].values)
+    np.testing.assert_array_equal(merged["head"][:, 3], adapters["head"].values[0])
+    kept = [i for i in range(9) if i not in (5, 2)]
+    np.testing.assert_array_equal(merged["table"][np.array(kept)], params["table"][np.array(kept)])
+
+    def loss(adapters, through):
+        return total(apply(params, adapters, ids) if through == "apply" else tied(lora.merge(params, adapters), ids))
+
+    found, expected = (jax.value_and_grad(loss)(adapters, through) for through in ("apply", "merge"))
+    assert_trees_close(found, expected, rtol=1e-5, atol=1e-5)
+    program = jax.make_jaxpr(jax.grad(loss), static_argnums=1)(adapters, "apply")
+    assert not formed(program, (9, 4)), "the table is not copied"
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: lora.Rows(()), "different whole numbers"),
+        (lambda: lora.Rows((1, 1)), "different whole numbers"),
+        (lambda: lora.Rows((-1,)), "different whole numbers"),
+        (lambda: lora.Rows((0.5,)), "different whole numbers"),
+        (lambda: lora.Rows((1,), axis=2), "axis 0 or 1"),
+        (lambda: lora.Vera(rank=0), "rank"),
+        (lambda: lora.Vera(rank=4, seed=-1), "seed"),
+        (lambda: lora.Vera(rank=4, start=float("nan")), "finite"),
+        (lambda: lora.Vera(rank=lambda path, shape: 4), "whole number"),
+        (lambda: lora.Lokr(rank=4, factor=0), "factor"),
+        (lambda: lora.Ia3(dtype=int), "dtype"),
+    ],
+)
+def test_rules_that_cannot_be(make, says):
+    with pytest.raises(lora.LoraError, match=says):
+        make()
+
+
+def test_rows_that_a_table_lacks():
+    params = {"table": jnp.ones((9, 4)), "head": jnp.ones((9, 6))}
+    for rule, says in ((lora.Rows((9,)), "has 9 rows"), (lora.Rows((5,), axis=1), "has 4 rows")):
+        with pytest.raises(lora.LoraError, match=says):
+            lora.plan(tied, params, jnp.array([1]), rules={"table": rule})
+    stacked = {"w": jnp.ones((3, 4, 4))}
+    with pytest.raises(lora.LoraError, match="table of two axes"):
+        lora.plan(
+            lambda p, x: jnp.einsum("eb,ebk->ek", x, p["w"]), stacked, jnp.ones((3, 4)), rules={"w": lora.Rows((1,))}
+        )
+
+
+def test_lokr_takes_sizes_apart_near_their_square_root():
+    rule = lora.Lokr(rank=2)
+    assert rule.sides(384, 1536) == (16, 24, 32, 48)
+    assert rule.sides(7, 12) == (1, 7, 3, 4)
+    assert lora.Lokr(rank=2, factor=8).sides(384, 36) == (8, 48, 6, 6)
 
 
 def test_orthogonality_is_the_mean_distance():

@@ -4,9 +4,13 @@ from lora_jax.adapters.adalora import AdaLoraAdapter
 from lora_jax.adapters.base import Adapter
 from lora_jax.adapters.dora import DoraAdapter
 from lora_jax.adapters.full import FullAdapter
+from lora_jax.adapters.ia3 import Ia3Adapter
 from lora_jax.adapters.loha import LohaAdapter
+from lora_jax.adapters.lokr import LokrAdapter
 from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.adapters.lora_fa import LoraFaAdapter
+from lora_jax.adapters.rows import RowsAdapter
+from lora_jax.adapters.vera import VeraAdapter
 
 KINDS: dict[str, type[Adapter]] = {
     "lora": LoraAdapter,
@@ -14,5 +18,9 @@ KINDS: dict[str, type[Adapter]] = {
     "dora": DoraAdapter,
     "adalora": AdaLoraAdapter,
     "loha": LohaAdapter,
+    "lokr": LokrAdapter,
+    "vera": VeraAdapter,
+    "ia3": Ia3Adapter,
+    "rows": RowsAdapter,
     "full": FullAdapter,
 }

@@ -9,7 +9,7 @@ Axes: s stacked matrices, T rows of x, d inputs and k outputs of one matrix, r r
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -39,6 +39,10 @@ class Rule(abc.ABC):
 
     def at(self, path: str, shape: tuple[int, ...]) -> Self:
         """The rule for one weight, where it depends on the weight."""
+        return self
+
+    def among(self, fans: Iterable[tuple[int, int]]) -> Self:
+        """The rule, where it depends on the inputs and outputs of all the matrices that it is used for."""
         return self
 
     def problem(self, shape: tuple[int, ...], axes: KernelAxes) -> str | None:
@@ -73,7 +77,7 @@ class Adapter(abc.ABC):
         return self
 
     def explicit(self) -> "Adapter":
-        """The same adapter in a form that others can be joined with."""
+        """The same adapter in a form that others can be joined with, and that can be cut along inputs and outputs."""
         return self
 
     @abc.abstractmethod
@@ -94,16 +98,23 @@ class Adapter(abc.ABC):
         `self` is the first of the parts that is an adapter; `sizes` are those of the parts along the axis.
         """
 
-    def rebuild(self, axes: KernelAxes, change: Callable[[jax.Array, Layout], Any]) -> Self:
-        """The adapter with every array changed, and with these axes."""
-        arrays = {name: change(getattr(self, name), layout) for name, layout in self.layout.items()}
+    def arrays(self) -> dict[str, jax.Array]:
+        """Its arrays, by the names of their fields. Some kinds can do without one of theirs."""
+        found = {name: getattr(self, name) for name in field_names(self, static=False)}
+        return {name: array for name, array in found.items() if array is not None}
+
+    def rebuild(
+        self, axes: KernelAxes, change: Callable[[jax.Array, Layout], Any], stack_only: bool = False
+    ) -> "Adapter":
+        """The adapter with every array changed, and with these axes. With `stack_only` each matrix stays as it is."""
+        arrays = {name: change(array, self.layout[name]) for name, array in self.arrays().items()}
         return dataclasses.replace(self, axes=axes, **arrays)  # type: ignore[type-var]
 
     def stop(self) -> Self:
         """The adapter of stop_gradient(W)."""
         return jax.tree.map(jax.lax.stop_gradient, self)
 
-    def permute(self, permutation: tuple[int, ...]) -> Self:
+    def permute(self, permutation: tuple[int, ...]) -> "Adapter":
         """The adapter of W transposed by a permutation."""
 
         def change(array: jax.Array, layout: Layout) -> jax.Array:
@@ -113,9 +124,11 @@ class Adapter(abc.ABC):
                 order += [start + i for i in sorted(range(len(group)), key=places.__getitem__)]
             return array if order == sorted(order) else array.transpose(order)
 
-        return self.rebuild(self.axes.permute(permutation), change)
+        groups = [[permutation.index(axis) for axis in group] for group in (self.axes.inputs, self.axes.outputs)]
+        in_order = all(group == sorted(group) for group in groups)
+        return self.rebuild(self.axes.permute(permutation), change, stack_only=in_order)
 
-    def replace_axes(self, first: int, count: int, n: int, fn: Callable[[jax.Array, int], jax.Array]) -> Self:
+    def replace_axes(self, first: int, count: int, n: int, fn: Callable[[jax.Array, int], jax.Array]) -> "Adapter":
         """The adapter of W with `count` neighbouring axes of one group made into n axes.
 
         `fn(array, position)` does that to an array which has these axes from `position` on.
@@ -132,16 +145,18 @@ class Adapter(abc.ABC):
                     return fn(array, start + group.index(first))
             return array
 
-        return self.rebuild(axes, change)
+        return self.rebuild(axes, change, stack_only=name == "stack")
 
-    def rows(self, axis: int, n: int, fn: Callable[[jax.Array, int], jax.Array], stack: Sequence[int] = ()) -> Self:
+    def rows(
+        self, axis: int, n: int, fn: Callable[[jax.Array, int], jax.Array], stack: Sequence[int] = ()
+    ) -> "Adapter":
         """The adapter of single rows of W, or single matrices of a stack, picked along an axis into n axes.
 
         Each matrix along the axes `stack` has rows of its own picked.
         """
         return self.replace_axes(axis, 1, n, fn)
 
-    def insert_axis(self, axis: int, name: str = "stack") -> Self:
+    def insert_axis(self, axis: int, name: str = "stack") -> "Adapter":
         """The adapter of W with a new axis of size 1."""
 
         def change(array: jax.Array, layout: Layout) -> jax.Array:
@@ -150,7 +165,7 @@ class Adapter(abc.ABC):
                     return jnp.expand_dims(array, start + sum(i is not None and i < axis for i in group))
             return array
 
-        return self.rebuild(self.axes.insert(axis, name), change)
+        return self.rebuild(self.axes.insert(axis, name), change, stack_only=name == "stack")
 
     def used_as(self, axes: KernelAxes, eqn: JaxprEqn) -> "Adapter | None":
         """This adapter for a product along these axes; None if it was made for other ones.
@@ -169,14 +184,14 @@ class Adapter(abc.ABC):
                 adapter = adapter.replace_axes(axis, 1, 0, jnp.squeeze).insert_axis(axis, axes.group(axis))
         return adapter
 
-    def specs(self, spec: jax.P) -> Self:
+    def specs(self, spec: jax.P) -> "Adapter":
         """The partition specs of the arrays, where W's has an entry for each of its axes."""
 
         def follow(_: jax.Array, layout: Layout) -> jax.P:
             groups = [group for *_, group in spans(layout, self.axes)]
             return jax.P(*(None if axis is None else spec[axis] for group in groups for axis in group))
 
-        return self.rebuild(self.axes, follow)
+        return self.rebuild(self.axes, follow, stack_only=True)
 
     def group(self, axis: int) -> str:
         """The group that an axis of the weight is in."""
@@ -216,7 +231,7 @@ class Adapter(abc.ABC):
 
     def trainable(self) -> "Adapter":
         """The same tree with True at what is trained and False at what is frozen."""
-        arrays = {name: name not in self.frozen for name in field_names(self, static=False)}
+        arrays = {name: name not in self.frozen for name in self.arrays()}
         return dataclasses.replace(self, **arrays)  # type: ignore[type-var]
 
 

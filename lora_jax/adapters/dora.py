@@ -7,11 +7,12 @@ length multiplies: that would take a second product with W.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ class DoraAdapter(Entering):
     def merge(self, w: jax.Array) -> jax.Array:
         v = LoraAdapter(self.a, self.b, self.axes, self.scale).merge(w)
         n = jnp.sqrt(jnp.sum(jnp.square(lax.stop_gradient(v)), axis=self.axes.inputs, keepdims=True))
-        return _along_outputs(_gain(self.m.astype(w.dtype), _as_m(n, self.axes)), self.axes) * v
+        return along_outputs(_gain(self.m.astype(w.dtype), _as_m(n, self.axes)), self.axes) * v
 
     def enter(self, w: jax.Array) -> "Gained":
         factors = LoraAdapter(self.a, self.b, self.axes, self.scale)
@@ -74,7 +75,7 @@ class DoraAdapter(Entering):
 class Gained(Adapter):
     """W' = g * (the inner adapter's W'), a factor for each output; for each input where W is used the other way."""
 
-    inner: Adapter
+    inner: LoraAdapter
     gain: jax.Array  # [*stack, *outputs], or [*stack, *inputs]
     axes: KernelAxes = field(metadata={"static": True})
     side: str = field(default="outputs", metadata={"static": True})
@@ -84,12 +85,23 @@ class Gained(Adapter):
 
     def merge(self, w: jax.Array) -> jax.Array:
         axes = self.axes if self.side == "outputs" else self.axes.transpose()
-        return _along_outputs(self.gain.astype(w.dtype), axes) * self.inner.merge(w)
+        return along_outputs(self.gain.astype(w.dtype), axes) * self.inner.merge(w)
 
     def apply(self, product: Product) -> jax.Array:
-        y = self.inner.apply(product)
-        wide = accumulator(y.dtype, self.gain.dtype)
-        return (y.astype(wide) * product.for_each_output(self.gain.astype(wide))).astype(y.dtype)
+        """g y + x A (g B): B takes the gain where it is small. A derivative keeps y and g, not g for each row of y."""
+        y, b = product.y, self.inner.b
+        wide = accumulator(y.dtype, b.dtype, self.gain.dtype)
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def gained(y: jax.Array, gain: jax.Array) -> jax.Array:
+            return y.astype(wide) * product.for_each_output(gain)
+
+        gain = self.gain.astype(wide)
+        inner = dataclasses.replace(self.inner, b=b.astype(wide) * jnp.expand_dims(gain, len(self.axes.stack)))
+        return inner.apply(dataclasses.replace(product, y=gained(y, gain))).astype(y.dtype)
+
+    def explicit(self) -> "Gained":
+        return dataclasses.replace(self, inner=self.inner.explicit())  # type: ignore[arg-type]
 
     def transpose(self) -> "Gained":
         other = {"outputs": "inputs", "inputs": "outputs"}[self.side]
@@ -116,9 +128,11 @@ class Gained(Adapter):
         ]
         return inner and dataclasses.replace(self, inner=inner, gain=jnp.concatenate(gains, at))
 
-    def rebuild(self, axes: KernelAxes, change: Callable[[jax.Array, Layout], Any]) -> Self:
+    def rebuild(
+        self, axes: KernelAxes, change: Callable[[jax.Array, Layout], Any], stack_only: bool = False
+    ) -> "Gained":
         gain = change(self.gain, ("stack", self.side))
-        return dataclasses.replace(self, inner=self.inner.rebuild(axes, change), gain=gain, axes=axes)
+        return dataclasses.replace(self, inner=self.inner.rebuild(axes, change, stack_only), gain=gain, axes=axes)  # type: ignore[arg-type]
 
     def kernel_shape(self) -> tuple[int, ...]:
         return self.inner.kernel_shape()
@@ -129,6 +143,7 @@ def _gain(m: jax.Array, n: jax.Array) -> jax.Array:
     return jnp.where(n == 0, jnp.ones_like(m), m / jnp.where(n == 0, jnp.ones_like(n), n).astype(m.dtype))
 
 
+@functools.partial(jax.jit, inline=True)  # weights of equal shapes share a trace
 def _lengths(w: jax.Array, factors: LoraAdapter) -> jax.Array:
     """n [*stack, *outputs], without a value of W's shape; no gradient passes it."""
     axes, s = factors.axes, factors.scale
@@ -156,7 +171,7 @@ def _as_m(n: jax.Array, axes: KernelAxes) -> jax.Array:
     return kept.reshape(kept.shape[: len(axes.stack) + len(axes.outputs)])
 
 
-def _along_outputs(gain: jax.Array, axes: KernelAxes) -> jax.Array:
+def along_outputs(gain: jax.Array, axes: KernelAxes) -> jax.Array:
     """[*stack, *outputs] -> W's axes, of size 1 along the inputs."""
     wide = gain.reshape(*gain.shape, *[1] * len(axes.inputs))
     order = (*axes.stack, *axes.outputs, *axes.inputs)

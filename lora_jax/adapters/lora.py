@@ -127,6 +127,8 @@ class LoraAdapter(Adapter):
     layout = MappingProxyType({"a": ("stack", "inputs", "rank"), "b": ("stack", "rank", "outputs")})
 
     def merge(self, w: jax.Array) -> jax.Array:
+        if self.a.shape[-1] == 0:  # of rank 0: no change
+            return w
         n = len(self.axes.stack)
         a = self.a.reshape(*self.a.shape[:n], -1, self.a.shape[-1])
         b = self.b.reshape(*self.b.shape[: n + 1], -1)
@@ -135,6 +137,8 @@ class LoraAdapter(Adapter):
         return w + delta.reshape(stack + inputs + outputs).transpose(self.axes.from_canonical())
 
     def apply(self, product: Product) -> jax.Array:
+        if self.a.shape[-1] == 0:
+            return product.y
         y, delta = product.y, lowrank(product, self.a, self.b, self.scale)
         wide = accumulator(y.dtype, delta.dtype)
         return (y.astype(wide) + delta.astype(wide)).astype(y.dtype)

@@ -1,0 +1,72 @@
+"""(IA)^3: W' = W diag(g), a trained factor for each output.
+
+Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
+arXiv 2205.05638: for keys, values and the inner activations of MLPs. Where these are gated,
+f(x @ W_gate) * (x @ W_up), a factor on them is a factor on the outputs of W_up.
+"""
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters.base import Entering, Rule
+from lora_jax.adapters.dora import Gained, along_outputs
+from lora_jax.adapters.lora import LoraAdapter, check_dtype
+from lora_jax.axes import KernelAxes
+
+
+@dataclass(frozen=True)
+class Ia3(Rule):
+    """W' = W diag(g), with g starting at one.
+
+    Args:
+        dtype: of g.
+
+    Raises:
+        LoraError: a dtype that is not a floating one.
+    """
+
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        check_dtype("Ia3", self.dtype)
+
+    def __str__(self) -> str:
+        return "Ia3()"
+
+    def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> "Ia3Adapter":
+        stack, inputs, outputs = axes.sizes(w.shape)
+        return Ia3Adapter(jnp.ones((*stack, *outputs), self.dtype), axes, inputs)
+
+    def flops(self, shape: tuple[int, ...], axes: KernelAxes, rows: tuple[int, int]) -> int:
+        return rows[1] * axes.fans(shape)[2]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Ia3Adapter(Entering):
+    """The factors on the outputs of one weight. In a program it is a `Gained` LoRA of rank 0."""
+
+    gain: jax.Array  # [*stack, *outputs]
+    axes: KernelAxes = field(metadata={"static": True})
+    inputs: tuple[int, ...] = field(metadata={"static": True})  # their sizes
+
+    layout = MappingProxyType({"gain": ("stack", "outputs")})
+    additive = False
+
+    def merge(self, w: jax.Array) -> jax.Array:
+        return w * along_outputs(self.gain.astype(w.dtype), self.axes)
+
+    def enter(self, w: jax.Array) -> Gained:
+        n = len(self.axes.stack)
+        a = jnp.zeros((*self.gain.shape[:n], *self.inputs, 0), self.gain.dtype)
+        b = jnp.zeros((*self.gain.shape[:n], 0, *self.gain.shape[n:]), self.gain.dtype)
+        return Gained(LoraAdapter(a, b, self.axes, 1.0), self.gain, self.axes)
+
+    def kernel_shape(self) -> tuple[int, ...]:
+        sizes = (*self.gain.shape, *self.inputs)
+        order = (*self.axes.stack, *self.axes.outputs, *self.axes.inputs)
+        return tuple(size for _, size in sorted(zip(order, sizes, strict=True)))

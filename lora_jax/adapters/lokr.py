@@ -1,0 +1,127 @@
+"""LoKr: W' = W + (alpha / r) W1 (x) W2, a Kronecker product of a small matrix and one of low rank.
+
+Yeh et al. 2023, "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation",
+arXiv 2309.14859. With d = p m and k = q n, W1 [p, q] and W2 [m, n]: the entry (i m + j, u n + v) of the product is
+W1[i, u] W2[j, v]. So x @ (W1 (x) W2) takes two products with small matrices, x being seen as [T, p, m].
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters.base import Adapter
+from lora_jax.adapters.factored import Compact
+from lora_jax.adapters.lora import Lora, LoraAdapter
+from lora_jax.axes import KernelAxes
+from lora_jax.errors import LoraError
+from lora_jax.lowrank import accumulator, matmul
+from lora_jax.products import Matmul, Product
+
+
+@dataclass(frozen=True)
+class Lokr(Lora):
+    """W' = W + (alpha / rank) W1 (x) W2, where W2 = A B of this rank, or whole if that is no smaller.
+
+    W1 starts at zero, A and B as `init_a` says. d and k are each taken apart into the two factors that are nearest to
+    their square root, the smaller one for W1. W2 is whole where the rank is at least half of its larger side.
+
+    Args:
+        factor: what W1's sides are at most, instead; the largest divisors up to it.
+
+    Raises:
+        LoraError: a factor below 1; what `Lora` raises.
+    """
+
+    factor: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.factor is not None and (
+            isinstance(self.factor, bool) or not isinstance(self.factor, int) or self.factor < 1
+        ):
+            raise LoraError(f"Lokr(factor={self.factor!r}): W1's sides are whole numbers of at least 1, such as 8.")
+
+    def problem(self, shape: tuple[int, ...], axes: KernelAxes) -> str | None:
+        return None
+
+    def sides(self, d: int, k: int) -> tuple[int, int, int, int]:
+        """p, m, q, n."""
+        (p, m), (q, n) = (_taken_apart(size, self.factor) for size in (d, k))
+        return p, m, q, n
+
+    def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> Adapter:
+        stack, inputs, outputs = axes.sizes(w.shape)
+        p, m, q, n = self.sides(math.prod(inputs), math.prod(outputs))
+        r, dtype, one, two = int(self.rank), self.dtype, *jax.random.split(key)  # type: ignore[arg-type]
+        w1 = jnp.zeros((*stack, p, q), dtype)
+        is_whole = r >= max(m, n) / 2
+        a = self.init_a(one, (*stack, m, n if is_whole else r), m, dtype)
+        b = None if is_whole else jnp.moveaxis(self.init_a(two, (*stack, n, r), r, dtype), -1, len(stack))
+        return LokrAdapter(w1, a, axes, self.scale, inputs, outputs, b)
+
+    def flops(self, shape: tuple[int, ...], axes: KernelAxes, rows: tuple[int, int]) -> int:
+        _, d, k = axes.fans(shape)
+        p, m, q, n = self.sides(d, k)
+        r = int(self.rank)  # type: ignore[arg-type]
+        if r >= max(m, n) / 2:
+            return 2 * (rows[0] * p * m * n + rows[1] * p * q * n)
+        return 2 * (rows[0] * p * r * (m + q) + rows[1] * q * r * n)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LokrAdapter(Compact):
+    """The factors of one weight's change, scale * W1 (x) (A B); without B, scale * W1 (x) A."""
+
+    w1: jax.Array  # [*stack, p, q]
+    a: jax.Array  # [*stack, m, r], or W2 [*stack, m, n]
+    axes: KernelAxes = field(metadata={"static": True})
+    scale: float = field(metadata={"static": True})
+    inputs: tuple[int, ...] = field(metadata={"static": True})
+    outputs: tuple[int, ...] = field(metadata={"static": True})
+    b: jax.Array | None = None  # [*stack, r, n]
+
+    layout = MappingProxyType({"w1": ("stack", "p", "q"), "a": ("stack", "m", "r"), "b": ("stack", "r", "n")})
+
+    def factors(self) -> LoraAdapter:
+        """W1 (x) A B = (W1 (x) A) (I (x) B), of rank q r; where B is missing it is the unit matrix."""
+        stack, q, r = self.w1.shape[:-2], self.w1.shape[-1], self.a.shape[-1]
+        b = jnp.eye(r, dtype=self.a.dtype) if self.b is None else self.b
+        a = self.w1[..., :, None, :, None] * self.a[..., None, :, None, :]
+        unit = jnp.eye(q, dtype=b.dtype).reshape(*[1] * len(stack), q, 1, q, 1)
+        b = unit * jnp.broadcast_to(b, (*stack, *b.shape[-2:]))[..., None, :, None, :]
+        a, b = a.reshape(*stack, *self.inputs, q * r), b.reshape(*stack, q * r, *self.outputs)
+        return LoraAdapter(a, b, self.axes, self.scale)
+
+    def merge(self, w: jax.Array) -> jax.Array:
+        w2 = self.a if self.b is None else jnp.matmul(self.a, self.b, precision="highest")
+        delta = self.scale * self.w1[..., :, None, :, None] * w2[..., None, :, None, :]
+        delta = delta.reshape(*self.w1.shape[:-2], *self.inputs, *self.outputs)
+        return w + delta.transpose(self.axes.from_canonical()).astype(w.dtype)
+
+    def apply(self, product: Product) -> jax.Array:
+        if not isinstance(product, Matmul):
+            return self.factors().apply(product)
+        n, y, precision = len(self.axes.stack), product.y, product.precision
+        wide = accumulator(y.dtype, self.w1.dtype)
+        x = product.x.reshape(*y.shape[:n], *product.token_axes(), self.w1.shape[-2], -1)
+        h = matmul(x, self.a, precision, n).swapaxes(-1, -2).astype(x.dtype)  # [*s, *T, r, p]
+        h = matmul(h, self.w1.astype(wide) * self.scale, precision, n).swapaxes(-1, -2)  # [*s, *T, q, r]
+        if self.b is not None:
+            h = matmul(h.astype(x.dtype), self.b, precision, n)
+        return (y.astype(wide) + h.reshape(y.shape).astype(wide)).astype(y.dtype)
+
+    def scale_by(self, factor: jax.Array) -> "LokrAdapter":
+        return dataclasses.replace(self, w1=self.w1 * factor.astype(self.w1.dtype))
+
+
+def _taken_apart(size: int, factor: int | None) -> tuple[int, int]:
+    """The divisors of a size that are nearest to its square root, the smaller one first, and at most `factor`."""
+    most = math.isqrt(size) if factor is None else min(factor, math.isqrt(size))
+    smaller = next(n for n in range(most, 0, -1) if size % n == 0)
+    return smaller, size // smaller
