@@ -30,7 +30,7 @@ from lora_jax.extract import low_rank
 from lora_jax.folders import refuse_to_replace
 from lora_jax.keymap import Entry, KeyMap
 from lora_jax.paths import nearest
-from lora_jax.peft import CONFIG, load_by_module, torch_factors_of_folder
+from lora_jax.peft import CONFIG, load_by_module
 from lora_jax.peft_save import save_peft
 from lora_jax.spectrum import Spectrum, spectrum
 from lora_jax.table import count, format_table, size
@@ -195,7 +195,7 @@ def compose(output: Place, parts: Annotated[tuple[str, ...], tyro.conf.Positiona
         adapters, others, own = load_by_module(folder)
         if others:
             raise LoraError(f"{folder} also holds {next(iter(others))} whole, which no sum of adapters expresses.")
-        sums.append((adapters, weight))
+        sums.append(({path: adapter.explicit() for path, adapter in adapters.items()}, weight))
         table += own
     combined = combine(sums)
     save_peft(output, combined, table)
@@ -351,19 +351,20 @@ def _weighted(part: str) -> tuple[Path, float]:
 def _rows(folder: Path) -> list[Row]:
     """The adapters in a folder, in order."""
     if (folder / CONFIG).exists():
-        factors, _ = torch_factors_of_folder(folder)
-        found = {name: (kind, a.reshape(a.shape[0], -1).T, b.reshape(b.shape[0], -1).T, scale)
-                 for name, (kind, a, b, scale) in factors.items()}  # fmt: skip
-        return [_row(name, *found[name]) for name in sorted(found)]
-    adapters, _ = checkpoint.load(folder)
+        adapters, _, key_map = load_by_module(folder)
+        kinds = {entry.path: entry.kind for entry in key_map.entries}
+    else:
+        adapters, _ = checkpoint.load(folder)
+        kinds = dict.fromkeys(adapters, "lora")
     rows = []
     for path, adapter in sorted(adapters.items()):
-        if not isinstance(adapter, LoraAdapter):
-            raise LoraError(f"{path!r} is a {type(adapter).__name__}; this version inspects LoraAdapter.")
-        n = len(adapter.axes.stack)
-        a, b = np.asarray(adapter.a), np.asarray(adapter.b)
+        factors = adapter.explicit()
+        if not isinstance(factors, LoraAdapter):
+            raise LoraError(f"{path!r} is a {type(adapter).__name__}; this version inspects what is W + s A B.")
+        n = len(factors.axes.stack)
+        a, b = np.asarray(factors.a), np.asarray(factors.b)
         a, b = a.reshape(*a.shape[:n], -1, a.shape[-1]), b.reshape(*b.shape[: n + 1], -1)
-        rows.append(_row(path, "lora", a, b, adapter.scale))
+        rows.append(_row(path, kinds[path], a, b, factors.scale))
     return rows
 
 

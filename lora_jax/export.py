@@ -23,8 +23,8 @@ from lora_jax.errors import LoraError
 from lora_jax.folders import refuse_to_replace, written
 from lora_jax.keymap import KINDS, Array, KeyMap
 from lora_jax.paths import nearest
-from lora_jax.peft import torch_factors_of_folder
-from lora_jax.peft_save import torch_factors
+from lora_jax.peft import load_by_module
+from lora_jax.peft_modules import torch_modules
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -163,16 +163,18 @@ class Tensors(Mapping[str, Array]):
 
 
 def _changes(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any) -> dict[str, Change]:
-    factors, placed = torch_factors(adapters, key_map, params)
+    modules, placed = torch_modules(adapters, key_map, params)
     return {
-        name + placed[name].entry.suffix: _change(placed[name].entry.kind, a, b, scale, placed[name].experts)
-        for name, (a, b, scale) in factors.items()
+        name + placed[name].entry.suffix: _change(
+            placed[name].entry.kind, module.arrays["a"], module.arrays["b"], module.scale, placed[name].experts
+        )
+        for name, module in modules.items()
     }
 
 
 def _changes_of_folder(folder: Path) -> tuple[dict[str, Change], dict[str, Array]]:
-    factors, whole = torch_factors_of_folder(folder)
-    return {f"{name}.weight": _change(kind, a, b, scale, 1) for name, (kind, a, b, scale) in factors.items()}, whole
+    adapters, whole, key_map = load_by_module(folder)
+    return _changes(adapters, key_map, None), whole
 
 
 def _change(kind: str, a: Array, b: Array, scale: float, experts: int) -> Change:

@@ -13,47 +13,42 @@ LIMIT = 2.0**127  # what fp32 can hold
 LARGEST = 8 * 2**20  # bytes of a config; PEFT's have a few thousand
 
 # Options that change nothing about what a saved adapter computes, or that are read below.
-KNOWN = frozenset(
-    [
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_alpha",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_core",
-        "modules_to_save",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "target_parameters",
-        "task_type",
-        "use_rslora",
-    ]
-)
-# Starts that also change the base: beside the base as it was published, the adapter alone is another model.
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_ALL = """
+    auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern layers_to_transform
+    modules_to_save peft_type peft_version revision runtime_config target_modules task_type
+"""
+_LORA = f"""
+    {_ALL} alpha_pattern bias corda_config ensure_weight_tying eva_config fan_in_fan_out init_lora_weights
+    layer_replication loftq_config lora_alpha lora_dropout lora_ga_config megatron_core qalora_group_size r rank_pattern
+    trainable_token_indices use_rslora
+"""
+_LOHA = f"{_ALL} alpha alpha_pattern init_weights module_dropout r rank_dropout rank_pattern use_effective_conv2d"
+_VERA = f"{_ALL} bias d_initial fan_in_fan_out init_weights projection_prng_key r save_projection vera_dropout"
+KNOWN = {
+    "LORA": frozenset(f"{_LORA} lora_bias target_parameters use_dora".split()),
+    "ADALORA": frozenset(f"{_LORA} beta1 beta2 deltaT init_r orth_reg_weight target_r tfinal tinit total_step".split()),
+    "LOHA": frozenset(_LOHA.split()),
+    "LOKR": frozenset(f"{_LOHA} decompose_both decompose_factor rank_dropout_scale".split()),
+    "VERA": frozenset(_VERA.split()),
+}
+# What rank and alpha are called, and the rank that is meant where there is none.
+_NAMES = {
+    "LORA": ("r", 8, "lora_alpha"),
+    "ADALORA": ("init_r", 12, "lora_alpha"),
+    "LOHA": ("r", 8, "alpha"),
+    "LOKR": ("r", 8, "alpha"),
+    "VERA": ("r", 256, ""),
+}
+# Starts that also change the base: beside the base as it was published, the adapter alone is another model. Those of
+# the first kind follow from the base, and are made again when the adapter is loaded.
+REPEATED = ("pissa", "olora")
+CHANGE_THE_BASE = ("corda", "loftq", "lora_ga")
 
 T = TypeVar("T")
 
 
 class Config(NamedTuple):
+    kind: str  # of adapters, one of `peft_kinds.KINDS`
     rank: int
     alpha: float
     rslora: bool
@@ -62,46 +57,104 @@ class Config(NamedTuple):
     alpha_pattern: dict[str, float]
     target_modules: tuple[str, ...]  # none where it is a regular expression
     target_parameters: tuple[str, ...]
+    start: str | None  # one of REPEATED
+    lora_bias: bool
+    replicated: bool  # the model has some layers of the published one several times
+    tokens: tuple[int, ...] | dict[str, tuple[int, ...]]  # rows of the table of embeddings, or of these modules
+    seed: int  # of VeRA's projections
 
     def rank_of(self, module: str) -> int:
+        if self.kind == "ADALORA":  # by whole names
+            return self.rank_pattern.get(module, self.rank)
         return _first_match(self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) of rank-stabilised LoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
+        """alpha / r, or alpha / sqrt(r) of rank-stabilised LoRA (Kalajdzievski 2023, arXiv 2312.03732).
+
+        AdaLoRA divides by the rank that training began with, and 1e-5 more.
+        """
+        if self.kind == "ADALORA":
+            return (self.alpha if self.alpha > 0 else self.rank) / (self.rank + 1e-5)
+        if self.kind == "VERA":
+            return 1.0
         rank, alpha = self.rank_of(module), _first_match(self.alpha_pattern, module, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """The rows that are trained of a module's table."""
+        if isinstance(self.tokens, tuple):
+            return self.tokens
+        return next((rows for name, rows in self.tokens.items() if f".{module}".endswith(f".{name}")), ())
+
 
 def read_config(path: Path) -> Config:
-    """The facts of a config of LoRA.
+    """The facts of a config.
 
     Raises:
         LoraError: no such file, or not of this format; another kind of adapter; an option that this version lacks.
     """
     facts = _read(path)
     kind = facts.get("peft_type")
-    if kind != "LORA":
-        raise LoraError(f"{path}: peft_type is {kind!r}; this version of lora_jax reads LORA.")
+    if not isinstance(kind, str) or kind not in KNOWN:
+        raise LoraError(f"{path}: peft_type is {short(kind)}; this version of lora_jax reads {', '.join(KNOWN)}.")
     for name in sorted(facts):
-        if name not in KNOWN and facts[name]:
+        if name not in KNOWN[kind] and facts[name]:
             raise LoraError(f"{path}: {name} is {short(facts[name])}, which this version of lora_jax does not have.")
     targets = facts.get("target_modules")
-    start = facts.get("init_lora_weights")
+    rank, usual, alpha = _NAMES[kind]
+    dora = kind == "LORA" and bool(facts.get("use_dora"))
+    return Config(
+        kind="DORA" if dora else kind,
+        rank=_number(path, rank, facts.get(rank, usual), whole=True),
+        alpha=_number(path, alpha, facts.get(alpha, 8)),
+        rslora=bool(facts.get("use_rslora")),
+        transposed=bool(facts.get("fan_in_fan_out")),
+        rank_pattern=_kept(path, facts) if kind == "ADALORA" else _pattern(path, "rank_pattern", facts, whole=True),
+        alpha_pattern=_pattern(path, "alpha_pattern", facts, whole=False),
+        target_modules=() if isinstance(targets, str) else _strings(path, "target_modules", targets),
+        target_parameters=_strings(path, "target_parameters", facts.get("target_parameters")),
+        start=_start(path, facts.get("init_lora_weights")) if kind == "LORA" else None,
+        lora_bias=bool(facts.get("lora_bias")),
+        replicated=bool(facts.get("layer_replication")),
+        tokens=_tokens(path, facts.get("trainable_token_indices")),
+        seed=_seed(path, facts.get("projection_prng_key", 0)) if kind == "VERA" else 0,
+    )
+
+
+def _start(path: Path, start: Any) -> str | None:
+    """What the base was changed by, if that can be done again."""
     if isinstance(start, str) and start.startswith(CHANGE_THE_BASE):
         raise LoraError(
             f"{path}: init_lora_weights is {start!r}, which changed the base too. Save it as plain LoRA first: "
             "model.save_pretrained(folder, path_initial_model_for_weight_conversion=...) in PEFT."
         )
-    return Config(
-        rank=_number(path, "r", facts.get("r", 8), whole=True),
-        alpha=_number(path, "lora_alpha", facts.get("lora_alpha", 8)),
-        rslora=bool(facts.get("use_rslora")),
-        transposed=bool(facts.get("fan_in_fan_out")),
-        rank_pattern=_pattern(path, "rank_pattern", facts, whole=True),
-        alpha_pattern=_pattern(path, "alpha_pattern", facts, whole=False),
-        target_modules=() if isinstance(targets, str) else _strings(path, "target_modules", targets),
-        target_parameters=_strings(path, "target_parameters", facts.get("target_parameters")),
-    )
+    return next((name for name in REPEATED if isinstance(start, str) and start.startswith(name)), None)
+
+
+def _tokens(path: Path, found: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    """Rows of the one table of embeddings, or by the names of modules."""
+    lists = found if isinstance(found, dict) else {"": found or []}
+    for rows in lists.values():
+        if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
+            raise LoraError(f"{path}: trainable_token_indices has {short(rows)}, expected a list of numbers of rows.")
+    return {name: tuple(rows) for name, rows in lists.items()} if isinstance(found, dict) else tuple(lists[""])
+
+
+def _seed(path: Path, seed: Any) -> int:
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise LoraError(f"{path}: projection_prng_key is {short(seed)}, expected a whole number of 32 bits.")
+    return seed
+
+
+def _kept(path: Path, facts: Mapping[str, Any]) -> dict[str, int]:
+    """How many entries AdaLoRA left each module: of `{"name.lora_E": [true, false, ...]}` the true ones."""
+    found = facts.get("rank_pattern") or {}
+    if not isinstance(found, dict):
+        raise LoraError(f"{path}: rank_pattern is {short(found)}, expected an object of names and masks.")
+    for name, mask in found.items():
+        if not isinstance(mask, list) or not all(isinstance(kept, bool) for kept in mask):
+            raise LoraError(f"{path}: rank_pattern[{short(name)}] is {short(mask)}, expected a list of true and false.")
+    return {name.rpartition(".lora_E")[0]: sum(mask) for name, mask in found.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

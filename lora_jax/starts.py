@@ -40,17 +40,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.lora import LoraAdapter, rank_above
-from lora_jax.axes import KernelAxes
+from lora_jax.adapters.lora import LoraAdapter
+from lora_jax.allocate import allot
+from lora_jax.checks import check_data, check_fresh, check_weights
 from lora_jax.errors import LoraError
-from lora_jax.lowrank import accumulator
-from lora_jax.paths import flatten_with_names, is_array, nearest, path_key
-from lora_jax.transform import check_adapters
+from lora_jax.linalg import Factors, matmul, matrices, principal, randomised_svd, shared, svd, wide
+from lora_jax.paths import flatten_with_names, path_key
 
 Adapters = Mapping[str, LoraAdapter]
-Factors = tuple[jax.Array, jax.Array]  # A [n, d, r] and B [n, r, k], n being the number of stacked matrices
 
-OVERSAMPLING = 10  # columns beyond the rank in a randomised SVD, as Halko et al. advise
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "gd_scale", "weight_svd", "unit")
 MODES = ("instruction", "knowledge")
@@ -77,13 +75,13 @@ def pissa(
         raise LoraError(f"pissa(iterations={iterations!r}): expected a whole number such as 4, or None for exact SVD.")
     if iterations is not None and key is None:
         raise LoraError(f"pissa(iterations={iterations}) draws random numbers: give it key=jax.random.key(0).")
-    weights = _check_weights(params, adapters)
+    weights = check_weights(params, adapters)
 
     def factors(path: str, adapter: LoraAdapter, w: jax.Array) -> Factors:
         rank = adapter.a.shape[-1]
         if key is None or iterations is None:
-            return _shared(*_svd(w, np.arange(rank)), adapter.scale)
-        return _shared(*_randomised_svd(path_key(key, path), w, rank, iterations), adapter.scale)
+            return shared(*svd(w, np.arange(rank)), adapter.scale)
+        return shared(*randomised_svd(path_key(key, path), w, rank, iterations), adapter.scale)
 
     return _rebase(params, weights, adapters, factors)
 
@@ -98,7 +96,7 @@ def olora(params: Any, adapters: Adapters) -> tuple[Any, dict[str, LoraAdapter]]
     Raises:
         LoraError: the adapters are not fresh ones of plain LoRA, or do not fit `params`; a weight is not finite.
     """
-    weights = _check_weights(params, adapters)
+    weights = check_weights(params, adapters)
 
     def factors(path: str, adapter: LoraAdapter, w: jax.Array) -> Factors:
         rank = adapter.a.shape[-1]
@@ -121,7 +119,7 @@ def orthogonal(key: jax.Array, adapters: Adapters) -> dict[str, LoraAdapter]:
     Raises:
         LoraError: the adapters are not fresh ones of plain LoRA; a rank is odd.
     """
-    _check_fresh(adapters)
+    check_fresh(adapters)
     for path, adapter in adapters.items():
         if (rank := adapter.a.shape[-1]) % 2:
             raise LoraError(
@@ -134,7 +132,7 @@ def orthogonal(key: jax.Array, adapters: Adapters) -> dict[str, LoraAdapter]:
         for_q, for_x, for_y = jax.random.split(path_key(key, path), 3)
         q, _ = jnp.linalg.qr(jax.random.normal(for_q, (n, rank, rank)))
         x, y = jax.random.normal(for_x, (n, d, rank // 2)), jax.random.normal(for_y, (n, rank // 2, k))
-        return _with(path, adapter, _matmul(x, q[:, ::2]) / 10, _matmul(q[:, 1::2].mT, y) / 10)
+        return _with(path, adapter, matmul(x, q[:, ::2]) / 10, matmul(q[:, 1::2].mT, y) / 10)
 
     return {path: start(path, adapter) for path, adapter in adapters.items()}
 
@@ -162,12 +160,12 @@ def eva(adapters: Adapters, inputs: Any, *, rho: float = 2.0) -> dict[str, LoraA
     """
     if isinstance(rho, bool) or not isinstance(rho, int | float) or not 1 <= rho < math.inf:
         raise LoraError(f"eva(rho={rho!r}): expected a finite number of at least 1, for example 2.0.")
-    _check_fresh(adapters)
+    check_fresh(adapters)
     expected: dict[str, tuple[int | None, ...]] = {}
     for path, adapter in adapters.items():
         stack, _, _ = adapter.axes.sizes(adapter.kernel_shape())
         expected[path] = (*stack, None, math.prod(adapter.a.shape[len(stack) : -1]))
-    xs = _check_data("inputs", inputs, expected)
+    xs = check_data("inputs", inputs, expected)
     for path, adapter in adapters.items():
         if (rows := xs[path].shape[-2]) < (rank := adapter.a.shape[-1]):
             raise LoraError(f"inputs[{path!r}] has {rows} rows, expected at least {rank}, its rank: give more of them.")
@@ -176,10 +174,10 @@ def eva(adapters: Adapters, inputs: Any, *, rho: float = 2.0) -> dict[str, LoraA
     shares: dict[str, np.ndarray] = {}  # [most]
     for path, adapter in adapters.items():
         _, d, k = adapter.axes.fans(adapter.kernel_shape())
-        x = _wide(xs[path].reshape(-1, *xs[path].shape[-2:]))
+        x = wide(xs[path].reshape(-1, *xs[path].shape[-2:]))
         most = round(min(rho * adapter.a.shape[-1], d, k, x.shape[1]))
-        bases[path], shares[path] = _principal(x, most)
-    ranks = _allot(shares, sum(adapter.a.shape[-1] for adapter in adapters.values()))
+        bases[path], shares[path] = principal(x, most)
+    ranks = allot(shares, sum(adapter.a.shape[-1] for adapter in adapters.values()))
 
     def start(path: str, adapter: LoraAdapter) -> LoraAdapter:
         n, _, k = adapter.axes.fans(adapter.kernel_shape())
@@ -226,8 +224,8 @@ def lora_ga(
         raise LoraError(f"lora_ga(gamma={gamma!r}): expected a finite number above 0, for example 16.0.")
     if direction == "random" and key is None:
         raise LoraError("lora_ga(direction='random') draws random numbers: give it key=jax.random.key(0).")
-    weights = _check_weights(params, adapters)
-    grads = _check_data("gradients", gradients, {path: weights[path].shape for path in adapters})
+    weights = check_weights(params, adapters)
+    grads = check_data("gradients", gradients, {path: weights[path].shape for path in adapters})
     for path, adapter in adapters.items():
         _, d, k = adapter.axes.fans(weights[path].shape)
         if 2 * (rank := adapter.a.shape[-1]) > min(d, k):
@@ -239,7 +237,7 @@ def lora_ga(
     def factors(path: str, adapter: LoraAdapter, w: jax.Array) -> Factors:
         rank = adapter.a.shape[-1]
         for_a, for_b = _directions(direction, rank, None if key is None else path_key(key, path))
-        u, values, vt = _svd(_matrices(grads[path], adapter.axes), np.arange(2 * rank))
+        u, values, vt = svd(matrices(grads[path], adapter.axes), np.arange(2 * rank))
         a, b, values = u[:, :, for_a], vt[:, for_b], values[:, for_b]
         b = values[:, :, None] * b
         if scale == "stable":
@@ -275,14 +273,14 @@ def corda(
             finite, not symmetric, zero or of another shape; the mode is unknown.
     """
     _check_name("corda", "mode", mode, MODES)
-    weights = _check_weights(params, adapters)
+    weights = check_weights(params, adapters)
     expected: dict[str, tuple[int | None, ...]] = {}
     for path, adapter in adapters.items():
         stack, _, _ = adapter.axes.sizes(weights[path].shape)
         _, d, _ = adapter.axes.fans(weights[path].shape)
         expected[path] = (*stack, d, d)
-    found = _check_data("covariances", covariances, expected)
-    cs = {path: _wide(c.reshape(-1, *c.shape[-2:])) for path, c in found.items()}
+    found = check_data("covariances", covariances, expected)
+    cs = {path: wide(c.reshape(-1, *c.shape[-2:])) for path, c in found.items()}
     for path, c in cs.items():
         _check_covariance(path, c)
 
@@ -290,8 +288,8 @@ def corda(
         c, inverse = _damped(path, cs[path])
         rank, count = adapter.a.shape[-1], min(w.shape[1:])
         which = np.arange(rank) if mode == "instruction" else np.arange(count - rank, count)
-        u, values, vt = _svd(_matmul(c, w), which)
-        return _shared(_matmul(inverse, u), values, vt, adapter.scale)
+        u, values, vt = svd(matmul(c, w), which)
+        return shared(matmul(inverse, u), values, vt, adapter.scale)
 
     return _rebase(params, weights, adapters, factors)
 
@@ -310,9 +308,9 @@ def _rebase(
     rest: dict[str, jax.Array] = {}
     for path, adapter in adapters.items():
         w = weights[path]
-        started[path] = new = _with(path, adapter, *factors(path, adapter, _matrices(w, adapter.axes)))
+        started[path] = new = _with(path, adapter, *factors(path, adapter, matrices(w, adapter.axes)))
         # With the factors as they are stored: what rounding them loses stays in the base.
-        without = dataclasses.replace(new, scale=-new.scale).merge(_wide(w)).astype(w.dtype)
+        without = dataclasses.replace(new, scale=-new.scale).merge(wide(w)).astype(w.dtype)
         rest[path] = _placed(_check_result(path, without), w)
     names, leaves, treedef = flatten_with_names(params)
     return treedef.unflatten([rest.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)]), started
@@ -333,65 +331,6 @@ def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
     return jax.device_put(array, like.sharding)
 
 
-def _matrices(w: jax.Array, axes: KernelAxes) -> jax.Array:
-    """W with its own axes -> [n, d, k], in fp32 or wider."""
-    order = [*axes.stack, *axes.inputs, *axes.outputs]
-    return _wide(w).transpose(order).reshape(axes.fans(w.shape))
-
-
-def _wide(array: jax.Array) -> jax.Array:
-    return array.astype(accumulator(array.dtype))
-
-
-# Linear algebra of n matrices at once
-
-
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision="highest")
-
-
-def _svd(w: jax.Array, which: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Some singular values S [n, r] of w [n, d, k], the largest being number 0, with U [n, d, r] and V^T [n, r, k]."""
-    u, values, vt = jnp.linalg.svd(w, full_matrices=False)
-    return u[:, :, which], values[:, which], vt[:, which]
-
-
-def _randomised_svd(key: jax.Array, w: jax.Array, rank: int, iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same for the first r, from an SVD of w within a subspace that W W^T turns towards them at each iteration."""
-    n, d, k = w.shape
-    columns = min(rank + OVERSAMPLING, d, k)
-    q, _ = jnp.linalg.qr(_matmul(w, jax.random.normal(key, (n, k, columns), w.dtype)))
-    for _ in range(iterations):
-        # Without an orthonormal basis after each product, all columns would soon be the first singular vector.
-        p, _ = jnp.linalg.qr(_matmul(w.mT, q))
-        q, _ = jnp.linalg.qr(_matmul(w, p))
-    u, values, vt = _svd(_matmul(q.mT, w), np.arange(rank))
-    return _matmul(q, u), values, vt
-
-
-def _shared(u: jax.Array, values: jax.Array, vt: jax.Array, scale: float) -> Factors:
-    """A and B with s A B = U S V^T, the singular values shared evenly."""
-    root = jnp.sqrt(values / abs(scale))
-    return u * root[:, None, :], math.copysign(1.0, scale) * root[:, :, None] * vt
-
-
-def _principal(x: jax.Array, most: int) -> tuple[jax.Array, np.ndarray]:
-    """The first right singular vectors of x [n, rows, d] as columns, and the shares of x^2 in them, averaged over n."""
-    _, values, vt = jnp.linalg.svd(x, full_matrices=False)
-    energy = jnp.square(values / jnp.maximum(values[:, :1], jnp.finfo(values.dtype).tiny))  # squares do not overflow
-    shares = energy / jnp.maximum(energy.sum(-1, keepdims=True), 1)
-    return vt[:, :most].mT, np.asarray(shares.mean(0)[:most])
-
-
-def _allot(shares: Mapping[str, np.ndarray], budget: int) -> dict[str, int]:
-    """How many components each path gets: one each, and then those of the largest shares, whoever has them."""
-    ranks = dict.fromkeys(shares, 1)
-    rest = [(-share, i, path) for path, own in shares.items() for i, share in enumerate(own.tolist()) if i > 0]
-    for *_, path in sorted(rest)[: budget - len(ranks)]:
-        ranks[path] += 1
-    return ranks
-
-
 def _directions(direction: str, rank: int, key: jax.Array | None) -> tuple[Any, Any]:
     """Which of the first 2r singular vectors A has, and which B."""
     both = np.arange(2 * rank)
@@ -410,7 +349,7 @@ def _damped(path: str, c: jax.Array) -> tuple[jax.Array, jax.Array]:
     for _ in range(64):  # by then what is added is all that counts
         damped = c + (damping * mean)[:, None, None] * eye
         inverse = jnp.linalg.inv(damped)
-        inverted = jnp.linalg.norm(_matmul(damped, inverse) - eye, axis=(-2, -1)) < 0.05
+        inverted = jnp.linalg.norm(matmul(damped, inverse) - eye, axis=(-2, -1)) < 0.05
         if inverted.all():
             return damped, inverse
         damping = jnp.where(inverted, damping, 2 * damping)
@@ -418,78 +357,6 @@ def _damped(path: str, c: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 # Checks, before work starts
-
-
-def _check_weights(params: Any, adapters: Adapters) -> dict[str, jax.Array]:
-    """The weights of fresh adapters, finite."""
-    _check_fresh(adapters)
-    names, leaves, _ = flatten_with_names(params)
-    check_adapters(adapters, names, leaves)
-    weights = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name in adapters}
-    for path, leaf in weights.items():
-        _check_numbers(f"the parameter {path!r}", leaf)
-    return {path: jnp.asarray(leaf) for path, leaf in weights.items()}
-
-
-def _check_fresh(adapters: Any) -> None:
-    if not isinstance(adapters, Mapping):
-        raise LoraError(
-            f"adapters are a dict {{path: adapter}} as lora.init makes it, found {type(adapters).__name__}."
-        )
-    for path, adapter in adapters.items():
-        if not isinstance(adapter, LoraAdapter):
-            raise LoraError(
-                f"{path!r} is a {type(adapter).__name__}, and starts are of LoraAdapter: plan it with a lora.Lora rule."
-            )
-        _check_adapter(path, adapter)
-
-
-def _check_adapter(path: str, adapter: LoraAdapter) -> None:
-    try:
-        _, d, k = adapter.axes.fans(adapter.kernel_shape())
-    except LoraError as error:
-        raise LoraError(f"the adapter for {path!r} {error} lora.init makes one that fits.") from None
-    if problem := rank_above(adapter.a.shape[-1], d, k):
-        raise LoraError(f"{path!r}: {problem}.")
-    if not math.isfinite(adapter.scale) or adapter.scale == 0:
-        raise LoraError(
-            f"{path!r} has the scale {adapter.scale}, expected a finite number other than 0: set its alpha."
-        )
-    for name, factor in (("A", adapter.a), ("B", adapter.b)):
-        _check_numbers(f"{name} of {path!r}", factor)
-    if jnp.any(adapter.b != 0):
-        raise LoraError(
-            f"{path!r} has been started or trained already, its B is not zero, and a start would drop that: take fresh "
-            "adapters from lora.init."
-        )
-
-
-def _check_data(what: str, tree: Any, expected: Mapping[str, tuple[int | None, ...]]) -> dict[str, jax.Array]:
-    """What a tree has for each path: finite, and of the expected shape, in which None stands for any size."""
-    names, leaves, _ = flatten_with_names(tree)
-    given = dict(zip(names, leaves, strict=True))
-    for path, shape in expected.items():
-        if path not in given:
-            near = ", ".join(map(repr, nearest(path, names))) or "none at all"
-            raise LoraError(
-                f"{what} has nothing for {path!r}, expected an array for each adapter; the nearest: {near}."
-            )
-        _check_numbers(f"{what}[{path!r}]", given[path])
-        found = given[path].shape
-        if len(found) != len(shape) or any(n not in (None, m) for n, m in zip(shape, found, strict=True)):
-            sizes = ", ".join("n" if n is None else str(n) for n in shape)
-            raise LoraError(f"{what}[{path!r}] has shape {list(found)}, expected [{sizes}]: reshape it to that.")
-    return {path: jnp.asarray(given[path]) for path in expected}
-
-
-def _check_numbers(what: str, leaf: Any) -> None:
-    if isinstance(leaf, jax.core.Tracer):
-        raise LoraError(f"{what} is traced, and starts look at numbers: call them outside jax.jit and the like.")
-    if not is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        found = f"of {leaf.dtype} numbers" if is_array(leaf) else f"a {type(leaf).__name__}"
-        raise LoraError(f"{what} is {found}, expected an array of floats: give it as one.")
-    if not jnp.isfinite(_wide(jnp.asarray(leaf))).all():
-        raise LoraError(f"{what} holds a NaN or an infinity, expected finite numbers: look for where they come from.")
 
 
 def _check_covariance(path: str, c: jax.Array) -> None:
@@ -508,7 +375,7 @@ def _check_name(start: str, what: str, found: str, known: tuple[str, ...]) -> No
 
 
 def _check_result(path: str, array: jax.Array) -> jax.Array:
-    if not jnp.isfinite(_wide(array)).all():
+    if not jnp.isfinite(wide(array)).all():
         raise LoraError(
             f"the start of {path!r} overflows {array.dtype}: what it is made of is too large, scale that down."
         )

@@ -192,6 +192,190 @@ def test_what_peft_writes_is_read_here(name, tmp_path):
         np.testing.assert_allclose(found, state[names[path]].numpy(), atol=1e-5, rtol=1e-5, err_msg=path)
 
 
+# The other kinds ------------------------------------------------------------------------------------------------------
+
+OPTIONS = {  # how PEFT is asked for each, of rank 3
+    "dora": lambda **more: peft.LoraConfig(r=3, lora_alpha=5, use_dora=True, **more),
+    "lora_bias": lambda **more: peft.LoraConfig(r=3, lora_alpha=5, lora_bias=True, **more),
+    "tokens": lambda **more: peft.LoraConfig(r=3, lora_alpha=5, trainable_token_indices=[1, 7], **more),
+    "adalora": lambda **more: peft.AdaLoraConfig(init_r=3, lora_alpha=5, total_step=9, **more),
+    "loha": lambda **more: peft.LoHaConfig(r=3, alpha=5, **more),
+    "lokr": lambda **more: peft.LoKrConfig(r=1, alpha=5, **more),
+    "lokr_whole": lambda **more: peft.LoKrConfig(r=9, alpha=5, decompose_factor=2, **more),
+    "vera": lambda **more: peft.VeraConfig(r=3, projection_prng_key=7, **more),
+}
+RULES = {
+    "dora": lora.Dora(3, 5),
+    "lora_bias": lora.Lora(3, 5),
+    "tokens": lora.Lora(3, 5),
+    "full": lora.Lora(3, 5),
+    "adalora": lora.AdaLora(3, 5),
+    "loha": lora.Loha(3, 5),
+    "lokr": lora.Lokr(1, 5),
+    "lokr_whole": lora.Lokr(9, 5, factor=2),
+    "vera": lora.Vera(3, seed=7),
+}
+OF_KINDS = [
+    *((kind, "llama") for kind in OPTIONS if kind != "lora_bias"),
+    *((kind, "gpt2") for kind in ("dora", "lora_bias", "adalora", "vera")),
+    *((kind, "bert") for kind in ("dora", "lora_bias", "lokr")),
+]
+
+
+def moved(module):
+    """With all that is trained moved at random, so that it changes something."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for tensor in module.parameters():
+            if tensor.requires_grad:
+                tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
+    return module.eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*LoRA tensor.* have invalid shape")  # PEFT's own, of each lora_B.bias it saves
+@pytest.mark.parametrize(("kind", "name"), OF_KINDS)
+def test_kinds_that_peft_writes_are_read_here(kind, name, tmp_path):
+    """The same merged weights; and written again, the same tensors and outputs."""
+    params, names = params_of(made(name))
+    key_map = key_map_of(name)
+    placed = key_map.place({path: leaf.shape for path, leaf in params.items()})
+    targets = [names[path].removesuffix(".weight") for path in adapted(placed)]
+    more = {} if name != "gpt2" else {"fan_in_fan_out": True}
+    model = moved(peft.get_peft_model(made(name), OPTIONS[kind](target_modules=targets, **more)))
+    model.save_pretrained(tmp_path / "theirs")
+    adapters, others = lora.load_peft(tmp_path / "theirs", params, key_map)
+    assert not others
+    lora.save_peft(tmp_path / "ours", adapters, key_map)
+    theirs, ours = (load_file(tmp_path / x / "adapter_model.safetensors") for x in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    for key, tensor in theirs.items():
+        np.testing.assert_allclose(ours[key], tensor, rtol=1e-6, atol=1e-6, err_msg=key)
+    expected = outputs(model, name)
+    np.testing.assert_allclose(outputs(loaded(made(name), tmp_path / "ours"), name), expected, atol=1e-5)
+    merged, state = lora.merge(params, adapters), model.merge_and_unload().state_dict()
+    for path, place in placed.items():
+        found = place.to_torch(np.asarray(merged[path]))
+        np.testing.assert_allclose(found, state[names[path]].numpy(), atol=1e-5, rtol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize(("kind", "name"), [*OF_KINDS, ("full", "bert"), ("full", "gpt2")])
+def test_peft_reads_the_kinds_that_are_written_here(kind, name, tmp_path):
+    """Without a warning, and with the outputs of a model that has the weights as they are merged here."""
+    params, names = params_of(made(name))
+    key_map = key_map_of(name)
+    placed = key_map.place({path: leaf.shape for path, leaf in params.items()})
+    fans = [placed[path].axes.fans(placed[path].shape)[1:] for path in adapted(placed)]
+    rules = dict.fromkeys(adapted(placed), RULES[kind].among(fans))
+    if kind == "lora_bias":
+        rules |= {path.replace("kernel", "bias"): lora.Full() for path in rules}
+    if kind == "tokens":
+        rules |= {path: lora.Rows((7, 2)) for path in params if path.endswith("embed_tokens/embedding")}
+    if kind == "full":  # a norm with its bias, and one of the biases
+        norm = next(path for path in params if path.endswith("/scale"))
+        rules |= {norm: lora.Full(), next(iter(rules)).replace("kernel", "bias"): lora.Full()}
+    keys = jax.random.split(jax.random.key(0), len(rules))
+    adapters = {}
+    for key, (path, rule) in zip(keys, rules.items(), strict=True):
+        fresh = rule.init(key, params[path], placed[path].axes)
+        adapters[path] = jax.tree.map(lambda a, key=key: a + jax.random.normal(key, a.shape) / 3, fresh)
+    lora.save_peft(tmp_path, adapters, key_map, params=params if kind == "full" else None)
+    model = loaded(made(name), tmp_path)
+    expected_type = {"lokr_whole": "LOKR"}.get(kind, kind.upper())
+    assert model.peft_config["default"].peft_type in (expected_type, "LORA")
+    assert (expected_type in peft.PeftType.__members__) == (model.peft_config["default"].peft_type != "LORA")
+    assert np.abs(outputs(model, name) - outputs(made(name), name)).max() > 1e-3, "the adapters change something"
+    merged, theirs = lora.merge(params, adapters), made(name)
+    state = {names[path]: torch.tensor(place.to_torch(np.asarray(merged[path]))) for path, place in placed.items()}
+    theirs.load_state_dict(state, strict=False)
+    np.testing.assert_allclose(outputs(model, name), outputs(theirs, name), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_that_change_the_base(start, tmp_path):
+    """Trained a little in PEFT: the base that is made here is the one that PEFT has, and PEFT's is made again."""
+    params, names = params_of(made("llama"))
+    placed = key_maps.LLAMA.place({path: leaf.shape for path, leaf in params.items()})
+    targets = [names[path].removesuffix(".weight") for path in adapted(placed)]
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=start)
+    model = moved(peft.get_peft_model(made("llama"), config))
+    model.save_pretrained(tmp_path / "theirs")
+    adapters, others = lora.load_peft(tmp_path / "theirs", params, key_maps.LLAMA)
+    lora.save_peft(tmp_path / "ours", adapters, key_maps.LLAMA, config={"init_lora_weights": start})
+    again = loaded(made("llama"), tmp_path / "ours")
+    np.testing.assert_allclose(outputs(again, "llama"), outputs(model, "llama"), atol=1e-5)
+    merged, state = lora.merge(params | others, adapters), model.merge_and_unload().state_dict()
+    for path in adapters:
+        found = placed[path].to_torch(np.asarray(merged[path]))
+        np.testing.assert_allclose(found, state[names[path]].numpy(), atol=1e-5, rtol=1e-5, err_msg=path)
+
+
+def test_layers_several_times_in_peft(tmp_path):
+    """The layers 0, 1, 1 of a model that has two: PEFT's numbers are those of the three."""
+    base, _ = params_of(made("llama"))
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]])
+    model = moved(peft.get_peft_model(made("llama"), config))
+    model.save_pretrained(tmp_path / "theirs")
+    params = base | {path.replace("/1/", "/2/"): leaf for path, leaf in base.items() if "/layers/1/" in path}
+    adapters, _ = lora.load_peft(tmp_path / "theirs", params, key_maps.LLAMA)
+    assert len(adapters) == 3
+    lora.save_peft(tmp_path / "ours", adapters, key_maps.LLAMA, config={"layer_replication": [[0, 2], [1, 2]]})
+    again = loaded(made("llama"), tmp_path / "ours")
+    np.testing.assert_allclose(outputs(again, "llama"), outputs(model, "llama"), atol=1e-6)
+
+
+def test_pruned_adalora_in_peft(tmp_path):
+    """Ranks and scales that differ: one rank to begin with and masks, one scale.
+
+    PEFT takes its own masks for patterns of names, and warns that these match none.
+    """
+    params, names = params_of(made("llama"))
+    placed = key_maps.LLAMA.place({path: leaf.shape for path, leaf in params.items()})
+    adapters = {}
+    for i, path in enumerate(adapted(placed)):
+        fresh = lora.AdaLora(1 + i % 3, 5 - i % 2).init(jax.random.key(i), params[path], placed[path].axes)
+        adapters[path] = jax.tree.map(lambda a, i=i: a + jax.random.normal(jax.random.key(i), a.shape), fresh)
+    lora.save_peft(tmp_path, adapters, key_maps.LLAMA)
+    with pytest.warns(RuntimeWarning, match="rank_pattern keys did not match any targeted module"):
+        model = peft.PeftModel.from_pretrained(made("llama"), tmp_path).eval()
+    assert model.peft_config["default"].peft_type == "ADALORA"
+    merged, state = lora.merge(params, adapters), model.merge_and_unload().state_dict()
+    for path in adapters:
+        found = placed[path].to_torch(np.asarray(merged[path]))
+        np.testing.assert_allclose(found, state[names[path]].numpy(), atol=2e-5, rtol=1e-5, err_msg=path)
+
+
+def test_dora_of_tables_and_convolutions_in_peft(tmp_path):
+    torch.manual_seed(0)
+    layers = {"emb": torch.nn.Embedding(11, 6), "conv": torch.nn.Conv1d(5, 4, 3), "conv2": torch.nn.Conv2d(1, 3, 2)}
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for layer, module in layers.items():
+                setattr(self, layer, module)
+
+        def forward(self, ids):
+            return self.conv2(self.conv(self.emb(ids))[:, None])
+
+    params = {name: jnp.asarray(module.weight.detach().numpy()) for name, module in layers.items()}
+    params |= {"conv": params["conv"].transpose(2, 1, 0), "conv2": params["conv2"].transpose(2, 3, 1, 0)}
+    key_map = key_maps.KeyMap(
+        key_maps.embedding("emb", "emb"), *(key_maps.conv(name, name) for name in ("conv", "conv2"))
+    )
+    adapters = {}
+    for i, (path, place) in enumerate(key_map.place({path: w.shape for path, w in params.items()}).items()):
+        fresh = lora.Dora(2, 3).init(jax.random.key(i), params[path], place.axes)
+        adapters[path] = jax.tree.map(lambda a, i=i: a + jax.random.normal(jax.random.key(i), a.shape) / 3, fresh)
+    lora.save_peft(tmp_path, adapters, key_map)
+    ids = torch.arange(10).reshape(2, 5)
+    found = loaded(Model(), tmp_path)(ids).detach().numpy()
+    merged = lora.merge(params, adapters)
+    with torch.no_grad():
+        for path, place in key_map.place({path: w.shape for path, w in params.items()}).items():
+            layers[path].weight.copy_(torch.tensor(place.to_torch(np.asarray(merged[path]))))
+        np.testing.assert_allclose(found, Model()(ids).numpy(), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_training_goes_the_same_way(name, tmp_path):
     """Five steps of SGD from the same adapters on the same batches, in torch with PEFT and here."""
