@@ -1,5 +1,6 @@
 """LoRA for any JAX function: low-rank adapters as a pytree of their own beside frozen parameters."""
 
+from lora_jax import bases as bases
 from lora_jax import checkpoint as checkpoint
 from lora_jax import initializers as initializers
 from lora_jax import key_maps as key_maps
@@ -27,6 +28,9 @@ from lora_jax.adapters.rows import RowsAdapter as RowsAdapter
 from lora_jax.adapters.rslora import RsLora as RsLora
 from lora_jax.adapters.vera import Vera as Vera
 from lora_jax.adapters.vera import VeraAdapter as VeraAdapter
+from lora_jax.allocate import allocate_ranks as allocate_ranks
+from lora_jax.allocate import gradient_scores as gradient_scores
+from lora_jax.allocate import input_scores as input_scores
 from lora_jax.axes import KernelAxes as KernelAxes
 from lora_jax.budget import adapt_budget as adapt_budget
 from lora_jax.budget import prune as prune

@@ -23,6 +23,7 @@ from lora_jax._compat import (
     scan_groups,
 )
 from lora_jax.kernel import Kernel, plain
+from lora_jax.packed import is_packed
 
 Body = Callable[[Any, Sequence[Any]], list[Any]]
 Call = Callable[[Body, JaxprEqn, Sequence[Any]], list[Any]]
@@ -39,7 +40,7 @@ def _placed(value: Any, sharding: Any) -> Any:
     if not isinstance(sharding, jax.sharding.Sharding):
         return value
     if isinstance(value, Kernel):
-        return value.replace(_placed(value.value, sharding))
+        return value if is_packed(value.value) else value.replace(_placed(value.value, sharding))
     return lax.with_sharding_constraint(value, sharding)
 
 
@@ -138,6 +139,8 @@ def _divisible(value: Any, spec: Any) -> Any:
     """A kernel in the form whose arrays are split along with the weight's matrices, if these are."""
     if not isinstance(value, Kernel):
         return value
+    if is_packed(value.value) and any(spec[len(value.value.stack) :]):
+        value = value.replace(value.value.dense())
     axes = value.adapter.axes
     splits = any(spec[axis] for axis in (*axes.inputs, *axes.outputs) if axis < len(spec))
     return value.replace(value.value, value.adapter.explicit()) if splits else value
@@ -146,7 +149,10 @@ def _divisible(value: Any, spec: Any) -> Any:
 def _specs(kernel: Kernel, spec: Any) -> Any:
     """The partition specs of a kernel's arrays, given its value's."""
     every = jax.P(*spec, *[None] * (kernel.ndim - len(spec)))
-    specs = kernel.replace(spec, kernel.adapter.specs(every))
+    of_value = spec
+    if is_packed(kernel.value):
+        of_value = kernel.value.on_stack(lambda leaf: jax.P(*spec[: len(kernel.value.stack)]))
+    specs = kernel.replace(of_value, kernel.adapter.specs(every))
     return specs if kernel.factor is None else dataclasses.replace(specs, factor=jax.P())  # type: ignore[arg-type]
 
 
@@ -159,6 +165,8 @@ def _sliced(eqn: JaxprEqn, value: Any) -> Any:
     if not isinstance(value, Kernel):
         return value
     value = value.scaled()
+    if is_packed(value.value) and not value.value.stack:
+        value = value.replace(value.value.dense())
     if value.adapter.group(0) not in ("stack", "unknown"):
         return plain(value, "slices it along an axis that its adapter does not stack", eqn)
     return value.replace(value.value, value.adapter.replace_axes(0, 1, 0, lambda array, _: array))

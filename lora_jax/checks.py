@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lora_jax.adapters.lora import LoraAdapter, rank_above
 from lora_jax.errors import LoraError
 from lora_jax.linalg import wide
+from lora_jax.packed import is_packed
 from lora_jax.paths import flatten_with_names, is_array, nearest
 from lora_jax.transform import check_adapters
 
@@ -21,6 +22,11 @@ def check_weights(params: Any, adapters: Any) -> dict[str, jax.Array]:
     check_adapters(adapters, names, leaves)
     weights = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name in adapters}
     for path, leaf in weights.items():
+        if is_packed(leaf):
+            raise LoraError(
+                f"{path!r} is packed, and starts look at arrays: start from the parameters as they were, and pack what "
+                "the start gives with lora.bases.quantize; or unpack them with lora.bases.dense."
+            )
         check_numbers(f"the parameter {path!r}", leaf)
     return {path: jnp.asarray(leaf) for path, leaf in weights.items()}
 

@@ -64,6 +64,10 @@ class Dropped(Adapter):
     axes: KernelAxes = field(metadata={"static": True})
     rate: float = field(metadata={"static": True})
 
+    @property
+    def reads_weight(self) -> bool:  # type: ignore[override]
+        return self.inner.reads_weight
+
     def merge(self, w: jax.Array) -> jax.Array:
         return self.inner.merge(w)
 

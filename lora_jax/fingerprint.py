@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.packed import is_packed
 from lora_jax.paths import flatten_with_names, is_array
 
 SAMPLES = 256  # entries of each array, about
@@ -27,7 +28,8 @@ def fingerprint(params: Any) -> dict[str, str]:
         params: any tree; of leaves without content (`jax.ShapeDtypeStruct`) only the shape is told, and of leaves
             that are no arrays the value where it is a plain one.
     """
-    names, leaves, _ = flatten_with_names(params)
+    opened = jax.tree.map(lambda leaf: leaf.arrays() if is_packed(leaf) else leaf, params, is_leaf=is_packed)
+    names, leaves, _ = flatten_with_names(opened)
     samples = {name: _sample(leaf) for name, leaf in zip(names, leaves, strict=True) if _has_content(leaf)}
     apart = [
         name

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lora_jax.adapters.base import Adapter
 from lora_jax.errors import LoraError
 from lora_jax.lowrank import accumulator
+from lora_jax.packed import unpacked
 from lora_jax.paths import flatten_with_names
 from lora_jax.transform import check_adapters
 
@@ -43,7 +44,7 @@ def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False)
 
 
 def _merge(leaf: Any, adapter: Adapter) -> jax.Array:
-    w = jnp.asarray(leaf)  # numpy's float64 is JAX's default float, as it would be in the function itself
+    w = jnp.asarray(unpacked(leaf))  # numpy's float64 is JAX's default float, as it would be in the function itself
     merged = _merged(w, adapter)
     if _concrete(w) and _concrete(merged) and merged.sharding != w.sharding:
         return jax.device_put(merged, w.sharding)

@@ -15,12 +15,13 @@ import numpy as np
 from jax.tree_util import GetAttrKey, PyTreeDef, keystr, tree_flatten_with_path
 
 from lora_jax.errors import LoraError
+from lora_jax.packed import Packed, is_packed
 
 
 def flatten_with_names(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[str], list[Any], PyTreeDef]:
-    """The leaves of a pytree, their names, and the tree to put them back with.
+    """The leaves of a pytree, their names, and the tree to put them back with. A packed weight is one leaf.
 
     >>> flatten_with_names({"b": 1, "a": [2, 3]})[:2]
     (['a/0', 'a/1', 'b'], [2, 3, 1])
@@ -28,7 +29,9 @@ def flatten_with_names(
     Raises:
         LoraError: two leaves have one name, as in `{"a/b": x, "a": {"b": y}}`.
     """
-    keyed, treedef = tree_flatten_with_path(tree, is_leaf=is_leaf)
+    keyed, treedef = tree_flatten_with_path(
+        tree, is_leaf=lambda node: is_packed(node) or bool(is_leaf and is_leaf(node))
+    )
     below: dict[tuple[Any, ...], int] = {}  # how many leaves each node has
     for path, _ in keyed:
         for depth in range(len(path)):
@@ -57,7 +60,7 @@ def nearest(name: str, candidates: Iterable[str], n: int = 5) -> list[str]:
 
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is traced (an array, or the shape of one) rather than kept as it is (a flag, a string)."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | Packed)
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:

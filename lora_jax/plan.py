@@ -69,7 +69,9 @@ def plan(
 
     def follow(name: str, leaf: Any) -> Any:
         rule = chosen.get(name)
-        return leaf if rule is None or rule.whole else Kernel(leaf, Probe.of(name, leaf.ndim, log), (name,), probe)
+        if rule is None or rule.whole:
+            return Kernel.of(leaf, None, name, probe)
+        return Kernel(leaf, Probe.of(name, leaf.ndim, log), (name,), probe)
 
     jax.eval_shape(lambda arrays: program.run(Interpreter(rebuilt=None), arrays, follow), program.arrays)
 
@@ -250,7 +252,7 @@ def _try(program: Program, targets: Mapping[str, Target]) -> dict[str, list[str]
 
     def run(arrays: Any, adapters: Any) -> Any:
         def adapt(name: str, leaf: Any) -> Any:
-            return Kernel.of(leaf, adapters[name], name, note) if name in adapters else leaf
+            return Kernel.of(leaf, adapters.get(name), name, note)
 
         return program.run(Interpreter(rebuilt=None), arrays, adapt)
 

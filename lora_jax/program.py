@@ -14,6 +14,7 @@ from lora_jax._compat import open_jaxpr
 from lora_jax.errors import LoraError
 from lora_jax.interpreter import Interpreter
 from lora_jax.kernel import plain
+from lora_jax.packed import is_packed
 from lora_jax.paths import flatten_with_names, is_array
 
 
@@ -69,6 +70,11 @@ def _key(leaf: Any) -> Any:
     return type(leaf), leaf
 
 
+def _traced(array: Any) -> Any:
+    """What the function is traced with: it knows nothing of packed weights."""
+    return jax.ShapeDtypeStruct(array.shape, array.dtype) if is_packed(array) else array
+
+
 def tracer(fn: Callable[..., Any]) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Program]:
     """`trace(params, args, kwargs) -> Program`. The trace is `jax.jit`'s own, and so is its cache."""
 
@@ -79,11 +85,11 @@ def tracer(fn: Callable[..., Any]) -> Callable[[Any, tuple[Any, ...], dict[str, 
 
     def trace(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         names, _, _ = flatten_with_names(params)
-        leaves, treedef = jax.tree.flatten((params, args, kwargs))
+        leaves, treedef = jax.tree.flatten((params, args, kwargs), is_leaf=is_packed)
         arrays = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves if is_array(leaf)]
         make = jax.make_jaxpr(call, static_argnums=0, return_shape=True)
         with jax.disable_jit(False):  # the program is wanted as it is, scans and all
-            jaxpr, out = make(_Static.of(leaves, treedef), *arrays)
+            jaxpr, out = make(_Static.of(leaves, treedef), *map(_traced, arrays))
         return Program(
             jaxpr,
             [n for n, leaf in zip(names, leaves, strict=False) if is_array(leaf)],

@@ -41,6 +41,10 @@ class Spread(Adapter):
         """One of the copies."""
         return _without_copies(self.inner, range(len(self.counts)), sum(map(len, self.axes)))
 
+    @property
+    def reads_weight(self) -> bool:  # type: ignore[override]
+        return self.inner.reads_weight
+
     def merge(self, w: jax.Array) -> jax.Array:
         return self.one().merge(w)
 

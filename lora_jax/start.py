@@ -6,6 +6,7 @@ import jax
 
 from lora_jax.adapters.base import Adapter
 from lora_jax.errors import LoraError
+from lora_jax.packed import unpacked
 from lora_jax.paths import flatten_with_names, path_key
 from lora_jax.plan import Plan
 from lora_jax.sharding import adapter_shardings, on_mesh
@@ -46,7 +47,7 @@ def init(key: jax.Array, params: Any, plan: Plan, shardings: Any = None) -> dict
 
     def start(key: jax.Array, read: dict[str, jax.Array]) -> dict[str, Adapter]:
         given = weights | read
-        return {path: t.rule.init(path_key(key, path), given[path], t.axes) for path, t in plan.items()}
+        return {path: t.rule.init(path_key(key, path), unpacked(given[path]), t.axes) for path, t in plan.items()}
 
     if shardings is None and on_mesh({path: leaf for path, leaf in zip(names, leaves, strict=True) if path in plan}):
         shardings = adapter_shardings(plan, params)

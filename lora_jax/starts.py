@@ -11,6 +11,7 @@ with other factors. Where A B is not zero, s A B is taken off the base, so that 
     lora_ga               U_r                     S_2r V_2r^T times c     W - s A B      U S V^T = dL/dW
     eva                   V_r                     0                       W              U S V^T = X
     orthogonal            random, with A B = 0    random                  W
+    loftq                 U_r sqrt(S_r / |s|)     sqrt(S_r / |s|) V_r^T   Q, packed      U S V^T = W - Q
 
 W is here the matrix [d, k] that multiplies from the right, x @ W, and s the scale of the adapter. A weight with stacked
 matrices is started matrix by matrix, and one with several inputs or outputs as the matrix that these make.
@@ -42,9 +43,11 @@ import numpy as np
 
 from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.allocate import allot
+from lora_jax.bases.base import Format, check_weight
 from lora_jax.checks import check_data, check_fresh, check_weights
 from lora_jax.errors import LoraError
 from lora_jax.linalg import Factors, matmul, matrices, principal, randomised_svd, shared, svd, wide
+from lora_jax.packed import Packed
 from lora_jax.paths import flatten_with_names, path_key
 
 Adapters = Mapping[str, LoraAdapter]
@@ -104,6 +107,43 @@ def olora(params: Any, adapters: Adapters) -> tuple[Any, dict[str, LoraAdapter]]
         return r[:, :rank].mT, q[:, :, :rank].mT
 
     return _rebase(params, weights, adapters, factors)
+
+
+def loftq(
+    params: Any, adapters: Adapters, format: Format, *, iterations: int = 1
+) -> tuple[Any, dict[str, LoraAdapter]]:
+    """A packed base Q, and A B that makes up for what packing loses: s A B is the nearest to W - Q of its rank.
+
+    Q is W packed; with more iterations, Q is W - s A B of the one before, packed.
+    Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", arXiv 2310.08659. HF PEFT
+    leaves the scale out, so that its A B makes up for s times too much.
+
+    Args:
+        format: of the base's adapted weights, such as `lora.bases.Nf4()`. `lora.bases.quantize` packs others.
+        iterations: at least 1.
+
+    Raises:
+        LoraError: the adapters are not fresh ones of plain LoRA, or do not fit `params`; a weight is not finite, or
+            packed already; no such format; iterations below 1.
+    """
+    if not isinstance(format, Format):
+        raise LoraError(f"loftq(format={format!r}): expected a format such as lora.bases.Nf4().")
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise LoraError(f"loftq(iterations={iterations!r}): expected a whole number of at least 1.")
+    weights = check_weights(params, adapters)
+    stacks = {path: check_weight(path, w, format.stack) for path, w in weights.items()}
+    started: dict[str, LoraAdapter] = {}
+    packed: dict[str, Packed] = {}
+    for path, adapter in adapters.items():
+        w, axes, rank = weights[path], adapter.axes, np.arange(adapter.a.shape[-1])
+        rest = w
+        for _ in range(iterations):
+            packed[path] = format.pack(rest, stacks[path], jnp.dtype(format.dtype or w.dtype))
+            lost = matrices(w, axes) - matrices(packed[path].dense(), axes)
+            started[path] = new = _with(path, adapter, *shared(*svd(lost, rank), adapter.scale))
+            rest = dataclasses.replace(new, scale=-new.scale).merge(wide(w)).astype(w.dtype)
+    names, leaves, treedef = flatten_with_names(params)
+    return treedef.unflatten([packed.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)]), started
 
 
 def orthogonal(key: jax.Array, adapters: Adapters) -> dict[str, LoraAdapter]:

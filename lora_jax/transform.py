@@ -14,6 +14,7 @@ from lora_jax.errors import LoraError
 from lora_jax.fallback import Materialize, Patterns
 from lora_jax.interpreter import Interpreter
 from lora_jax.kernel import Kernel
+from lora_jax.packed import is_packed
 from lora_jax.paths import flatten_with_names, is_array, nearest
 from lora_jax.program import tracer
 
@@ -59,13 +60,11 @@ def lora_apply(fn: Callable[..., Any], *, materialize: Patterns = False) -> Call
         params, adapters, *rest = args
         names, leaves, _ = flatten_with_names(params)
         check_adapters(adapters, names, leaves)
-        if not adapters:
+        if not adapters and not any(map(is_packed, leaves)):
             return fn(params, *rest, **kwargs)
 
         def adapt(name: str, leaf: Any) -> Any:
-            if name not in adapters:
-                return leaf
-            return Kernel.of(leaf, adapters[name], name, fallback)
+            return Kernel.of(leaf, adapters.get(name), name, fallback)
 
         try:
             program = trace(*_as_varying_as(adapters, (params, tuple(rest), kwargs)))

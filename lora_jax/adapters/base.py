@@ -60,6 +60,7 @@ class Adapter(abc.ABC):
     layout: ClassVar[Mapping[str, Layout]]  # of each array
     frozen: ClassVar[tuple[str, ...]] = ()  # fields that are never trained
     additive: ClassVar[bool] = True  # W' is W and a sum that W is no part of
+    reads_weight: bool = False  # `enter` looks at W
     traced_once: ClassVar[bool] = True  # equal products with equal adapters share a trace
 
     @abc.abstractmethod

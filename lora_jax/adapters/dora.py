@@ -8,7 +8,6 @@ length multiplies: that would take a second product with W.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -55,6 +54,7 @@ class DoraAdapter(Entering):
     axes: KernelAxes = field(metadata={"static": True})
     scale: float = field(metadata={"static": True})
 
+    reads_weight = True
     layout = MappingProxyType(
         {"a": ("stack", "inputs", "rank"), "b": ("stack", "rank", "outputs"), "m": ("stack", "outputs")}
     )
@@ -146,22 +146,20 @@ def _gain(m: jax.Array, n: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, inline=True)  # weights of equal shapes share a trace
 def _lengths(w: jax.Array, factors: LoraAdapter) -> jax.Array:
     """n [*stack, *outputs], without a value of W's shape; no gradient passes it."""
-    axes, s = factors.axes, factors.scale
+    axes, scale, n = factors.axes, factors.scale, len(factors.axes.stack)
     a, b = lax.stop_gradient((factors.a, factors.b))
     wide = accumulator(w.dtype, a.dtype)
-    stack, outputs = axes.stack, axes.outputs
-    w_in, k = axes.inputs, math.prod(b.shape[len(stack) + 1 :])
-    free = (*stack, *outputs)
-    own = lax.dot_general(w, w, ((w_in, w_in), (free, free)), precision="highest", preferred_element_type=wide)
-    n, d_axes = len(stack), tuple(range(len(stack), a.ndim - 1))
-    over = ((w_in, d_axes), (stack, tuple(range(n))))
-    aw = lax.dot_general(w, a.astype(w.dtype), over, precision="highest", preferred_element_type=wide)
-    lead = own.shape[:n]
-    aw, b = aw.reshape(*lead, k, -1), b.astype(wide).reshape(*lead, -1, k)  # [*s, k, r], [*s, r, k]
-    a = a.astype(wide).reshape(*lead, -1, a.shape[-1])
-    gram_b = jnp.matmul(jnp.matmul(a.swapaxes(-1, -2), a, precision="highest"), b, precision="highest")
-    change = jnp.sum(b * (2 * s * aw.swapaxes(-1, -2) + s * s * gram_b), axis=-2)
-    return lax.stop_gradient(jnp.sqrt(jnp.maximum(own + change.reshape(own.shape), 0)))
+    stack, inputs, each = tuple(range(n)), tuple(range(n, a.ndim - 1)), (*axes.stack, *axes.outputs)
+
+    def dot(x: jax.Array, y: jax.Array, contracted: Any, stacked: Any) -> jax.Array:
+        return lax.dot_general(x, y, (contracted, stacked), precision="highest", preferred_element_type=wide)
+
+    squares = dot(w, w, (axes.inputs, axes.inputs), (each, each))  # no matrix product: one pass over W
+    aw = dot(a.astype(w.dtype), w, (inputs, axes.inputs), (stack, axes.stack))  # A^T W [*stack, r, *outputs]
+    a, b = a.astype(wide), b.astype(wide)
+    aab = dot(dot(a, a, (inputs, inputs), (stack, stack)), b, ((n + 1,), (n,)), (stack, stack))
+    change = jnp.sum(b * (2 * scale * aw + scale * scale * aab), axis=n)
+    return lax.stop_gradient(jnp.sqrt(jnp.maximum(squares + change, 0)))
 
 
 def _as_m(n: jax.Array, axes: KernelAxes) -> jax.Array:

@@ -52,6 +52,7 @@ class FullAdapter(Entering):
     delta: jax.Array  # W's shape
     axes: KernelAxes = field(metadata={"static": True})  # all of W's are outputs
 
+    reads_weight = True
     layout = MappingProxyType({"delta": ("stack", "outputs")})
 
     def merge(self, w: jax.Array) -> jax.Array:

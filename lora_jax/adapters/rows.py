@@ -80,6 +80,7 @@ class RowsAdapter(Entering):
     size: int = field(metadata={"static": True})  # how many rows the table has
     axis: int = field(default=0, metadata={"static": True})
 
+    reads_weight = True
     layout = MappingProxyType({"values": ("rank", "row")})
 
     def merge(self, w: jax.Array) -> jax.Array:

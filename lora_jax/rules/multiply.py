@@ -15,6 +15,7 @@ from lora_jax._compat import JaxprEqn, Operation
 from lora_jax.adapters.base import Adapter
 from lora_jax.axes import KernelAxes
 from lora_jax.kernel import Kernel, plain
+from lora_jax.packed import is_packed, unpacked
 from lora_jax.products import (
     BackwardConv,
     Conv,
@@ -38,6 +39,11 @@ def _multiply(eqn: JaxprEqn, args: Sequence[Any], kernel: Kernel, axes: KernelAx
     run = _traced_once(product) if traced and adapter.traced_once else product
     y = run(Operation.of(eqn), axes, adapter, kernel.value, *arrays)
     return [y if kernel.factor is None else y * kernel.factor.astype(y.dtype)]
+
+
+def _times(product: Callable[[jax.Array], jax.Array], w: Any) -> jax.Array:
+    """The frozen product. A packed weight is unpacked for it, and again for its derivative: what is kept is packed."""
+    return jax.checkpoint(lambda w: product(unpacked(w)))(w) if is_packed(w) else product(w)
 
 
 @functools.cache
@@ -83,7 +89,7 @@ def _dot(dot: Operation, axes: KernelAxes, adapter: Adapter, w: jax.Array, x: ja
     result = [("w", i) for i in w_batch] + (w_labels + x_labels if on_left else x_labels + w_labels)
     canonical = [("w", w) for w, _ in stack] + x_labels + w_labels
 
-    [y] = dot.bind(w, x) if on_left else dot.bind(x, w)
+    y = _times(lambda w: dot.bind(w, x)[0] if on_left else dot.bind(x, w)[0], w)
     y = y.transpose([result.index(label) for label in canonical])
     rows = x.transpose([i for _, i in stack] + x_free + [i for _, i in inputs])
     rows = rows.astype(product_dtype(x.dtype, w.dtype))
@@ -108,7 +114,7 @@ def conv_general_dilated(eqn: JaxprEqn, x: Any, kernel: Any) -> list[Any]:
 def _conv(conv: Operation, axes: KernelAxes, adapter: Adapter, w: jax.Array, x: jax.Array) -> jax.Array:
     dims, groups = conv.params["dimension_numbers"], conv.params["feature_group_count"]
     settings = {name: conv.params[name] for name in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")}
-    [y] = conv.bind(x, w)
+    y = _times(lambda w: conv.bind(x, w)[0], w)
     of = (
         axes,
         x.astype(product_dtype(x.dtype, w.dtype)),
@@ -141,7 +147,7 @@ def _ragged_dot(
     dims = ragged.params["ragged_dot_dimension_numbers"]
     (x_contract, w_contract), _ = dims.dot_dimension_numbers
     inputs = [i for _, i in sorted(zip(w_contract, x_contract, strict=True))]
-    [y] = ragged.bind(x, w, group_sizes)  # [T, *outputs]
+    y = _times(lambda w: ragged.bind(x, w, group_sizes)[0], w)  # [T, *outputs]
     rows = as_matrices(x.transpose([*dims.lhs_ragged_dimensions, *inputs]), 0, 1)
     rows = rows.astype(product_dtype(x.dtype, w.dtype))
     return adapter.apply(Ragged(axes, rows, as_matrices(y, 0, 1), ragged.params["precision"], group_sizes)).reshape(

@@ -13,6 +13,7 @@ from jax import lax
 
 from lora_jax._compat import JaxprEqn, bind
 from lora_jax.kernel import Kernel
+from lora_jax.packed import is_packed, unpacked
 from lora_jax.rules.registry import no_rule, rule
 
 
@@ -45,11 +46,18 @@ def _cut(kernel: Kernel, index: list[slice]) -> Any:
 def _cut_one(kernel: Any, axis: int, fn: Callable[[jax.Array, int], jax.Array]) -> Any:
     if not isinstance(kernel, Kernel):
         return fn(kernel, axis)
-    value, group = fn(kernel.value, axis), kernel.adapter.group(axis)
+    value, group = _picked(kernel.value, axis, fn), kernel.adapter.group(axis)
     if value.shape[axis] != 1:
         return kernel.replace(value, kernel.adapter.replace_axes(axis, 1, 1, fn))
     row = kernel.replace(value, kernel.adapter.rows(axis, 1, fn))
     return row.merged() if group in ("inputs", "outputs") else row
+
+
+def _picked(value: Any, axis: int, fn: Callable[[jax.Array, int], jax.Array]) -> Any:
+    """Some of the matrices of a packed stack are packed as they were."""
+    if is_packed(value) and axis < len(value.stack):
+        return value.on_stack(lambda leaf: fn(leaf, axis))
+    return fn(unpacked(value), axis)
 
 
 def _sliced(array: jax.Array, at: int, start: int, stop: int, stride: int) -> jax.Array:
@@ -114,8 +122,13 @@ def gather(eqn: JaxprEqn, kernel: Any, indices: Any) -> list[Any]:
     batch = iter([("w", of_batch[i]) if i in of_batch else ("i", i) for i in range(indices.ndim - 1)])
     result = [next(window if i in dims.offset_dims else batch) for i in range(len(in_place))]
     picked = adapter.rows(axis, len(free) + len(unit), take, batched)
-    picked = picked.permute(tuple(in_place.index(label) for label in result))
-    rows = kernel.replace(bind(eqn, [kernel.value, indices])[0], picked)
+    order = tuple(in_place.index(label) for label in result)
+    value = kernel.value
+    if is_packed(value) and axis < len(value.stack) and order == tuple(range(len(order))) and not batched:
+        value = value.on_stack(lambda leaf: take(leaf, axis))
+    else:
+        [value] = bind(eqn, [unpacked(value), indices])
+    rows = kernel.replace(value, picked.permute(order))
     return [rows.merged() if adapter.group(axis) in ("inputs", "outputs") else rows]
 
 

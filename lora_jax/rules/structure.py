@@ -12,8 +12,10 @@ import numpy as np
 from jax import lax
 
 from lora_jax._compat import JaxprEqn, bind, vary
-from lora_jax.kernel import Kernel
+from lora_jax.frozen import Frozen
+from lora_jax.kernel import Kernel, plain
 from lora_jax.lowrank import accumulator
+from lora_jax.packed import Packed, is_packed, unpacked
 from lora_jax.rules.registry import no_rule, rule
 
 
@@ -23,14 +25,20 @@ def of_the_value(eqn: JaxprEqn, *args: Any) -> list[Any]:
 
     In a barrier it would cost: the derivative of one has a term for each operand, that of W's shape among them.
     """
-    out = bind(eqn, [a.value if isinstance(a, Kernel) else a for a in args])
-    return [a.replace(o) if isinstance(a, Kernel) else o for a, o in zip(args, out, strict=True)]
+    values = [a.value if isinstance(a, Kernel) else a for a in args]
+    if eqn.primitive.name == "reduce_precision":
+        values = [unpacked(value) for value in values]
+    out = iter(
+        bind(eqn, [value for value in values if not is_packed(value)]) if not all(map(is_packed, values)) else []
+    )
+    values = [value if is_packed(value) else next(out) for value in values]
+    return [a.replace(value) if isinstance(a, Kernel) else value for a, value in zip(args, values, strict=True)]
 
 
 @rule("stop_gradient")
 def stop_gradient(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
     """No gradient passes W', so none passes any of its parts."""
-    stopped = kernel.replace(lax.stop_gradient(kernel.value), kernel.adapter.stop())
+    stopped = kernel.replace(jax.tree.map(lax.stop_gradient, kernel.value), kernel.adapter.stop())
     return [dataclasses.replace(stopped, factor=jax.tree.map(lax.stop_gradient, kernel.factor))]
 
 
@@ -46,13 +54,33 @@ def convert_element_type(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
     dtype = eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
         return no_rule(eqn, kernel, why=f"casts it to {jnp.dtype(dtype).name}, which rounds W' itself")
+    if is_packed(kernel.value):
+        return [kernel.replace(kernel.value.seen("cast", jnp.dtype(dtype)))]
     return of_the_value(eqn, kernel)
 
 
 @rule("transpose")
 def transpose(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
     permutation = tuple(eqn.params["permutation"])
-    return [kernel.replace(kernel.value.transpose(permutation), kernel.adapter.permute(permutation))]
+    value = _transposed(kernel.value, permutation) if is_packed(kernel.value) else kernel.value.transpose(permutation)
+    return [kernel.replace(value, kernel.adapter.permute(permutation))]
+
+
+def _transposed(packed: Packed, permutation: tuple[int, ...]) -> Packed | jax.Array:
+    """Each matrix is transposed after it is unpacked; the stack has to stay where it is."""
+    n = len(packed.stack)
+    if permutation[:n] != tuple(range(n)):
+        return packed.dense().transpose(permutation)
+    return packed.seen("transpose", tuple(axis - n for axis in permutation[n:]))
+
+
+def _reshaped_packed(packed: Packed, shape: tuple[int, ...]) -> Packed | jax.Array:
+    """Each matrix is reshaped after it is unpacked; the axes of the stack have to stay apart from its own."""
+    n = next((n for n in range(len(shape) + 1) if math.prod(shape[:n]) == math.prod(packed.stack)), None)
+    if n is None:
+        return packed.dense().reshape(shape)
+    stack, old = shape[:n], len(packed.stack)
+    return packed.on_stack(lambda leaf: leaf.reshape(*stack, *leaf.shape[old:])).seen("reshape", shape[n:])
 
 
 @rule("reduce_sum")
@@ -66,8 +94,11 @@ def reduce_sum(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
 @rule("reshape", "squeeze")
 def reshape(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
     """Axes of one group are merged and split; axes of size 1 come and go."""
-    adapter = kernel.adapter
-    [value] = bind(eqn, [kernel.value])
+    adapter, value = kernel.adapter, kernel.value
+    if is_packed(value):
+        value = _reshaped_packed(value, eqn.outvars[0].aval.shape)  # type: ignore[attr-defined]
+    else:
+        [value] = bind(eqn, [value])
     old, new = [n for n in kernel.shape if n != 1], [n for n in value.shape if n != 1]
     if 0 in kernel.shape:
         return no_rule(eqn, kernel)
@@ -107,7 +138,7 @@ def _reshaped(count: int, sizes: tuple[int, ...]) -> Callable[[jax.Array, int], 
 def broadcast_in_dim(eqn: JaxprEqn, kernel: Kernel, *dynamic_shape: Any) -> list[Any]:
     """New axes, and those that grow from size 1, stack the matrix with itself."""
     adapter, kept = kernel.adapter, eqn.params["broadcast_dimensions"]
-    [value] = bind(eqn, [kernel.value, *dynamic_shape])
+    [value] = bind(eqn, [unpacked(kernel.value), *dynamic_shape])
     for axis, size in enumerate(value.shape):
         grows = axis in kept and kernel.shape[kept.index(axis)] != size
         if grows:
@@ -128,7 +159,7 @@ def rev(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
     adapter = kernel.adapter
     for axis in eqn.params["dimensions"]:
         adapter = adapter.replace_axes(axis, 1, 1, lambda array, at: lax.rev(array, (at,)))
-    return [kernel.replace(bind(eqn, [kernel.value])[0], adapter)]
+    return [kernel.replace(bind(eqn, [unpacked(kernel.value)])[0], adapter)]
 
 
 @rule("pad")
@@ -147,7 +178,7 @@ def pad(eqn: JaxprEqn, kernel: Any, value: Any) -> list[Any]:
                 return lax.pad(array, jnp.zeros((), array.dtype), configs)
 
             adapter = adapter.replace_axes(axis, 1, 1, fn)
-    return [kernel.replace(bind(eqn, [kernel.value, value])[0], adapter)]
+    return [kernel.replace(bind(eqn, [unpacked(kernel.value), value])[0], adapter)]
 
 
 @rule("all_gather", "all_gather_invariant")
@@ -160,7 +191,7 @@ def all_gather(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
     def fn(array: jax.Array, at: int) -> jax.Array:
         return bind(eqn.replace(params={**eqn.params, "all_gather_dimension": at}), [array])[0]
 
-    return [kernel.replace(fn(kernel.value, axis), adapter.replace_axes(axis, 1, 1, fn))]
+    return [kernel.replace(fn(unpacked(kernel.value), axis), adapter.replace_axes(axis, 1, 1, fn))]
 
 
 @rule("mul", "div", "neg")
@@ -175,7 +206,7 @@ def scale(eqn: JaxprEqn, *args: Any) -> list[Any]:
         return no_rule(eqn, *args, why="takes it with more than a scalar factor")
     factor = jnp.asarray(others[0] if others else -1, accumulator(kernel.value.dtype))
     factor = 1 / factor if divides else factor
-    if others and isinstance(others[0], jax.Array):
+    if is_packed(kernel.value) or (others and isinstance(others[0], jax.Array)):
         return [dataclasses.replace(kernel, factor=factor if kernel.factor is None else kernel.factor * factor)]
     [value] = bind(eqn, [a.value if isinstance(a, Kernel) else a for a in args])
     return [kernel.replace(value, kernel.adapter.scale_by(factor))]
@@ -193,18 +224,21 @@ def stack(eqn: JaxprEqn, *args: Any) -> list[Any]:
 
 
 def _with_axis(kernel: Kernel, axis: int) -> Kernel:
-    return kernel.replace(jnp.expand_dims(kernel.value, axis), kernel.adapter.insert_axis(axis))
+    return kernel.replace(jnp.expand_dims(unpacked(kernel.value), axis), kernel.adapter.insert_axis(axis))
 
 
 def _concatenate(eqn: JaxprEqn, args: Sequence[Any], parts: Sequence[Any], axis: int) -> list[Any]:
     args, parts = ([a.scaled() if isinstance(a, Kernel) else a for a in group] for group in (args, parts))
+    parts = [unpacked(p.value) if isinstance(p, Kernel) and isinstance(p.adapter, Frozen) else p for p in parts]
     kernels = [p for p in parts if isinstance(p, Kernel)]
+    if not kernels:
+        return bind(eqn, [plain(a, "joins it", eqn) for a in args])
     adapters = [p.adapter.explicit() if isinstance(p, Kernel) else None for p in parts]
     sizes = [p.shape[axis] if isinstance(p, Kernel) or eqn.primitive.name == "concatenate" else 1 for p in parts]
     first = next(a for a in adapters if a is not None)
     adapter = first.concatenate(adapters, sizes, axis)
     if adapter is None:
         return no_rule(eqn, *args, why="joins it with weights whose adapters have no common form")
-    [value] = bind(eqn, [a.value if isinstance(a, Kernel) else a for a in args])
+    [value] = bind(eqn, [unpacked(a.value) if isinstance(a, Kernel) else a for a in args])
     paths = tuple(dict.fromkeys(path for kernel in kernels for path in kernel.paths))
     return [Kernel(value, adapter, paths, kernels[0].fallback)]

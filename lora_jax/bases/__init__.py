@@ -1,0 +1,11 @@
+"""How frozen weights are kept in fewer bits."""
+
+from lora_jax.bases.base import Format as Format
+from lora_jax.bases.base import dense as dense
+from lora_jax.bases.eight_bits import EightBits as EightBits
+from lora_jax.bases.eight_bits import Fp8 as Fp8
+from lora_jax.bases.eight_bits import Int8 as Int8
+from lora_jax.bases.nf4 import Nf4 as Nf4
+from lora_jax.bases.nf4 import Nf4Weight as Nf4Weight
+from lora_jax.bases.quantize import quantize as quantize
+from lora_jax.packed import Packed as Packed

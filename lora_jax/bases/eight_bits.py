@@ -1,0 +1,63 @@
+"""8 bits a number, integers or floats, with one scale for each output of a matrix: W = q * scale.
+
+The scale is the largest |W| over the largest q: 127, or 448 for floats with 3 bits of a mantissa (e4m3; Micikevicius et
+al. 2022, "FP8 Formats for Deep Learning", arXiv 2209.05433).
+"""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.bases.base import Format
+from lora_jax.packed import Packed, View
+
+
+@dataclass(frozen=True)
+class Int8(Format):
+    """Integers of 8 bits, and a scale in fp32 for each index of a matrix's last axis."""
+
+    def pack(self, w: jax.Array, stack: int, dtype: Any) -> "EightBits":
+        return _pack(w, stack, dtype, jnp.int8, 127.0)
+
+
+@dataclass(frozen=True)
+class Fp8(Format):
+    """Floats of 8 bits, and a scale in fp32 for each index of a matrix's last axis."""
+
+    def pack(self, w: jax.Array, stack: int, dtype: Any) -> "EightBits":
+        return _pack(w, stack, dtype, jnp.float8_e4m3fn, 448.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EightBits(Packed):
+    """A weight of 8 bits a number."""
+
+    q: jax.Array  # [*s, d, k]
+    scales: jax.Array  # fp32 [*s, k]
+    inner: tuple[int, ...] = field(metadata={"static": True})
+    unpacked: Any = field(metadata={"static": True})
+    view: tuple[View, ...] = field(default=(), metadata={"static": True})
+
+    parts = ("q", "scales")
+    own_axes = 2
+
+    def unpack(self) -> jax.Array:
+        w = self.q.astype(jnp.float32) * jnp.expand_dims(self.scales, -2)
+        return w.reshape(*self.stack, *self.inner)
+
+
+def _pack(w: jax.Array, stack: int, dtype: Any, to: Any, largest: float) -> EightBits:
+    q, scales = _quantised(w.reshape(*w.shape[:stack], -1, w.shape[-1]), to, largest)
+    return EightBits(q, scales, w.shape[stack:], dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantised(w: jax.Array, to: Any, largest: float) -> tuple[jax.Array, jax.Array]:
+    w = w.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(w), axis=-2) / largest
+    q = jnp.clip(w / jnp.where(scales == 0, 1.0, scales)[..., None, :], -largest, largest)
+    return (jnp.round(q) if jnp.issubdtype(to, jnp.integer) else q).astype(to), scales

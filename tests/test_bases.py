@@ -1,0 +1,297 @@
+"""Packed frozen weights: exact bytes and values, and programs that use them as if they were arrays."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import MODELS, assert_trees_close, eight_devices, total, trained
+from safetensors.numpy import load_file
+
+import lora_jax as lora
+from lora_jax import bases
+from lora_jax.fingerprint import differences, fingerprint
+
+FIXTURE = load_file(Path(__file__).parent / "data" / "nf4.safetensors")
+FORMATS = {"nf4": bases.Nf4(), "nf4_single": bases.Nf4(double=False), "int8": bases.Int8(), "fp8": bases.Fp8()}
+CASES = [case for case in MODELS if case.dtype == jnp.float32 and case.name != "cast"]
+
+
+def packed(w, format=FORMATS["nf4"]):
+    return bases.quantize({"w": jnp.asarray(w)}, {"w": format})["w"]
+
+
+@pytest.mark.parametrize(("name", "double"), [("cs0", False), ("cs1", True)])
+def test_bytes_and_values_are_those_of_bitsandbytes(name, double):
+    weight = packed(FIXTURE["W"], bases.Nf4(double=double))
+    np.testing.assert_array_equal(weight.codes, FIXTURE[f"{name}.packed"][:, 0])
+    np.testing.assert_array_equal(weight.scales, FIXTURE[f"{name}.absmax"])
+    np.testing.assert_array_equal(weight.dense(), FIXTURE[f"{name}.deq"])
+    if double:
+        np.testing.assert_array_equal(weight.outer, FIXTURE["cs1.state2.absmax"])
+        np.testing.assert_array_equal(weight.mean, FIXTURE["cs1.offset"][0])
+        np.testing.assert_array_equal(bases.nf4.scale_code(), FIXTURE["cs1.state2.code"])
+    narrow = packed(jnp.asarray(FIXTURE["W"]).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(narrow.codes, FIXTURE["bf16.packed"][:, 0])
+    np.testing.assert_array_equal(narrow.dense().astype(jnp.float32), FIXTURE["bf16.deq"])
+
+
+def nf4_by_hand(w):
+    """Of one matrix, block by block and number by number, with scales of fp32."""
+    flat = np.asarray(w, np.float32).reshape(-1)
+    found = []
+    for start in range(0, len(flat), 64):
+        block = flat[start : start + 64]
+        scale = np.abs(block).max()
+        found += [bases.nf4.CODE[np.abs(bases.nf4.CODE - x / scale).argmin()] * scale if scale else 0.0 for x in block]
+    return np.array(found, np.float32).reshape(w.shape)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (64, 1), (7, 64), (2, 3, 50), (2, 2, 8, 9)])
+def test_any_size_is_packed_exactly(shape):
+    """Sizes that no block divides, and stacks: each matrix by itself; blocks of zeros."""
+    w = jax.random.normal(jax.random.key(0), shape).at[..., :1, :].set(0.0)
+    flat = np.asarray(w).reshape(-1, *shape[-2:])
+    single = packed(w, bases.Nf4(double=False))
+    expected = np.stack([nf4_by_hand(one) for one in flat]).reshape(shape)
+    np.testing.assert_allclose(single.dense(), expected, rtol=1e-6, atol=1e-7)
+    assert single.stack == shape[:-2]
+    for i, one in enumerate(flat):
+        index = np.unravel_index(i, shape[:-2]) if len(shape) > 2 else ()
+        alone, of_stack = packed(one), jax.tree.map(lambda leaf, index=index: leaf[index], packed(w))
+        np.testing.assert_array_equal(of_stack.dense(), alone.dense())
+    q = packed(w, bases.Int8())
+    step = np.abs(flat).max(-2, keepdims=True) / 127
+    assert (np.abs(q.dense().reshape(flat.shape) - flat) <= step / 2 * 1.001).all()
+    eight = packed(w, bases.Fp8()).dense().reshape(flat.shape)
+    largest = np.abs(flat).max(-2, keepdims=True)
+    assert (np.abs(eight - flat) <= np.maximum(np.abs(flat) / 16, largest / 448 / 512) * 1.001).all()
+
+
+def test_bytes_a_number():
+    w = jnp.ones((3, 512, 512))
+    assert packed(w).nbytes / w.size == pytest.approx(0.516, abs=2e-4)
+    assert packed(w, bases.Nf4(double=False)).nbytes / w.size == 0.5625
+    assert packed(w, bases.Int8()).nbytes / w.size == 1 + 4 / 512
+
+
+FAST = ("two_layers", "attention_kernels", "scan_over_remat", "experts", "embedding", "convolution", "ragged")
+
+
+@pytest.mark.parametrize(
+    ("case", "format"),
+    [
+        pytest.param(case, format, id=f"{case.name}-{format}", marks=() if case.name in FAST else pytest.mark.slow)
+        for case in CASES
+        for format in FORMATS
+        if format == "nf4" or case.name in FAST
+    ],
+)
+def test_a_packed_base_is_the_base_that_it_stands_for(case, format):
+    """In every program: plans, outputs, gradients and merged weights."""
+    params, x = case.params(), case.input()
+    matrices = "|".join(name for name, shape in case.shapes.items() if len(shape) > 1)
+    base = bases.quantize(params, {matrices: FORMATS[format]})
+    plan = lora.plan(case.fn, base, x, rules={case.pattern: lora.Lora(rank=2)}, materialize=True)
+    assert str(plan) == str(lora.plan(case.fn, params, x, rules={case.pattern: lora.Lora(rank=2)}, materialize=True))
+    adapters = trained(lora.init(jax.random.key(0), base, plan), 1)
+    apply = lora.lora_apply(case.fn, materialize=True)
+
+    @jax.jit
+    def both(base, adapters, x):
+        run = jax.value_and_grad if case.name != "while_loop" else lambda fn: fn
+        return run(lambda adapters: total(apply(base, adapters, x)))(adapters)
+
+    dense = bases.dense(base)
+    assert_trees_close(both(base, adapters, x), both(dense, adapters, x), rtol=1e-4, atol=1e-4)
+    assert_trees_close(jax.jit(apply)(base, {}, x), jax.jit(case.fn)(dense, x), rtol=1e-4, atol=1e-4)
+    merged = bases.dense(lora.merge(base, adapters))
+    assert_trees_close(merged, lora.merge(dense, adapters), rtol=1e-6, atol=1e-6)
+
+
+KINDS = {
+    "dora": lora.Dora(rank=2),
+    "loha": lora.Loha(rank=2),
+    "lokr": lora.Lokr(rank=2),
+    "vera": lora.Vera(rank=2),
+    "ia3": lora.Ia3(),
+    "full": lora.Full(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["two_layers", "scan_over_remat"])
+def test_every_kind_of_adapter_stands_beside_a_packed_base(kind, name):
+    case = next(c for c in MODELS if c.name == name)
+    base, x = bases.quantize(case.params(), {case.pattern: bases.Nf4()}), case.input()
+    plan = lora.plan(case.fn, base, x, rules={case.pattern: KINDS[kind]})
+    adapters = lora.init(jax.random.key(0), base, plan)
+    apply = jax.jit(jax.value_and_grad(lambda a, p: total(lora.lora_apply(case.fn)(p, a, x))))
+    dense = bases.dense(base)
+    assert_trees_close(apply(adapters, base)[0], total(case.fn(dense, x)), rtol=1e-5, atol=1e-5)
+    adapters = trained(adapters, 1)
+    assert_trees_close(apply(adapters, base), apply(adapters, dense), rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_over_a_mesh_with_dropout_moves_adapters_only():
+    case = next(c for c in MODELS if c.name == "scan_over_remat")
+    base = bases.quantize(case.params(), {case.pattern: bases.Nf4()})
+    x = jax.random.normal(jax.random.key(5), (8, *case.x[1:]))
+    adapters = trained(
+        lora.init(jax.random.key(0), base, lora.plan(case.fn, base, x, rules={case.pattern: lora.Lora(2)})), 1
+    )
+
+    def loss(adapters, params, x):
+        adapters = lora.with_dropout(adapters, jax.random.key(1), 0.5)
+        return jnp.mean(jnp.square(lora.lora_apply(case.fn)(params, adapters, x)))
+
+    batch = jax.NamedSharding(eight_devices(), jax.P("data"))
+    here = jax.jit(lora.value_and_grad(loss))(adapters, base, x)
+    there = jax.jit(lora.value_and_grad(loss, batch_sharding=batch))(adapters, base, jax.device_put(x, batch))
+    assert_trees_close(there, here, rtol=1e-5, atol=1e-6)
+    step = lora.jit_step(loss, lora.freeze_base(optax.adam(1e-2)))
+    state = lora.TrainState.create(adapters, lora.freeze_base(optax.adam(1e-2)))
+    first = None
+    for _ in range(20):
+        state, metrics = step(state, base, x)
+        first = first or float(metrics["loss"])
+    assert float(metrics["loss"]) < first
+
+
+def stack(layers=6, d=64):
+    def model(params, x):
+        def layer(x, w):
+            return x + jnp.tanh(x @ w["up"]) @ w["down"], None
+
+        return jax.lax.scan(layer, x, params)[0]
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "up": jax.random.normal(keys[0], (layers, d, 2 * d)) / 8,
+        "down": jax.random.normal(keys[1], (layers, 2 * d, d)) / 12,
+    }
+    base, x = bases.quantize(params, {".*": bases.Nf4()}), jax.random.normal(keys[2], (5, d))
+    plan = lora.plan(model, base, x, rules={".*": lora.Lora(rank=3)})
+    return model, base, lora.init(jax.random.key(1), base, plan), x
+
+
+def test_what_is_kept_for_the_derivative_is_packed():
+    """No array of W's size among the residuals of a scanned stack, for any one layer."""
+    model, base, adapters, x = stack()
+    apply = lora.lora_apply(model)
+
+    def kept(params):
+        _, vjp = jax.vjp(lambda adapters: apply(params, adapters, x), adapters)
+        return [leaf for leaf in jax.tree.leaves(vjp) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+    assert not [leaf.shape for leaf in kept(base) if leaf.size >= 64 * 128]
+    assert [leaf.shape for leaf in kept(bases.dense(base)) if leaf.size >= 64 * 128], "as a dense base is"
+
+
+def test_temporary_memory_is_that_of_one_layer():
+    """Beside unpacking under autodiff, which keeps every layer's weights."""
+    model, base, adapters, x = stack(layers=8, d=256)
+    apply = lora.lora_apply(model)
+
+    def naive(params, adapters, x):
+        def layer(x, of):
+            w, a = of
+
+            def dense(name, x):
+                return x @ w[name].dense() + (x @ a[name].a) @ a[name].b
+
+            return x + dense("down", jnp.tanh(dense("up", x))), None
+
+        return jax.lax.scan(layer, x, (params, adapters))[0]
+
+    def compiled(fn):
+        return jax.jit(jax.grad(lambda a, p, x: fn(p, a, x).sum())).lower(adapters, base, x).compile()
+
+    ours, theirs = compiled(apply), compiled(naive)
+    assert_trees_close(ours(adapters, base, x), theirs(adapters, base, x), rtol=1e-4, atol=1e-4)
+    sizes = [c.memory_analysis().temp_size_in_bytes for c in (ours, theirs)]
+    assert sizes[0] <= 0.55 * sizes[1]
+
+
+def test_a_packed_base_has_a_fingerprint():
+    case = next(c for c in MODELS if c.name == "two_layers")
+    one = bases.quantize(case.params(), {"w1": bases.Nf4(), "w2": bases.Int8()})
+    other = bases.quantize({**case.params(), "w1": case.params()["w1"] + 1}, {"w1": bases.Nf4(), "w2": bases.Int8()})
+    assert fingerprint(one) == fingerprint(jax.tree.map(jnp.copy, one))
+    assert differences(fingerprint(one), fingerprint(other))
+
+
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ({}, "rules are a dict"),
+        ({"w": lora.Lora(rank=2)}, "expected a format"),
+        ({"(": bases.Nf4()}, "not a regular expression"),
+        ({"v": bases.Nf4()}, "nearest paths are"),
+        ({"bias": bases.Nf4()}, "at least two axes"),
+        ({"ids": bases.Int8()}, "array of floats"),
+        ({"nan": bases.Nf4()}, "NaN or infinity"),
+        ({"w": bases.Nf4(stack=2)}, "no 2 stack axes"),
+    ],
+)
+def test_what_cannot_be_packed(rules, says):
+    params = {
+        "w": jnp.ones((4, 4)),
+        "bias": jnp.ones(4),
+        "ids": jnp.ones((4, 4), jnp.int32),
+        "nan": jnp.full((4, 4), jnp.nan),
+    }
+    with pytest.raises(lora.LoraError, match=says):
+        bases.quantize(params, rules)
+
+
+def test_a_packed_weight_is_neither_packed_again_nor_started_from():
+    case = next(c for c in MODELS if c.name == "two_layers")
+    base = bases.quantize(case.params(), {case.pattern: bases.Nf4()})
+    with pytest.raises(lora.LoraError, match="is packed already"):
+        bases.quantize(base, {case.pattern: bases.Nf4()})
+    adapters = lora.init(jax.random.key(0), base, lora.plan(case.fn, base, case.input(), rules={"w.*": lora.Lora(2)}))
+    with pytest.raises(lora.LoraError, match="is packed, and starts look at arrays"):
+        lora.starts.pissa(base, adapters)
+
+
+@pytest.mark.parametrize("name", ["two_layers", "scan_over_remat", "attention_kernels"])
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_loftq_makes_up_for_what_packing_loses(name, format):
+    """A B is the best of its rank, for any scale. More iterations need not be better, and are near."""
+    case, rule = next(c for c in MODELS if c.name == name), lora.Lora(rank=3, alpha=12)
+    params = case.params()
+    fresh = lora.init(jax.random.key(0), params, case.plan(rule))
+    packed = bases.quantize(params, {case.pattern: FORMATS[format]})
+
+    def lost(base, adapters):
+        merged = bases.dense(lora.merge(base, adapters))
+        return sum(float(jnp.square(merged[path] - params[path]).sum()) for path in adapters)
+
+    base, started = lora.starts.loftq(params, fresh, FORMATS[format])
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, base, packed))
+    best = 0.0
+    for path, adapter in started.items():
+        stack, inputs, outputs = adapter.axes
+        gap = np.asarray(params[path] - packed[path].dense()).transpose([*stack, *inputs, *outputs])
+        gap = gap.reshape(adapter.axes.fans(params[path].shape))
+        best += float(np.square(np.linalg.svd(gap, compute_uv=False)[:, 3:]).sum())
+    assert lost(base, started) == pytest.approx(best, rel=1e-3)
+    assert lost(base, started) < 0.8 * lost(packed, fresh)
+    assert lost(*lora.starts.loftq(params, fresh, FORMATS[format], iterations=4)) < 0.8 * lost(packed, fresh)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"), [({"format": "nf4"}, "expected a format"), ({"iterations": 0}, "at least 1")]
+)
+def test_loftq_that_cannot_be(given, says):
+    with pytest.raises(lora.LoraError, match=says):
+        lora.starts.loftq({}, {}, **({"format": bases.Nf4()} | given))
+
+
+def test_donated_arrays_are_gone():
+    w = jnp.ones((8, 64))
+    bases.quantize({"w": w}, {"w": bases.Nf4()}, donate=True)
+    assert w.is_deleted()
