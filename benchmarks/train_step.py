@@ -40,7 +40,7 @@ import matplotlib.pyplot as plt
 Tree = Any
 Loss = Callable[..., jax.Array]  # (trained, frozen, ids [B, T], labels [B, T]) -> scalar
 Linear = Callable[[str, jax.Array, jax.Array], jax.Array]  # (path of W, x [B, T, d], W [d, k]) -> [B, T, k]
-Factors = dict[str, tuple[jax.Array, jax.Array]]  # path -> A [d, r], B [r, k]
+Factors = dict[str, tuple[jax.Array, ...]]  # path -> A [d, r], B [r, k]; of DoRA also m [k]
 
 LINEARS = ("q", "k", "v", "o", "up", "down")
 RULE = rf"layer_\d+/({'|'.join(LINEARS)})"
@@ -149,6 +149,7 @@ class Program:
     frozen: Tree
     factors: Callable[[Tree], Factors]  # the gradient that each A and B has, out of this program's own
     updates: bool = True  # whether AdamW moves what is trained
+    oracle: Loss | None = None  # another loss of the same things, where it is not that of hand-written LoRA
 
 
 def setting(c: Config) -> Setting:
@@ -181,6 +182,33 @@ def with_lora_jax(s: Setting) -> Program:
     return Program(
         "lora_jax", loss, s.adapters, s.params, lambda grads: {path: (g.a, g.b) for path, g in grads.items()}
     )
+
+
+def with_dora(s: Setting) -> Program:
+    """The same A and B, and lengths m some way from those that the weights have."""
+    merged = lora.merge(s.params, s.adapters)
+    adapters = {}
+    for i, (path, adapter) in enumerate(s.adapters.items()):
+        layer, name = path.split("/")
+        lengths = jnp.linalg.norm(merged[layer][name], axis=0)
+        m = lengths * (1 + 0.1 * jax.random.normal(jax.random.key(i), lengths.shape))
+        adapters[path] = lora.DoraAdapter(adapter.a, adapter.b, m, adapter.axes, adapter.scale)
+    apply = lora.lora_apply(model(s.config))
+
+    def loss(adapters: Tree, params: Tree, ids: jax.Array, labels: jax.Array) -> jax.Array:
+        return cross_entropy(apply(params, adapters, ids), labels)
+
+    def written_out(adapters: Tree, params: Tree, ids: jax.Array, labels: jax.Array) -> jax.Array:
+        def linear(path: str, x: jax.Array, w: jax.Array) -> jax.Array:
+            v = w + adapters[path].a @ adapters[path].b
+            return x @ (v * (adapters[path].m / jax.lax.stop_gradient(jnp.linalg.norm(v, axis=0))))
+
+        return cross_entropy(decode(s.config, params, params["embed"][ids], linear), labels)
+
+    def factors(grads: Tree) -> Factors:
+        return {path: (g.a, g.b, g.m) for path, g in grads.items()}
+
+    return Program("lora_jax, DoRA", loss, adapters, s.params, factors, oracle=written_out)
 
 
 def by_hand(name: str, adapted: Callable[..., jax.Array]) -> Callable[[Setting], Program]:
@@ -320,6 +348,7 @@ def with_qwix(s: Setting) -> Program:
 PROGRAMS: dict[str, Callable[[Setting], Program]] = {
     "frozen floor": floor,
     "lora_jax": with_lora_jax,
+    "lora_jax, DoRA": with_dora,
     "hand-written": by_hand("hand-written", factored),
     "hand-written, 3-D": by_hand("hand-written, 3-D", factored_3d),
     "nnx.LoRA": with_nnx,
@@ -398,7 +427,7 @@ def tree_bytes(tree: Tree) -> int:
 
 
 def check(program: Program, s: Setting, expected: tuple[jax.Array, Factors]) -> None:
-    """The program computes what hand-written LoRA does.
+    """The program computes what hand-written LoRA does, or what its own oracle does.
 
     Raises:
         AssertionError: it does not, and the timing would compare different things.
@@ -434,7 +463,8 @@ def measure(c: Config) -> list[Row]:
                 raise
             rows.append(Row(name, why_not=f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"))
             continue
-        check(program, s, expected)
+        oracle = program.oracle and loss_and_factors(replace(program, loss=program.oracle), s)
+        check(program, s, oracle or expected)
         rows.append(prepare(program, s))
     time_in_turn([row for row in rows if not row.why_not], c.rounds)
     return rows
@@ -584,6 +614,9 @@ def main() -> None:
     rows = measure(c)
     where = f"{machine()}, JAX {jax.__version__}, {c.rounds} rounds"
     print(f"\n{table(rows)}\n\n{where}")
+    timed = {row.name: np.array(row.seconds) for row in rows}
+    if {"lora_jax", "lora_jax, DoRA"} <= timed.keys():
+        print(f"DoRA takes {np.median(timed['lora_jax, DoRA'] / timed['lora_jax']):.2f} of LoRA (bound 1.10)")
     if c.write:
         draw(rows, DOCS / "train_step.png")
         write_table(f"{table(rows)}\n\n{where}", DOCS / "benchmarks.md")

@@ -1,7 +1,7 @@
 """Adapters into the safetensors of a published model, without building it: shard by shard, in little memory.
 
-W' = W + s B A, in fp32 and rounded once to W's dtype. Each file is copied but for the bytes of adapted tensors: names,
-order, dtypes, metadata and the index stay what they were.
+W' = W + s B A, for DoRA with each output at its length, in fp32 and rounded once to W's dtype. Each file is copied but
+for the bytes of adapted tensors: names, order, dtypes, metadata and the index stay what they were.
 """
 
 import json
@@ -24,7 +24,7 @@ from lora_jax.folders import refuse_to_replace, written
 from lora_jax.keymap import KINDS, Array, KeyMap
 from lora_jax.paths import nearest
 from lora_jax.peft import load_by_module
-from lora_jax.peft_modules import torch_modules
+from lora_jax.peft_modules import modules_to_save, torch_modules
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -40,6 +40,7 @@ class Change(NamedTuple):
 
     factors: list[tuple[Array, Array]]  # L [rows, r] and R [r, columns]
     shape: tuple[int, ...]  # that the tensor has to have
+    lengths: Array | None = None  # [rows], that those of W + L R are given: of DoRA
 
 
 class Tensor(NamedTuple):
@@ -62,6 +63,7 @@ class Part(NamedTuple):
     dtype: Any = None
     base: Array | None = None  # instead of what the file has
     factors: tuple[Array, Array] | None = None  # L and R whose product is added
+    lengths: Array | None = None  # that the rows are given
 
 
 def merge_checkpoint(
@@ -163,13 +165,20 @@ class Tensors(Mapping[str, Array]):
 
 
 def _changes(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any) -> dict[str, Change]:
-    modules, placed = torch_modules(adapters, key_map, params)
-    return {
-        name + placed[name].entry.suffix: _change(
-            placed[name].entry.kind, module.arrays["a"], module.arrays["b"], module.scale, placed[name].experts
-        )
-        for name, module in modules.items()
-    }
+    kind, modules, placed = modules_to_save(adapters, key_map, params)
+    if kind != "DORA":
+        modules, placed = torch_modules(adapters, key_map, params)
+    changes = {}
+    for name, module in modules.items():
+        place = placed[name]
+        a, b, lengths = module.arrays["a"], module.arrays["b"], module.arrays.get("m")
+        if lengths is not None and place.entry.kind not in ("linear", "conv"):
+            raise LoraError(
+                f"{place.path!r} is a {place.entry.kind} of DoRA, whose lengths run along its columns: load the model "
+                "and merge with lora.merge."
+            )
+        changes[name + place.entry.suffix] = _change(place.entry.kind, a, b, module.scale, place.experts, lengths)
+    return changes
 
 
 def _changes_of_folder(folder: Path) -> tuple[dict[str, Change], dict[str, Array]]:
@@ -177,7 +186,7 @@ def _changes_of_folder(folder: Path) -> tuple[dict[str, Change], dict[str, Array
     return _changes(adapters, key_map, None), whole
 
 
-def _change(kind: str, a: Array, b: Array, scale: float, experts: int) -> Change:
+def _change(kind: str, a: Array, b: Array, scale: float, experts: int, lengths: Array | None) -> Change:
     """Torch's A and B of a module as the products that are added to its tensor."""
     wide_a, wide_b = np.asarray(a, np.float32), np.asarray(b, np.float32) * np.float32(scale)
     window = a.shape[2:]
@@ -186,7 +195,8 @@ def _change(kind: str, a: Array, b: Array, scale: float, experts: int) -> Change
     turned = KINDS[kind][0].split().index("in") < KINDS[kind][0].split().index("out")
     factors = [(a_.T, b_.T) if turned else (b_, a_) for a_, b_ in zip(a2, b2, strict=True)]
     inner = (a.shape[1], b.shape[0]) if turned else (b.shape[0], a.shape[1])
-    return Change(factors, (*((experts,) if "expert" in KINDS[kind][0] else ()), *inner, *window))
+    shape = (*((experts,) if "expert" in KINDS[kind][0] else ()), *inner, *window)
+    return Change(factors, shape, None if lengths is None else np.asarray(lengths, np.float32))
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -284,16 +294,17 @@ def _write(
         (new / file).touch()
         os.truncate(new / file, size)
         parts += _parts(file, size, tensors, changes, whole)
-    lost = dict.fromkeys(changes, 0.0)
+    lost, changed = dict.fromkeys(changes, 0.0), dict.fromkeys(changes, 0.0)
     total, done = sum(tensors[name].size for name in changes), 0
     with ThreadPoolExecutor(THREADS) as pool:
-        for part, loss in zip(parts, pool.map(partial(_write_part, source, new), parts), strict=True):
+        for part, (loss, change) in zip(parts, pool.map(partial(_write_part, source, new), parts), strict=True):
             if part.name in changes:
                 lost[part.name] += loss
+                changed[part.name] += change
                 done += part.size
                 if progress is not None:
                     progress(done, total)
-    return {name: _loss(lost[name], changes[name].factors) for name in changes}
+    return {name: math.sqrt(lost[name] / changed[name]) if changed[name] else 0.0 for name in changes}
 
 
 def _parts(
@@ -307,7 +318,7 @@ def _parts(
         at = tensor.start + tensor.size
         base = whole.get(name)
         if name in changes:
-            yield from _summed(file, tensor, name, changes[name].factors, base)
+            yield from _summed(file, tensor, name, changes[name], base)
         elif base is not None:
             yield Part(file, tensor.start, tensor.size, name, base=base.astype(DTYPES[tensor.dtype], copy=False))
     yield from _copied(file, at, size)
@@ -318,26 +329,25 @@ def _copied(file: str, start: int, end: int) -> Iterator[Part]:
         yield Part(file, at, min(BLOCK, end - at))
 
 
-def _summed(
-    file: str, tensor: Tensor, name: str, factors: list[tuple[Array, Array]], base: Array | None
-) -> Iterator[Part]:
+def _summed(file: str, tensor: Tensor, name: str, change: Change, base: Array | None) -> Iterator[Part]:
     """Some rows of W + L R at a time; W is the file's, or `base`."""
     dtype: Any = np.dtype(DTYPES[tensor.dtype])
     flat = None if base is None else base.astype(dtype, copy=False).reshape(-1)
     done = 0  # entries
-    for left, right in factors:
+    for left, right in change.factors:
         rows = _rows(left.shape[0], CHUNK // right.shape[1])
         for start in range(0, left.shape[0], rows):
             some = left[start : start + rows]
             count = some.shape[0] * right.shape[1]
             w = None if flat is None else flat[done : done + count]
             at = tensor.start + done * dtype.itemsize
-            yield Part(file, at, count * dtype.itemsize, name, dtype, w, (some, right))
+            lengths = None if change.lengths is None else change.lengths[start : start + rows]
+            yield Part(file, at, count * dtype.itemsize, name, dtype, w, (some, right), lengths)
             done += count
 
 
-def _write_part(source: Path, new: Path, part: Part) -> float:
-    """Read and write some bytes of a file; the squared norm of what rounding took from them."""
+def _write_part(source: Path, new: Path, part: Part) -> tuple[float, float]:
+    """Read and write some bytes of a file; the squared norms of what rounding took from them, and of what changed."""
     if part.base is None:
         with (source / part.file).open("rb") as old:
             old.seek(part.start)
@@ -346,21 +356,18 @@ def _write_part(source: Path, new: Path, part: Part) -> float:
             raise LoraError(f"{source / part.file} became shorter while it was read.")
     else:
         data = np.ascontiguousarray(part.base).reshape(-1).view(np.uint8)
-    lost = 0.0
+    lost = changed = 0.0
     if part.factors is not None:
         left, right = part.factors
         add = _sum_in_fp64 if part.dtype == np.float64 else _sum
-        rounded, errors = add(data.view(part.dtype).reshape(left.shape[0], -1), left, right)
-        data, lost = np.asarray(rounded).view(np.uint8), float(np.asarray(errors).sum(dtype=np.float64))
+        w = data.view(part.dtype).reshape(left.shape[0], -1)
+        rounded, errors, changes = add(w, left, right, part.lengths)
+        data, lost = np.asarray(rounded).view(np.uint8), _total(errors)
+        changed = _squared_norm(left, right) if changes is None else _total(changes)
     with (new / part.file).open("r+b") as out:
         out.seek(part.start)
         out.write(data.data)
-    return lost
-
-
-def _loss(lost: float, factors: list[tuple[Array, Array]]) -> float:
-    changed = sum(_squared_norm(left, right) for left, right in factors)
-    return math.sqrt(lost / changed) if changed else 0.0
+    return lost, changed
 
 
 def _rows(n: int, most: int) -> int:
@@ -370,17 +377,41 @@ def _rows(n: int, most: int) -> int:
 
 
 @jax.jit
-def _sum(w: jax.Array, left: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """W + L R rounded to W's dtype, and of each row the squared norm of what rounding took."""
-    exact = w.astype(jnp.float32) + jnp.matmul(left, right, precision="highest")
+def _sum(
+    w: jax.Array, left: jax.Array, right: jax.Array, lengths: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """W' rounded to W's dtype, and of each row the squared norms of what rounding took and, for DoRA, of W' - W.
+
+    Without lengths, W' - W is L R, of which the norm is known from the factors.
+    """
+    wide = w.astype(jnp.float32)
+    exact, changes = wide + jnp.matmul(left, right, precision="highest"), None
+    if lengths is not None:
+        exact = exact * _gain(exact, lengths)[:, None]
+        changes = jnp.square(exact - wide).sum(-1)
     rounded = exact.astype(w.dtype)
     error = rounded.astype(jnp.float32) - exact
-    return rounded, jnp.einsum("ij,ij->i", error, error)
+    return rounded, jnp.einsum("ij,ij->i", error, error), changes
 
 
-def _sum_in_fp64(w: Array, left: Array, right: Array) -> tuple[Array, float]:
+def _sum_in_fp64(w: Array, left: Array, right: Array, lengths: Array | None) -> tuple[Array, float, Array | None]:
     """The same for fp64, which JAX has only where that is asked for; nothing is lost that counts."""
-    return w + left.astype(np.float64) @ right, 0.0
+    exact = w + left.astype(np.float64) @ right
+    if lengths is None:
+        return exact, 0.0, None
+    norms = np.linalg.norm(exact, axis=-1)
+    exact *= np.where(norms == 0, 1.0, lengths / np.where(norms == 0, 1.0, norms))[:, None]
+    return exact, 0.0, np.square(exact - w).sum(-1)
+
+
+def _gain(rows: jax.Array, lengths: jax.Array) -> jax.Array:
+    """What gives each row its length; 1 for one that is zero, and stays so."""
+    norms = jnp.linalg.norm(rows, axis=-1)
+    return jnp.where(norms == 0, 1.0, lengths / jnp.where(norms == 0, 1.0, norms))
+
+
+def _total(squares: Any) -> float:
+    return float(np.asarray(squares).sum(dtype=np.float64))
 
 
 def _squared_norm(left: Array, right: Array) -> float:

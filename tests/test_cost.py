@@ -1,5 +1,6 @@
 """What a compiled program costs beside one with LoRA written into it: exact counts, no clocks."""
 
+import math
 from collections import Counter
 
 import jax
@@ -48,13 +49,15 @@ def by_hand(params, adapters, x, scan):
     return x.sum()
 
 
-def case(fn):
-    shapes = {"q": (WIDTH, WIDTH), "k": (WIDTH, WIDTH), "v": (WIDTH, WIDTH), "o": (WIDTH, WIDTH)}
-    shapes |= {"up": (WIDTH, INNER), "down": (INNER, WIDTH)}
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    params = {name: 0.1 * jax.random.normal(k, (LAYERS, *s)) for k, (name, s) in zip(keys, shapes.items(), strict=True)}
+SHAPES = {"q": (WIDTH, WIDTH), "k": (WIDTH, WIDTH), "v": (WIDTH, WIDTH), "o": (WIDTH, WIDTH)}
+SHAPES |= {"up": (WIDTH, INNER), "down": (INNER, WIDTH)}
+
+
+def case(fn, rule=RULE):
+    keys = jax.random.split(jax.random.key(0), len(SHAPES))
+    params = {name: 0.1 * jax.random.normal(k, (LAYERS, *s)) for k, (name, s) in zip(keys, SHAPES.items(), strict=True)}
     x = jax.random.normal(jax.random.key(1), (T, WIDTH))
-    adapters = trained(lora.init(jax.random.key(2), params, lora.plan(fn, params, x, rules={".*": RULE})), 3)
+    adapters = trained(lora.init(jax.random.key(2), params, lora.plan(fn, params, x, rules={".*": rule})), 3)
     return params, jax.tree.map(lambda a: 0.1 * a, adapters), x
 
 
@@ -93,3 +96,42 @@ def test_an_unrolled_model_gets_the_equations_of_lora_by_hand_and_reshapes():
     )
     assert ours["dot_general"] == hand["dot_general"]
     assert ours.total() <= 1.2 * hand.total()
+
+
+def gradient(fn, rule):
+    """The gradient of a model with adapters, traced and compiled."""
+    params, adapters, x = case(fn, rule)
+    apply = lora.lora_apply(fn)
+    traced = jax.jit(jax.grad(lambda a, p, x: apply(p, a, x))).trace(adapters, params, x)
+    return traced.jaxpr, traced.lower().compile()
+
+
+def dot_flops(jaxpr):
+    """FLOPs of matrix products, and of those in which no number meets more than one: sums of products, one pass."""
+    products = sums = 0
+    for eqn in equations(jaxpr):
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), (batch, _) = eqn.params["dimension_numbers"]
+            x, y = (v.aval for v in eqn.invars)
+            flops = 2 * eqn.outvars[0].aval.size * math.prod(x.shape[i] for i in contracted)
+            alone = len(contracted) + len(batch) == x.ndim == y.ndim
+            products, sums = products + flops * (not alone), sums + flops * alone
+    return products, sums
+
+
+@pytest.mark.parametrize("fn", [unrolled, scanned], ids=lambda fn: fn.__name__)
+def test_dora_is_lora_and_a_thin_product_with_each_weight(fn):
+    """A^T W is for the lengths, once a step and not once a row; |W|^2 is no matrix product. The rest is of y's size."""
+    (lora_jaxpr, lora_step), (dora_jaxpr, dora_step) = (
+        gradient(fn, kind(RANK, alpha=1)) for kind in (lora.Lora, lora.Dora)
+    )
+    products, sums = (ours - theirs for ours, theirs in zip(*map(dot_flops, (dora_jaxpr, lora_jaxpr)), strict=True))
+    gram = 2 * RANK * RANK  # of A^T A and (A^T A) B, for each input and each output
+    weights = LAYERS * sum(d * k for d, k in SHAPES.values())
+    outputs = LAYERS * T * sum(k for _, k in SHAPES.values())
+    assert products == 2 * RANK * weights + gram * LAYERS * sum(d + k for d, k in SHAPES.values())
+    assert sums == 2 * weights
+
+    elementwise = 32 * outputs  # where XLA computes what surrounds y twice rather than keep it
+    assert dora_step.cost_analysis()["flops"] <= lora_step.cost_analysis()["flops"] + products + sums + elementwise
+    assert memory(dora_step) <= 1.06 * memory(lora_step) + 4 * outputs  # x @ W, for the gradient of m

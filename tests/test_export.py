@@ -74,6 +74,28 @@ def test_merging_is_merging(name, key_map, shards, dtype, tmp_path):
     assert len(losses) == len(adapters)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float64])
+def test_dora_is_merged_row_by_row(dtype, tmp_path):
+    base = published(tmp_path / "in", "dora", dtype)
+    params = twins.from_torch(base)
+    adapters, _ = lora.load_peft(DATA / "dora", params, MLP)
+    table = next(path for path in adapters if "emb" in path)
+    with pytest.raises(lora.LoraError, match="lengths run along its columns"):
+        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, MLP)
+    assert not (tmp_path / "out").exists()
+    del adapters[table]
+    losses = lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, MLP)
+    expected, found = lora.merge(params, adapters), twins.from_torch(tensors_in(tmp_path / "out"))
+    for path in adapters:
+        eps = float(jnp.finfo(found[path].dtype).eps)
+        np.testing.assert_allclose(
+            found[path].astype(np.float32), np.asarray(expected[path], np.float32), rtol=max(eps, 1e-6), atol=1e-6
+        )
+        assert np.abs(np.asarray(found[path], np.float32) - np.asarray(params[path], np.float32)).max() > 0
+    assert len(losses) == len(adapters)
+    assert all(1e-4 < loss < 0.5 if dtype == jnp.bfloat16 else loss < 1e-5 for loss in losses.values())
+
+
 def test_all_else_stays_as_it_was(tmp_path):
     base = published(tmp_path / "in", "llama", jnp.bfloat16, shards=3)
     before = {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()}
