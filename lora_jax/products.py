@@ -73,13 +73,13 @@ class Matmul(Product):
 
     def contract(self, a: jax.Array) -> jax.Array:
         stack, x = self._stacked(), self.x
-        if self._flat():
+        if self.flat():
             x, a = as_matrices(x, stack, x.ndim - stack - len(self.axes.inputs)), _columns(a, stack)
         return contract(x, a, self.precision, stack)
 
     def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
         stack = self._stacked()
-        if self._flat():
+        if self.flat():
             return matmul(h, _rows(b, stack), self.precision, stack).reshape(self.y.shape)
         return matmul(h, b, self.precision, stack, like=self.y)
 
@@ -121,7 +121,7 @@ class Matmul(Product):
     def _stacked(self) -> int:
         return len(self.axes.stack)
 
-    def _flat(self) -> bool:
+    def flat(self) -> bool:
         """Whether T and d are flattened to one axis each.
 
         Thin products with more axes are slow on XLA's CPU backend. But over a mesh that the compiler partitions for,

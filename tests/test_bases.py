@@ -70,6 +70,17 @@ def test_any_size_is_packed_exactly(shape):
     assert (np.abs(eight - flat) <= np.maximum(np.abs(flat) / 16, largest / 448 / 512) * 1.001).all()
 
 
+def test_eight_bits_have_a_scale_for_each_output():
+    w = jax.random.normal(jax.random.key(0), (3, 6, 4, 5))
+    coarse, fine = (packed(w, bases.Int8(stack=1, inputs=n)) for n in (2, 1))
+    assert (coarse.scales.shape, fine.scales.shape) == ((3, 5), (3, 20))
+    np.testing.assert_allclose(fine.scales.reshape(3, 4, 5), np.abs(w).max(1) / 127, rtol=1e-6)
+    assert (jnp.abs(fine.dense() - w) <= (np.abs(w).max(1, keepdims=True) / 254 * 1.001)).all()
+    for inputs in (0, 3):
+        with pytest.raises(lora.LoraError, match="axes of inputs beside one of outputs"):
+            packed(w, bases.Int8(stack=1, inputs=inputs))
+
+
 def test_bytes_a_number():
     w = jnp.ones((3, 512, 512))
     assert packed(w).nbytes / w.size == pytest.approx(0.516, abs=2e-4)

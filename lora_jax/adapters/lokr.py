@@ -105,15 +105,23 @@ class LokrAdapter(Compact):
         return w + delta.transpose(self.axes.from_canonical()).astype(w.dtype)
 
     def apply(self, product: Product) -> jax.Array:
+        """x seen as [T, p, m] meets A, then W1, and B at last."""
         if not isinstance(product, Matmul):
             return self.factors().apply(product)
-        n, y, precision = len(self.axes.stack), product.y, product.precision
-        wide = accumulator(y.dtype, self.w1.dtype)
-        x = product.x.reshape(*y.shape[:n], *product.token_axes(), self.w1.shape[-2], -1)
-        h = matmul(x, self.a, precision, n).swapaxes(-1, -2).astype(x.dtype)  # [*s, *T, r, p]
-        h = matmul(h, self.w1.astype(wide) * self.scale, precision, n).swapaxes(-1, -2)  # [*s, *T, q, r]
+        n, x, y = len(self.axes.stack), product.x, product.y
+        stack, tokens, p = y.shape[:n], product.token_axes(), self.w1.shape[-2]
+        w1 = self.w1.astype(accumulator(self.w1.dtype)) * self.scale
+
+        def times(h: jax.Array, w: jax.Array) -> jax.Array:
+            """h [*s, *T, rows, i] @ w [*s, i, j] -> [*s, *T, rows, j]"""
+            flat = h.reshape(*stack, -1, h.shape[-1]) if product.flat() else h
+            return matmul(flat, w, product.precision, n).astype(x.dtype).reshape(*h.shape[:-1], w.shape[-1])
+
+        h = times(x.reshape(*stack, *tokens, p, -1), self.a).swapaxes(-1, -2)  # [*s, *T, r, p]
+        h = times(h, w1).swapaxes(-1, -2)  # [*s, *T, q, r]
         if self.b is not None:
-            h = matmul(h.astype(x.dtype), self.b, precision, n)
+            h = times(h, self.b)
+        wide = accumulator(y.dtype, h.dtype)
         return (y.astype(wide) + h.reshape(y.shape).astype(wide)).astype(y.dtype)
 
     def scale_by(self, factor: jax.Array) -> "LokrAdapter":

@@ -5,6 +5,7 @@ al. 2022, "FP8 Formats for Deep Learning", arXiv 2209.05433).
 """
 
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,23 +13,33 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.bases.base import Format
+from lora_jax.errors import LoraError
 from lora_jax.packed import Packed, View
 
 
 @dataclass(frozen=True)
 class Int8(Format):
-    """Integers of 8 bits, and a scale in fp32 for each index of a matrix's last axis."""
+    """Integers of 8 bits, and a scale in fp32 for each output of a matrix.
+
+    Args:
+        inputs: how many axes of a matrix are its inputs, the first ones; all but the last, where it is not given. With
+            1, a kernel [d, heads, head_dim] has a scale for each entry of each head.
+    """
+
+    inputs: int | None = None
 
     def pack(self, w: jax.Array, stack: int, dtype: Any) -> "EightBits":
-        return _pack(w, stack, dtype, jnp.int8, 127.0)
+        return _pack(w, stack, self.inputs, dtype, jnp.int8, 127.0)
 
 
 @dataclass(frozen=True)
 class Fp8(Format):
-    """Floats of 8 bits, and a scale in fp32 for each index of a matrix's last axis."""
+    """Floats of 8 bits, and a scale in fp32 for each output of a matrix; `inputs` as of `Int8`."""
+
+    inputs: int | None = None
 
     def pack(self, w: jax.Array, stack: int, dtype: Any) -> "EightBits":
-        return _pack(w, stack, dtype, jnp.float8_e4m3fn, 448.0)
+        return _pack(w, stack, self.inputs, dtype, jnp.float8_e4m3fn, 448.0)
 
 
 @jax.tree_util.register_dataclass
@@ -50,8 +61,15 @@ class EightBits(Packed):
         return w.reshape(*self.stack, *self.inner)
 
 
-def _pack(w: jax.Array, stack: int, dtype: Any, to: Any, largest: float) -> EightBits:
-    q, scales = _quantised(w.reshape(*w.shape[:stack], -1, w.shape[-1]), to, largest)
+def _pack(w: jax.Array, stack: int, inputs: int | None, dtype: Any, to: Any, largest: float) -> EightBits:
+    n = w.ndim - stack - 1 if inputs is None else inputs
+    if not 0 < n < w.ndim - stack:
+        raise LoraError(
+            f"a matrix of shape {list(w.shape[stack:])} has no {n} axes of inputs beside one of outputs: give another "
+            "number for `inputs`, or for `stack`."
+        )
+    d = math.prod(w.shape[stack : stack + n])
+    q, scales = _quantised(w.reshape(*w.shape[:stack], d, -1), to, largest)
     return EightBits(q, scales, w.shape[stack:], dtype)
 
 
