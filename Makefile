@@ -6,7 +6,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: demo demo-sharded compare assets test test-interop interop-models lint format types clean
+.PHONY: demo demo-sharded compare compare-methods headlines assets test test-interop interop-models lint format types clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py $(ARGS)
@@ -16,6 +16,12 @@ demo-sharded: $(VENV)/.demo
 
 compare: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py --compare $(ARGS)
+
+compare-methods: $(VENV)/.demo
+	$(RUN) examples/compare_methods.py $(ARGS)
+
+headlines: $(VENV)/.demo
+	$(RUN) examples/finetune_decoder.py $(ARGS)
 
 assets: $(VENV)/.demo
 	$(RUN) examples/assets.py

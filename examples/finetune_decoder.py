@@ -233,7 +233,10 @@ def keep_in_bits(params: Tree, bits: int) -> Tree:
     """The linear layers in so many bits a number; all else in bfloat16, in which the model was published."""
     if bits < 16:
         one, several = (lora.bases.Int8(stack=1, inputs=n) for n in (1, 2))  # the layers are stacked
-        rules = {4: {LINEAR: lora.bases.Nf4(stack=1)}, 8: {".*/o_proj/kernel": several, LINEAR: one}}
+        rules: dict[int, dict[str, lora.bases.Format | None]] = {
+            4: {LINEAR: lora.bases.Nf4(stack=1)},
+            8: {".*/o_proj/kernel": several, LINEAR: one},
+        }
         params = lora.bases.quantize(params, rules[bits], donate=True)
 
     def is_packed(leaf: Any) -> bool:
