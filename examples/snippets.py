@@ -46,6 +46,27 @@ def split_by_hash(sentences: list[tuple[str, int]], tokenizer: Tokenizer) -> dic
     }
 
 
+def tokenize(sentences: list[tuple[str, int]], tokenizer: Tokenizer) -> Split:
+    """All of the sentences as one split."""
+    labels = np.array([label for _, label in sentences], np.int32)
+    return Split([tokenizer.encode(text).ids for text, _ in sentences], labels)
+
+
+def pick(split: Split, chosen: np.ndarray) -> Split:
+    return Split([split.tokens[n] for n in chosen], split.labels[chosen])
+
+
+def shorter(split: Split, longest: int) -> Split:
+    """The sentences of at most so many tokens."""
+    return pick(split, np.flatnonzero(np.array([len(row) <= longest for row in split.tokens])))
+
+
+def balanced(split: Split, n: int, seed: int = 0) -> Split:
+    """At most n sentences, drawn at random: half of them positive, where there are enough of both."""
+    order = np.random.default_rng(seed).permutation(len(split))
+    return pick(split, np.concatenate([order[split.labels[order] == label][: n // 2] for label in (0, 1)]))
+
+
 def pad(tokens: list[list[int]], rows: int, longest: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Ids and mask [rows, T], T the shortest bucket that holds all; rows beyond the sentences repeat the last.
 
