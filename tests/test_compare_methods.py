@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import assets
 import compare_methods as comparison
@@ -153,6 +154,14 @@ def test_the_best_rate_is_that_of_the_validation_sentences_and_only_it_is_tested
         (3e-3, 0, False),
         (2e-3, 1, True),
     ]
+
+
+def test_the_picture_in_docs_is_of_these_methods():
+    published = Path(comparison.__file__).parents[1] / "docs" / "methods.json"
+    setting = comparison.Setting()
+    found = comparison.rows(comparison.Results.open(published, setting))
+    assert all(len(accuracy) == setting.seeds for row in found for accuracy in row.accuracy.values())
+    assert sum(row.time is not None for row in found) == len(comparison.METHODS)
 
 
 def test_samples_of_sentences():
