@@ -174,7 +174,7 @@ def _changes(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any) -> d
         a, b, lengths = module.arrays["a"], module.arrays["b"], module.arrays.get("m")
         if lengths is not None and place.entry.kind not in ("linear", "conv"):
             raise LoraError(
-                f"{place.path!r} is a {place.entry.kind} of DoRA, whose lengths run along its columns: load the model "
+                f"{place.path!r} has DoRA on a {place.entry.kind}, whose lengths run along its columns: load the model "
                 "and merge with lora.merge."
             )
         changes[name + place.entry.suffix] = _change(place.entry.kind, a, b, module.scale, place.experts, lengths)

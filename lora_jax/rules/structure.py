@@ -28,11 +28,10 @@ def of_the_value(eqn: JaxprEqn, *args: Any) -> list[Any]:
     values = [a.value if isinstance(a, Kernel) else a for a in args]
     if eqn.primitive.name == "reduce_precision":
         values = [unpacked(value) for value in values]
-    out = iter(
-        bind(eqn, [value for value in values if not is_packed(value)]) if not all(map(is_packed, values)) else []
-    )
-    values = [value if is_packed(value) else next(out) for value in values]
-    return [a.replace(value) if isinstance(a, Kernel) else value for a, value in zip(args, values, strict=True)]
+    arrays = [value for value in values if not is_packed(value)]  # what is packed stays as it is
+    results = iter(bind(eqn, arrays) if arrays else [])
+    out = [value if is_packed(value) else next(results) for value in values]
+    return [a.replace(o) if isinstance(a, Kernel) else o for a, o in zip(args, out, strict=True)]
 
 
 @rule("stop_gradient")
