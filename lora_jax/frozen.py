@@ -34,8 +34,8 @@ class Frozen(Adapter):
     def scale_by(self, factor: jax.Array) -> "Frozen":
         return self
 
-    def concatenate(self, parts: Sequence[Adapter | None], sizes: Sequence[int], axis: int) -> "Frozen | None":
-        return self if all(part is None or isinstance(part, Frozen) for part in parts) else None
+    def concatenate(self, parts: Sequence[Adapter | None], sizes: Sequence[int], axis: int) -> None:
+        """What is joined is unpacked, and has no adapter to join."""
 
     def rebuild(
         self, axes: KernelAxes, change: Callable[[jax.Array, Layout], Any], stack_only: bool = False

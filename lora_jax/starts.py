@@ -142,8 +142,7 @@ def loftq(
             lost = matrices(w, axes) - matrices(packed[path].dense(), axes)
             started[path] = new = _with(path, adapter, *shared(*svd(lost, rank), adapter.scale))
             rest = dataclasses.replace(new, scale=-new.scale).merge(wide(w)).astype(w.dtype)
-    names, leaves, treedef = flatten_with_names(params)
-    return treedef.unflatten([packed.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)]), started
+    return _with_weights(params, packed), started
 
 
 def orthogonal(key: jax.Array, adapters: Adapters) -> dict[str, LoraAdapter]:
@@ -352,8 +351,13 @@ def _rebase(
         # With the factors as they are stored: what rounding them loses stays in the base.
         without = dataclasses.replace(new, scale=-new.scale).merge(wide(w)).astype(w.dtype)
         rest[path] = _placed(_check_result(path, without), w)
+    return _with_weights(params, rest), started
+
+
+def _with_weights(params: Any, weights: Mapping[str, Any]) -> Any:
+    """The parameters with other weights at these paths."""
     names, leaves, treedef = flatten_with_names(params)
-    return treedef.unflatten([rest.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)]), started
+    return treedef.unflatten([weights.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)])
 
 
 def _with(path: str, adapter: LoraAdapter, a: jax.Array, b: jax.Array) -> LoraAdapter:

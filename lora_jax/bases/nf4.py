@@ -23,7 +23,6 @@ CODE = np.array(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
      -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
      0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)  # fmt: skip
-ZERO = 7  # the index of 0 in it
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def _pack_scales(scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """[*s, m] -> uint8 [*s, m], their scales [*s, m / 256], and the mean [*s] that was taken off."""
     exact = np.asarray(scales)
     mean = exact.astype(np.float64).mean(-1).astype(np.float32)
-    blocks = _blocks_np(exact - mean[..., None], SCALES)
+    blocks = np.asarray(_blocks(exact - mean[..., None], SCALES))
     outer = np.abs(blocks).max(-1)
     parts = blocks / np.where(outer == 0, np.float32(1), outer)[..., None]
     code = scale_code()
@@ -106,11 +105,6 @@ def _blocks(x: Any, size: int) -> Any:
     """[*s, n] -> [*s, blocks, size], padded with zeros."""
     padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
     return jnp.pad(x, padding).reshape(*x.shape[:-1], -1, size)
-
-
-def _blocks_np(x: np.ndarray, size: int) -> np.ndarray:
-    padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
-    return np.pad(x, padding).reshape(*x.shape[:-1], -1, size)
 
 
 @functools.cache
