@@ -6,12 +6,14 @@ The formats are in `bases/`. Axes: s stacked matrices, each packed by itself, so
 import abc
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
+from jax.sharding import AxisType, NamedSharding
 
-View = tuple[str, Any]  # ("transpose", permutation), ("reshape", shape) or ("cast", dtype), done to each matrix
+from lora_jax import views
+from lora_jax.views import Size, View
 
 
 class Packed(abc.ABC):
@@ -22,26 +24,41 @@ class Packed(abc.ABC):
 
     inner: tuple[int, ...]  # the shape of one matrix as it was packed
     unpacked: Any  # the dtype of its values
-    view: tuple[View, ...]
+    view: View
+    used: NamedSharding | None  # where a matrix is, as it was packed, while something is multiplied by it
     parts: ClassVar[tuple[str, ...]]  # the names of the packed arrays
 
     @abc.abstractmethod
     def unpack(self) -> jax.Array:
         """[*s, *inner] in fp32."""
 
+    @abc.abstractmethod
+    def repack(self, w: jax.Array) -> Self:
+        """Other matrices [*s, *inner], packed in the same way."""
+
+    @property
+    @abc.abstractmethod
+    def own_axes(self) -> int:
+        """Of the first packed array, beside the stack: they follow the first axes of a matrix."""
+
+    @abc.abstractmethod
+    def own_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
+        """How the packed arrays' axes beside the stack are split where `spec` splits a matrix.
+
+        What cannot be split in that way, because it would cut through blocks, is whole.
+        """
+
     @property
     def stack(self) -> tuple[int, ...]:
         return getattr(self, self.parts[0]).shape[: -self.own_axes]
 
-    own_axes: ClassVar[int] = 1  # of the first packed array, beside the stack
-
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.stack, *self._viewed()[0])
+        return (*self.stack, *views.viewed_shape(self.inner, self.view))
 
     @property
     def dtype(self) -> Any:
-        return self._viewed()[1]
+        return views.viewed_dtype(self.unpacked, self.view)
 
     @property
     def ndim(self) -> int:
@@ -56,40 +73,27 @@ class Packed(abc.ABC):
         """Of all that is kept."""
         return sum(array.nbytes for array in self.arrays().values())
 
-    @property
-    def sharding(self) -> Any:
-        """Where the weight is: along its stack as the packed arrays are, each matrix whole."""
-        own = getattr(self, self.parts[0]).sharding
-        if not isinstance(own, jax.sharding.NamedSharding):
-            return own
-        return jax.sharding.NamedSharding(own.mesh, jax.P(*own.spec[: len(self.stack)]))
-
     def arrays(self) -> dict[str, jax.Array]:
         """The packed arrays by name."""
         found = {name: getattr(self, name) for name in self.parts}
         return {name: array for name, array in found.items() if array is not None}
 
-    def _viewed(self) -> tuple[tuple[int, ...], Any]:
-        shape, dtype = self.inner, self.unpacked
-        for name, how in self.view:
-            if name == "cast":
-                dtype = how
-            else:
-                shape = tuple(shape[axis] for axis in how) if name == "transpose" else how
-        return shape, dtype
-
     def dense(self) -> jax.Array:
         """The weight as an array."""
-        w = self.unpack().astype(self.unpacked)
-        n = len(self.stack)
-        for name, how in self.view:
-            if name == "cast":
-                w = w.astype(how)
-            elif name == "transpose":
-                w = w.transpose(*range(n), *(n + axis for axis in how))
-            else:
-                w = w.reshape(*w.shape[:n], *how)
-        return w
+        return views.view_matrices(self.unpack().astype(self.unpacked), len(self.stack), self.view)
+
+    def dot(self, x: jax.Array, inputs: tuple[int, ...], precision: Any) -> jax.Array | None:
+        """x @ W [*T, *outputs] over these axes of W, for x [*T, *inputs], without an array of W's size.
+
+        None where a format has no way to do that, for this product or on this device.
+        """
+        return None
+
+    def again(self, w: jax.Array) -> Self:
+        """Another weight of this shape, packed in the same way and kept in the same places."""
+        packed = self.repack(views.unview_matrices(w, len(self.stack), self.inner, self.view))
+        packed = dataclasses.replace(packed, view=self.view, used=self.used)  # type: ignore[type-var]
+        return packed if self.used is None else jax.tree.map(_put_where, packed, self)
 
     def seen(self, name: str, how: Any) -> Self:
         """The same weight, each matrix transposed, reshaped or cast."""
@@ -98,6 +102,67 @@ class Packed(abc.ABC):
     def on_stack(self, fn: Callable[[jax.Array], Any]) -> Self:
         """The same function of every packed array, which does something to the stack axes."""
         return jax.tree.map(fn, self)
+
+    @property
+    def sharding(self) -> Any:
+        """Where the weight is, from where its first packed array is."""
+        own, n = getattr(self, self.parts[0]).sharding, len(self.stack)
+        if not isinstance(own, NamedSharding):
+            return own
+        entries = [*own.spec, *[None] * (n + len(self.inner) - len(own.spec))]
+        spec = views.viewed_spec(entries[n:], self.inner, self.view, _parts(own.mesh))
+        return NamedSharding(own.mesh, jax.P(*entries[:n], *spec))
+
+    def placed(self, sharding: NamedSharding, gathered: Sequence[str] = ()) -> Self:
+        """The same weight on a mesh, each packed array where the weight is to be.
+
+        Over the `gathered` axes of the mesh, the packed arrays come together whenever something is multiplied by them.
+        """
+        n, size = len(self.stack), _parts(sharding.mesh)
+        entries = [*sharding.spec, *[None] * (self.ndim - len(sharding.spec))]
+        spec = views.unviewed_spec(entries[n:], self.inner, self.view, size)
+        own = self.own_specs(spec, size)
+        arrays = {
+            name: jax.device_put(array, NamedSharding(sharding.mesh, jax.P(*entries[:n], *own[name])))
+            for name, array in self.arrays().items()
+        }
+        left = [tuple(name for name in _names(entry) if name not in gathered) or None for entry in spec]
+        used = NamedSharding(sharding.mesh, jax.P(*left))
+        return dataclasses.replace(self, **arrays, used=used)  # type: ignore[type-var]
+
+    def gathered(self) -> Self:
+        """For a product: in a program over a mesh, the packed arrays where they are used."""
+        if self.used is None:
+            return self
+        own = self.own_specs(tuple(self.used.spec), _parts(self.used.mesh))
+        arrays = {
+            name: _constrained(array, self.used.mesh, len(self.stack), own[name])
+            for name, array in self.arrays().items()
+        }
+        return dataclasses.replace(self, **arrays)  # type: ignore[type-var]
+
+
+def _put_where(array: jax.Array, other: jax.Array) -> jax.Array:
+    return jax.device_put(array, other.sharding)
+
+
+def _constrained(array: Any, mesh: Any, stack: int, own: tuple[Any, ...]) -> jax.Array:
+    """In a program over this mesh: an array whose axes beside the stack are split like that, and no others."""
+    here = jax.sharding.get_abstract_mesh()
+    if not isinstance(array, jax.core.Tracer) or set(here.manual_axes) & set(mesh.axis_names):
+        return array  # in a shard_map, it is the program that says what is where
+    kinds = dict(zip(here.axis_names, here.axis_types, strict=True))
+    if AxisType.Explicit in kinds.values():
+        return jax.sharding.reshard(array, jax.P(*jax.typeof(array).sharding.spec[:stack], *own))
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, jax.P(*[jax.P.UNCONSTRAINED] * stack, *own)))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _parts(mesh: Any) -> Size:
+    return lambda entry: math.prod(mesh.shape[name] for name in _names(entry))
 
 
 def is_packed(leaf: Any) -> bool:

@@ -302,12 +302,22 @@ def _full(path: str, spec: P, ndim: int, mesh: Any) -> P:
     return P(*(entry or None for entry in spec), *[None] * (ndim - len(spec)))
 
 
-def _check_divisible(path: str, shape: tuple[int, ...], axes: KernelAxes, spec: P, mesh: Any) -> None:
+def check_spec(path: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:
+    """A weight can be split so.
+
+    Raises:
+        LoraError: more entries than axes; an axis that is split unevenly.
+    """
+    _check_divisible(path, shape, "", _full(path, sharding.spec, len(shape), sharding.mesh), sharding.mesh)
+
+
+def _check_divisible(path: str, shape: tuple[int, ...], axes: KernelAxes | str, spec: P, mesh: Any) -> None:
+    what = f"{path!r} of shape {list(shape)}" + (f" ({axes})" if axes else "")
     for axis, names in enumerate(spec):
         parts = _size(names, mesh)
         if shape[axis] % parts:
             raise LoraError(
-                f"{path!r} of shape {list(shape)} ({axes}): axis {axis} of size {shape[axis]} cannot be split evenly "
+                f"{what}: axis {axis} of size {shape[axis]} cannot be split evenly "
                 f"over the mesh axes {_named(names)} of size {parts}. Split another axis of it, leave it whole in the "
                 "base's spec, or give a policy that does: policy=lambda path, spec: ..."
             )

@@ -7,5 +7,6 @@ from lora_jax.bases.eight_bits import Fp8 as Fp8
 from lora_jax.bases.eight_bits import Int8 as Int8
 from lora_jax.bases.nf4 import Nf4 as Nf4
 from lora_jax.bases.nf4 import Nf4Weight as Nf4Weight
+from lora_jax.bases.places import place as place
 from lora_jax.bases.quantize import quantize as quantize
 from lora_jax.packed import Packed as Packed

@@ -5,16 +5,18 @@ al. 2022, "FP8 Formats for Deep Learning", arXiv 2209.05433).
 """
 
 import functools
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from lora_jax.bases.base import Format
 from lora_jax.errors import LoraError
-from lora_jax.packed import Packed, View
+from lora_jax.packed import Packed
+from lora_jax.views import Size, View
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,34 @@ class Fp8(Format):
 class EightBits(Packed):
     """A weight of 8 bits a number."""
 
-    q: jax.Array  # [*s, d, k]
-    scales: jax.Array  # fp32 [*s, k]
+    q: jax.Array  # [*s, *inputs, *outputs]
+    scales: jax.Array  # fp32 [*s, *outputs]
     inner: tuple[int, ...] = field(metadata={"static": True})
     unpacked: Any = field(metadata={"static": True})
-    view: tuple[View, ...] = field(default=(), metadata={"static": True})
+    view: View = field(default=(), metadata={"static": True})
+    used: NamedSharding | None = field(default=None, metadata={"static": True})
 
     parts = ("q", "scales")
-    own_axes = 2
+
+    @property
+    def own_axes(self) -> int:
+        return len(self.inner)
+
+    @property
+    def inputs(self) -> int:
+        """How many axes of a matrix share one scale."""
+        return self.q.ndim - self.scales.ndim
 
     def unpack(self) -> jax.Array:
-        w = self.q.astype(jnp.float32) * jnp.expand_dims(self.scales, -2)
-        return w.reshape(*self.stack, *self.inner)
+        n = len(self.stack)
+        return self.q.astype(jnp.float32) * jnp.expand_dims(self.scales, range(n, n + self.inputs))
+
+    def repack(self, w: jax.Array) -> "EightBits":
+        format = Int8 if self.q.dtype == jnp.int8 else Fp8
+        return format(inputs=self.inputs).pack(w, len(self.stack), self.unpacked)
+
+    def own_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
+        return {"q": tuple(spec), "scales": tuple(spec[self.inputs :])}
 
 
 def _pack(w: jax.Array, stack: int, inputs: int | None, dtype: Any, to: Any, largest: float) -> EightBits:
@@ -68,14 +86,13 @@ def _pack(w: jax.Array, stack: int, inputs: int | None, dtype: Any, to: Any, lar
             f"a matrix of shape {list(w.shape[stack:])} has no {n} axes of inputs beside one of outputs: give another "
             "number for `inputs`, or for `stack`."
         )
-    d = math.prod(w.shape[stack : stack + n])
-    q, scales = _quantised(w.reshape(*w.shape[:stack], d, -1), to, largest)
+    q, scales = _quantised(w, tuple(range(stack, stack + n)), to, largest)
     return EightBits(q, scales, w.shape[stack:], dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _quantised(w: jax.Array, to: Any, largest: float) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _quantised(w: jax.Array, inputs: tuple[int, ...], to: Any, largest: float) -> tuple[jax.Array, jax.Array]:
     w = w.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(w), axis=-2) / largest
-    q = jnp.clip(w / jnp.where(scales == 0, 1.0, scales)[..., None, :], -largest, largest)
+    scales = jnp.max(jnp.abs(w), axis=inputs) / largest
+    q = jnp.clip(w / jnp.expand_dims(jnp.where(scales == 0, 1.0, scales), inputs), -largest, largest)
     return (jnp.round(q) if jnp.issubdtype(to, jnp.integer) else q).astype(to), scales

@@ -3,19 +3,25 @@
 Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314. With double quantisation the
 scales are of 8 bits, in blocks of 256: 4 + 8/64 + 32/(64*256) = 4.127 bits a number. Bytes and values are those of
 bitsandbytes, for a weight of the same order of axes.
+
+Axes: s stacked matrices; w the first axes of a matrix, that no block crosses; m numbers along its other axes.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from lora_jax.bases import nf4_kernel
 from lora_jax.bases.base import Format
-from lora_jax.packed import Packed, View
+from lora_jax.packed import Packed
+from lora_jax.views import Size, View
 
 BLOCK, SCALES = 64, 256  # numbers with one scale, and scales with one scale of their own
 
@@ -23,6 +29,7 @@ CODE = np.array(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
      -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
      0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)  # fmt: skip
+_CODE = tuple(CODE.tolist())
 
 
 @dataclass(frozen=True)
@@ -31,17 +38,26 @@ class Nf4(Format):
 
     Args:
         double: whether the scales are packed too: 0.516 bytes a number instead of 0.5625.
+        kernel: whether products unpack W tile by tile, in a kernel for TPU or GPU. None: on one such device, where a
+            first small product finds that it works. It has no forward-mode derivative.
     """
 
     double: bool = True
+    kernel: bool | None = None
 
     def pack(self, w: jax.Array, stack: int, dtype: Any) -> "Nf4Weight":
         lead, inner = w.shape[:stack], w.shape[stack:]
-        codes, scales = _pack(w.reshape(*lead, math.prod(inner)))
+        n = _whole(inner)
+        codes, scales = _pack(w.reshape(*lead, *inner[:n], -1))
         if not self.double:
-            return Nf4Weight(codes, scales, None, None, inner, dtype)
-        small, outer, mean = _pack_scales(scales)
-        return Nf4Weight(codes, small, outer, mean, inner, dtype)
+            return Nf4Weight(codes, scales, None, None, inner, dtype, kernel=self.kernel)
+        small, outer, mean = _pack_scales(scales, stack)
+        return Nf4Weight(codes, small, outer, mean, inner, dtype, kernel=self.kernel)
+
+
+def _whole(inner: tuple[int, ...]) -> int:
+    """How many of a matrix's first axes no block crosses. Where blocks fit nowhere, the matrix is one padded row."""
+    return next((n for n in reversed(range(len(inner))) if math.prod(inner[n:]) % BLOCK == 0), 0)
 
 
 @jax.tree_util.register_dataclass
@@ -49,34 +65,93 @@ class Nf4(Format):
 class Nf4Weight(Packed):
     """A weight of NF4: two codes a byte, the first in the high half, and what the scales are made of."""
 
-    codes: jax.Array  # uint8 [*s, n / 2], n padded to whole blocks
-    scales: jax.Array  # fp32 [*s, n / 64]; uint8, where they are packed too
-    outer: jax.Array | None  # fp32 [*s, n / 64 / 256], the scales of scales
+    codes: jax.Array  # uint8 [*s, *w, m / 2], m padded to whole blocks
+    scales: jax.Array  # fp32 [*s, *w, m / 64]; uint8, where they are packed too
+    outer: jax.Array | None  # fp32 [*s, scales / 256], the scales of scales
     mean: jax.Array | None  # fp32 [*s], which was taken off them
     inner: tuple[int, ...] = field(metadata={"static": True})
     unpacked: Any = field(metadata={"static": True})
-    view: tuple[View, ...] = field(default=(), metadata={"static": True})
+    view: View = field(default=(), metadata={"static": True})
+    used: NamedSharding | None = field(default=None, metadata={"static": True})
+    kernel: bool | None = field(default=None, metadata={"static": True})
 
     parts = ("codes", "scales", "outer", "mean")
 
+    @property
+    def own_axes(self) -> int:
+        return _whole(self.inner) + 1
+
     def unpack(self) -> jax.Array:
         high, low = self.codes >> 4, self.codes & 15
-        values = jnp.asarray(CODE)[jnp.stack([high, low], axis=-1)]
-        values = values.reshape(*self.stack, -1, BLOCK) * self._scales()[..., None]
-        n = math.prod(self.inner)
-        return values.reshape(*self.stack, -1)[..., :n].reshape(*self.stack, *self.inner)
+        values = jnp.asarray(CODE)[jnp.stack([high, low], axis=-1)].reshape(*self.codes.shape[:-1], -1)
+        values = values * jnp.repeat(self.wide_scales(), BLOCK, axis=-1)
+        n = math.prod(self.inner[_whole(self.inner) :])
+        return values[..., :n].reshape(*self.stack, *self.inner)
 
-    def _scales(self) -> jax.Array:
+    def wide_scales(self) -> jax.Array:
+        """In fp32 [*s, *w, m / 64]."""
         if self.outer is None or self.mean is None:
             return self.scales
-        n = self.scales.shape[-1]
-        outer = jnp.repeat(self.outer, SCALES, axis=-1)[..., :n]
-        return jnp.asarray(scale_code())[self.scales] * outer + self.mean[..., None]
+        n, own = len(self.stack), self.scales.shape[len(self.stack) :]
+        outer = jnp.repeat(self.outer, SCALES, axis=-1)[..., : math.prod(own)]
+        scaled = jnp.asarray(scale_code())[self.scales] * outer.reshape(self.scales.shape)
+        return scaled + jnp.expand_dims(self.mean, range(n, n + len(own)))
+
+    def dot(self, x: jax.Array, inputs: tuple[int, ...], precision: Any) -> jax.Array | None:
+        """By a kernel, where W in its order is a matrix [d, k] of inputs and outputs, or of outputs and inputs."""
+        n, first = len(inputs), inputs == tuple(range(len(inputs)))
+        last = inputs == tuple(range(self.ndim - n, self.ndim))
+        moved = any(name == "transpose" for name, _ in self.view)
+        if moved or self.stack or self.used is not None or not (first or last) or x.dtype != self.dtype:
+            return None
+        split = n if first else self.ndim - n
+        d, k, rows = math.prod(self.shape[:split]), math.prod(self.shape[split:]), math.prod(x.shape[: x.ndim - n])
+        if k % BLOCK or not rows or (platform := nf4_kernel.platform_for(self.kernel)) is None:
+            return None
+        if nf4_kernel.tile(rows, d, k, platform) is None:
+            return None
+        product = nf4_kernel.times if first else nf4_kernel.times_transposed
+        flat = x.reshape(rows, -1)
+
+        def run(w: "Nf4Weight") -> jax.Array:
+            scales = w.wide_scales().reshape(d, -1)
+            return product(flat, w.codes.reshape(d, -1), scales, _CODE, self.dtype, precision, platform)
+
+        outputs = self.shape[split:] if first else self.shape[:split]
+        return jax.checkpoint(run)(self).reshape(*x.shape[: x.ndim - n], *outputs)  # what is kept is packed
+
+    def repack(self, w: jax.Array) -> "Nf4Weight":
+        return Nf4(double=self.outer is not None, kernel=self.kernel).pack(w, len(self.stack), self.unpacked)
+
+    def own_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
+        """The last axis of codes and scales is that of several axes of W, of which the first may be split."""
+        n = _whole(self.inner)
+        last, *rest = spec[n:]
+        parts, m = size(last), math.prod(self.inner[n:])
+        splits = not any(rest) and m % BLOCK == 0 and self.inner[n] % parts == 0 and m % (2 * parts) == 0
+        codes = (*spec[:n], last if splits else None)
+        scales = (*spec[:n], last if splits and m % (BLOCK * parts) == 0 else None)
+        return {"codes": codes, "scales": scales, "outer": (), "mean": ()}
+
+
+def from_flat(
+    codes: jax.Array,
+    scales: jax.Array,
+    outer: jax.Array | None,
+    mean: jax.Array | None,
+    inner: tuple[int, ...],
+    dtype: Any,
+    view: View = (),
+) -> Nf4Weight:
+    """A weight of codes [*s, n / 2] and scales [*s, n / 64], as files have them, n padded to whole blocks."""
+    n, stack = _whole(inner), codes.shape[:-1]
+    codes, scales = (array.reshape(*stack, *inner[:n], -1) for array in (codes, scales))
+    return Nf4Weight(codes, scales, outer, mean, inner, dtype, view)
 
 
 @jax.jit
 def _pack(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[*s, n] -> codes [*s, n / 2], scales [*s, n / 64]"""
+    """[..., m] -> codes [..., m / 2], scales [..., m / 64]"""
     blocks = _blocks(w.astype(jnp.float32), BLOCK)
     scales = jnp.max(jnp.abs(blocks), axis=-1)
     parts = blocks * (1 / jnp.where(scales == 0, 1.0, scales))[..., None]
@@ -88,17 +163,26 @@ def _pack(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (q[..., 0] << 4) | q[..., 1], scales
 
 
-def _pack_scales(scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[*s, m] -> uint8 [*s, m], their scales [*s, m / 256], and the mean [*s] that was taken off."""
-    exact = np.asarray(scales)
-    mean = exact.astype(np.float64).mean(-1).astype(np.float32)
-    blocks = np.asarray(_blocks(exact - mean[..., None], SCALES))
+def _pack_scales(scales: jax.Array, stack: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[*s, ...] -> uint8 [*s, ...], their scales [*s, n / 256], and the mean [*s] that was taken off."""
+    exact = np.asarray(_everywhere(scales))
+    flat = exact.reshape(*exact.shape[:stack], -1)
+    mean = flat.astype(np.float64).mean(-1).astype(np.float32)
+    blocks = np.asarray(_blocks(flat - mean[..., None], SCALES))
     outer = np.abs(blocks).max(-1)
     parts = blocks / np.where(outer == 0, np.float32(1), outer)[..., None]
     code = scale_code()
     q = np.searchsorted((code[:-1] + code[1:]) / 2, parts).astype(np.uint8)
-    q = q.reshape(*exact.shape[:-1], -1)[..., : exact.shape[-1]]
+    q = q.reshape(*flat.shape[:-1], -1)[..., : flat.shape[-1]].reshape(exact.shape)
     return jnp.asarray(q), jnp.asarray(outer), jnp.asarray(mean)
+
+
+def _everywhere(array: jax.Array) -> jax.Array:
+    """Of a mesh with several processes, each of them has but a part."""
+    if array.is_fully_addressable:
+        return array
+    whole = NamedSharding(array.sharding.mesh, jax.P())  # type: ignore[attr-defined]
+    return jax.jit(lambda array: array, out_shardings=whole)(array)
 
 
 def _blocks(x: Any, size: int) -> Any:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.bases.base import Format, check_weight
+from lora_jax.bases.places import placed_as
 from lora_jax.errors import LoraError
 from lora_jax.paths import flatten_with_names, nearest
 
@@ -48,7 +49,7 @@ def quantize(params: Any, rules: Mapping[str, Format | None], *, donate: bool = 
         w = jnp.asarray(leaf)
         if not isinstance(w, jax.core.Tracer) and not bool(jnp.isfinite(w).all()):
             raise LoraError(f"{name!r} holds NaN or infinity, which no packed format has: mend the weight first.")
-        packed = format.pack(w, stacks[name], jnp.dtype(format.dtype or w.dtype))
+        packed = placed_as(format.pack(w, stacks[name], jnp.dtype(format.dtype or w.dtype)), w)
         if donate and isinstance(leaf, jax.Array):
             jax.block_until_ready(packed)
             leaf.delete()

@@ -15,7 +15,7 @@ from lora_jax._compat import JaxprEqn, Operation
 from lora_jax.adapters.base import Adapter
 from lora_jax.axes import KernelAxes
 from lora_jax.kernel import Kernel, plain
-from lora_jax.packed import is_packed, unpacked
+from lora_jax.packed import is_packed
 from lora_jax.products import (
     BackwardConv,
     Conv,
@@ -43,7 +43,7 @@ def _multiply(eqn: JaxprEqn, args: Sequence[Any], kernel: Kernel, axes: KernelAx
 
 def _times(product: Callable[[jax.Array], jax.Array], w: Any) -> jax.Array:
     """The frozen product. A packed weight is unpacked for it, and again for its derivative: what is kept is packed."""
-    return jax.checkpoint(lambda w: product(unpacked(w)))(w) if is_packed(w) else product(w)
+    return jax.checkpoint(lambda w: product(w.gathered().dense()))(w) if is_packed(w) else product(w)
 
 
 @functools.cache
@@ -89,12 +89,24 @@ def _dot(dot: Operation, axes: KernelAxes, adapter: Adapter, w: jax.Array, x: ja
     result = [("w", i) for i in w_batch] + (w_labels + x_labels if on_left else x_labels + w_labels)
     canonical = [("w", w) for w, _ in stack] + x_labels + w_labels
 
-    y = _times(lambda w: dot.bind(w, x)[0] if on_left else dot.bind(x, w)[0], w)
-    y = y.transpose([result.index(label) for label in canonical])
     rows = x.transpose([i for _, i in stack] + x_free + [i for _, i in inputs])
+    y = _packed_dot(dot, w, rows, tuple(i for i, _ in inputs)) if is_packed(w) and not stack else None
+    if y is None:
+        y = _times(lambda w: dot.bind(w, x)[0] if on_left else dot.bind(x, w)[0], w)
+        y = y.transpose([result.index(label) for label in canonical])
     rows = rows.astype(product_dtype(x.dtype, w.dtype))
     product = Matmul(axes, rows, y, _precision(dot.params["precision"], on_left))
     return adapter.apply(product).transpose([canonical.index(label) for label in result])
+
+
+def _packed_dot(dot: Operation, w: Any, rows: jax.Array, inputs: tuple[int, ...]) -> jax.Array | None:
+    """What the format itself makes of a product; None where it leaves that to unpacking."""
+    precision, wide = dot.params["precision"], dot.params["preferred_element_type"]
+    if isinstance(precision, tuple) and precision[0] == precision[1]:
+        precision = precision[0]
+    if not isinstance(precision, lax.Precision | None) or wide not in (None, rows.dtype) or dot.params["out_sharding"]:
+        return None
+    return w.dot(rows, inputs, precision)
 
 
 @rule("conv_general_dilated")

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from lora_jax.kernel import Kernel, plain
 from lora_jax.lowrank import accumulator
 from lora_jax.packed import Packed, is_packed, unpacked
 from lora_jax.rules.registry import no_rule, rule
+from lora_jax.views import blocks
 
 
 @rule("copy", "sharding_constraint", "device_put", "reduce_precision", "optimization_barrier")
@@ -104,7 +105,7 @@ def reshape(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
     for axis in reversed(range(kernel.ndim)):
         if kernel.shape[axis] == 1:
             adapter = adapter.replace_axes(axis, 1, 0, jnp.squeeze)
-    for start, count, sizes in reversed(list(_blocks(old, new))):
+    for start, count, sizes in reversed(list(blocks(old, new))):
         if len({adapter.group(axis) for axis in range(start, start + count)}) > 1:
             return no_rule(eqn, kernel, why="mixes its axes of inputs, outputs or stacked matrices")
         if (count, len(sizes)) != (1, 1):
@@ -113,20 +114,6 @@ def reshape(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
         if n == 1:
             adapter = adapter.insert_axis(axis)
     return [kernel.replace(value, adapter)]
-
-
-def _blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """The shortest runs of axes of equal size on both sides of a reshape: start, count, new sizes."""
-    i = j = 0
-    while i < len(old):
-        start, first = i, j
-        i, j = i + 1, j + 1
-        while math.prod(old[start:i]) != math.prod(new[first:j]):
-            if math.prod(old[start:i]) < math.prod(new[first:j]):
-                i += 1
-            else:
-                j += 1
-        yield start, i - start, tuple(new[first:j])
 
 
 def _reshaped(count: int, sizes: tuple[int, ...]) -> Callable[[jax.Array, int], jax.Array]:

@@ -1,0 +1,261 @@
+"""Products with an NF4 matrix that unpack it tile by tile: nothing of its size is ever written as numbers.
+
+    y = x @ W      x [T, d], W [d, k]        and for the derivative       x = y @ W^T
+
+A byte of codes has two neighbours along k. Unpacked, the first and the second ones are two matrices [d, k / 2]; so y's
+even and odd columns are two products, and nothing is shuffled within a tile.
+
+Kernels for TPU (Mosaic) and GPU (Triton), in Pallas; elsewhere they are interpreted, for tests. They are for one
+device: a compiler that spreads a program over a mesh cannot split them.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Tile = tuple[int, int, int]  # rows of x, rows of W, columns of W
+HALF = 32  # bytes of a block
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def times(x: Any, codes: Any, scales: Any, code: Any, dtype: Any, precision: Any, platform: str) -> jax.Array:
+    """x @ W [T, k].
+
+    Args:
+        x: [T, d].
+        codes: uint8 [d, k / 2].
+        scales: fp32 [d, k / 64].
+        code: the sixteen numbers that codes stand for.
+        dtype: of W's values.
+        precision: of the product.
+        platform: "tpu" or "gpu", or "interpreted tpu" and "interpreted gpu".
+    """
+    even, odd = _call(_forward, [x], codes, scales, code, dtype, precision, platform)
+    return jnp.stack([even, odd], axis=-1).reshape(len(x), -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def times_transposed(
+    y: Any, codes: Any, scales: Any, code: Any, dtype: Any, precision: Any, platform: str
+) -> jax.Array:
+    """y @ W^T [T, d], for y [T, k]; the rest as of `times`."""
+    pairs = y.reshape(len(y), -1, 2)
+    [x] = _call(_backward, [pairs[..., 0], pairs[..., 1]], codes, scales, code, dtype, precision, platform)
+    return x
+
+
+def _derivatives(product: Any, transposed: Any) -> None:
+    """The residual of a product is the packed matrix."""
+
+    def forward(x: Any, codes: Any, scales: Any, *how: Any) -> tuple[jax.Array, Any]:
+        return product(x, codes, scales, *how), (codes, scales)
+
+    def backward(*args: Any) -> tuple[jax.Array, None, None]:
+        *how, packed, ct = args
+        return transposed(ct, *packed, *how), None, None
+
+    product.defvjp(forward, backward)
+
+
+_derivatives(times, times_transposed)
+_derivatives(times_transposed, times)
+
+
+# One tile -------------------------------------------------------------------------------------------------------------
+
+
+def _unpack(codes: jax.Array, scales: jax.Array, code: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """uint8 [d, n], fp32 [d, n] -> the first and the second numbers [d, n]."""
+    wide = codes.astype(jnp.int32)
+    return tuple((_look_up(q, code) * scales).astype(dtype) for q in (wide >> 4, wide & 15))  # type: ignore[return-value]
+
+
+def _look_up(q: jax.Array, code: Any) -> jax.Array:
+    """code[q], bit by bit: what tensor units have no gather for."""
+    level: list[Any] = [float(value) for value in code]
+    for bit in range(4):
+        is_set = ((q >> bit) & 1) == 1
+        level = [jnp.where(is_set, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
+    return level[0].astype(jnp.float32)
+
+
+def _dot(x: jax.Array, w: jax.Array, precision: Any, transposed: bool) -> jax.Array:
+    """In fp32; x @ w, or x @ w^T."""
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    return lax.dot_general(x, w.astype(x.dtype), dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _forward(xs: Any, codes: Any, scales: Any, code: Any, dtype: Any, precision: Any) -> list[jax.Array]:
+    return [_dot(xs[0], w, precision, False) for w in _unpack(codes, scales, code, dtype)]
+
+
+def _backward(ys: Any, codes: Any, scales: Any, code: Any, dtype: Any, precision: Any) -> list[jax.Array]:
+    return [sum(_dot(y, w, precision, True) for y, w in zip(ys, _unpack(codes, scales, code, dtype), strict=True))]  # type: ignore[list-item]
+
+
+# All of them ----------------------------------------------------------------------------------------------------------
+
+
+def tile(rows: int, d: int, k: int, platform: str) -> Tile | None:
+    """What is computed at once; None where the matrix cannot be cut evenly."""
+    for_tpu = "tpu" in platform
+    sizes, columns, most = ((512, 256, 128), (512, 256), 1024) if for_tpu else ((64, 32, 16), (128, 64), 0)
+    bd = next((n for n in sizes if d % n == 0), d if d <= most else 0)
+    bk = next((n for n in columns if k % n == 0), k if k <= most else 0)
+    bt = min(256 if for_tpu else 64, max(16, 1 << (rows - 1).bit_length()))
+    return (bt, bd, bk) if bd and bk else None
+
+
+def _call(
+    of_tile: Callable[..., Any], xs: Any, codes: Any, scales: Any, code: Any, dtype: Any, precision: Any, platform: str
+) -> Any:
+    """Every tile; rows are padded to whole ones."""
+    rows, (d, half) = len(xs[0]), codes.shape
+    sizes = tile(rows, d, 2 * half, platform)
+    assert sizes is not None, "callers ask `tile` first"
+    xs = [jnp.pad(x, ((0, -rows % sizes[0]), (0, 0))) for x in xs]
+    on_tile = functools.partial(of_tile, code=code, dtype=dtype, precision=precision)
+    run = _on_tpu if "tpu" in platform else _on_gpu
+    outs = run(on_tile, xs, codes, scales, sizes, of_tile is _backward, "interpreted" in platform)
+    return [out[:rows] for out in outs]
+
+
+def _on_tpu(
+    on_tile: Any, xs: Any, codes: Any, scales: Any, sizes: Tile, transposed: bool, interpret: bool
+) -> list[jax.Array]:
+    """The grid's last axis is the one that is summed over, one step after the other, in fp32."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    (bt, bd, bk), rows, (d, half) = sizes, len(xs[0]), codes.shape
+    blocks = bk // (2 * HALF)
+    at = (lambda i, j, n: (j, n)) if transposed else (lambda i, j, n: (n, j))  # the tile of W
+
+    def kernel(*refs: Any) -> None:
+        *x_refs, codes_ref, scales_ref = refs[: len(xs) + 2]
+        out_refs, sums = refs[len(xs) + 2 : -n_out], refs[-n_out:]
+
+        @pl.when(pl.program_id(2) == 0)
+        def _() -> None:
+            for total in sums:
+                total[...] = jnp.zeros_like(total)
+
+        spread = lax.broadcasted_iota(jnp.int32, (blocks, blocks * HALF), 1) // HALF
+        spread = (spread == lax.broadcasted_iota(jnp.int32, spread.shape, 0)).astype(jnp.float32)
+        wide = lax.dot_general(scales_ref[:, 0, :], spread, (((0,), (0,)), ((), ())), precision="highest")
+        for total, part in zip(sums, on_tile([x[...] for x in x_refs], codes_ref[...], wide), strict=True):
+            total[...] += part
+
+        @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+        def _() -> None:
+            for out, total in zip(out_refs, sums, strict=True):
+                out[...] = total[...].astype(out.dtype)
+
+    wide_in, wide_out = (bk // 2, bd) if transposed else (bd, bk // 2)
+    n_out, (total_in, total_out) = (1, (half, d)) if transposed else (2, (d, half))
+    out_spec = pl.BlockSpec((bt, wide_out), lambda i, j, n: (i, j))
+    return pl.pallas_call(
+        kernel,
+        grid=(rows // bt, total_out // wide_out, total_in // wide_in),
+        in_specs=[
+            *[pl.BlockSpec((bt, wide_in), lambda i, j, n: (i, n)) for _ in xs],
+            pl.BlockSpec((bd, bk // 2), at),
+            pl.BlockSpec((blocks, 1, bd), lambda i, j, n: (at(i, j, n)[1], 0, at(i, j, n)[0])),
+        ],
+        out_specs=[out_spec] * n_out,
+        out_shape=[jax.ShapeDtypeStruct((rows, total_out), xs[0].dtype)] * n_out,
+        scratch_shapes=[pltpu.VMEM((bt, wide_out), jnp.float32)] * n_out,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        interpret=interpret,
+        name="nf4_product",
+    )(*xs, codes, scales.T[:, None])
+
+
+def _on_gpu(
+    on_tile: Any, xs: Any, codes: Any, scales: Any, sizes: Tile, transposed: bool, interpret: bool
+) -> list[jax.Array]:
+    """One program for each tile of the result, which runs along the axis that is summed over."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    (bt, bd, bk), rows, (d, half) = sizes, len(xs[0]), codes.shape
+    blocks = bk // (2 * HALF)
+    wide_in, wide_out = (bk // 2, bd) if transposed else (bd, bk // 2)
+    n_out, (total_in, total_out) = (1, (half, d)) if transposed else (2, (d, half))
+
+    def kernel(*refs: Any) -> None:
+        x_refs, codes_ref, scales_ref, out_refs = refs[: len(xs)], *refs[len(xs) : len(xs) + 2], refs[len(xs) + 2 :]
+
+        def step(n: jax.Array, sums: Any) -> Any:
+            at, along = pl.ds(n * wide_in, wide_in), pl.ds(n * blocks, blocks)
+            q = codes_ref[:, at] if transposed else codes_ref[at, :]
+            scale = scales_ref[:, along] if transposed else scales_ref[at, :]
+            wide = jnp.broadcast_to(scale[:, :, None], (bd, blocks, HALF)).reshape(bd, bk // 2)
+            parts = on_tile([x[:, at] for x in x_refs], q, wide)
+            return [total + part for total, part in zip(sums, parts, strict=True)]
+
+        zeros = [jnp.zeros((bt, wide_out), jnp.float32)] * n_out
+        for out, total in zip(out_refs, lax.fori_loop(0, total_in // wide_in, step, zeros), strict=True):
+            out[...] = total.astype(out.dtype)
+
+    tile_of_w = ((bd, half), (bd, scales.shape[1])) if transposed else ((d, bk // 2), (d, blocks))
+    along_w = (lambda i, j: (j, 0)) if transposed else (lambda i, j: (0, j))
+    return pl.pallas_call(
+        kernel,
+        grid=(rows // bt, total_out // wide_out),
+        in_specs=[
+            *[pl.BlockSpec((bt, total_in), lambda i, j: (i, 0)) for _ in xs],
+            *[pl.BlockSpec(shape, along_w) for shape in tile_of_w],
+        ],
+        out_specs=[pl.BlockSpec((bt, wide_out), lambda i, j: (i, j))] * n_out,
+        out_shape=[jax.ShapeDtypeStruct((rows, total_out), xs[0].dtype)] * n_out,
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="nf4_product",
+    )(*xs, codes, scales)
+
+
+# Whether to use them --------------------------------------------------------------------------------------------------
+
+
+def platform_for(kernel: bool | None) -> str | None:
+    """Where a kernel is to run. None: the plain product is used.
+
+    Args:
+        kernel: None for the accelerator's kernel where it is found to work, on one device; True for the kernel in any
+            case, False for the plain product.
+    """
+    backend = jax.default_backend()
+    if kernel is False or (kernel is None and (backend not in ("tpu", "gpu") or jax.device_count() > 1)):
+        return None
+    if kernel is None:
+        return backend if works(backend) else None
+    return backend if backend in ("tpu", "gpu") else "interpreted tpu"
+
+
+@functools.cache
+def works(platform: str) -> bool:
+    """Whether the kernels compile there and give the plain product. Tried once in a process, on a small matrix."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal((16, n)).astype(np.float32) for n in (128, 512))
+    codes, scales = rng.integers(0, 256, (128, 256), np.uint8), rng.random((128, 8), np.float32)
+    code = tuple(np.linspace(-1, 1, 16).tolist())
+    pairs = np.stack([codes >> 4, codes & 15], axis=-1).reshape(128, 512)
+    w = np.asarray(code, np.float32)[pairs] * np.repeat(scales, 2 * HALF, axis=1)
+    try:
+        for product, rows, expected in ((times, x, x @ w), (times_transposed, y, y @ w.T)):
+            run = jax.jit(
+                functools.partial(product, code=code, dtype=jnp.float32, precision="highest", platform=platform)
+            )
+            found = np.asarray(run.lower(rows, codes, scales).compile()(rows, codes, scales))
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-2)
+    except Exception as error:  # whatever a compiler says: the plain product is right everywhere
+        warnings.warn(f"NF4 products are computed without kernels on this {platform}: {error}", stacklevel=2)
+        return False
+    return True
