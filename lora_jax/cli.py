@@ -25,7 +25,7 @@ from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.axes import KernelAxes
 from lora_jax.compose import combine
 from lora_jax.errors import LoraError
-from lora_jax.export import Tensor, check_checkpoint, merge_checkpoint, read_tensors
+from lora_jax.export import check_checkpoint, merge_checkpoint, read_tensors
 from lora_jax.extract import low_rank
 from lora_jax.folders import refuse_to_replace
 from lora_jax.keymap import Entry, KeyMap
@@ -34,6 +34,7 @@ from lora_jax.peft import CONFIG, load_by_module
 from lora_jax.peft_save import save_peft
 from lora_jax.spectrum import Spectrum, spectrum
 from lora_jax.table import count, format_table, size
+from lora_jax.tensors import Tensor
 
 try:
     import tyro

@@ -4,7 +4,6 @@ W' = W + s B A, for DoRA with each output at its length, in fp32 and rounded onc
 for the bytes of adapted tensors: names, order, dtypes, metadata and the index stay what they were.
 """
 
-import json
 import math
 import os
 import shutil
@@ -25,9 +24,8 @@ from lora_jax.keymap import KINDS, Array, KeyMap
 from lora_jax.paths import nearest
 from lora_jax.peft import load_by_module
 from lora_jax.peft_modules import modules_to_save, torch_modules
+from lora_jax.tensors import Tensor, read, tensors_in
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 CHUNK = 2**20  # entries of a tensor at a time: they fit into a CPU's cache
 BLOCK = 2**22  # bytes at a time of what is only copied
@@ -41,16 +39,6 @@ class Change(NamedTuple):
     factors: list[tuple[Array, Array]]  # L [rows, r] and R [r, columns]
     shape: tuple[int, ...]  # that the tensor has to have
     lengths: Array | None = None  # [rows], that those of W + L R are given: of DoRA
-
-
-class Tensor(NamedTuple):
-    """Where a tensor is in a file."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    size: int  # bytes
 
 
 class Part(NamedTuple):
@@ -119,7 +107,7 @@ def _checked(
     source: Path, adapters: Mapping[str, Adapter] | str | Path, key_map: KeyMap | None, params: Any
 ) -> tuple[dict[str, Tensor], list[str], dict[str, Change], dict[str, Array]]:
     """The tensors and files of the source, what is added to tensors, and what takes their places."""
-    tensors, files = _tensors(source)
+    tensors, files = tensors_in(source)
     whole: dict[str, Array] = {}
     if isinstance(adapters, str | Path):
         changes, whole = _changes_of_folder(Path(adapters))
@@ -137,7 +125,7 @@ def read_tensors(source: Path) -> "Tensors":
     Raises:
         LoraError: as `merge_checkpoint`.
     """
-    return Tensors(source, _tensors(source.absolute())[0])
+    return Tensors(source, tensors_in(source.absolute())[0])
 
 
 class Tensors(Mapping[str, Array]):
@@ -150,9 +138,7 @@ class Tensors(Mapping[str, Array]):
         place = self.places[name]
         if place.dtype not in DTYPES:
             raise LoraError(f"{name!r} is of {place.dtype} in {self._source}, expected one of {', '.join(DTYPES)}.")
-        with (self._source / place.file).open("rb") as file:
-            file.seek(place.start)
-            return np.frombuffer(file.read(place.size), DTYPES[place.dtype]).reshape(place.shape)
+        return read(self._source, place, DTYPES[place.dtype]).reshape(place.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -200,57 +186,6 @@ def _change(kind: str, a: Array, b: Array, scale: float, experts: int, lengths: 
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
-
-
-def _tensors(source: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """All tensors of a model, in order, and the files that they are in."""
-    if not source.is_dir():
-        raise LoraError(f"there is no folder {source}.")
-    files = [SINGLE]
-    if (source / INDEX).is_file():
-        files = _indexed(source / INDEX)
-    found: dict[str, Tensor] = {}
-    for file in files:
-        if not (source / file).is_file():
-            raise LoraError(f"there is no {source / file}: merge_checkpoint reads {SINGLE}, or the shards of {INDEX}.")
-        for name, tensor in _header(source / file).items():
-            if name in found:
-                raise LoraError(f"{source} holds {name!r} twice, in {found[name].file} and {file}.")
-            found[name] = tensor
-    return found, files
-
-
-def _indexed(path: Path) -> list[str]:
-    """The files that an index names, which are names and no paths."""
-    try:
-        weights = json.loads(path.read_bytes())["weight_map"]
-        files = sorted(dict.fromkeys(weights.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise LoraError(f"{path} is no index of safetensors: {str(error)[:200]}.") from error
-    for file in files:
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise LoraError(f"{path} names {str(file)[:100]!r}, expected names of safetensors files beside it.")
-    return files
-
-
-def _header(path: Path) -> dict[str, Tensor]:
-    """Where the tensors of a file are. `safetensors` checks that they lie beside one another in the file."""
-    from lora_jax._safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise LoraError(f"{path} cannot be read: {str(error)[:200]}.") from error
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length))
-    return {
-        name: Tensor(path.name, facts["dtype"], tuple(facts["shape"]), 8 + length + begin, end - begin)
-        for name, facts in entries.items()
-        if name != "__metadata__"
-        for begin, end in [facts["data_offsets"]]
-    }
 
 
 def _check(

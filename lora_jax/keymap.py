@@ -319,6 +319,26 @@ def _order(words: Sequence[str], kind: str) -> list[int]:
     return sorted(range(len(words)), key=lambda i: (order.index(words[i]), i))
 
 
+def groups_of(placed: Mapping[str, Placed]) -> dict[str, list[Placed]]:
+    """The parameters that are parts of one module, in order, by the names of modules."""
+    groups: dict[str, list[Placed]] = {}
+    for place in placed.values():
+        for name in place.tensors().values():
+            groups.setdefault(name, []).append(place)
+    return {name: sorted(parts, key=lambda place: place.entry.part or 0) for name, parts in groups.items()}
+
+
+def starts_of(placed: Mapping[str, Placed]) -> dict[str, int]:
+    """Where the outputs of each parameter begin among those of its module."""
+    starts = {}
+    for parts in groups_of(placed).values():
+        start = 0
+        for place in parts:
+            starts[place.path] = start
+            start += place.outputs
+    return starts
+
+
 def _flat(words: Sequence[str], sizes: Sequence[int]) -> tuple[int, ...]:
     """The sizes in torch: inputs and outputs are one axis each."""
     found: list[int] = []

@@ -14,7 +14,7 @@ from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.adapters.rows import RowsAdapter
 from lora_jax.axes import KernelAxes
 from lora_jax.errors import LoraError
-from lora_jax.keymap import Array, Placed
+from lora_jax.keymap import Array, Placed, groups_of, starts_of
 from lora_jax.paths import flatten_with_names
 from lora_jax.peft_config import Config, short
 from lora_jax.peft_kinds import KINDS, Module, from_torch, outputs_of, rank_of, ranks_along
@@ -36,7 +36,7 @@ def adapters_of(
 ) -> tuple[dict[str, Adapter], dict[str, None]]:
     """The adapters of those parameters whose modules have some; and the names of these."""
     files = names_in_files(placed, config.target_parameters)
-    groups, starts = groups_of(placed), _starts(placed)
+    groups, starts = groups_of(placed), starts_of(placed)
     adapters: dict[str, Adapter] = {}
     used: dict[str, None] = {}
     for path, place in placed.items():
@@ -135,26 +135,6 @@ def names_in_files(placed: Mapping[str, Placed], targets: Sequence[str]) -> dict
     }
 
 
-def groups_of(placed: Mapping[str, Placed]) -> dict[str, list[Placed]]:
-    """The parameters that are parts of one module, in order, by the names of modules."""
-    groups: dict[str, list[Placed]] = {}
-    for place in placed.values():
-        for name in place.tensors().values():
-            groups.setdefault(name, []).append(place)
-    return {name: sorted(parts, key=lambda place: place.entry.part or 0) for name, parts in groups.items()}
-
-
-def _starts(placed: Mapping[str, Placed]) -> dict[str, int]:
-    """Where the outputs of each parameter begin among those of its module."""
-    starts = {}
-    for parts in groups_of(placed).values():
-        start = 0
-        for place in parts:
-            starts[place.path] = start
-            start += place.outputs
-    return starts
-
-
 def biases_of(placed: Mapping[str, Placed], added: Mapping[str, Array]) -> tuple[dict[str, Adapter], dict[str, None]]:
     """What is added to biases, as adapters of these; and the names of these."""
     found, taken = _collected(placed, added)
@@ -213,7 +193,7 @@ def _collected(
     placed: Mapping[str, Placed], tensors: Mapping[str, Array]
 ) -> tuple[dict[str, dict[tuple[int, ...], Array]], dict[str, None]]:
     """The parts of each parameter among these tensors, in our layout; and the names of the tensors."""
-    starts = _starts(placed)
+    starts = starts_of(placed)
     found: dict[str, dict[tuple[int, ...], Array]] = {}
     taken: dict[str, None] = {}
     for path, place in placed.items():

@@ -8,9 +8,9 @@ import numpy as np
 
 from lora_jax.adapters.base import Adapter
 from lora_jax.errors import LoraError
-from lora_jax.keymap import Array, KeyMap, Placed
+from lora_jax.keymap import Array, KeyMap, Placed, groups_of
 from lora_jax.paths import flatten_with_names, is_array
-from lora_jax.peft_adapters import groups_of, shapes_of, turned
+from lora_jax.peft_adapters import shapes_of, turned
 from lora_jax.peft_kinds import KINDS, Arrays, Kind, Module, decompose_factor, to_torch
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from lora_jax.adapters.full import FullAdapter
 from lora_jax.errors import LoraError
-from lora_jax.keymap import Array, KeyMap, Placed
-from lora_jax.peft_adapters import groups_of, shapes_of
+from lora_jax.keymap import Array, KeyMap, Placed, groups_of
+from lora_jax.peft_adapters import shapes_of
 from lora_jax.peft_kinds import Module
 
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from lora_jax.adapters.base import Adapter
 from lora_jax.axes import KernelAxes
 from lora_jax.errors import LoraError
+from lora_jax.packed import is_packed
 from lora_jax.paths import flatten_with_names, nearest
 from lora_jax.plan import Plan
 
@@ -129,6 +130,8 @@ def check_together(trainable: Any, params: Any) -> None:
 
 def _tied_to(leaf: Any) -> tuple[int, ...]:
     """The devices that an array has to stay on, in the order of its mesh."""
+    if is_packed(leaf):
+        leaf = next(iter(leaf.arrays().values()))
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or not leaf.committed:
         return ()
     sharding = leaf.sharding

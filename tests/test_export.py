@@ -180,7 +180,7 @@ WRONG_SOURCES = [
         lambda f: rewrite(f, lambda t: {f"bert.{k}": v for k, v in t.items()}),
         "has no tensor 'lin0.weight'; the nearest are bert.lin0",
     ),
-    (lambda f: (f / "model.safetensors").unlink(), "there is no .*model.safetensors: merge_checkpoint reads"),
+    (lambda f: (f / "model.safetensors").unlink(), "there is no .*model.safetensors: a model is in"),
     (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "model.safetensors cannot be read"),
     (index("{"), "is no index of safetensors"),
     (index('{"weight_map": {"a": "../model.safetensors"}}'), r"names '\.\./model.safetensors', expected names of"),

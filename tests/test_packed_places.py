@@ -156,3 +156,28 @@ def test_places_that_cannot_be(places, says):
     }
     with pytest.raises(lora.LoraError, match=says):
         bases.place(base, found)
+
+
+@pytest.mark.parametrize("format", [bases.Nf4(stack=0), bases.Int8(stack=0, inputs=1)])
+def test_explicit_axes(format):
+    """A model that says how its results are sharded, on a mesh whose axes ask for it."""
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), (jax.sharding.AxisType.Explicit,) * 2)
+    keys = jax.random.split(jax.random.key(0), 3)
+    dense = {"up": jax.random.normal(keys[0], (16, 4, 64)) / 4, "down": jax.random.normal(keys[1], (4, 64, 128)) / 16}
+    base, x = bases.quantize(dense, {".*": format}), np.asarray(jax.random.normal(keys[2], (8, 16)))
+
+    def run(place, base, x):
+        def model(p, x):
+            h = jnp.tanh(jnp.einsum("bd,dhk->bhk", x, p["up"]))
+            return jnp.einsum("bhk,hkd->bd", h, p["down"], out_sharding=place)
+
+        made = lora.plan(model, base, x, rules={".*": lora.Lora(2)})
+        adapters = lora.init(jax.random.key(1), base, made)
+        loss = lora.value_and_grad(lambda a, p, x: (lora.lora_apply(model)(p, a, x) ** 2).mean())
+        return jax.jit(loss)(adapters, base, x)
+
+    expected = run(None, base, x)
+    with jax.set_mesh(mesh):
+        placed = bases.place(base, shardings(mesh, {"up": P(None, "tensor"), "down": P("tensor")}))
+        found = run(P("data"), placed, lora.shard_batch(x, NamedSharding(mesh, P("data"))))
+    assert_trees_close(jax.device_get(found), jax.device_get(expected), rtol=1e-5, atol=1e-6)

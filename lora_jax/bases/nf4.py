@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
 from lora_jax.bases import nf4_kernel
 from lora_jax.bases.base import Format
@@ -83,7 +83,7 @@ class Nf4Weight(Packed):
 
     def unpack(self) -> jax.Array:
         high, low = self.codes >> 4, self.codes & 15
-        values = jnp.asarray(CODE)[jnp.stack([high, low], axis=-1)].reshape(*self.codes.shape[:-1], -1)
+        values = _numbers(CODE, jnp.stack([high, low], axis=-1)).reshape(*self.codes.shape[:-1], -1)
         values = values * jnp.repeat(self.wide_scales(), BLOCK, axis=-1)
         n = math.prod(self.inner[_whole(self.inner) :])
         return values[..., :n].reshape(*self.stack, *self.inner)
@@ -94,7 +94,7 @@ class Nf4Weight(Packed):
             return self.scales
         n, own = len(self.stack), self.scales.shape[len(self.stack) :]
         outer = jnp.repeat(self.outer, SCALES, axis=-1)[..., : math.prod(own)]
-        scaled = jnp.asarray(scale_code())[self.scales] * outer.reshape(self.scales.shape)
+        scaled = _numbers(scale_code(), self.scales) * outer.reshape(self.scales.shape)
         return scaled + jnp.expand_dims(self.mean, range(n, n + len(own)))
 
     def dot(self, x: jax.Array, inputs: tuple[int, ...], precision: Any) -> jax.Array | None:
@@ -132,6 +132,12 @@ class Nf4Weight(Packed):
         codes = (*spec[:n], last if splits else None)
         scales = (*spec[:n], last if splits and m % (BLOCK * parts) == 0 else None)
         return {"codes": codes, "scales": scales, "outer": (), "mean": ()}
+
+
+def _numbers(table: Any, codes: jax.Array) -> jax.Array:
+    """What codes stand for; on a mesh of explicit axes, where the codes are."""
+    where, table = jax.typeof(codes).sharding, jnp.asarray(table)
+    return table[codes] if AxisType.Explicit not in where.mesh.axis_types else table.at[codes].get(out_sharding=where)
 
 
 def from_flat(

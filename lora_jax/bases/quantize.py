@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax.bases.base import Format, check_weight
 from lora_jax.bases.places import placed_as
+from lora_jax.bases.stored import Stored, like, read
 from lora_jax.errors import LoraError
 from lora_jax.paths import flatten_with_names, nearest
 
@@ -16,13 +17,17 @@ from lora_jax.paths import flatten_with_names, nearest
 def quantize(params: Any, rules: Mapping[str, Format | None], *, donate: bool = False) -> Any:
     """The same tree, with a packed weight in the place of each array that a rule matches.
 
-    One weight is packed after the other. `lora.plan`, `lora.lora_apply` and `lora.merge` take the result as they take
-    parameters; `lora.bases.dense` gives arrays again.
+    One weight is packed after the other, and what is `Stored` is read when its turn comes: of a model in files, one
+    weight at a time is in memory before it is packed. `lora.plan`, `lora.lora_apply` and `lora.merge` take the result
+    as they take parameters; `lora.bases.dense` gives arrays again.
 
     Args:
         rules: `{pattern: format}`, as `{".*/kernel": lora.bases.Nf4()}`; a pattern is a regular expression for a whole
             path, and the first that matches decides. None leaves arrays as they are.
         donate: each array is deleted as soon as it is packed.
+
+    Returns:
+        The tree, in which nothing is stored any more: what no rule matches is an array, or packed as it was stored.
 
     Raises:
         LoraError: before anything is packed, that a pattern is no regular expression or matches nothing, or that a
@@ -37,20 +42,22 @@ def quantize(params: Any, rules: Mapping[str, Format | None], *, donate: bool = 
     names, leaves, treedef = flatten_with_names(params)
     chosen = _choose(rules, names)
     stacks = {
-        name: check_weight(name, leaf, format.stack)
+        name: check_weight(name, like(leaf), format.stack)
         for name, leaf in zip(names, leaves, strict=True)
         if (format := chosen.get(name)) is not None
     }
 
     def pack(name: str, leaf: Any) -> Any:
-        format = chosen.get(name)
+        format, w = chosen.get(name), read(name, leaf)
         if format is None:
-            return leaf
-        w = jnp.asarray(leaf)
+            return jax.tree.map(jnp.asarray, w) if isinstance(leaf, Stored) else leaf
+        w = jnp.asarray(w)
         if not isinstance(w, jax.core.Tracer) and not bool(jnp.isfinite(w).all()):
             raise LoraError(f"{name!r} holds NaN or infinity, which no packed format has: mend the weight first.")
         packed = placed_as(format.pack(w, stacks[name], jnp.dtype(format.dtype or w.dtype)), w)
-        if donate and isinstance(leaf, jax.Array):
+        if isinstance(leaf, Stored):
+            jax.block_until_ready(packed)  # the next one is read when this one is gone
+        elif donate and isinstance(leaf, jax.Array):
             jax.block_until_ready(packed)
             leaf.delete()
         return packed
