@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from lora_jax import key_maps
+from lora_jax.bases import Stored
 
 Params = dict[str, Any]
 KEY_MAP = key_maps.LLAMA.stacked()
@@ -233,30 +234,52 @@ _SIZES = {
     "epsilon": "llama.attention.layer_norm_rms_epsilon",
 }
 _ROTATED = "llama.rope.dimension_count"
+_SCALING = "llama.rope.scaling.type"
 
 
 def config_of(file: gguf.File) -> Config:
     """The sizes of a Llama.
 
     Raises:
-        GgufError: another architecture; a size is missing.
+        GgufError: another architecture; a size is missing, or is not possible.
     """
     about = file.metadata
     if (found := about.get("general.architecture")) != "llama":
         raise gguf.GgufError(f"the architecture is {found!r}, expected 'llama'.")
     if missing := [key for key in (*_SIZES.values(), _ROTATED) if key not in about]:
         raise gguf.GgufError(f"the metadata lack {', '.join(missing)}.")
+    for ours, key in (*_SIZES.items(), ("", _ROTATED)):
+        kind = float if ours in ("rope_base", "epsilon") else int
+        if type(about[key]) is not kind or not about[key] > 0:
+            raise gguf.GgufError(f"{key} is {about[key]!r}, expected a number above 0 ({kind.__name__}).")
+    if (scaling := about.get(_SCALING, "none")) != "none":
+        raise gguf.GgufError(f"{_SCALING} is {scaling!r}; this decoder rotates without any.")
     config = Config(**{ours: about[key] for ours, key in _SIZES.items()})
+    if config.hidden % config.heads or config.heads % config.kv_heads or config.head_dim % 2:
+        raise gguf.GgufError(
+            f"{config.heads} heads and {config.kv_heads} of keys and values cannot share {config.hidden} numbers."
+        )
     if about[_ROTATED] != config.head_dim:
         raise gguf.GgufError(f"{about[_ROTATED]} entries of a head are rotated, expected all {config.head_dim}.")
+    if config.layers > len(file.tensors):
+        raise gguf.GgufError(f"there are {config.layers} layers, but no more than {len(file.tensors)} tensors.")
     return config
 
 
 def load(file: gguf.File, config: Config) -> Params:
-    """The decoder's parameters, in fp32. The key map says which tensor each is, and how it lies there.
+    """The decoder's parameters, in fp32.
 
     Raises:
         GgufError: a tensor is missing, or is one that this decoder has no place for.
+        LoraError: a tensor has another shape.
+    """
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf.read()), stored(file, config))
+
+
+def stored(file: gguf.File, config: Config) -> Params:
+    """What `load` gives, each array left in the file until `lora.bases.quantize` reads it.
+
+    The key map says which tensor each is, and how it lies there.
     """
     shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(config), sep="/").items()}
     placed = KEY_MAP.place(shapes)
@@ -266,16 +289,25 @@ def load(file: gguf.File, config: Config) -> Params:
         raise gguf.GgufError(
             f"its tensors are not those of this decoder of {config.layers} layers; missing or too many: {wrong[:5]}."
         )
-    params: dict[str, Any] = {}
-    for path, place in placed.items():
+
+    def read(path: str) -> np.ndarray:
+        place = placed[path]
         whole = np.empty(place.shape, np.float32)
+        heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(path.split("/")[-2])
         for index, name in names[path].items():
             tensor = file.tensors[name].dequantize()
-            if heads := {"q_proj": config.heads, "k_proj": config.kv_heads}.get(path.split("/")[-2]):
+            if heads and len(tensor) == heads * config.head_dim:  # any other shape is refused in the next line
                 tensor = split_halves(tensor, heads)
             whole[place.where(index)] = place.from_torch(tensor, index)
-        params[path] = jnp.asarray(whole)
-    return unflatten_dict(params, sep="/")
+        return whole
+
+    return unflatten_dict(
+        {
+            path: Stored(jax.ShapeDtypeStruct(shape, jnp.float32), functools.partial(read, path))
+            for path, shape in shapes.items()
+        },
+        sep="/",
+    )
 
 
 def split_halves(tensor: np.ndarray, heads: int) -> np.ndarray:
@@ -317,7 +349,7 @@ def _name(torch: str) -> str:
     return f"blk.{i}.{_NAMES[module]}.weight"
 
 
-STOP = "<|im_end|>"
+START, STOP = "<|im_start|>", "<|im_end|>"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
@@ -325,21 +357,40 @@ def load_tokenizer(file: gguf.File) -> Tokenizer:
     """The file's own: byte pairs as GPT-2's, with a token for each digit.
 
     Raises:
-        GgufError: the file has another tokenizer.
+        GgufError: the file has another tokenizer, or parts of one that do not fit together.
     """
     about = file.metadata
     kind = (about.get("tokenizer.ggml.model"), about.get("tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):
         raise gguf.GgufError(f"the tokenizer is {kind}, expected ('gpt2', 'smollm').")
-    tokens = about["tokenizer.ggml.tokens"]
-    merges = [(a, b) for a, b in (pair.split(" ") for pair in about["tokenizer.ggml.merges"])]
-    control = [token for token, kind in zip(tokens, about["tokenizer.ggml.token_type"], strict=True) if kind == 3]
-    return make_tokenizer(tokens, merges, control)
+    tokens, merges, kinds = (_list(about, *what) for what in (("tokens", str), ("merges", str), ("token_type", int)))
+    known, vocabulary = set(tokens), about.get(_SIZES["vocabulary"])
+    if not len(known) == len(tokens) == len(kinds) == vocabulary:
+        raise gguf.GgufError(
+            f"the tokenizer has {len(tokens)} tokens, {len(known)} of them different, and {len(kinds)} kinds of them; "
+            f"expected as many as the model has, {vocabulary}."
+        )
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    for pair in pairs:
+        if len(pair) != 2 or not known.issuperset((*pair, "".join(pair))):
+            raise gguf.GgufError(f"the tokenizer merges {' '.join(pair)!r}, expected two tokens that make a third.")
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
+    if missing := [token for token in (START, STOP) if token not in control]:
+        raise gguf.GgufError(f"the tokenizer has no control token {missing[0]}, which chats are made of.")
+    return make_tokenizer(tokens, pairs, control)
+
+
+def _list(about: dict[str, Any], name: str, kind: type) -> list[Any]:
+    key = f"tokenizer.ggml.{name}"
+    found = about.get(key)
+    if not isinstance(found, list) or not all(isinstance(entry, kind) for entry in found):
+        raise gguf.GgufError(f"{key} is missing, or is no list of {kind.__name__}.")
+    return found
 
 
 def tiny_tokenizer() -> Tokenizer:
     """A token for each byte, after those of SmolLM2 that chats need."""
-    control = ["<|endoftext|>", "<|im_start|>", STOP]
+    control = ["<|endoftext|>", START, STOP]
     return make_tokenizer([*control, *sorted(pre_tokenizers.ByteLevel.alphabet())], [], control)
 
 
@@ -355,4 +406,4 @@ def make_tokenizer(tokens: list[str], merges: list[tuple[str, str]], control: li
 
 def chat(request: str, system: str = SYSTEM) -> str:
     """What is said to the model, as its chat template has it, up to where its answer begins. STOP ends the answer."""
-    return f"<|im_start|>system\n{system}{STOP}\n<|im_start|>user\n{request}{STOP}\n<|im_start|>assistant\n"
+    return f"{START}system\n{system}{STOP}\n{START}user\n{request}{STOP}\n{START}assistant\n"

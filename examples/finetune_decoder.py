@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import itertools
 import math
+import os
 import sys
 import time
 import zipfile
@@ -78,6 +79,11 @@ def check(config: Config) -> None:
             raise lora.LoraError(f"--{name.replace('_', '-')} is {getattr(config, name)}, expected at least 1.")
     if not 0 < config.learning_rate < math.inf:
         raise lora.LoraError(f"--learning-rate is {config.learning_rate}, expected a number above 0.")
+    if not 0 <= config.seed < 2**32:
+        raise lora.LoraError(f"--seed is {config.seed}, expected 0 to {2**32 - 1}.")
+    there = next(folder for folder in (config.output, *config.output.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise lora.LoraError(f"--output is {config.output}, but {there} is not a folder that one may write to.")
 
 
 # Stories, and how they are packed into rows ---------------------------------------------------------------------------
@@ -223,7 +229,7 @@ def load_task(config: Config) -> Task:
         [weights], [news] = assets.fetch(assets.SMOLLM2), assets.fetch(assets.BBC_NEWS)
         file, stories = gguf.read(weights), read_stories(news)
         model, tokenizer = decoder.config_of(file), decoder.load_tokenizer(file)
-        params = decoder.load(file, model)
+        params = decoder.stored(file, model)
     held_out = [story for story in stories if is_held_out(story)][: config.held_out]
     train = [story for story in stories if not is_held_out(story)]
     return Task(model, keep_in_bits(params, config.bits), tokenizer, train, held_out)
@@ -242,7 +248,12 @@ def keep_in_bits(params: Tree, bits: int) -> Tree:
     def is_packed(leaf: Any) -> bool:
         return isinstance(leaf, lora.bases.Packed)
 
-    return jax.tree.map(lambda leaf: leaf if is_packed(leaf) else leaf.astype(jnp.bfloat16), params, is_leaf=is_packed)
+    def narrow(leaf: Any) -> Any:
+        if is_packed(leaf):
+            return leaf
+        return jnp.asarray(leaf.read() if isinstance(leaf, lora.bases.Stored) else leaf, jnp.bfloat16)
+
+    return jax.tree.map(narrow, params, is_leaf=is_packed)
 
 
 def make_adapters(task: Task, config: Config, batch: Batch) -> Tree:
@@ -284,10 +295,17 @@ def make_writer(task: Task, count: int = 24) -> Callable[[Tree, list[Story]], li
 # Training -------------------------------------------------------------------------------------------------------------
 
 
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """AdamW with warm-up and cosine decay."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, min(config.steps - 1, max(1, config.steps // 10)), config.steps
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
+
+
 def make_step(loss: Callable[..., Any], adapters: Tree, config: Config) -> tuple[Callable[..., Any], lora.TrainState]:
-    """AdamW with warm-up and cosine decay; only adapters move."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(1, config.steps // 10), config.steps)
-    optimizer = lora.freeze_base(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0)))
+    """Only adapters move."""
+    optimizer = lora.freeze_base(make_optimizer(config))
     return lora.jit_step(loss, optimizer), lora.TrainState.create(adapters, optimizer)
 
 

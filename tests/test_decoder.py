@@ -2,11 +2,13 @@
 one where it is in the cache.
 """
 
+import functools
 import hashlib
 import itertools
 import re
 import struct
 import zipfile
+from pathlib import Path
 
 import assets
 import decoder
@@ -258,6 +260,24 @@ def test_generation_with_a_cache_is_greedy_without(params, adapters, adapted):
     assert min(len(set(answer)) for answer in answers) > 2, "a model that repeats itself tests little"
 
 
+@pytest.mark.parametrize("format", [None, lora.bases.Nf4(stack=1)])
+def test_merged_weights_say_what_adapters_do(params, adapters, format):
+    base = lora.bases.quantize(params, {LINEAR: format})
+    ids, mask = decoder.pad_prompts(PROMPTS, multiple=8)
+
+    @jax.jit
+    def generate(params, adapters):
+        return decoder.generate(
+            lambda *args: lora.lora_apply(run)(params, adapters, *args), TINY, ids, mask, count=24, stop=-1
+        )
+
+    with jax.default_matmul_precision("highest"):
+        applied, merged = generate(base, adapters), generate(lora.merge(base, adapters), {})
+        np.testing.assert_array_equal(applied, merged)
+        assert not np.array_equal(applied, generate(lora.bases.dense(base), {}))
+    assert min(len(set(answer)) for answer in applied.tolist()) > 2, "a model that repeats itself tests little"
+
+
 def test_generation_stops(params):
     ids, mask = decoder.pad_prompts(PROMPTS, multiple=4)
     assert ids.shape == (3, 8)
@@ -308,6 +328,7 @@ def numpy_logits(file, ids):
     return norm(x, "output_norm") @ tensor("token_embd").T
 
 
+TOKENS = ["<|im_end|>", "a", "b", "1", "2", "ab", "Ġ", "Ġab", "12", "<|im_start|>"]
 METADATA = {
     "general.architecture": "llama",
     "llama.block_count": 2,
@@ -321,8 +342,8 @@ METADATA = {
     "llama.attention.layer_norm_rms_epsilon": 1e-5,
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "smollm",
-    "tokenizer.ggml.tokens": ["<|im_end|>", "a", "b", "1", "2", "ab", "Ġ", "Ġab", "12"],
-    "tokenizer.ggml.token_type": [3] + [1] * 8,
+    "tokenizer.ggml.tokens": TOKENS + [f"<{n}>" for n in range(249)],
+    "tokenizer.ggml.token_type": [3] + [1] * 8 + [3] + [1] * 249,
     "tokenizer.ggml.merges": ["a b", "Ġ ab", "1 2"],
 }
 
@@ -369,11 +390,19 @@ def test_weights_of_a_file(tensors, tmp_path, ids):
         ({"llama.rope.dimension_count": 4}, {}, "4 entries of a head are rotated, expected all 8"),
         ({"llama.block_count": 3}, {}, r"decoder of 3 layers; missing or too many: \['blk.2.attn_k.weight'"),
         ({}, {"output.weight": f32(np.zeros((259, 32)))}, r"missing or too many: \['output.weight'\]"),
+        ({"llama.block_count": 2**31}, {}, "2147483648 layers, but no more than 20 tensors"),
+        ({"llama.attention.head_count": 0}, {}, "head_count is 0, expected a number above 0"),
+        ({"llama.attention.head_count": "4"}, {}, "head_count is '4', expected a number above 0"),
+        ({"llama.attention.head_count_kv": 3}, {}, "4 heads and 3 of keys and values cannot share 32 numbers"),
+        ({"llama.rope.scaling.type": "linear"}, {}, "rope.scaling.type is 'linear'"),
+        ({"llama.vocab_size": 258}, {}, r"embed_tokens.weight has shape \[259, 32\]"),
+        ({}, {"blk.1.attn_q.weight": f32(np.zeros((1, 32)))}, r"1.self_attn.q_proj.weight has shape \[1, 32\]"),
+        ({}, {"output_norm.weight": f32(np.zeros(1))}, r"norm.weight has shape \[1\]"),
     ],
 )
 def test_files_of_other_models(tensors, tmp_path, metadata, change, says):
     file = read(tmp_path, gguf_bytes({**METADATA, **metadata}, {**tensors, **change}))
-    with pytest.raises(gguf.GgufError, match=says):
+    with pytest.raises((gguf.GgufError, lora.LoraError), match=says):
         decoder.load(file, decoder.config_of(file))
 
 
@@ -388,8 +417,26 @@ def test_the_tokenizer_of_a_file(tensors, tmp_path):
     ids = tokenizer.encode("ab ab12<|im_end|>").ids
     assert ids == [5, 7, 3, 4, 0], "digits are never merged"
     assert tokenizer.decode(ids) == "ab ab12"
-    with pytest.raises(gguf.GgufError, match=r"the tokenizer is \('llama', 'smollm'\)"):
-        decoder.load_tokenizer(read(tmp_path, gguf_bytes({**METADATA, "tokenizer.ggml.model": "llama"}, {})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": "llama"}, r"the tokenizer is \('llama', 'smollm'\), expected \('gpt2', 'smollm'\)"),
+        ({"pre": "qwen2"}, r"the tokenizer is \('gpt2', 'qwen2'\)"),
+        ({"tokens": TOKENS}, "has 10 tokens, 10 of them different, and 259 kinds of them; .* the model has, 259"),
+        ({"tokens": ["a"] * 259}, "259 tokens, 1 of them different"),
+        ({"token_type": [3]}, "and 1 kinds of them"),
+        ({"merges": [1, 2]}, "merges is missing, or is no list of str"),
+        ({"merges": ["ab"]}, "merges 'ab', expected two tokens that make a third"),
+        ({"merges": ["b a"]}, "merges 'b a', expected two tokens that make a third"),
+        ({"token_type": [1] * 259}, r"no control token <\|im_start\|>, which chats are made of"),
+    ],
+)
+def test_another_tokenizer(tmp_path, changes, says):
+    changed = METADATA | {f"tokenizer.ggml.{name}": found for name, found in changes.items()}
+    with pytest.raises(gguf.GgufError, match=says):
+        decoder.load_tokenizer(read(tmp_path, gguf_bytes(changed, {})))
 
 
 def test_the_tokenizer_of_bytes():
@@ -452,6 +499,31 @@ def test_smollm2_answers(smollm2):
 
     answers = [tokenizer.decode(row) for row in np.array(generate(params, ids, mask))]
     assert answers == [" Paris.\n\nThe answer is:", "The capital of France is Paris."]
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+@needs_smollm2
+def test_smollm2_says_with_merged_weights_what_it_says_with_adapters(smollm2):
+    _, config, params, tokenizer = smollm2
+    forward = functools.partial(run, config=config)
+    base = lora.bases.quantize(params, {LINEAR: lora.bases.Nf4(stack=1)})
+    plan = lora.plan(forward, base, jnp.zeros((1, 2), jnp.int32), rules={LINEAR: lora.Lora(rank=8, alpha=16)})
+    fresh = lora.init(jax.random.key(0), base, plan)
+    adapters = jax.tree.map(lambda leaf: leaf + 0.003 * jax.random.normal(jax.random.key(1), leaf.shape), fresh)
+    prompts = ["The capital of France is", decoder.chat("Name three animals.")]
+    ids, mask = decoder.pad_prompts([tokenizer.encode(prompt).ids for prompt in prompts], multiple=16)
+
+    @jax.jit
+    def generate(params, adapters):
+        return decoder.generate(
+            lambda *args: lora.lora_apply(forward)(params, adapters, *args), config, ids, mask, 24, stop=-1
+        )
+
+    with jax.default_matmul_precision("highest"):
+        applied, merged = generate(base, adapters), generate(lora.merge(base, adapters), {})
+        np.testing.assert_array_equal(applied, merged)
+    assert min(len(set(answer)) for answer in applied.tolist()) > 8
 
 
 @pytest.mark.assets
@@ -551,7 +623,7 @@ def test_the_base_is_kept_in_few_bits():
             assert demo.tree_bytes(weight) <= most * np.prod(weight.shape)
 
 
-@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow), 16])
 def test_the_fine_tuning(bits, tmp_path, capsys):
     config = demo.Config(bits=bits, tiny=True, output=tmp_path, steps=12, rows=2, length=256, held_out=8, samples=2)
     task = demo.load_task(config)
@@ -589,9 +661,39 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", ["finetune_decoder.py", *arguments])
     demo.main()
     assert "Perplexity of the held-out headlines" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["finetune_decoder.py", "--tiny", "--steps", "0"])
-    with pytest.raises(SystemExit, match="error: --steps is 0, expected at least 1"):
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "says"),
+    [
+        ("--steps", "0", "--steps is 0, expected at least 1"),
+        ("--seed", "-1", "--seed is -1, expected 0 to 4294967295"),
+        ("--learning-rate", "nan", "--learning-rate is nan, expected a number above 0"),
+        ("--rank", "0", "the rank is a whole number of at least 1"),
+        ("--output", "{file}", "--output is .*file, but .*file is not a folder"),
+        ("--output", "{file}/below", "--output is .*below, but .*file is not a folder"),
+    ],
+)
+def test_a_wrong_setting_is_said_before_any_work(monkeypatch, tmp_path, option, given, says):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["finetune_decoder.py", option, given.format(file=tmp_path / "file")])
+    monkeypatch.setattr(demo, "load_task", lambda config: pytest.fail("work has begun"))
+    with pytest.raises(SystemExit, match=f"error: .*{says}"):
         demo.main()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 80])
+def test_the_learning_rate_warms_up(steps):
+    """AdamW moves by the learning rate, whatever the gradient."""
+    config = demo.Config(steps=steps)
+    optimizer, state, moved = demo.make_optimizer(config), None, []
+    for _ in range(steps):
+        state = state or optimizer.init(jnp.zeros(1))
+        updates, state = optimizer.update(jnp.ones(1), state, jnp.zeros(1))
+        moved.append(-float(updates[0]))
+    assert max(moved) == pytest.approx(config.learning_rate, rel=1e-3)
+    assert (moved[0] == 0) == (steps > 1)
+    assert steps < 80 or (moved.index(max(moved)), moved[-1]) == (8, pytest.approx(0, abs=1e-6))
 
 
 def test_a_loss_that_is_no_number_stops(params, tmp_path):
@@ -602,3 +704,20 @@ def test_a_loss_that_is_no_number_stops(params, tmp_path):
     adapters = demo.make_adapters(task, config, next(batches))
     with pytest.raises(lora.LoraError, match="the loss is nan at step 0: try a lower --learning-rate"):
         demo.train(task, config, demo.make_loss(task), adapters, batches)
+
+
+def test_the_memory_of_a_step_is_measured(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import quantised_memory as memory
+
+    names = memory.FULL, "QLoRA, NF4"
+    full, packed = found = [memory.measure(name, tiny=True) for name in names]
+    params = decoder.init(TINY, jax.random.key(0))
+    assert full["frozen"] == 0
+    assert full["trained"] >= 3 * demo.tree_bytes(params), "AdamW has two moments of each number"
+    assert packed["frozen"] == demo.tree_bytes(demo.keep_in_bits(params, 4))
+    for one in found:
+        assert one["sum"] >= one["frozen"] + one["trained"] + one["temporary"]
+        assert one["peak"] is None or one["peak"] >= one["loaded"] > 0
+    lines = memory.table(dict(zip(names, found, strict=True))).splitlines()
+    assert [line.split("  ")[0] for line in lines[2:]] == list(names)
