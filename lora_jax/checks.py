@@ -10,25 +10,20 @@ import jax.numpy as jnp
 from lora_jax.adapters.lora import LoraAdapter, rank_above
 from lora_jax.errors import LoraError
 from lora_jax.linalg import wide
-from lora_jax.packed import is_packed
+from lora_jax.packed import is_packed, unpacked
 from lora_jax.paths import flatten_with_names, is_array, nearest
 from lora_jax.transform import check_adapters
 
 
-def check_weights(params: Any, adapters: Any) -> dict[str, jax.Array]:
-    """The weights of fresh adapters, finite."""
+def check_weights(params: Any, adapters: Any) -> dict[str, Any]:
+    """The weights of fresh adapters, finite: arrays, and what is packed."""
     check_fresh(adapters)
     names, leaves, _ = flatten_with_names(params)
     check_adapters(adapters, names, leaves)
     weights = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name in adapters}
     for path, leaf in weights.items():
-        if is_packed(leaf):
-            raise LoraError(
-                f"{path!r} is packed, and starts look at arrays: start from the parameters as they were, and pack what "
-                "the start gives with lora.bases.quantize; or unpack them with lora.bases.dense."
-            )
-        check_numbers(f"the parameter {path!r}", leaf)
-    return {path: jnp.asarray(leaf) for path, leaf in weights.items()}
+        check_numbers(f"the parameter {path!r}", unpacked(leaf))  # one at a time, and not kept
+    return {path: leaf if is_packed(leaf) else jnp.asarray(leaf) for path, leaf in weights.items()}
 
 
 def check_fresh(adapters: Any) -> None:
@@ -57,7 +52,9 @@ def _check_adapter(path: str, adapter: LoraAdapter) -> None:
         )
     for name, factor in (("A", adapter.a), ("B", adapter.b)):
         check_numbers(f"{name} of {path!r}", factor)
-    if jnp.any(adapter.b != 0):
+    with jax.ensure_compile_time_eval():
+        started = bool(jnp.any(adapter.b != 0))
+    if started:
         raise LoraError(
             f"{path!r} has been started or trained already, its B is not zero, and a start would drop that: take fresh "
             "adapters from lora.init."
@@ -88,5 +85,7 @@ def check_numbers(what: str, leaf: Any) -> None:
     if not is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) or not jnp.issubdtype(leaf.dtype, jnp.floating):
         found = f"of {leaf.dtype} numbers" if is_array(leaf) else f"a {type(leaf).__name__}"
         raise LoraError(f"{what} is {found}, expected an array of floats: give it as one.")
-    if not jnp.isfinite(wide(jnp.asarray(leaf))).all():
+    with jax.ensure_compile_time_eval():  # what is not traced is known, also where a start is called in jax.jit
+        finite = bool(jnp.isfinite(wide(jnp.asarray(leaf))).all())
+    if not finite:
         raise LoraError(f"{what} holds a NaN or an infinity, expected finite numbers: look for where they come from.")

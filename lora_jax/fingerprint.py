@@ -28,7 +28,8 @@ def fingerprint(params: Any) -> dict[str, str]:
         params: any tree; of leaves without content (`jax.ShapeDtypeStruct`) only the shape is told, and of leaves
             that are no arrays the value where it is a plain one.
     """
-    opened = jax.tree.map(lambda leaf: leaf.arrays() if is_packed(leaf) else leaf, params, is_leaf=is_packed)
+    _, leaves, tree = flatten_with_names(params)
+    opened = tree.unflatten([leaf.arrays() if is_packed(leaf) else leaf for leaf in leaves])
     names, leaves, _ = flatten_with_names(opened)
     samples = {name: _sample(leaf) for name, leaf in zip(names, leaves, strict=True) if _has_content(leaf)}
     apart = [

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.base import Adapter
+from lora_jax.bases.qwix import restored
 from lora_jax.errors import LoraError
 from lora_jax.lowrank import accumulator
 from lora_jax.packed import unpacked
@@ -18,6 +19,7 @@ from lora_jax.transform import check_adapters
 def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False) -> Any:
     """W -> W' for each adapted weight: the same tree, dtypes and shardings, for the unchanged function.
 
+    A packed weight that is adapted becomes an array; `lora.bases.merge` packs it again.
     Computed in fp32 (or better) and cast once to W's dtype. `params` are left as they are: keep them, and there is
     no need to ever take a merge back, which rounding makes inexact.
 
@@ -32,23 +34,21 @@ def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False)
     check_adapters(adapters, names, leaves)
     change = _merge_in_place if donate else _merge
     for name, leaf in zip(names, leaves, strict=True):
-        if donate and name in adapters and not (isinstance(leaf, jax.Array) and _concrete(leaf)):
+        if donate and name in adapters and not concrete(leaf):
             raise LoraError(
                 f"merge(donate=True) takes the memory of arrays on devices, but {name!r} is a {type(leaf).__name__}: "
                 "leave donate out."
             )
     merged = [
-        change(leaf, adapters[name]) if name in adapters else leaf for name, leaf in zip(names, leaves, strict=True)
+        change(leaf, adapters[name]) if name in adapters else restored(leaf)
+        for name, leaf in zip(names, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, merged)
 
 
 def _merge(leaf: Any, adapter: Adapter) -> jax.Array:
     w = jnp.asarray(unpacked(leaf))  # numpy's float64 is JAX's default float, as it would be in the function itself
-    merged = _merged(w, adapter)
-    if _concrete(w) and _concrete(merged) and merged.sharding != w.sharding:
-        return jax.device_put(merged, w.sharding)
-    return merged
+    return placed(_merged(w, adapter), w)
 
 
 def _merged(w: jax.Array, adapter: Adapter) -> jax.Array:
@@ -64,5 +64,13 @@ def _in_place(sharding: jax.sharding.Sharding) -> Any:
     return jax.jit(_merged, donate_argnums=0, out_shardings=sharding)
 
 
-def _concrete(array: jax.Array) -> bool:
-    return not isinstance(array, jax.core.Tracer)
+def placed(array: jax.Array, like: Any) -> jax.Array:
+    """An array where another one is, as far as that is known: of traced ones it is not."""
+    if not (concrete(array) and concrete(like)) or array.sharding == like.sharding:
+        return array
+    return jax.device_put(array, like.sharding)
+
+
+def concrete(array: Any) -> bool:
+    """Whether it is an array that is somewhere."""
+    return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)

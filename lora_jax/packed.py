@@ -90,10 +90,9 @@ class Packed(abc.ABC):
         return None
 
     def again(self, w: jax.Array) -> Self:
-        """Another weight of this shape, packed in the same way and kept in the same places."""
+        """Another weight of this shape, packed in the same way."""
         packed = self.repack(views.unview_matrices(w, len(self.stack), self.inner, self.view))
-        packed = dataclasses.replace(packed, view=self.view, used=self.used)  # type: ignore[type-var]
-        return packed if self.used is None else jax.tree.map(_put_where, packed, self)
+        return dataclasses.replace(packed, view=self.view, used=self.used)  # type: ignore[type-var]
 
     def seen(self, name: str, how: Any) -> Self:
         """The same weight, each matrix transposed, reshaped or cast."""
@@ -140,10 +139,6 @@ class Packed(abc.ABC):
             for name, array in self.arrays().items()
         }
         return dataclasses.replace(self, **arrays)  # type: ignore[type-var]
-
-
-def _put_where(array: jax.Array, other: jax.Array) -> jax.Array:
-    return jax.device_put(array, other.sharding)
 
 
 def _constrained(array: Any, mesh: Any, stack: int, own: tuple[Any, ...]) -> jax.Array:

@@ -8,7 +8,7 @@ import difflib
 import re
 import zlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,19 +18,31 @@ from lora_jax.errors import LoraError
 from lora_jax.packed import Packed, is_packed
 
 
+class Reader(NamedTuple):
+    """How nodes of another library are read as packed weights."""
+
+    knows: Callable[[Any], bool]
+    read: Callable[[Any], Packed]
+
+
+READERS: list[Reader] = []  # `bases` fills it
+
+
 def flatten_with_names(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[str], list[Any], PyTreeDef]:
     """The leaves of a pytree, their names, and the tree to put them back with. A packed weight is one leaf.
 
+    One of another library is read as one of this library's.
+
     >>> flatten_with_names({"b": 1, "a": [2, 3]})[:2]
     (['a/0', 'a/1', 'b'], [2, 3, 1])
 
     Raises:
-        LoraError: two leaves have one name, as in `{"a/b": x, "a": {"b": y}}`.
+        LoraError: two leaves have one name, as in `{"a/b": x, "a": {"b": y}}`; a packed weight is in pieces.
     """
     keyed, treedef = tree_flatten_with_path(
-        tree, is_leaf=lambda node: is_packed(node) or bool(is_leaf and is_leaf(node))
+        tree, is_leaf=lambda node: is_packed(node) or _reader(node) is not None or bool(is_leaf and is_leaf(node))
     )
     below: dict[tuple[Any, ...], int] = {}  # how many leaves each node has
     for path, _ in keyed:
@@ -44,7 +56,22 @@ def flatten_with_names(
         raise LoraError(
             f"two parameters have the same path {repeated[0]!r}: rename one of them, paths join keys by '/'."
         )
-    return names, [leaf for _, leaf in keyed], treedef
+    return names, [_own(name, leaf) for name, (_, leaf) in zip(names, keyed, strict=True)], treedef
+
+
+def _reader(node: Any) -> Callable[[Any], Packed] | None:
+    return next((reader.read for reader in READERS if reader.knows(node)), None)
+
+
+def _own(name: str, leaf: Any) -> Any:
+    """A leaf of this library."""
+    read = _reader(leaf)
+    if read is None:
+        return leaf
+    try:
+        return read(leaf)
+    except LoraError as error:
+        raise LoraError(f"{name!r} {error}") from None
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 5) -> list[str]:

@@ -12,6 +12,7 @@ from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.axes import KernelAxes
 from lora_jax.errors import LoraError
 from lora_jax.keymap import Array, Placed
+from lora_jax.packed import unpacked
 from lora_jax.paths import flatten_with_names, is_array
 from lora_jax.peft_kinds import Module
 from lora_jax.plan import Plan
@@ -45,7 +46,10 @@ def residuals(
         if kind not in _FOR[start]:
             raise LoraError(f"{module} is of the kind {kind!r}, which PEFT does not start with {start!r}.")
         indices = {p.path: next(i for i, tensor in p.tensors().items() if tensor == name) for p in parts}
-        pieces = [place.to_torch(np.asarray(weights[place.path])[place.where(indices[place.path])]) for place in parts]
+        pieces = [
+            place.to_torch(np.asarray(unpacked(weights[place.path]))[place.where(indices[place.path])])
+            for place in parts
+        ]
         whole = np.concatenate(pieces, axis=parts[0].output_axis(2))
         arrays, scale = modules[module]
         rest = _rest(start, module, whole.T if kind == "linear" else whole, len(arrays["a"]), scale)
@@ -53,10 +57,14 @@ def residuals(
         begin = 0
         for place in parts:
             index = indices[place.path]
-            base = bases.setdefault(place.path, np.array(weights[place.path]))
+            base = bases.setdefault(place.path, _array(weights, place.path).copy())
             base[place.where(index)] = place.from_torch(place.outputs_of(rest, begin), index)
             begin += place.outputs
     return {path: jnp.asarray(base) for path, base in bases.items()}
+
+
+def _array(weights: Mapping[str, Any], path: str) -> Array:
+    return np.asarray(unpacked(weights[path]))
 
 
 def _rest(start: str, module: str, w: Array, rank: int, scale: float) -> Array:

@@ -2,7 +2,7 @@
 
 Each takes fresh adapters `{path: LoraAdapter}`, as `lora.init` makes them for rules of `lora.Lora`, and gives them back
 with other factors. Where A B is not zero, s A B is taken off the base, so that starting changes nothing:
-`merge(new_params, new_adapters)` is `merge(params, adapters)` up to the rounding of W's dtype.
+`merge(new_params, new_adapters)` is `merge(params, adapters)` up to the rounding of W's dtype, or of its packing.
 
     start                 A                       B                       base
     pissa                 U_r sqrt(S_r / |s|)     sqrt(S_r / |s|) V_r^T   W - s A B      U S V^T = W
@@ -29,6 +29,9 @@ rank, by taking off what it started with:
 >>> bool(abs(lora.merge(params, plain)["w"] - lora.merge(base, trained)["w"]).max() < 1e-5)
 True
 
+A packed weight is unpacked for its start, one after the other, and what is left of it is packed again, which loses
+something once more. Where W is at hand, start from W and pack the new base.
+
 Starts look at numbers, so they run outside `jax.jit`.
 """
 
@@ -44,10 +47,13 @@ import numpy as np
 from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.allocate import allot
 from lora_jax.bases.base import Format, check_weight
+from lora_jax.bases.merging import repacked
+from lora_jax.bases.qwix import restored
 from lora_jax.checks import check_data, check_fresh, check_weights
 from lora_jax.errors import LoraError
 from lora_jax.linalg import Factors, matmul, matrices, principal, randomised_svd, shared, svd, wide
-from lora_jax.packed import Packed
+from lora_jax.merge import placed
+from lora_jax.packed import Packed, is_packed, unpacked
 from lora_jax.paths import flatten_with_names, path_key
 
 Adapters = Mapping[str, LoraAdapter]
@@ -64,6 +70,10 @@ def pissa(
 
     Meng et al. 2024, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models", arXiv
     2404.02948.
+
+    For a packed base (the paper's QPiSSA), start from W, then pack what is left with `lora.bases.quantize`: the
+    residual is smaller than W where few singular values are large, and so is what packing it loses. A weight that is
+    packed already keeps what it has lost, and loses as much as the residual does besides.
 
     Args:
         iterations: None for the exact SVD. Otherwise a randomised one with so many steps of subspace iteration, which
@@ -131,6 +141,11 @@ def loftq(
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise LoraError(f"loftq(iterations={iterations!r}): expected a whole number of at least 1.")
     weights = check_weights(params, adapters)
+    if packed_already := [path for path, w in weights.items() if is_packed(w)]:
+        raise LoraError(
+            f"{packed_already[0]!r} is packed already, and LoftQ makes up for what packing loses, of which that has no "
+            "trace: start from the parameters as they were before they were packed."
+        )
     stacks = {path: check_weight(path, w, format.stack) for path, w in weights.items()}
     started: dict[str, LoraAdapter] = {}
     packed: dict[str, Packed] = {}
@@ -338,26 +353,30 @@ def corda(
 
 def _rebase(
     params: Any,
-    weights: Mapping[str, jax.Array],
+    weights: Mapping[str, Any],
     adapters: Adapters,
     factors: Callable[[str, LoraAdapter, jax.Array], Factors],
 ) -> tuple[Any, dict[str, LoraAdapter]]:
     """The adapters with the factors for each weight, and the parameters without what these add."""
     started: dict[str, LoraAdapter] = {}
-    rest: dict[str, jax.Array] = {}
+    rest: dict[str, Any] = {}
     for path, adapter in adapters.items():
-        w = weights[path]
+        weight = weights[path]
+        w = unpacked(weight)
         started[path] = new = _with(path, adapter, *factors(path, adapter, matrices(w, adapter.axes)))
         # With the factors as they are stored: what rounding them loses stays in the base.
-        without = dataclasses.replace(new, scale=-new.scale).merge(wide(w)).astype(w.dtype)
-        rest[path] = _placed(_check_result(path, without), w)
+        without = dataclasses.replace(new, scale=-new.scale).merge(wide(w))
+        if is_packed(weight):
+            rest[path] = repacked(weight, _check_result(path, without))
+        else:
+            rest[path] = placed(_check_result(path, without.astype(w.dtype)), w)
     return _with_weights(params, rest), started
 
 
 def _with_weights(params: Any, weights: Mapping[str, Any]) -> Any:
     """The parameters with other weights at these paths."""
     names, leaves, treedef = flatten_with_names(params)
-    return treedef.unflatten([weights.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)])
+    return treedef.unflatten([restored(weights.get(name, leaf)) for name, leaf in zip(names, leaves, strict=True)])
 
 
 def _with(path: str, adapter: LoraAdapter, a: jax.Array, b: jax.Array) -> LoraAdapter:
@@ -366,13 +385,7 @@ def _with(path: str, adapter: LoraAdapter, a: jax.Array, b: jax.Array) -> LoraAd
     rank = a.shape[-1]
     a = _check_result(path, a.reshape(*stack, *inputs, rank).astype(adapter.a.dtype))
     b = _check_result(path, b.reshape(*stack, rank, *outputs).astype(adapter.b.dtype))
-    return dataclasses.replace(adapter, a=_placed(a, adapter.a), b=_placed(b, adapter.b))
-
-
-def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
-    if not isinstance(like, jax.Array) or array.sharding == like.sharding:
-        return array
-    return jax.device_put(array, like.sharding)
+    return dataclasses.replace(adapter, a=placed(a, adapter.a), b=placed(b, adapter.b))
 
 
 def _directions(direction: str, rank: int, key: jax.Array | None) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import lora_jax as lora
-from lora_jax import starts
+from lora_jax import bases, starts
 
 PEFT = Path(__file__).parent / "data" / "peft"
 RANK = 2
@@ -332,6 +332,47 @@ def test_parameters_and_adapters_in_numpy():
     np.testing.assert_allclose(lora.merge(base, started)["experts"], params["experts"], atol=1e-5)
 
 
+FORMATS = {"nf4": bases.Nf4(), "int8": bases.Int8(), "fp8": bases.Fp8()}
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("pissa", "int8"), *((name, "nf4") for name in ("pissa", "olora", "eva", "corda", "lora_ga_ArB2r_stable"))],
+)
+def test_what_a_start_leaves_of_a_packed_weight_is_packed_again(name, format):
+    """As if it had been unpacked before and packed after."""
+    params, adapters = model()
+    packed = bases.quantize(params, dict.fromkeys(WEIGHTS, FORMATS[format]))
+    dense, expected = STARTS[name](bases.dense(packed), adapters)
+    base, started = STARTS[name](packed, adapters)
+    for one, other in zip(jax.tree.leaves(started), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+    if name in BASE_STAYS:
+        assert all(base[path] is packed[path] for path in WEIGHTS)
+    else:
+        again = bases.quantize(dense, dict.fromkeys(WEIGHTS, FORMATS[format]))
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, base, again))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_packing_what_pissa_leaves_loses_less_than_packing_the_weight(format):
+    """Where few singular values are large. A weight that is packed already keeps what it has lost."""
+    u, v = (jnp.linalg.qr(jax.random.normal(key, (64, 64)))[0] for key in jax.random.split(jax.random.key(0)))
+    w = jnp.matmul(u * 0.9 ** jnp.arange(64.0)[None], v.T, precision="highest")
+    rules, adapters = {"w": FORMATS[format]}, {"w": fresh((64, 64), WEIGHTS["plain"][1], rank=8)}
+    packed = bases.quantize({"w": w}, rules)
+
+    def lost(base, adapters, w=w):
+        return float(jnp.linalg.norm(bases.dense(lora.merge(base, adapters))["w"] - w))
+
+    base, started = starts.pissa({"w": w}, adapters)
+    plain = lost(packed, {})
+    assert lost(bases.quantize(base, rules), started) < 0.5 * plain
+    from_packed = starts.pissa(packed, adapters)
+    assert lost(*from_packed, packed["w"].dense()) < 0.5 * plain
+    assert plain < lost(*from_packed) < 1.2 * plain
+
+
 PLAIN = WEIGHTS["plain"][1]
 W = {"w": np.ones((6, 4), np.float32)}
 GOOD = {"w": fresh((6, 4), PLAIN)}
@@ -354,6 +395,14 @@ WRONG = {
         "B of 'w' is of int32 numbers, expected an array of floats",
     ),
     "NaN in W": (lambda: starts.olora(NAN, GOOD), "the parameter 'w' holds a NaN or an infinity, expected finite"),
+    "NaN in a packed W": (
+        lambda: starts.olora(jax.tree.map(lambda a: a * jnp.nan, bases.quantize(W, {"w": bases.Fp8()})), GOOD),
+        "the parameter 'w' holds a NaN",
+    ),
+    "packed in jit": (
+        lambda: jax.jit(lambda w: starts.pissa(w, GOOD))(bases.quantize(W, {"w": bases.Int8()})),
+        "the parameter 'w' is traced, and starts look at numbers",
+    ),
     "too large": (
         lambda: starts.lora_ga(W, {"w": fresh((6, 4), PLAIN, dtype=jnp.float16)}, {"w": 1e6 * np.eye(6, 4)}),
         "the start of 'w' overflows float16",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lora_jax.errors import LoraError
 from lora_jax.packed import Packed, is_packed, unpacked
-from lora_jax.paths import is_array
+from lora_jax.paths import flatten_with_names, is_array
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Format(abc.ABC):
 
 def dense(params: Any) -> Any:
     """The same tree with every packed weight as an array."""
-    return jax.tree.map(unpacked, params, is_leaf=is_packed)
+    _, leaves, treedef = flatten_with_names(params)
+    return treedef.unflatten(map(unpacked, leaves))
 
 
 def check_weight(path: str, w: Any, stack: int | None) -> int:

@@ -1,0 +1,178 @@
+"""Weights that qwix has packed, a `QArray` each, as they come from that library: W = (code[q] - zero) * scale.
+
+Codes have the shape of W. Scales and zero points have its axes, and along each of them one entry for a tile of the
+codes. The library is not imported: its nodes are known by the names of their classes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.tree_util import PyTreeDef
+
+from lora_jax.bases.nf4 import CODE
+from lora_jax.errors import LoraError
+from lora_jax.packed import Packed
+from lora_jax.paths import READERS, Reader
+from lora_jax.views import Size, View
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QwixWeight(Packed):
+    """A weight of qwix. Its leading axes are stacked matrices where each of these has scales of its own."""
+
+    q: jax.Array  # [*s, *inner], of 8 bits or less
+    scales: jax.Array  # [*s, *tiles], of W's dtype
+    zero: jax.Array | None  # [*s, *tiles], of q's dtype
+    inner: tuple[int, ...] = field(metadata={"static": True})
+    unpacked: Any = field(metadata={"static": True})
+    kind: str = field(metadata={"static": True})  # qwix's name of the numbers that are kept
+    node: PyTreeDef = field(metadata={"static": True})  # that it came in
+    view: View = field(default=(), metadata={"static": True})
+    used: NamedSharding | None = field(default=None, metadata={"static": True})
+
+    parts = ("q", "scales", "zero")
+
+    @property
+    def own_axes(self) -> int:
+        return len(self.inner)
+
+    def unpack(self) -> jax.Array:
+        codes = jnp.asarray(CODE)[self.q] if self.kind == "nf4" else self.q
+        w = codes.astype(self.scales.dtype).astype(jnp.float32)  # the codes are rounded, as qwix does it
+        if self.zero is not None:
+            w = _each(jnp.subtract, w, self.zero.astype(jnp.float32))
+        return _each(jnp.multiply, w, self.scales.astype(jnp.float32))
+
+    def repack(self, w: jax.Array) -> "QwixWeight":
+        """From the largest |W| of each tile, or from its smallest and largest W where there are zero points."""
+        w = w.astype(jnp.float32)
+        scales, zero = _calibrated(w, self.scales.shape, self.q.dtype, self.kind, self.zero is not None)
+        scales = _allowed(scales, self.kind).astype(self.scales.dtype)
+        q = _each(jnp.divide, w, scales.astype(jnp.float32))
+        if zero is not None:
+            q = _each(jnp.add, q, zero.astype(jnp.float32))
+        return dataclasses.replace(self, q=_rounded(q, self.q.dtype, self.kind), scales=scales, zero=zero)
+
+    def own_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
+        """Tiles that the mesh would cut through are whole, and so are scales of which there is but one."""
+
+        def split(tiles: Sequence[int]) -> tuple[Any, ...]:
+            return tuple(
+                entry if n > 1 and n % size(entry) == 0 else None for entry, n in zip(spec, tiles, strict=True)
+            )
+
+        own = {name: split(array.shape[len(self.stack) :]) for name, array in self.arrays().items()}
+        return own | {"q": tuple(spec)}
+
+
+def knows(node: Any) -> bool:
+    """Whether it is a `QArray`, or the box that qwix keeps one in together with how it was made."""
+    kind = type(node)
+    if kind.__module__.partition(".")[0] != "qwix":
+        return False
+    return kind.__name__ == "QArray" or (kind.__name__ == "WithAux" and knows(node.array))
+
+
+def read(node: Any) -> QwixWeight:
+    """The same weight as a node of this library.
+
+    Raises:
+        LoraError: what it holds are no arrays that fit each other.
+    """
+    array = getattr(node, "array", node)
+    q, scales, zero = array.qvalue, array.scale, array.zero_point
+    tiles = [scales] if zero is None else [scales, zero]
+    if not all(hasattr(part, "shape") and hasattr(part, "dtype") for part in (q, *tiles)):
+        found = f"a {type(q).__name__} and a {type(scales).__name__}"
+        raise LoraError(f"is a QArray of {found}, expected arrays: unbox the parameters first.")
+    if any(len(t.shape) != len(q.shape) or any(map(_remainder, q.shape, t.shape)) for t in tiles):
+        found = " and ".join(str(list(part.shape)) for part in tiles)
+        raise LoraError(
+            f"is a QArray of codes {list(q.shape)} with scales {found}, expected as many axes, and a scale for each of "
+            "equal tiles: quantise the weight again."
+        )
+    most = max(len(q.shape) - 2, 0)
+    n = next((i for i in range(most) if any(t.shape[i] != q.shape[i] for t in tiles)), most)
+    kind = array.qtype if isinstance(array.qtype, str) else jnp.dtype(array.qtype).name
+    inner, dtype = tuple(q.shape[n:]), jnp.dtype(scales.dtype)
+    return QwixWeight(q, scales, zero, inner, dtype, kind, jax.tree.structure(node))
+
+
+def restored(leaf: Any) -> Any:
+    """What came in a node of qwix, as such a node again; all else as it is."""
+    return jax.tree.unflatten(leaf.node, leaf.arrays().values()) if isinstance(leaf, QwixWeight) else leaf
+
+
+READERS.append(Reader(knows, read))
+
+
+def _remainder(n: int, parts: int) -> int:
+    return n % parts if parts else n
+
+
+def _each(fn: Callable[[jax.Array, jax.Array], jax.Array], w: jax.Array, tiles: jax.Array) -> jax.Array:
+    """A function of each number and what its tile has."""
+    one = tiles.reshape([size for n in tiles.shape for size in (n, 1)])
+    return fn(_in_tiles(w, tiles.shape), one).reshape(w.shape)
+
+
+def _in_tiles(w: jax.Array, tiles: Sequence[int]) -> jax.Array:
+    """Each axis as two: which tile, and where in it."""
+    return w.reshape([size for n, m in zip(w.shape, tiles, strict=True) for size in (m, n // m)])
+
+
+def _calibrated(
+    w: jax.Array, tiles: Sequence[int], dtype: Any, kind: str, asymmetric: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """The scale of each tile, and its zero point."""
+    parts, within = _in_tiles(w, tiles), tuple(range(1, 2 * w.ndim, 2))
+    if not asymmetric:
+        return _not_tiny(jnp.max(jnp.abs(parts), axis=within) / _largest(dtype, kind)), None
+    smallest, largest = jnp.min(parts, axis=within, initial=0.0), jnp.max(parts, axis=within, initial=0.0)
+    bounds = jnp.iinfo(dtype)
+    scales = _not_tiny((largest - smallest) / (bounds.max - bounds.min))
+    return scales, _rounded(bounds.min - smallest / scales, dtype, kind)
+
+
+def _allowed(scales: jax.Array, kind: str) -> jax.Array:
+    """The scales that a format has: powers of 2, or floats of 8 bits; of others, any."""
+    if kind.startswith("mx"):
+        return 2.0 ** jnp.ceil(jnp.log2(scales))
+    if kind != "nvfp4":
+        return scales
+    eight_bits = jnp.finfo(jnp.float8_e4m3fn)
+    bounds = float(eight_bits.smallest_subnormal), float(eight_bits.max)
+    return jnp.clip(scales, *bounds).astype(jnp.float8_e4m3fn).astype(scales.dtype)
+
+
+def _largest(dtype: Any, kind: str) -> float:
+    """The |code| that the largest |W| of a tile has; integers use half a step beyond the last one too."""
+    if kind == "nf4":
+        return 1.0
+    return 2 ** (_bits(dtype, kind) - 1) - 0.5 if jnp.issubdtype(dtype, jnp.integer) else float(jnp.finfo(dtype).max)
+
+
+def _bits(dtype: Any, kind: str) -> int:
+    """Of integers, which may be kept in a wider dtype than theirs."""
+    return int(kind[3:]) if kind.startswith("int") else jnp.iinfo(dtype).bits
+
+
+def _rounded(q: jax.Array, dtype: Any, kind: str) -> jax.Array:
+    if kind == "nf4":
+        return jnp.searchsorted((CODE[:-1] + CODE[1:]) / 2, q).astype(dtype)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        largest = float(jnp.finfo(dtype).max)
+        return jnp.clip(q, -largest, largest).astype(dtype)
+    half = 2 ** (_bits(dtype, kind) - 1)
+    return jnp.clip(jnp.round(q), -half, half - 1).astype(dtype)
+
+
+def _not_tiny(scales: jax.Array) -> jax.Array:
+    return jnp.where(scales < math.sqrt(jnp.finfo(scales.dtype).tiny), 1.0, scales)
