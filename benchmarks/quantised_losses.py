@@ -1,7 +1,7 @@
 """What a frozen base in 4 or 8 bits costs in loss: SmolLM2-135M learns to write headlines, over each base alike.
 
 The runs of examples/finetune_decoder.py, the same stories in the same order for the bases and another order for each
-seed. A run takes ten minutes or so on two cores; those that a file already has are not run again.
+seed. A run takes six minutes or so on two cores; those that a file already has are not run again.
 
     python benchmarks/quantised_losses.py        # the table for docs/quantised.md, from docs/quantised_losses.json
 """
@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import finetune_decoder as headlines  # noqa: E402
 
 Tree = Any
+LAST = 10  # steps of training whose mean is compared
 BASES: dict[str, Literal[4, 8, 16]] = {"bf16": 16, "int8": 8, "NF4": 4, "NF4, LoftQ": 4}
 
 
@@ -52,18 +53,22 @@ def start(task: headlines.Task, config: headlines.Config, batch: Any, loftq: boo
     return dataclasses.replace(task, params=headlines.keep_in_bits(params, 16)), adapters
 
 
-def run(name: str, config: headlines.Config) -> dict[str, Any]:
-    """Mean loss over held-out headlines before and after, and of each batch while it is trained."""
+def run(name: str, config: headlines.Config, before: float | None) -> dict[str, Any]:
+    """Mean loss over held-out headlines before and after, and of each batch while it is trained.
+
+    `before` is the same for all seeds, and may be known.
+    """
     config = dataclasses.replace(config, bits=BASES[name])
     task = headlines.load_task(config)
-    batches = headlines.training_batches(headlines.make_examples(task.train, task.tokenizer), config)
-    task, adapters = start(task, config, next(batches), "LoftQ" in name)
+    examples = headlines.make_examples(task.train, task.tokenizer)
+    task, adapters = start(task, config, next(headlines.training_batches(examples, config)), "LoftQ" in name)
     loss = headlines.make_loss(task)
     evaluate = jax.jit(loss)
-    before = math.log(headlines.perplexity(evaluate, adapters, task, config))
+    if before is None:
+        before = math.log(headlines.perplexity(evaluate, adapters, task, config))
     step, state = headlines.make_step(loss, adapters, config)
     losses = []
-    for batch in itertools.islice(batches, config.steps):
+    for batch in itertools.islice(headlines.training_batches(examples, config), config.steps):
         state, metrics = step(state, task.params, *batch)
         losses.append(round(float(metrics["loss"]), 5))
     after = math.log(headlines.perplexity(evaluate, state.trainable, task, config))
@@ -82,9 +87,9 @@ def table(found: dict[str, dict[str, Any]], seeds: int) -> str:
     rows = []
     for name in bases:
         before, after = of(name, "before"), of(name, "after")
-        late = of(name, "losses")[:, -20:].mean(1)
+        late = of(name, "losses")[:, -LAST:].mean(1)
         ratios = [
-            np.mean(x / y) for x, y in ((after, of("bf16", "after")), (late, of("bf16", "losses")[:, -20:].mean(1)))
+            np.mean(x / y) for x, y in ((after, of("bf16", "after")), (late, of("bf16", "losses")[:, -LAST:].mean(1)))
         ]
         perplexities = np.exp(after)
         rows.append(
@@ -96,7 +101,7 @@ def table(found: dict[str, dict[str, Any]], seeds: int) -> str:
                 *(f"{ratio - 1:+.2%}" for ratio in ratios),
             ]
         )
-    header = ["base", "perplexity before", "after", "loss after", "of bf16's", "last 20 steps, of bf16's"]
+    header = ["base", "perplexity before", "after", "loss after", "of bf16's", f"last {LAST} steps, of bf16's"]
     return format_table(header, rows, right=1)
 
 
@@ -106,8 +111,11 @@ def main() -> None:
     for seed, name in itertools.product(range(config.seeds), config.bases):
         key = f"{name}, seed {seed}"
         if key not in found:
-            found[key] = run(name, dataclasses.replace(config.example, seed=seed))
-            config.output.write_text(json.dumps(found, indent=1))
+            before = found.get(f"{name}, seed 0", {}).get("before")
+            found[key] = run(name, dataclasses.replace(config.example, seed=seed), before)
+            new = config.output.with_suffix(".new")
+            new.write_text(json.dumps(found, indent=1))
+            new.replace(config.output)
             print(f"{key}: {found[key]['before']:.4f} -> {found[key]['after']:.4f}", flush=True)
     print(table(found, config.seeds))
 

@@ -59,7 +59,7 @@ class Config:
     rank: int = 8  # width of the adapters
     alpha: float = 16.0  # their scale is alpha / rank
     learning_rate: float = 1e-3
-    steps: int = 80
+    steps: int = 40
     rows: int = 2  # of tokens, in a step
     length: int = 512  # tokens of a row: four stories or so
     held_out: int = 120  # stories that perplexity is measured with
@@ -370,8 +370,8 @@ class Result(NamedTuple):
 def fine_tune(task: Task, config: Config) -> Result:
     """Everything but the command line."""
     started, shown = time.perf_counter(), task.held_out[: config.samples]
-    batches = training_batches(make_examples(task.train, task.tokenizer), config)
-    adapters = make_adapters(task, config, next(batches))
+    examples = make_examples(task.train, task.tokenizer)
+    adapters = make_adapters(task, config, next(training_batches(examples, config)))
     trained = sum(leaf.size for leaf in jax.tree.leaves(adapters))
     print(f"{len(task.train):,} stories to learn from, {len(task.held_out):,} held out.")
     print(f"The base takes {size(tree_bytes(task.params))}; {trained:,} numbers are trained beside it.", flush=True)
@@ -379,7 +379,7 @@ def fine_tune(task: Task, config: Config) -> Result:
     loss, write = make_loss(task), make_writer(task)
     evaluate = jax.jit(loss)
     before, written_before = perplexity(evaluate, adapters, task, config), write(adapters, shown)
-    adapters = train(task, config, loss, adapters, batches)
+    adapters = train(task, config, loss, adapters, training_batches(examples, config))
 
     checkpoint.save(config.output / "adapters", adapters)
     lora.save_peft(

@@ -11,7 +11,7 @@ from lora_jax.adapters.base import Adapter
 from lora_jax.bases.qwix import restored
 from lora_jax.errors import LoraError
 from lora_jax.lowrank import accumulator
-from lora_jax.packed import unpacked
+from lora_jax.packed import is_packed, unpacked
 from lora_jax.paths import flatten_with_names
 from lora_jax.transform import check_adapters
 
@@ -48,7 +48,7 @@ def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False)
 
 def _merge(leaf: Any, adapter: Adapter) -> jax.Array:
     w = jnp.asarray(unpacked(leaf))  # numpy's float64 is JAX's default float, as it would be in the function itself
-    return placed(_merged(w, adapter), w)
+    return placed(_merged(w, adapter), leaf if is_packed(leaf) else w)
 
 
 def _merged(w: jax.Array, adapter: Adapter) -> jax.Array:
@@ -65,8 +65,9 @@ def _in_place(sharding: jax.sharding.Sharding) -> Any:
 
 
 def placed(array: jax.Array, like: Any) -> jax.Array:
-    """An array where another one is, as far as that is known: of traced ones it is not."""
-    if not (concrete(array) and concrete(like)) or array.sharding == like.sharding:
+    """An array where another one is, or a packed weight, as far as that is known: of traced ones it is not."""
+    known = concrete(array) and all(map(concrete, jax.tree.leaves(like)))
+    if not known or array.sharding == like.sharding:
         return array
     return jax.device_put(array, like.sharding)
 

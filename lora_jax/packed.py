@@ -122,11 +122,14 @@ class Packed(abc.ABC):
         spec = views.unviewed_spec(entries[n:], self.inner, self.view, size)
         own = self.own_specs(spec, size)
         arrays = {
-            name: jax.device_put(array, NamedSharding(sharding.mesh, jax.P(*entries[:n], *own[name])))
+            name: jax.device_put(
+                array,
+                NamedSharding(sharding.mesh, jax.P(*entries[:n], *own[name]), memory_kind=sharding.memory_kind),
+            )
             for name, array in self.arrays().items()
         }
-        left = [tuple(name for name in _names(entry) if name not in gathered) or None for entry in spec]
-        used = NamedSharding(sharding.mesh, jax.P(*left))
+        left = [tuple(name for name in views.names_of(entry) if name not in gathered) or None for entry in spec]
+        used = NamedSharding(sharding.mesh, jax.P(*left)) if sharding.mesh.size > 1 else None
         return dataclasses.replace(self, **arrays, used=used)  # type: ignore[type-var]
 
     def gathered(self) -> Self:
@@ -147,17 +150,22 @@ def _constrained(array: Any, mesh: Any, stack: int, own: tuple[Any, ...]) -> jax
     if not isinstance(array, jax.core.Tracer) or set(here.manual_axes) & set(mesh.axis_names):
         return array  # in a shard_map, it is the program that says what is where
     kinds = dict(zip(here.axis_names, here.axis_types, strict=True))
+
+    def only(kind: Any, entry: Any) -> Any:
+        return tuple(name for name in views.names_of(entry) if kinds.get(name, AxisType.Auto) == kind) or None
+
     if AxisType.Explicit in kinds.values():
-        return jax.sharding.reshard(array, jax.P(*jax.typeof(array).sharding.spec[:stack], *own))
-    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, jax.P(*[jax.P.UNCONSTRAINED] * stack, *own)))
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+        kept = jax.typeof(array).sharding.spec[:stack]
+        array = jax.sharding.reshard(array, jax.P(*kept, *(only(AxisType.Explicit, entry) for entry in own)))
+    if AxisType.Auto not in kinds.values() and kinds:
+        return array
+    free = [jax.P.UNCONSTRAINED] * stack
+    auto = jax.P(*free, *(only(AxisType.Auto, entry) for entry in own))
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, auto))
 
 
 def _parts(mesh: Any) -> Size:
-    return lambda entry: math.prod(mesh.shape[name] for name in _names(entry))
+    return lambda entry: views.size_of(entry, mesh)
 
 
 def is_packed(leaf: Any) -> bool:

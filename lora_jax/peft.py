@@ -14,11 +14,11 @@ import numpy as np
 
 from lora_jax.adapters.base import Adapter
 from lora_jax.adapters.vera import shared_projections
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, short
 from lora_jax.keymap import Array, Entry, KeyMap, Placed, groups_of
 from lora_jax.paths import nearest
 from lora_jax.peft_adapters import adapters_of, biases_of, others_of, rows_of, shapes_of, turned
-from lora_jax.peft_config import Config, read_config, short
+from lora_jax.peft_config import Config, read_config
 from lora_jax.peft_kinds import Arrays, Module, field_of, inputs_of, outputs_of, problem, rank_of
 from lora_jax.peft_starts import residuals
 from lora_jax.plan import Plan

@@ -13,10 +13,10 @@ from lora_jax.adapters.full import FullAdapter
 from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.adapters.rows import RowsAdapter
 from lora_jax.axes import KernelAxes
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, short
 from lora_jax.keymap import Array, Placed, groups_of, starts_of
 from lora_jax.paths import flatten_with_names
-from lora_jax.peft_config import Config, short
+from lora_jax.peft_config import Config
 from lora_jax.peft_kinds import KINDS, Module, from_torch, outputs_of, rank_of, ranks_along
 from lora_jax.plan import Plan
 

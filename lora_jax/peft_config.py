@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, short
 
 LIMIT = 2.0**127  # what fp32 can hold
 LARGEST = 8 * 2**20  # bytes of a config; PEFT's have a few thousand
@@ -195,12 +195,6 @@ def _strings(path: Path, name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise LoraError(f"{path}: {name} is {short(value)}, expected a list of names.")
     return tuple(value)
-
-
-def short(value: Any) -> str:
-    """What a file says, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _first_match(patterns: Mapping[str, T], module: str, default: T) -> T:

@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, short
 from lora_jax.keymap import Placed
-from lora_jax.peft_config import KNOWN, short
+from lora_jax.peft_config import KNOWN
 from lora_jax.peft_kinds import Module, decompose_factor, rank_of
 
 # What no tensor tells.

@@ -13,13 +13,12 @@ from lora_jax.adapters.base import Adapter
 from lora_jax.adapters.full import FullAdapter
 from lora_jax.adapters.rows import RowsAdapter
 from lora_jax.adapters.vera import shared_projections
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, short
 from lora_jax.folders import written
 from lora_jax.keymap import Array, KeyMap, Placed
 from lora_jax.paths import flatten_with_names
 from lora_jax.peft import CONFIG, PREFIX, PROJECTIONS, WEIGHTS
 from lora_jax.peft_adapters import names_in_files
-from lora_jax.peft_config import short
 from lora_jax.peft_facts import facts_of, with_more
 from lora_jax.peft_kinds import KINDS, Module, tensors_of
 from lora_jax.peft_modules import arrays_of, modules_to_save, torch_modules

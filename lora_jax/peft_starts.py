@@ -1,5 +1,6 @@
 """Bases of adapters that began as a part of the weights, which HF PEFT takes off again when it loads them."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ def residuals(
         LoraError: there are shapes and no arrays; a module of a kind that has no such start; what the start raises.
     """
     weights = _arrays(start, params)
+    array = functools.cache(lambda path: np.asarray(unpacked(weights[path])))
     bases: dict[str, Array] = {}
     for name, parts in groups.items():
         kind = parts[0].entry.kind
@@ -46,10 +48,7 @@ def residuals(
         if kind not in _FOR[start]:
             raise LoraError(f"{module} is of the kind {kind!r}, which PEFT does not start with {start!r}.")
         indices = {p.path: next(i for i, tensor in p.tensors().items() if tensor == name) for p in parts}
-        pieces = [
-            place.to_torch(np.asarray(unpacked(weights[place.path]))[place.where(indices[place.path])])
-            for place in parts
-        ]
+        pieces = [place.to_torch(array(place.path)[place.where(indices[place.path])]) for place in parts]
         whole = np.concatenate(pieces, axis=parts[0].output_axis(2))
         arrays, scale = modules[module]
         rest = _rest(start, module, whole.T if kind == "linear" else whole, len(arrays["a"]), scale)
@@ -57,14 +56,11 @@ def residuals(
         begin = 0
         for place in parts:
             index = indices[place.path]
-            base = bases.setdefault(place.path, _array(weights, place.path).copy())
-            base[place.where(index)] = place.from_torch(place.outputs_of(rest, begin), index)
+            if place.path not in bases:
+                bases[place.path] = array(place.path).copy()
+            bases[place.path][place.where(index)] = place.from_torch(place.outputs_of(rest, begin), index)
             begin += place.outputs
     return {path: jnp.asarray(base) for path, base in bases.items()}
-
-
-def _array(weights: Mapping[str, Any], path: str) -> Array:
-    return np.asarray(unpacked(weights[path]))
 
 
 def _rest(start: str, module: str, w: Array, rank: int, scale: float) -> Array:

@@ -4,7 +4,6 @@ Each array of an adapter has some of W's axes (its layout) and follows W's spec 
 """
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,11 +13,11 @@ from jax import P
 from jax.sharding import Mesh, NamedSharding
 
 from lora_jax.adapters.base import Adapter
-from lora_jax.axes import KernelAxes
 from lora_jax.errors import LoraError
 from lora_jax.packed import is_packed
 from lora_jax.paths import flatten_with_names, nearest
 from lora_jax.plan import Plan
+from lora_jax.views import names_of, size_of
 
 Policy = Callable[[str, P], P]  # (path, spec of W) -> the spec that the adapter's arrays follow
 
@@ -96,7 +95,9 @@ def _placed(
         adapter = _abstract(adapters, path)
         shape = adapter.kernel_shape()
         spec = _full(path, follow(path, _spec(path, places[path], mesh)), len(shape), mesh)
-        _check_divisible(path, shape, adapter.axes, spec, mesh)
+        what = f"{path!r} of shape {list(shape)} ({adapter.axes})"
+        otherwise = "leave it whole in the base's spec, or give a policy that does: policy=lambda path, spec: ..."
+        _check_divisible(what, shape, spec, mesh, otherwise)
         found[path] = adapter.specs(spec)
     return mesh, found
 
@@ -148,7 +149,7 @@ def local_rows(sharding: NamedSharding, rows: int) -> slice:
         LoraError: the mesh cannot split them evenly, or scatters the rows of a process.
     """
     entry = _full("the batch", sharding.spec, max(len(sharding.spec), 1), sharding.mesh)[0]
-    parts = _size(entry, sharding.mesh)
+    parts = size_of(entry, sharding.mesh)
     if rows % parts:
         raise LoraError(
             f"a batch of {rows} rows cannot be split evenly over the mesh axes {_named(entry)} of size {parts}: "
@@ -185,7 +186,7 @@ def shard_batch(batch: Any, sharding: NamedSharding, rows: int | None = None) ->
     [here], mesh = sizes, sharding.mesh
     spec = _full("the batch", sharding.spec, max(len(sharding.spec), 1), mesh)
     if rows is None:
-        parts = _size(spec[0], mesh)
+        parts = size_of(spec[0], mesh)
         own = local_rows(sharding, parts)
         _check_equal_over_processes(here)
         rows = here * parts // (own.stop - own.start)
@@ -197,10 +198,10 @@ def shard_batch(batch: Any, sharding: NamedSharding, rows: int | None = None) ->
         )
     for leaf in leaves:
         for axis, names in list(enumerate(spec))[1 : leaf.ndim]:
-            if leaf.shape[axis] % _size(names, mesh):
+            if leaf.shape[axis] % size_of(names, mesh):
                 raise LoraError(
                     f"axis {axis} of the batch has size {leaf.shape[axis]}, which cannot be split evenly over the mesh "
-                    f"axes {_named(names)} of size {_size(names, mesh)}: pad it."
+                    f"axes {_named(names)} of size {size_of(names, mesh)}: pad it."
                 )
     placed = [
         jax.make_array_from_process_local_data(
@@ -311,36 +312,22 @@ def check_spec(path: str, shape: tuple[int, ...], sharding: NamedSharding) -> No
     Raises:
         LoraError: more entries than axes; an axis that is split unevenly.
     """
-    _check_divisible(path, shape, "", _full(path, sharding.spec, len(shape), sharding.mesh), sharding.mesh)
+    spec = _full(path, sharding.spec, len(shape), sharding.mesh)
+    _check_divisible(f"{path!r} of shape {list(shape)}", shape, spec, sharding.mesh, "or leave it whole")
 
 
-def _check_divisible(path: str, shape: tuple[int, ...], axes: KernelAxes | str, spec: P, mesh: Any) -> None:
-    what = f"{path!r} of shape {list(shape)}" + (f" ({axes})" if axes else "")
+def _check_divisible(what: str, shape: tuple[int, ...], spec: P, mesh: Any, otherwise: str) -> None:
     for axis, names in enumerate(spec):
-        parts = _size(names, mesh)
+        parts = size_of(names, mesh)
         if shape[axis] % parts:
             raise LoraError(
-                f"{what}: axis {axis} of size {shape[axis]} cannot be split evenly "
-                f"over the mesh axes {_named(names)} of size {parts}. Split another axis of it, leave it whole in the "
-                "base's spec, or give a policy that does: policy=lambda path, spec: ..."
+                f"{what}: axis {axis} of size {shape[axis]} cannot be split evenly over the mesh axes {_named(names)} "
+                f"of size {parts}. Split another axis of it, {otherwise}."
             )
-
-
-def names_of(entry: Any) -> tuple[str, ...]:
-    """The mesh axes in one entry of a partition spec.
-
-    >>> names_of(None), names_of("data"), names_of(("data", "fsdp"))
-    ((), ('data',), ('data', 'fsdp'))
-    """
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _named(entry: Any) -> str:
     return ", ".join(map(repr, names_of(entry)))
-
-
-def _size(entry: Any, mesh: Any) -> int:
-    return math.prod(mesh.shape[name] for name in names_of(entry))
 
 
 def _devices(mesh: Any) -> Any:

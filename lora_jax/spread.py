@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from lora_jax.adapters.base import Adapter, Layout, is_adapter
 from lora_jax.axes import KernelAxes
 from lora_jax.products import Product
-from lora_jax.sharding import names_of
+from lora_jax.views import names_of
 
 
 @jax.tree_util.register_dataclass

@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from lora_jax.errors import LoraError
 from lora_jax.gradients import Loss, value_and_grad
-from lora_jax.sharding import check_together, names_of, on_mesh
+from lora_jax.sharding import check_together, on_mesh
+from lora_jax.views import names_of
 
 Step = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
 

@@ -13,6 +13,20 @@ View = tuple[tuple[str, Any], ...]  # ("transpose", permutation), ("reshape", sh
 Size = Callable[[Any], int]  # into how many parts an entry of a spec splits an axis
 
 
+def names_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes in one entry of a partition spec.
+
+    >>> names_of(None), names_of("data"), names_of(("data", "fsdp"))
+    ((), ('data',), ('data', 'fsdp'))
+    """
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def size_of(entry: Any, mesh: Any) -> int:
+    """Into how many parts an entry of a partition spec splits an axis."""
+    return math.prod(mesh.shape[name] for name in names_of(entry))
+
+
 def viewed_shape(shape: tuple[int, ...], view: View) -> tuple[int, ...]:
     for name, how in view:
         if name == "transpose":

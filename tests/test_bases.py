@@ -245,6 +245,7 @@ def test_a_packed_base_has_a_fingerprint():
         ({"ids": bases.Int8()}, "array of floats"),
         ({"nan": bases.Nf4()}, "NaN or infinity"),
         ({"w": bases.Nf4(stack=2)}, "no 2 stack axes"),
+        ({"empty": bases.Nf4()}, "is empty"),
     ],
 )
 def test_what_cannot_be_packed(rules, says):
@@ -253,9 +254,33 @@ def test_what_cannot_be_packed(rules, says):
         "bias": jnp.ones(4),
         "ids": jnp.ones((4, 4), jnp.int32),
         "nan": jnp.full((4, 4), jnp.nan),
+        "empty": jnp.ones((4, 0)),
     }
     with pytest.raises(lora.LoraError, match=says):
         bases.quantize(params, rules)
+
+
+def test_in_jit_only_what_does_not_look_at_numbers():
+    params = {"w": jax.random.normal(jax.random.key(0), (64, 8))}
+    for format in (bases.Int8(), bases.Nf4(double=False)):
+        inside = jax.jit(lambda params, format=format: bases.quantize(params, {"w": format}))(params)
+        assert_trees_close(inside, bases.quantize(params, {"w": format}), rtol=1e-6, atol=1e-6)
+    with pytest.raises(lora.LoraError, match=r"quantize outside jax\.jit"):
+        jax.jit(lambda params: bases.quantize(params, {"w": bases.Nf4()}))(params)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("mode", "fill"), [("fill", None), ("fill", 0.0), ("fill", 2.0), ("clip", None)])
+def test_matrices_of_a_stack_by_their_numbers(format, mode, fill):
+    """Those that there are not are what the program makes of them: NaN, a number, or the last one."""
+    w, x = jax.random.normal(jax.random.key(0), (4, 64, 8)), jnp.ones((3, 1, 64))
+
+    def model(params, x):
+        return x @ jnp.take(params["w"], jnp.array([1, 7, 3]), axis=0, mode=mode, fill_value=fill)
+
+    base = bases.quantize({"w": w}, {"w": FORMATS[format]})
+    found = lora.lora_apply(model, materialize=True)(base, {}, x)
+    np.testing.assert_allclose(found, model(bases.dense(base), x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_packed_weight_is_neither_packed_again_nor_started_from():

@@ -36,7 +36,7 @@ def test_both_products_and_their_derivatives(platform, shape):
     codes, scales, w = matrix(d, k)
     rng = np.random.default_rng(1)
     x, y = (rng.standard_normal((rows, n)).astype(np.float32) for n in (d, k))
-    how = (CODE, jnp.float32, "highest", platform)
+    how = (CODE, (jnp.float32,), "highest", platform)
     for product, given, other, dense in (
         (nf4_kernel.times, x, y, w),
         (nf4_kernel.times_transposed, y, x, w.T),
@@ -51,20 +51,21 @@ def test_narrow_products(platform):
     """Values are rounded to W's dtype, sums are not."""
     codes, scales, w = matrix(128, 128)
     x = jax.random.normal(jax.random.key(0), (8, 128)).astype(jnp.bfloat16)
-    found = nf4_kernel.times(x, codes, scales, CODE, jnp.bfloat16, None, platform)
+    found = nf4_kernel.times(x, codes, scales, CODE, (jnp.bfloat16,), None, platform)
     assert found.dtype == jnp.bfloat16
     expected = x.astype(jnp.float32) @ jnp.asarray(w).astype(jnp.bfloat16).astype(jnp.float32)
     np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=1e-2, atol=1e-2)
 
 
 def heads(params, x):
-    """Attention's kernels: several axes of outputs, and of inputs; and one that the program transposes."""
+    """Attention's kernels: several axes of outputs, and of inputs; one that is transposed, and one in parts."""
     q = jnp.einsum("btd,dhk->bthk", x, params["q"])
     y = jnp.einsum("bthk,hkd->btd", jnp.tanh(q), params["o"])
-    return y + jnp.tanh(y @ params["up"]) @ params["tied"].T
+    y = y + jnp.tanh(y @ params["up"]) @ params["tied"].T
+    return y + jnp.einsum("btd,hdk->bthk", y, params["moved"]).sum(2)
 
 
-SHAPES = {"q": (64, 4, 64), "o": (4, 64, 128), "up": (128, 192), "tied": (128, 192)}
+SHAPES = {"q": (64, 4, 64), "o": (4, 64, 128), "up": (128, 192), "tied": (128, 192), "moved": (2, 128, 128)}
 
 
 def setup(kernel, dtype=jnp.float32):
@@ -83,7 +84,7 @@ def kernels(jaxpr):
 
 @pytest.mark.parametrize("adapted", [True, False])
 def test_programs_use_them(adapted):
-    """Outputs, gradients of adapters and of inputs are those of the plain product; of three weights it has kernels."""
+    """Outputs, gradients of adapters and of inputs are those of the plain product; all weights but one have kernels."""
     found = {}
     for kernel in (True, False):
         base, adapters, x = setup(kernel)
@@ -91,7 +92,7 @@ def test_programs_use_them(adapted):
         run = jax.value_and_grad(lambda a, x, base=base: total(lora.lora_apply(heads)(base, a, x)), argnums=(0, 1))
         found[kernel] = jax.jit(run)(adapters, x)
         forward = jax.make_jaxpr(lambda a, x, base=base: lora.lora_apply(heads)(base, a, x))(adapters, x)
-        assert kernels(forward) == (3 if kernel else 0), "the transposed weight is unpacked"
+        assert kernels(forward) == (4 if kernel else 0), "what is contracted in the middle is unpacked"
     assert_trees_close(found[True], found[False], rtol=1e-4, atol=1e-4)
 
 
@@ -118,13 +119,48 @@ def test_scanned_layers_and_vmapped_inputs():
     assert_trees_close(found[True], found[False], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("cast", ["narrower", "wider", "both"])
+def test_values_are_rounded_as_the_program_rounds_them(cast):
+    """W of one dtype, cast to others on its way: each rounds."""
+    kept, first, last = {
+        "narrower": (jnp.float32, jnp.float32, jnp.bfloat16),
+        "wider": (jnp.bfloat16, jnp.bfloat16, jnp.float32),
+        "both": (jnp.float32, jnp.bfloat16, jnp.float32),
+    }[cast]
+
+    def model(params, x):
+        return x.astype(last) @ params["w"].astype(first).astype(last)
+
+    w = {"w": jax.random.normal(jax.random.key(0), (64, 128)).astype(kept)}
+    x = jax.random.normal(jax.random.key(1), (8, 64)).astype(jnp.bfloat16)
+    found = [
+        lora.lora_apply(model)(bases.quantize(w, {"w": bases.Nf4(kernel=kernel)}), {}, x).astype(jnp.float32)
+        for kernel in (True, False)
+    ]
+    np.testing.assert_allclose(*found, rtol=1e-2 if last == jnp.bfloat16 else 1e-5, atol=1e-4)
+
+
+def test_a_weight_of_torch_is_the_other_product():
+    """What bitsandbytes packed has its outputs first, and is turned."""
+    w = bases.quantize({"w": jax.random.normal(jax.random.key(0), (128, 64))}, {"w": bases.Nf4(kernel=True)})["w"]
+    turned, x = w.seen("transpose", (1, 0)).seen("reshape", (64, 2, 64)), jnp.ones((3, 64))
+    found = turned.dot(x, (0,), jax.lax.Precision.HIGHEST)
+    np.testing.assert_allclose(found, jnp.tensordot(x, turned.dense(), 1), rtol=1e-4, atol=1e-4)
+    back = turned.dot(jnp.ones((3, 2, 64)), (1, 2), jax.lax.Precision.HIGHEST)
+    np.testing.assert_allclose(back, jnp.tensordot(jnp.ones((3, 2, 64)), turned.dense(), [(1, 2), (1, 2)]), rtol=1e-4)
+
+
 def test_what_they_are_not_for():
-    """Padded weights, another dtype, matrices that tiles do not cut evenly: the plain product, without a word."""
+    """Padded weights, other dtypes and precisions, what tiles do not cut evenly: the plain product, without a word."""
     assert nf4_kernel.tile(8, 100, 64, "gpu") is None
     assert nf4_kernel.tile(8, 1100, 64, "tpu") is None
+    assert nf4_kernel.tile(8, 960, 960, "tpu") is None, "more than fits"
     assert nf4_kernel.tile(8, 4096, 11008, "tpu") == (16, 512, 256)
-    assert nf4_kernel.platform_for(False) is None
-    assert nf4_kernel.platform_for(None) is None, "on a CPU"
+    assert nf4_kernel.platform_for(False, 8, 64, 64, jnp.float32, None) is None
+    assert nf4_kernel.platform_for(None, 8, 64, 64, jnp.float32, None) is None, "on a CPU"
+    assert nf4_kernel.platform_for(True, 8, 64, 64, jnp.float32, None) == "interpreted tpu"
+    assert nf4_kernel.platform_for(True, 8, 64, 64, jnp.float16, None) is None
+    assert nf4_kernel.platform_for(True, 8, 64, 64, jnp.float32, jax.lax.Precision.HIGH) is None
     w = bases.quantize({"w": jnp.ones((12, 24))}, {"w": bases.Nf4(kernel=True)})["w"]
     assert w.dot(jnp.ones((3, 12)), (0,), None) is None
     w = bases.quantize({"w": jnp.ones((64, 64))}, {"w": bases.Nf4(kernel=True)})["w"]
@@ -133,15 +169,33 @@ def test_what_they_are_not_for():
     assert w.dot(jnp.ones((3, 64), jnp.bfloat16), (0,), None) is None
 
 
+def test_which_products_an_accelerator_takes_by_itself(monkeypatch):
+    """Few rows, on one device, where a trial with its own dtype, precision and tile succeeds."""
+    tried = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(nf4_kernel, "works", lambda *how: tried.append(how) or len(tried) < 3)
+    chosen = [
+        nf4_kernel.platform_for(None, rows, 64, 128, dtype, None)
+        for rows, dtype in ((1, jnp.bfloat16), (256, jnp.float32), (8, jnp.float32), (257, jnp.float32))
+    ]
+    assert chosen == ["tpu", "tpu", None, None]
+    assert [how[3] for how in tried] == [(16, 64, 128), (256, 64, 128), (16, 64, 128)]
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert nf4_kernel.platform_for(None, 1, 64, 128, jnp.float32, None) is None
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_device_is_tried_first(platform, monkeypatch):
-    """With numbers of its own. A kernel that is wrong there is not used, and that is said."""
+    """A kernel that is wrong there is not used, and that is said."""
+    how = (platform, jnp.dtype(jnp.bfloat16), None, (16, 64, 128))
     nf4_kernel.works.cache_clear()
-    assert nf4_kernel.works(platform)
+    with jax.transfer_guard("disallow"):
+        assert nf4_kernel.works(*how)
     nf4_kernel.works.cache_clear()
     monkeypatch.setattr(nf4_kernel, "_look_up", lambda q, code: q.astype(jnp.float32))
     with pytest.warns(UserWarning, match="computed without kernels"):
-        assert not nf4_kernel.works(platform)
+        assert not nf4_kernel.works(*how)
     nf4_kernel.works.cache_clear()
 
 
@@ -155,7 +209,7 @@ def test_accelerators_compilers_take_them(kind, dtype):
     platform = "gpu" if kind == "cuda" else "tpu"
     for rows, d, k in SIZES:
         for product, width in ((nf4_kernel.times, d), (nf4_kernel.times_transposed, k)):
-            run = functools.partial(product, code=CODE, dtype=dtype, precision=None, platform=platform)
+            run = functools.partial(product, code=CODE, dtypes=(dtype,), precision=None, platform=platform)
             shapes = [((rows, width), dtype), ((d, k // 2), jnp.uint8), ((d, k // 64), jnp.float32)]
             args = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
             with abstract_tpu(kind) if platform == "tpu" else contextlib.nullcontext():

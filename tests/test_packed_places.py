@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import assert_trees_close
 from jax import NamedSharding, P
+from jax.sharding import AxisType
 from placements import PLACEMENTS, batch, loss, optimizer, params, plan
 
 import lora_jax as lora
@@ -82,7 +83,7 @@ def test_packed_bases_add_no_communication(name):
     "spec", [P(), P("x"), P(None, "x"), P(None, None, "y"), P(None, "x", "y"), P(None, ("x", "y"))]
 )
 def test_each_device_has_its_part(format, spec):
-    mesh = jax.make_mesh((2, 4), ("x", "y"), (jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 4), ("x", "y"), (AxisType.Auto,) * 2)
     w = jax.device_put(jax.random.normal(jax.random.key(0), (2, 64, 512)), NamedSharding(mesh, spec))
     whole = bases.quantize({"w": np.asarray(w)}, {"w": format})["w"]
     for split in (
@@ -99,7 +100,7 @@ def test_each_device_has_its_part(format, spec):
 
 def test_what_cannot_be_split_is_whole():
     """Scales where the mesh cuts through blocks, and all of a matrix that had to be padded."""
-    mesh = jax.make_mesh((2, 4), ("x", "y"), (jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 4), ("x", "y"), (AxisType.Auto,) * 2)
 
     def placed(shape, spec):
         w = jax.device_put(jnp.ones(shape), NamedSharding(mesh, spec))
@@ -112,6 +113,8 @@ def test_what_cannot_be_split_is_whole():
     assert placed((64, 24), P("x", None)) == (P("x", None), P("x"))
     assert placed((8, 16), P(None, "y")) == (P(None, None), P(None))
     assert placed((8, 12), P("x", None)) == (P(None, None), P(None))
+    assert placed((64, 16, 16), P("x", "y", None)) == (P("x", "y", None), P("x", "y"))
+    assert placed((64, 16, 16), P("x", None, "y")) == (P("x", None, None), P("x", None))
     assert placed((16, 4, 64), P("x", "y")) == (P("x", "y", None), P("x", "y", None))
 
 
@@ -144,11 +147,11 @@ def test_where_a_view_is(view, spec, seen):
         ({"v": P()}, "is not in both trees"),
         ({"w": None}, "expected a NamedSharding"),
         ({"w": P("x", None, None)}, "at most 2 entries"),
-        ({"w": P(None, "x")}, "cannot be split evenly"),
+        ({"w": P(None, "x")}, "cannot be split evenly.* or leave it whole"),
     ],
 )
 def test_places_that_cannot_be(places, says):
-    mesh = jax.make_mesh((4,), ("x",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    mesh = jax.make_mesh((4,), ("x",), (AxisType.Auto,), devices=jax.devices()[:4])
     base = bases.quantize({"w": jnp.ones((64, 6))}, {"w": bases.Nf4()})
     found = {
         path: jax.sharding.SingleDeviceSharding(jax.devices()[0]) if spec is None else NamedSharding(mesh, spec)
@@ -158,18 +161,21 @@ def test_places_that_cannot_be(places, says):
         bases.place(base, found)
 
 
+@pytest.mark.parametrize("packed", ["before", "there"])
 @pytest.mark.parametrize("format", [bases.Nf4(stack=0), bases.Int8(stack=0, inputs=1)])
-def test_explicit_axes(format):
-    """A model that says how its results are sharded, on a mesh whose axes ask for it."""
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"), (jax.sharding.AxisType.Explicit,) * 2)
-    keys = jax.random.split(jax.random.key(0), 3)
-    dense = {"up": jax.random.normal(keys[0], (16, 4, 64)) / 4, "down": jax.random.normal(keys[1], (4, 64, 128)) / 16}
-    base, x = bases.quantize(dense, {".*": format}), np.asarray(jax.random.normal(keys[2], (8, 16)))
+def test_explicit_axes(format, packed):
+    """A model that says how its results are sharded, on a mesh whose axes ask for it; one of them is Auto."""
+    kinds = (AxisType.Explicit, AxisType.Explicit, AxisType.Auto)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "tensor", "fsdp"), kinds)
+    shapes, keys = {"up": (16, 4, 64), "mid": (4, 64, 256), "down": (256, 128)}, jax.random.split(jax.random.key(0), 4)
+    specs = {"up": P(None, "tensor"), "mid": P("tensor"), "down": P("fsdp", "tensor")}
+    dense = {name: jax.random.normal(key, shape) / 16 for key, (name, shape) in zip(keys, shapes.items(), strict=False)}
+    base, x = bases.quantize(dense, {".*": format}), np.asarray(jax.random.normal(keys[3], (8, 16)))
 
-    def run(place, base, x):
+    def run(whole, base, x):
         def model(p, x):
             h = jnp.tanh(jnp.einsum("bd,dhk->bhk", x, p["up"]))
-            return jnp.einsum("bhk,hkd->bd", h, p["down"], out_sharding=place)
+            return jnp.einsum("bhk,hkd->bd", h, p["mid"], out_sharding=whole) @ p["down"]
 
         made = lora.plan(model, base, x, rules={".*": lora.Lora(2)})
         adapters = lora.init(jax.random.key(1), base, made)
@@ -178,6 +184,27 @@ def test_explicit_axes(format):
 
     expected = run(None, base, x)
     with jax.set_mesh(mesh):
-        placed = bases.place(base, shardings(mesh, {"up": P(None, "tensor"), "down": P("tensor")}))
+        if packed == "before":
+            placed = bases.place(base, shardings(mesh, specs))
+        else:
+            placed = bases.quantize(jax.device_put(dense, shardings(mesh, specs)), {".*": format})
+        assert placed["down"].sharding.spec == P("fsdp", "tensor")
         found = run(P("data"), placed, lora.shard_batch(x, NamedSharding(mesh, P("data"))))
     assert_trees_close(jax.device_get(found), jax.device_get(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_that_explicit_axes_cut():
+    mesh = jax.make_mesh((4,), ("x",), (AxisType.Explicit,), devices=jax.devices()[:4])
+    w = jax.random.normal(jax.random.key(0), (32, 64))
+    whole = bases.quantize({"w": w}, {"w": bases.Nf4()})["w"]
+    with jax.set_mesh(mesh):
+        split = bases.quantize({"w": jax.device_put(w, NamedSharding(mesh, P(None, "x")))}, {"w": bases.Nf4()})["w"]
+        assert (split.codes.sharding.spec, split.scales.sharding.spec) == (P(None, "x"), P(None, None))
+        np.testing.assert_array_equal(jax.jit(lambda w: w.dense())(split), whole.dense())
+
+
+def test_a_mesh_of_one_device_is_none():
+    mesh = jax.make_mesh((1,), ("x",), (AxisType.Auto,), devices=jax.devices()[:1])
+    base = bases.quantize({"b": jnp.ones((64, 64)), "a": jnp.ones(3)}, {"b": bases.Nf4()})
+    there = {"a": NamedSharding(mesh, P()), "b": NamedSharding(mesh, P("x"))}
+    assert bases.place(base, there)["b"].used is None

@@ -51,6 +51,10 @@ def check_weight(path: str, w: Any, stack: int | None) -> int:
     if not is_array(w) or not jnp.issubdtype(w.dtype, jnp.floating) or w.ndim < 2:
         found = f"{w.dtype}{list(w.shape)}" if hasattr(w, "shape") else type(w).__name__
         raise LoraError(f"{path!r} is {found}, expected an array of floats of at least two axes: narrow the pattern.")
+    if 0 in w.shape:
+        raise LoraError(
+            f"{path!r} of shape {list(w.shape)} is empty, and there is nothing to pack: narrow the pattern."
+        )
     n = w.ndim - 2 if stack is None else stack
     if not 0 <= n < w.ndim:
         raise LoraError(f"{path!r} of shape {list(w.shape)} has no {n} stack axes beside those of a matrix.")

@@ -22,7 +22,7 @@ import numpy as np
 
 from lora_jax.bases.nf4 import BLOCK, CODE, SCALES, Nf4Weight, from_flat, scale_code
 from lora_jax.bases.stored import Stored
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, short
 from lora_jax.tensors import DTYPES, Tensor, header, read, tensors_in
 
 STATE = ".quant_state.bitsandbytes__"
@@ -155,16 +155,12 @@ def _state(where: str, text: bytes) -> _State:
         fixed |= {"nested_blocksize": SCALES, "nested_dtype": "float32"}
     for fact, expected in fixed.items():
         if facts.get(fact) != expected:
-            raise LoraError(f"{where} is packed with {fact} {_short(facts.get(fact))}, expected {expected!r}. {MEND}")
+            raise LoraError(f"{where} is packed with {fact} {short(facts.get(fact))}, expected {expected!r}. {MEND}")
     shape, dtype, mean = facts.get("shape"), facts.get("dtype"), facts.get("nested_offset", 0.0)
     if not isinstance(shape, list) or not shape or not all(type(n) is int and 0 < n < 2**31 for n in shape):
-        raise LoraError(f"{where} is packed with the shape {_short(shape)}, expected numbers above 0.")
+        raise LoraError(f"{where} is packed with the shape {short(shape)}, expected numbers above 0.")
     if not isinstance(dtype, str) or dtype not in VALUES:
-        raise LoraError(f"{where} is packed with the dtype {_short(dtype)}, expected one of {', '.join(VALUES)}.")
+        raise LoraError(f"{where} is packed with the dtype {short(dtype)}, expected one of {', '.join(VALUES)}.")
     if type(mean) not in (int, float) or not abs(mean) < 3e38:
-        raise LoraError(f"{where} is packed with nested_offset {_short(mean)}, expected a finite number.")
+        raise LoraError(f"{where} is packed with nested_offset {short(mean)}, expected a finite number.")
     return _State(tuple(shape), jnp.dtype(VALUES[dtype]), np.array(mean, np.float32) if double else None)
-
-
-def _short(value: Any) -> str:
-    return repr(value)[:100]

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from lora_jax.bases import nf4_kernel
 from lora_jax.bases.base import Format
+from lora_jax.errors import LoraError
 from lora_jax.packed import Packed
 from lora_jax.views import Size, View
 
@@ -38,8 +39,8 @@ class Nf4(Format):
 
     Args:
         double: whether the scales are packed too: 0.516 bytes a number instead of 0.5625.
-        kernel: whether products unpack W tile by tile, in a kernel for TPU or GPU. None: on one such device, where a
-            first small product finds that it works. It has no forward-mode derivative.
+        kernel: whether products unpack W tile by tile, in a kernel for TPU or GPU. None: on one such device, for few
+            rows of x, as of generation, where a trial finds that it works. It has no forward-mode derivative.
     """
 
     double: bool = True
@@ -84,7 +85,7 @@ class Nf4Weight(Packed):
     def unpack(self) -> jax.Array:
         high, low = self.codes >> 4, self.codes & 15
         values = _numbers(CODE, jnp.stack([high, low], axis=-1)).reshape(*self.codes.shape[:-1], -1)
-        values = values * jnp.repeat(self.wide_scales(), BLOCK, axis=-1)
+        values = values * _for_each(self.wide_scales(), values)
         n = math.prod(self.inner[_whole(self.inner) :])
         return values[..., :n].reshape(*self.stack, *self.inner)
 
@@ -99,26 +100,28 @@ class Nf4Weight(Packed):
 
     def dot(self, x: jax.Array, inputs: tuple[int, ...], precision: Any) -> jax.Array | None:
         """By a kernel, where W in its order is a matrix [d, k] of inputs and outputs, or of outputs and inputs."""
-        n, first = len(inputs), inputs == tuple(range(len(inputs)))
-        last = inputs == tuple(range(self.ndim - n, self.ndim))
-        moved = any(name == "transpose" for name, _ in self.view)
+        n, view = len(inputs), self.view
+        turned = len(self.inner) == 2 and view[:1] == (("transpose", (1, 0)),)
+        first, last = inputs == tuple(range(n)), inputs == tuple(range(self.ndim - n, self.ndim))
+        moved = any(name == "transpose" for name, _ in (view[1:] if turned else view))
         if moved or self.stack or self.used is not None or not (first or last) or x.dtype != self.dtype:
             return None
-        split = n if first else self.ndim - n
-        d, k, rows = math.prod(self.shape[:split]), math.prod(self.shape[split:]), math.prod(x.shape[: x.ndim - n])
-        if k % BLOCK or not rows or (platform := nf4_kernel.platform_for(self.kernel)) is None:
+        before, after = (math.prod(self.shape[: n if first else -n]), math.prod(self.shape[n if first else -n :]))
+        (d, k), forward = ((after, before), last) if turned else ((before, after), first)
+        free, outputs = x.shape[: x.ndim - n], self.shape[n:] if first else self.shape[:-n]
+        rows, sixteen = math.prod(free), x.dtype == jnp.bfloat16
+        precision = None if sixteen else precision  # products of 16 bits are exact in sums of 32
+        platform = nf4_kernel.platform_for(self.kernel, rows, d, k, x.dtype, precision) if k % BLOCK == 0 else None
+        if platform is None:
             return None
-        if nf4_kernel.tile(rows, d, k, platform) is None:
-            return None
-        product = nf4_kernel.times if first else nf4_kernel.times_transposed
-        flat = x.reshape(rows, -1)
+        product = nf4_kernel.times if forward else nf4_kernel.times_transposed
+        dtypes = (self.unpacked, *(how for name, how in view if name == "cast"))
 
         def run(w: "Nf4Weight") -> jax.Array:
             scales = w.wide_scales().reshape(d, -1)
-            return product(flat, w.codes.reshape(d, -1), scales, _CODE, self.dtype, precision, platform)
+            return product(x.reshape(rows, -1), w.codes.reshape(d, -1), scales, _CODE, dtypes, precision, platform)
 
-        outputs = self.shape[split:] if first else self.shape[:split]
-        return jax.checkpoint(run)(self).reshape(*x.shape[: x.ndim - n], *outputs)  # what is kept is packed
+        return jax.checkpoint(run)(self).reshape(*free, *outputs)  # what is kept is packed
 
     def repack(self, w: jax.Array) -> "Nf4Weight":
         return Nf4(double=self.outer is not None, kernel=self.kernel).pack(w, len(self.stack), self.unpacked)
@@ -126,9 +129,9 @@ class Nf4Weight(Packed):
     def own_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
         """The last axis of codes and scales is that of several axes of W, of which the first may be split."""
         n = _whole(self.inner)
-        last, *rest = spec[n:]
+        last, *_ = spec[n:]
         parts, m = size(last), math.prod(self.inner[n:])
-        splits = not any(rest) and m % BLOCK == 0 and self.inner[n] % parts == 0 and m % (2 * parts) == 0
+        splits = m % BLOCK == 0 and self.inner[n] % parts == 0 and m % (2 * parts) == 0
         codes = (*spec[:n], last if splits else None)
         scales = (*spec[:n], last if splits and m % (BLOCK * parts) == 0 else None)
         return {"codes": codes, "scales": scales, "outer": (), "mean": ()}
@@ -138,6 +141,13 @@ def _numbers(table: Any, codes: jax.Array) -> jax.Array:
     """What codes stand for; on a mesh of explicit axes, where the codes are."""
     where, table = jax.typeof(codes).sharding, jnp.asarray(table)
     return table[codes] if AxisType.Explicit not in where.mesh.axis_types else table.at[codes].get(out_sharding=where)
+
+
+def _for_each(scales: jax.Array, values: jax.Array) -> jax.Array:
+    """The scales [..., m / 64] of values [..., m], one for each; on a mesh of explicit axes, where the values are."""
+    wide = jnp.broadcast_to(scales[..., None], (*scales.shape, BLOCK)).reshape(*scales.shape[:-1], -1)
+    where = jax.typeof(values).sharding
+    return jax.sharding.reshard(wide, where) if AxisType.Explicit in where.mesh.axis_types else wide
 
 
 def from_flat(
@@ -171,6 +181,8 @@ def _pack(w: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _pack_scales(scales: jax.Array, stack: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """[*s, ...] -> uint8 [*s, ...], their scales [*s, n / 256], and the mean [*s] that was taken off."""
+    if isinstance(scales, jax.core.Tracer):
+        raise LoraError("Nf4() packs scales by looking at them: quantize outside jax.jit, or with Nf4(double=False).")
     exact = np.asarray(_everywhere(scales))
     flat = exact.reshape(*exact.shape[:stack], -1)
     mean = flat.astype(np.float64).mean(-1).astype(np.float32)

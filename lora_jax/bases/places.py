@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
+from lora_jax.bases.base import Format
 from lora_jax.errors import LoraError
-from lora_jax.packed import is_packed
+from lora_jax.packed import Packed, is_packed
 from lora_jax.paths import flatten_with_names
 from lora_jax.sharding import BATCH_AXES, check_spec
 
@@ -28,23 +29,30 @@ def place(params: Any, shardings: Any, *, batch_axes: Sequence[str] = BATCH_AXES
     """
     names, leaves, treedef = flatten_with_names(params)
     there, places, _ = flatten_with_names(shardings, is_leaf=lambda node: isinstance(node, jax.sharding.Sharding))
-    if names != there:
+    if sorted(names) != sorted(there):
         path = next(path for path in (*names, *there) if path not in names or path not in there)
         raise LoraError(f"{path!r} is not in both trees: give a sharding for each parameter, as of the dense ones.")
-    for name, leaf, where in zip(names, leaves, places, strict=True):
+    where = dict(zip(there, places, strict=True))
+    for name, leaf in zip(names, leaves, strict=True):
         if is_packed(leaf):
-            if not isinstance(where, NamedSharding):
-                raise LoraError(f"the sharding of {name!r} is {where!r}, expected a NamedSharding.")
-            check_spec(name, leaf.shape, where)
+            if not isinstance(where[name], NamedSharding):
+                raise LoraError(f"the sharding of {name!r} is {where[name]!r}, expected a NamedSharding.")
+            check_spec(name, leaf.shape, where[name])
     placed = [
-        leaf.placed(where, batch_axes) if is_packed(leaf) else jax.device_put(leaf, where)
-        for leaf, where in zip(leaves, places, strict=True)
+        leaf.placed(where[name], batch_axes) if is_packed(leaf) else jax.device_put(leaf, where[name])
+        for name, leaf in zip(names, leaves, strict=True)
     ]
     return treedef.unflatten(placed)
 
 
-def placed_as(packed: Any, w: Any, batch_axes: Sequence[str] = BATCH_AXES) -> Any:
-    """A packed weight where the array is that it was made of."""
-    sharding = getattr(w, "sharding", None) if not isinstance(w, jax.core.Tracer) else None
-    on_mesh = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
-    return packed.placed(sharding, batch_axes) if on_mesh else packed
+def pack_there(format: Format, w: Any, stack: int, dtype: Any) -> Packed:
+    """A packed weight where the array is that it is made of."""
+    sharding = None if isinstance(w, jax.core.Tracer) else w.sharding
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return format.pack(w, stack, dtype)
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return format.pack(w, stack, dtype).placed(sharding, BATCH_AXES)
+    auto = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)  # a format does not say what is where on the way
+    with jax.set_mesh(auto):
+        packed = format.pack(jax.device_put(w, NamedSharding(auto, sharding.spec)), stack, dtype)
+    return packed.placed(sharding, BATCH_AXES)

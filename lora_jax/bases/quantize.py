@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.bases.base import Format, check_weight
-from lora_jax.bases.places import placed_as
+from lora_jax.bases.places import pack_there
 from lora_jax.bases.stored import Stored, like, read
 from lora_jax.errors import LoraError
 from lora_jax.paths import flatten_with_names, nearest
@@ -54,7 +54,7 @@ def quantize(params: Any, rules: Mapping[str, Format | None], *, donate: bool = 
         w = jnp.asarray(w)
         if not isinstance(w, jax.core.Tracer) and not bool(jnp.isfinite(w).all()):
             raise LoraError(f"{name!r} holds NaN or infinity, which no packed format has: mend the weight first.")
-        packed = placed_as(format.pack(w, stacks[name], jnp.dtype(format.dtype or w.dtype)), w)
+        packed = pack_there(format, w, stacks[name], jnp.dtype(format.dtype or w.dtype))
         if isinstance(leaf, Stored):
             jax.block_until_ready(packed)  # the next one is read when this one is gone
         elif donate and isinstance(leaf, jax.Array):

@@ -69,7 +69,7 @@ def load(folder: str | Path, shardings: Any = None) -> Any:
     except LoraError:
         raise
     except Exception as error:  # whatever a damaged file makes of it
-        raise LoraError(f"{folder} is damaged and cannot be loaded: {str(error)[:300]}. Save it again.") from error
+        raise LoraError(f"{folder} cannot be loaded: {str(error)[:300]}. If it is damaged, save it again.") from error
     return jax.tree.map(jnp.asarray, params) if shardings is None else place(params, shardings)
 
 

@@ -4,6 +4,7 @@ Single rows are plain arrays: W[ids] + (alpha / r) A[ids] B is as thin as what t
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -103,10 +104,10 @@ def gather(eqn: JaxprEqn, kernel: Any, indices: Any) -> list[Any]:
     column = dims.start_index_map.index(axis)
     unit = [("w", axis)] if axis not in dims.collapsed_slice_dims else []  # the axis stays, of size 1
 
-    def take(array: jax.Array, at: int) -> jax.Array:
+    def take(array: jax.Array, at: int, fill: float = 0) -> jax.Array:
         lead = [adapter.axes.stack.index(i) for i in batched]  # every array begins with the stack axes
         front = range(len(lead))
-        fn = _take_along(eqn, at - sum(i < at for i in lead))
+        fn = _take_along(eqn, at - sum(i < at for i in lead), fill)
         for _ in front:
             fn = jax.vmap(fn)
         ids = jnp.moveaxis(indices[..., column : column + 1], batch_of_indices, front)
@@ -124,16 +125,21 @@ def gather(eqn: JaxprEqn, kernel: Any, indices: Any) -> list[Any]:
     picked = adapter.rows(axis, len(free) + len(unit), take, batched)
     order = tuple(in_place.index(label) for label in result)
     value = kernel.value
-    if is_packed(value) and axis < len(value.stack) and order == tuple(range(len(order))) and not batched:
-        value = value.on_stack(lambda leaf: take(leaf, axis))
+    is_nan = fill is None or fill != fill  # out of bounds: what it is multiplied with makes all of a weight NaN
+    if is_packed(value) and axis < len(value.stack) and order == tuple(range(len(order))) and not batched and is_nan:
+        value = value.on_stack(lambda leaf: take(leaf, axis, math.nan if _has_nan(leaf) else 0))
     else:
         [value] = bind(eqn, [unpacked(value), indices])
     rows = kernel.replace(value, picked.permute(order))
     return [rows.merged() if adapter.group(axis) in ("inputs", "outputs") else rows]
 
 
-def _take_along(eqn: JaxprEqn, at: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The gather of an equation along one axis of an array; what is out of bounds changes nothing."""
+def _has_nan(array: jax.Array) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.floating))
+
+
+def _take_along(eqn: JaxprEqn, at: int, value: float) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The gather of an equation along one axis of an array; what is out of bounds is `value`."""
 
     def fn(array: jax.Array, indices: jax.Array) -> jax.Array:
         n = indices.ndim - 1
@@ -143,7 +149,7 @@ def _take_along(eqn: JaxprEqn, at: int) -> Callable[[jax.Array, jax.Array], jax.
             start_index_map=(at,),
         )
         sizes = tuple(1 if i == at else size for i, size in enumerate(array.shape))
-        fill = None if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else 0
+        fill = None if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else value
         return lax.gather(array, indices, dims, sizes, mode=eqn.params["mode"], fill_value=fill)
 
     return fn
