@@ -517,7 +517,7 @@ def test_smollm2_says_with_merged_weights_what_it_says_with_adapters(smollm2):
     @jax.jit
     def generate(params, adapters):
         return decoder.generate(
-            lambda *args: lora.lora_apply(forward)(params, adapters, *args), config, ids, mask, 24, stop=-1
+            lambda *args: lora.lora_apply(forward)(params, adapters, *args), config, ids, mask, 16, stop=-1
         )
 
     with jax.default_matmul_precision("highest"):
