@@ -28,8 +28,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 import finetune_decoder as headlines  # noqa: E402
 
 Tree = Any
+MIXED = "NF4, int8 attention"
 LAST = 10  # steps of training whose mean is compared
-BASES: dict[str, Literal[4, 8, 16]] = {"bf16": 16, "int8": 8, "NF4": 4, "NF4, LoftQ": 4}
+BASES: dict[str, Literal[4, 8, 16]] = {"bf16": 16, "int8": 8, "NF4": 4, MIXED: 16}
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,15 @@ class Config:
     example: headlines.Config = field(default_factory=headlines.Config)
 
 
-def start(task: headlines.Task, config: headlines.Config, batch: Any, loftq: bool) -> tuple[headlines.Task, Tree]:
-    """The task with its base, and the adapters that are trained beside it."""
-    adapters = headlines.make_adapters(task, config, batch)
-    if not loftq:
-        return task, adapters
-    dense = dataclasses.replace(config, bits=16)
-    params = jax.tree.map(lambda w: w.astype(jnp.float32), headlines.load_task(dense).params)
-    params, adapters = lora.starts.loftq(params, adapters, lora.bases.Nf4(stack=1))
-    return dataclasses.replace(task, params=headlines.keep_in_bits(params, 16)), adapters
+def load_task(name: str, config: headlines.Config) -> headlines.Task:
+    """The task with its base."""
+    task = headlines.load_task(dataclasses.replace(config, bits=BASES[name]))
+    if name != MIXED:
+        return task
+    dense = jax.tree.map(lambda w: w.astype(jnp.float32), task.params)
+    one, several = (lora.bases.Int8(stack=1, inputs=n) for n in (1, 2))  # the layers are stacked
+    rules = {".*/o_proj/kernel": several, ".*/self_attn/.*/kernel": one, headlines.LINEAR: lora.bases.Nf4(stack=1)}
+    return dataclasses.replace(task, params=headlines.keep_in_bits(lora.bases.quantize(dense, rules), 16))
 
 
 def run(name: str, config: headlines.Config, before: float | None) -> dict[str, Any]:
@@ -58,10 +59,9 @@ def run(name: str, config: headlines.Config, before: float | None) -> dict[str, 
 
     `before` is the same for all seeds, and may be known.
     """
-    config = dataclasses.replace(config, bits=BASES[name])
-    task = headlines.load_task(config)
+    task = load_task(name, config)
     examples = headlines.make_examples(task.train, task.tokenizer)
-    task, adapters = start(task, config, next(headlines.training_batches(examples, config)), "LoftQ" in name)
+    adapters = headlines.make_adapters(task, config, next(headlines.training_batches(examples, config)))
     loss = headlines.make_loss(task)
     evaluate = jax.jit(loss)
     if before is None:

@@ -47,9 +47,8 @@ class Nf4(Format):
     kernel: bool | None = None
 
     def pack(self, w: jax.Array, stack: int, dtype: Any) -> "Nf4Weight":
-        lead, inner = w.shape[:stack], w.shape[stack:]
-        n = _whole(inner)
-        codes, scales = _pack(w.reshape(*lead, *inner[:n], -1))
+        inner = w.shape[stack:]
+        codes, scales = _pack(w, stack + _whole(inner))
         if not self.double:
             return Nf4Weight(codes, scales, None, None, inner, dtype, kernel=self.kernel)
         small, outer, mean = _pack_scales(scales, stack)
@@ -165,9 +164,10 @@ def from_flat(
     return Nf4Weight(codes, scales, outer, mean, inner, dtype, view)
 
 
-@jax.jit
-def _pack(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[..., m] -> codes [..., m / 2], scales [..., m / 64]"""
+@functools.partial(jax.jit, static_argnums=1)
+def _pack(w: jax.Array, axes: int) -> tuple[jax.Array, jax.Array]:
+    """[*axes, ...] -> codes [*axes, m / 2], scales [*axes, m / 64]"""
+    w = w.reshape(*w.shape[:axes], -1)
     blocks = _blocks(w.astype(jnp.float32), BLOCK)
     scales = jnp.max(jnp.abs(blocks), axis=-1)
     parts = blocks * (1 / jnp.where(scales == 0, 1.0, scales))[..., None]
