@@ -202,6 +202,7 @@ def test_a_device_is_tried_first(platform, monkeypatch):
 SIZES = [(300, 1024, 768), (2048, 4096, 11008), (40, 576, 192)]
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # from JAX 0.12 on
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite", "cuda"])
 def test_accelerators_compilers_take_them(kind, dtype):
