@@ -586,7 +586,10 @@ def cut_files(folder):
             edited(lambda d, p: p["eight"][1].update(more=1)),
             r"'eight' is packed as 'eight_bits' with more; .* update lora_jax",
         ),
-        (edited(lambda d, p: p["eight"][1].update(inner=[3, 3, 3])), "is damaged and cannot be loaded"),
+        (
+            edited(lambda d, p: p["eight"][1].update(inner=[3, 3, 3])),
+            "cannot be loaded: the arrays of .eight. do not fit.* If it is damaged, save it again",
+        ),
         (edited(lambda d, p: p["eight"][1].update(unpacked={"dtype": "os.system"})), "is damaged"),
         (edited(lambda d, p: p.update(ids="int32[4]")), "is damaged"),
         (edited(lambda d, p: p.update(other="int32[3]")), "is damaged"),
