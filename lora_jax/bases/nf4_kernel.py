@@ -131,6 +131,12 @@ def _call(
     return [out[:rows] for out in outs]
 
 
+def _sides(sizes: Tile, codes: Any, transposed: bool) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """How wide x and the result are in a tile and in all; and how many results there are: even and odd columns."""
+    (_, bd, bk), (d, half) = sizes, codes.shape
+    return ((bk // 2, bd), (half, d), 1) if transposed else ((bd, bk // 2), (d, half), 2)
+
+
 def _on_tpu(
     on_tile: Any, xs: Any, codes: Any, scales: Any, sizes: Tile, transposed: bool, interpret: bool
 ) -> list[jax.Array]:
@@ -138,7 +144,7 @@ def _on_tpu(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    (bt, bd, bk), rows, (d, half) = sizes, len(xs[0]), codes.shape
+    (bt, bd, bk), rows = sizes, len(xs[0])
     blocks = bk // (2 * HALF)
     at = (lambda i, j, n: (j, n)) if transposed else (lambda i, j, n: (n, j))  # the tile of W
 
@@ -162,8 +168,7 @@ def _on_tpu(
             for out, total in zip(out_refs, sums, strict=True):
                 out[...] = total[...].astype(out.dtype)
 
-    wide_in, wide_out = (bk // 2, bd) if transposed else (bd, bk // 2)
-    n_out, (total_in, total_out) = (1, (half, d)) if transposed else (2, (d, half))
+    (wide_in, wide_out), (total_in, total_out), n_out = _sides(sizes, codes, transposed)
     out_spec = pl.BlockSpec((bt, wide_out), lambda i, j, n: (i, j))
     return pl.pallas_call(
         kernel,
@@ -191,8 +196,7 @@ def _on_gpu(
 
     (bt, bd, bk), rows, (d, half) = sizes, len(xs[0]), codes.shape
     blocks = bk // (2 * HALF)
-    wide_in, wide_out = (bk // 2, bd) if transposed else (bd, bk // 2)
-    n_out, (total_in, total_out) = (1, (half, d)) if transposed else (2, (d, half))
+    (wide_in, wide_out), (total_in, total_out), n_out = _sides(sizes, codes, transposed)
 
     def kernel(*refs: Any) -> None:
         x_refs, codes_ref, scales_ref, out_refs = refs[: len(xs)], *refs[len(xs) : len(xs) + 2], refs[len(xs) + 2 :]
