@@ -23,8 +23,8 @@ from train_step import Config as Model
 from train_step import Setting, machine, setting, with_lora_jax
 
 import lora_jax as lora
-from lora_jax.resume import Checkpoints
-from lora_jax.table import format_table, size
+from lora_jax.checkpoints.manager import Checkpoints
+from lora_jax.core.text import format_table, size
 
 BOUND = 1.05
 

@@ -28,7 +28,7 @@ from jax import P
 from jax.sharding import NamedSharding
 
 import lora_jax as lora
-from lora_jax.table import format_table
+from lora_jax.core.text import format_table
 
 Tree = Any
 LAYERS, ROWS, TOKENS, WIDTH, INNER, RANK, MICROBATCHES = 12, 32, 16, 64, 256, 4, 4

@@ -23,7 +23,7 @@ import optax
 import tyro
 
 import lora_jax as lora
-from lora_jax.table import format_table
+from lora_jax.core.text import format_table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import finetune_sentiment as demo

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from lora_jax.table import format_table, size
+from lora_jax.core.text import format_table, size
 
 SHARD = 2**29  # bytes
 

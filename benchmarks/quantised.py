@@ -19,7 +19,7 @@ import train_step
 import tyro
 
 import lora_jax as lora
-from lora_jax.table import format_table, size
+from lora_jax.core.text import format_table, size
 
 Tree = Any
 WEIGHTS = "layers/(" + "|".join(train_step.LINEARS) + ")"

@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 import lora_jax as lora
-from lora_jax.table import format_table
+from lora_jax.core.text import format_table
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))

@@ -28,7 +28,7 @@ import train_step
 import tyro
 
 import lora_jax as lora
-from lora_jax.table import format_table
+from lora_jax.core.text import format_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import finetune_decoder as headlines

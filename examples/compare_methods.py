@@ -37,7 +37,7 @@ import tyro
 from peers import Start, States, Task
 
 import lora_jax as lora
-from lora_jax.table import format_table
+from lora_jax.core.text import format_table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

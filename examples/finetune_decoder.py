@@ -40,7 +40,7 @@ from tokenizers import Tokenizer
 
 import lora_jax as lora
 from lora_jax import checkpoint
-from lora_jax.table import size
+from lora_jax.core.text import size
 
 Tree = Any
 

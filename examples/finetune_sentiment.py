@@ -36,7 +36,7 @@ from tokenizers import Tokenizer
 
 import lora_jax as lora
 from lora_jax import checkpoint
-from lora_jax.table import format_table, size
+from lora_jax.core.text import format_table, size
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

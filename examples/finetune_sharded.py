@@ -34,7 +34,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import lora_jax as lora
-from lora_jax.resume import Checkpoints
+from lora_jax.checkpoints.manager import Checkpoints
 
 Tree = Any
 

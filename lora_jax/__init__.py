@@ -1,71 +1,113 @@
 """LoRA for any JAX function: low-rank adapters as a pytree of their own beside frozen parameters."""
 
-from lora_jax import bases as bases
-from lora_jax import checkpoint as checkpoint
-from lora_jax import initializers as initializers
-from lora_jax import key_maps as key_maps
-from lora_jax import starts as starts
-from lora_jax.adapters.adalora import AdaLora as AdaLora
-from lora_jax.adapters.adalora import AdaLoraAdapter as AdaLoraAdapter
-from lora_jax.adapters.adalora import orthogonality as orthogonality
-from lora_jax.adapters.base import Adapter as Adapter
-from lora_jax.adapters.dora import Dora as Dora
-from lora_jax.adapters.dora import DoraAdapter as DoraAdapter
-from lora_jax.adapters.full import Full as Full
-from lora_jax.adapters.full import FullAdapter as FullAdapter
-from lora_jax.adapters.ia3 import Ia3 as Ia3
-from lora_jax.adapters.ia3 import Ia3Adapter as Ia3Adapter
-from lora_jax.adapters.loha import Loha as Loha
-from lora_jax.adapters.loha import LohaAdapter as LohaAdapter
-from lora_jax.adapters.lokr import Lokr as Lokr
-from lora_jax.adapters.lokr import LokrAdapter as LokrAdapter
-from lora_jax.adapters.lora import Lora as Lora
-from lora_jax.adapters.lora import LoraAdapter as LoraAdapter
-from lora_jax.adapters.lora_fa import LoraFa as LoraFa
-from lora_jax.adapters.lora_fa import LoraFaAdapter as LoraFaAdapter
-from lora_jax.adapters.rows import Rows as Rows
-from lora_jax.adapters.rows import RowsAdapter as RowsAdapter
-from lora_jax.adapters.rslora import RsLora as RsLora
-from lora_jax.adapters.vera import Vera as Vera
-from lora_jax.adapters.vera import VeraAdapter as VeraAdapter
-from lora_jax.allocate import allocate_ranks as allocate_ranks
-from lora_jax.allocate import gradient_scores as gradient_scores
-from lora_jax.allocate import input_scores as input_scores
-from lora_jax.axes import KernelAxes as KernelAxes
-from lora_jax.budget import adapt_budget as adapt_budget
-from lora_jax.budget import prune as prune
-from lora_jax.compose import combine as combine
-from lora_jax.dropout import with_dropout as with_dropout
-from lora_jax.errors import LoraError as LoraError
-from lora_jax.export import merge_checkpoint as merge_checkpoint
-from lora_jax.gradients import value_and_grad as value_and_grad
-from lora_jax.merge import merge as merge
-from lora_jax.models import from_linen as from_linen
-from lora_jax.models import from_nnx as from_nnx
-from lora_jax.optim import decay_mask as decay_mask
-from lora_jax.optim import freeze_base as freeze_base
-from lora_jax.optim import labels as labels
-from lora_jax.optim import lora_plus as lora_plus
-from lora_jax.optim import trainable_mask as trainable_mask
-from lora_jax.peft import load_peft as load_peft
-from lora_jax.peft_save import save_peft as save_peft
-from lora_jax.plan import Plan as Plan
-from lora_jax.plan import plan as plan
-from lora_jax.preconditioning import lora_fa as lora_fa
-from lora_jax.preconditioning import lora_fa_gradient as lora_fa_gradient
-from lora_jax.preconditioning import riemannian as riemannian
-from lora_jax.resume import Checkpoints as Checkpoints
-from lora_jax.sharding import adapter_shardings as adapter_shardings
-from lora_jax.sharding import adapter_specs as adapter_specs
-from lora_jax.sharding import local_rows as local_rows
-from lora_jax.sharding import shard_batch as shard_batch
-from lora_jax.start import init as init
-from lora_jax.train import LossScale as LossScale
-from lora_jax.train import TrainState as TrainState
-from lora_jax.train import jit_step as jit_step
-from lora_jax.train import pmap_step as pmap_step
-from lora_jax.train import shard_map_step as shard_map_step
-from lora_jax.train import train_step as train_step
-from lora_jax.transform import lora_apply as lora_apply
+from lora_jax import bases, checkpoint, initializers, key_maps, starts
+from lora_jax.adapters.adalora import AdaLora, AdaLoraAdapter, orthogonality
+from lora_jax.adapters.combine import combine
+from lora_jax.adapters.dora import Dora, DoraAdapter
+from lora_jax.adapters.dropout import with_dropout
+from lora_jax.adapters.full import Full, FullAdapter
+from lora_jax.adapters.ia3 import Ia3, Ia3Adapter
+from lora_jax.adapters.loha import Loha, LohaAdapter
+from lora_jax.adapters.lokr import Lokr, LokrAdapter
+from lora_jax.adapters.lora import Lora, LoraAdapter
+from lora_jax.adapters.lora_fa import LoraFa, LoraFaAdapter
+from lora_jax.adapters.rslora import RsLora
+from lora_jax.adapters.token_rows import Rows, RowsAdapter
+from lora_jax.adapters.vera import Vera, VeraAdapter
+from lora_jax.checkpoints.manager import Checkpoints
+from lora_jax.core.adapter import Adapter
+from lora_jax.core.axes import KernelAxes
+from lora_jax.core.errors import LoraError
+from lora_jax.core.targets import Plan
+from lora_jax.flax_models import from_linen, from_nnx
+from lora_jax.initialization.init import init
+from lora_jax.initialization.rank_allocation import allocate_ranks, gradient_scores, input_scores
+from lora_jax.interop.merge_checkpoint import merge_checkpoint
+from lora_jax.interop.peft.load import load_peft
+from lora_jax.interop.peft.save import save_peft
+from lora_jax.sharding.adapters import adapter_shardings, adapter_specs, local_rows, shard_batch
+from lora_jax.training.adalora_schedule import adapt_budget, prune
+from lora_jax.training.masks import decay_mask, freeze_base, labels, lora_plus, trainable_mask
+from lora_jax.training.preconditioners import lora_fa, lora_fa_gradient, riemannian
+from lora_jax.training.step import LossScale, TrainState, jit_step, pmap_step, shard_map_step, train_step
+from lora_jax.training.value_and_grad import value_and_grad
+from lora_jax.transform.apply import lora_apply
+from lora_jax.transform.merge import merge
+from lora_jax.transform.plan import plan
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdaLora",
+    "AdaLoraAdapter",
+    "Adapter",
+    "Checkpoints",
+    "Dora",
+    "DoraAdapter",
+    "Full",
+    "FullAdapter",
+    "Ia3",
+    "Ia3Adapter",
+    "KernelAxes",
+    "Loha",
+    "LohaAdapter",
+    "Lokr",
+    "LokrAdapter",
+    "Lora",
+    "LoraAdapter",
+    "LoraError",
+    "LoraFa",
+    "LoraFaAdapter",
+    "LossScale",
+    "Plan",
+    "Rows",
+    "RowsAdapter",
+    "RsLora",
+    "TrainState",
+    "Vera",
+    "VeraAdapter",
+    "adapt_budget",
+    "adapter_shardings",
+    "adapter_specs",
+    "allocate_ranks",
+    "bases",
+    "checkpoint",
+    "combine",
+    "decay_mask",
+    "freeze_base",
+    "from_linen",
+    "from_nnx",
+    "gradient_scores",
+    "init",
+    "initializers",
+    "input_scores",
+    "jit_step",
+    "key_maps",
+    "labels",
+    "load_peft",
+    "local_rows",
+    "lora_apply",
+    "lora_fa",
+    "lora_fa_gradient",
+    "lora_plus",
+    "merge",
+    "merge_checkpoint",
+    "orthogonality",
+    "plan",
+    "pmap_step",
+    "prune",
+    "riemannian",
+    "save_peft",
+    "shard_batch",
+    "shard_map_step",
+    "starts",
+    "train_step",
+    "trainable_mask",
+    "value_and_grad",
+    "with_dropout",
+]
+
+
+def __dir__() -> list[str]:
+    """The public names alone; the folders of the package are no part of the API."""
+    return [*__all__, "__version__"]

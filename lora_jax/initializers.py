@@ -1,22 +1,5 @@
-"""How the factor A starts. B starts at zero, so that a fresh adapter changes nothing.
+"""How the factor A starts: give one of these as `lora.Lora(rank=8, init_a=...)`."""
 
-Each takes a key, the shape `[*stack, *inputs, r]`, the fan-in (the inputs of one matrix: stacked layers and
-experts do not count) and a dtype.
-"""
+from lora_jax.adapters.initializers import gaussian, kaiming
 
-import math
-
-import jax
-import jax.numpy as jnp
-
-
-def kaiming(key: jax.Array, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) -> jax.Array:
-    """A ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)): He et al. 2015 (arXiv 1502.01852) with a = sqrt(5), as in HF PEFT."""
-    bound = 1.0 / math.sqrt(fan_in)
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def gaussian(key: jax.Array, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) -> jax.Array:
-    """A ~ N(0, 1/r^2): the random Gaussian of LoRA (Hu et al. 2021, arXiv 2106.09685), scaled as in HF PEFT."""
-    del fan_in
-    return jax.random.normal(key, shape, dtype) / shape[-1]
+__all__ = ["gaussian", "kaiming"]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lora
-from lora_jax._compat import open_jaxpr
+from lora_jax.core._compat import open_jaxpr
 
 # Sizes are distinct, so that no activation has a weight's shape by chance.
 BATCH, TIME, D, K, HEADS, HEAD, EXPERTS, LAYERS = 5, 8, 12, 10, 3, 4, 9, 2

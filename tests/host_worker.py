@@ -18,7 +18,7 @@ import placements
 from jax import P
 
 import lora_jax as lora
-from lora_jax.resume import Checkpoints
+from lora_jax.checkpoints.manager import Checkpoints
 
 STEPS = 12
 NAMES = ["data and tensor", "data, fsdp and tensor"]

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import lora_jax as lora
-from lora_jax.resume import Checkpoints
+from lora_jax.checkpoints.manager import Checkpoints
 
 
 def model(params, x):

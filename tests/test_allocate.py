@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from lora_jax.allocate import allocate_ranks, gradient_scores, input_scores
+from lora_jax.initialization.rank_allocation import allocate_ranks, gradient_scores, input_scores
 
 SIZES = {"a": 4, "b": 2, "c": 3, "d": 1}
 

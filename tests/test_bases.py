@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 import lora_jax as lora
 from lora_jax import bases
-from lora_jax.fingerprint import differences, fingerprint
+from lora_jax.checkpoints.fingerprint import differences, fingerprint
 
 FIXTURE = load_file(Path(__file__).parent / "data" / "nf4.safetensors")
 FORMATS = {"nf4": bases.Nf4(), "nf4_single": bases.Nf4(double=False), "int8": bases.Int8(), "fp8": bases.Fp8()}

@@ -17,10 +17,10 @@ from test_export import published, tensors_in
 from test_peft import DATA, MLP, assert_same_tensors, case, stacked, tensors_of
 
 import lora_jax as lora
-from lora_jax.cli import main
-from lora_jax.extract import low_rank
-from lora_jax.peft import load_by_module
-from lora_jax.spectrum import spectrum
+from lora_jax.cli.extract import low_rank
+from lora_jax.cli.main import main
+from lora_jax.cli.spectrum import spectrum
+from lora_jax.interop.peft.load import load_by_module
 
 
 def run(capsys, *arguments):

@@ -18,7 +18,7 @@ from test_peft import DATA, MLP, SPLIT, edit_config
 
 import lora_jax as lora
 from lora_jax import key_maps
-from lora_jax.export import read_tensors
+from lora_jax.interop.merge_checkpoint import read_tensors
 
 METADATA = {"format": "pt", "made": "by hand"}
 
@@ -220,7 +220,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lora_jax.export._sum", fail)
+    monkeypatch.setattr("lora_jax.interop.merge_checkpoint._sum", fail)
     with pytest.raises(OSError, match="No space left"):
         lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / "lora")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.fingerprint import SAMPLES, checksums, differences, fingerprint
+from lora_jax.checkpoints.fingerprint import SAMPLES, checksums, differences, fingerprint
 
 KEY = jax.random.key(0)
 TREE = {

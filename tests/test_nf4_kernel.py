@@ -11,7 +11,7 @@ from helpers import assert_trees_close, total, trained
 
 import lora_jax as lora
 from lora_jax import bases
-from lora_jax.bases import nf4, nf4_kernel
+from lora_jax.bases import nf4, nf4_pallas
 
 CODE = tuple(nf4.CODE.tolist())
 PLATFORMS = ("interpreted tpu", "interpreted gpu")
@@ -38,8 +38,8 @@ def test_both_products_and_their_derivatives(platform, shape):
     x, y = (rng.standard_normal((rows, n)).astype(np.float32) for n in (d, k))
     how = (CODE, (jnp.float32,), "highest", platform)
     for product, given, other, dense in (
-        (nf4_kernel.times, x, y, w),
-        (nf4_kernel.times_transposed, y, x, w.T),
+        (nf4_pallas.times, x, y, w),
+        (nf4_pallas.times_transposed, y, x, w.T),
     ):
         found, vjp = jax.vjp(lambda given, product=product: product(given, codes, scales, *how), given)
         np.testing.assert_allclose(found, given @ dense, rtol=1e-5, atol=2e-4)
@@ -51,7 +51,7 @@ def test_narrow_products(platform):
     """Values are rounded to W's dtype, sums are not."""
     codes, scales, w = matrix(128, 128)
     x = jax.random.normal(jax.random.key(0), (8, 128)).astype(jnp.bfloat16)
-    found = nf4_kernel.times(x, codes, scales, CODE, (jnp.bfloat16,), None, platform)
+    found = nf4_pallas.times(x, codes, scales, CODE, (jnp.bfloat16,), None, platform)
     assert found.dtype == jnp.bfloat16
     expected = x.astype(jnp.float32) @ jnp.asarray(w).astype(jnp.bfloat16).astype(jnp.float32)
     np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=1e-2, atol=1e-2)
@@ -152,15 +152,15 @@ def test_a_weight_of_torch_is_the_other_product():
 
 def test_what_they_are_not_for():
     """Padded weights, other dtypes and precisions, what tiles do not cut evenly: the plain product, without a word."""
-    assert nf4_kernel.tile(8, 100, 64, "gpu") is None
-    assert nf4_kernel.tile(8, 1100, 64, "tpu") is None
-    assert nf4_kernel.tile(8, 960, 960, "tpu") is None, "more than fits"
-    assert nf4_kernel.tile(8, 4096, 11008, "tpu") == (16, 512, 256)
-    assert nf4_kernel.platform_for(False, 8, 64, 64, jnp.float32, None) is None
-    assert nf4_kernel.platform_for(None, 8, 64, 64, jnp.float32, None) is None, "on a CPU"
-    assert nf4_kernel.platform_for(True, 8, 64, 64, jnp.float32, None) == "interpreted tpu"
-    assert nf4_kernel.platform_for(True, 8, 64, 64, jnp.float16, None) is None
-    assert nf4_kernel.platform_for(True, 8, 64, 64, jnp.float32, jax.lax.Precision.HIGH) is None
+    assert nf4_pallas.tile(8, 100, 64, "gpu") is None
+    assert nf4_pallas.tile(8, 1100, 64, "tpu") is None
+    assert nf4_pallas.tile(8, 960, 960, "tpu") is None, "more than fits"
+    assert nf4_pallas.tile(8, 4096, 11008, "tpu") == (16, 512, 256)
+    assert nf4_pallas.platform_for(False, 8, 64, 64, jnp.float32, None) is None
+    assert nf4_pallas.platform_for(None, 8, 64, 64, jnp.float32, None) is None, "on a CPU"
+    assert nf4_pallas.platform_for(True, 8, 64, 64, jnp.float32, None) == "interpreted tpu"
+    assert nf4_pallas.platform_for(True, 8, 64, 64, jnp.float16, None) is None
+    assert nf4_pallas.platform_for(True, 8, 64, 64, jnp.float32, jax.lax.Precision.HIGH) is None
     w = bases.quantize({"w": jnp.ones((12, 24))}, {"w": bases.Nf4(kernel=True)})["w"]
     assert w.dot(jnp.ones((3, 12)), (0,), None) is None
     w = bases.quantize({"w": jnp.ones((64, 64))}, {"w": bases.Nf4(kernel=True)})["w"]
@@ -174,29 +174,29 @@ def test_which_products_an_accelerator_takes_by_itself(monkeypatch):
     tried = []
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(nf4_kernel, "works", lambda *how: tried.append(how) or len(tried) < 3)
+    monkeypatch.setattr(nf4_pallas, "works", lambda *how: tried.append(how) or len(tried) < 3)
     chosen = [
-        nf4_kernel.platform_for(None, rows, 64, 128, dtype, None)
+        nf4_pallas.platform_for(None, rows, 64, 128, dtype, None)
         for rows, dtype in ((1, jnp.bfloat16), (256, jnp.float32), (8, jnp.float32), (257, jnp.float32))
     ]
     assert chosen == ["tpu", "tpu", None, None]
     assert [how[3] for how in tried] == [(16, 64, 128), (256, 64, 128), (16, 64, 128)]
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    assert nf4_kernel.platform_for(None, 1, 64, 128, jnp.float32, None) is None
+    assert nf4_pallas.platform_for(None, 1, 64, 128, jnp.float32, None) is None
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_device_is_tried_first(platform, monkeypatch):
     """A kernel that is wrong there is not used, and that is said."""
     how = (platform, jnp.dtype(jnp.bfloat16), None, (16, 64, 128))
-    nf4_kernel.works.cache_clear()
+    nf4_pallas.works.cache_clear()
     with jax.transfer_guard("disallow"):
-        assert nf4_kernel.works(*how)
-    nf4_kernel.works.cache_clear()
-    monkeypatch.setattr(nf4_kernel, "_look_up", lambda q, code: q.astype(jnp.float32))
+        assert nf4_pallas.works(*how)
+    nf4_pallas.works.cache_clear()
+    monkeypatch.setattr(nf4_pallas, "_look_up", lambda q, code: q.astype(jnp.float32))
     with pytest.warns(UserWarning, match="computed without kernels"):
-        assert not nf4_kernel.works(*how)
-    nf4_kernel.works.cache_clear()
+        assert not nf4_pallas.works(*how)
+    nf4_pallas.works.cache_clear()
 
 
 SIZES = [(300, 1024, 768), (2048, 4096, 11008), (40, 576, 192)]
@@ -209,7 +209,7 @@ def test_accelerators_compilers_take_them(kind, dtype):
     """What Pallas hands to Mosaic and Triton is made without a device: both products, sizes of real models."""
     platform = "gpu" if kind == "cuda" else "tpu"
     for rows, d, k in SIZES:
-        for product, width in ((nf4_kernel.times, d), (nf4_kernel.times_transposed, k)):
+        for product, width in ((nf4_pallas.times, d), (nf4_pallas.times_transposed, k)):
             run = functools.partial(product, code=CODE, dtypes=(dtype,), precision=None, platform=platform)
             shapes = [((rows, width), dtype), ((d, k // 2), jnp.uint8), ((d, k // 64), jnp.float32)]
             args = [jax.ShapeDtypeStruct(*shape) for shape in shapes]

@@ -13,7 +13,8 @@ from placements import PLACEMENTS, batch, loss, optimizer, params, plan
 
 import lora_jax as lora
 from benchmarks.collectives import INNER, LAYERS, MICROBATCHES, PLACES, WIDTH, Setup
-from lora_jax import bases, views
+from lora_jax import bases
+from lora_jax.core import deferred as views
 
 EIGHT = {"layers/router": None, "layers/o": bases.Int8(stack=1, inputs=2), "layers/experts": bases.Int8(stack=2)}
 EIGHT |= {"layers/.*": bases.Int8(stack=1, inputs=1)}

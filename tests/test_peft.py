@@ -21,8 +21,8 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax import key_maps
+from lora_jax.interop.peft.config_read import _first_match, read_config
 from lora_jax.key_maps import KeyMap, array, conv, conv1d, embedding, experts, linear
-from lora_jax.peft_config import _first_match, read_config
 
 DATA = Path(__file__).parent / "data" / "peft"
 P = "base_model.model."  # what all names in PEFT's files begin with
@@ -595,7 +595,7 @@ def test_wrong_files(tmp_path):
 
 def test_without_safetensors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    monkeypatch.delitem(sys.modules, "lora_jax._safetensors", raising=False)
+    monkeypatch.delitem(sys.modules, "lora_jax.interop._safetensors", raising=False)
     with pytest.raises(
         lora.LoraError, match=r"need safetensors, which is not installed: pip install 'lora_jax\[peft\]'"
     ):
@@ -637,7 +637,7 @@ def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lora_jax._safetensors.save_file", fail)
+    monkeypatch.setattr("lora_jax.interop._safetensors.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         lora.save_peft(tmp_path / "out", adapters, MLP)
     monkeypatch.undo()

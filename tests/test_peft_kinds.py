@@ -30,8 +30,8 @@ from test_peft import (
 import lora_jax as lora
 from lora_jax import key_maps
 from lora_jax.adapters.vera import shared_projections
+from lora_jax.interop.peft.load import load_by_module
 from lora_jax.key_maps import KeyMap, linear
-from lora_jax.peft import load_by_module
 
 Q = "model.layers.{}.self_attn.q_proj"
 LLAMA, STACKED = key_maps.LLAMA, key_maps.LLAMA.stacked()

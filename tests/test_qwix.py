@@ -12,9 +12,9 @@ from helpers import MODELS, assert_trees_close, total, trained
 
 import lora_jax as lora
 from lora_jax import bases
-from lora_jax.fingerprint import differences, fingerprint
-from lora_jax.packed import unpacked
-from lora_jax.paths import flatten_with_names
+from lora_jax.checkpoints.fingerprint import differences, fingerprint
+from lora_jax.core.packed import unpacked
+from lora_jax.core.paths import flatten_with_names
 
 CODE = bases.nf4.CODE
 

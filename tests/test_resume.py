@@ -24,7 +24,7 @@ from helpers import MODELS, RULES, assert_trees_equal
 
 import lora_jax as lora
 from lora_jax import LoraError
-from lora_jax.resume import Checkpoints
+from lora_jax.checkpoints.manager import Checkpoints
 
 CASE = next(case for case in MODELS if case.name == "two_layers")
 PLAN = CASE.plan(RULES["lora"])
@@ -444,7 +444,7 @@ def test_an_edited_description(tmp_path):
 
 
 def test_a_newer_format(tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_jax.resume.FORMAT", 9)
+    monkeypatch.setattr("lora_jax.checkpoints.manager.FORMAT", 9)
     train(tmp_path, [1])
     monkeypatch.undo()
     with checkpoints(tmp_path) as kept, pytest.raises(LoraError, match=r"format 9 of lora_jax .*reads 1: update"):

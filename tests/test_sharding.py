@@ -16,9 +16,9 @@ from placements import PLACEMENTS, batch, params, plan
 
 import lora_jax as lora
 from lora_jax import LoraError
-from lora_jax.merge import _in_place
-from lora_jax.paths import flatten_with_names
-from lora_jax.spread import Spread, add_up, spread
+from lora_jax.core.paths import flatten_with_names
+from lora_jax.sharding.gradient_copies import Spread, add_up, spread
+from lora_jax.transform.merge import _in_place
 
 PLACED = next(p for p in PLACEMENTS if p.name == "data, fsdp and tensor")
 

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._compat import JaxprEqn
-from lora_jax.adapters.base import Adapter, Entering, Layout
 from lora_jax.adapters.lora import Lora, LoraAdapter
-from lora_jax.axes import KernelAxes
-from lora_jax.lowrank import accumulator
-from lora_jax.products import Product
+from lora_jax.core._compat import JaxprEqn
+from lora_jax.core.adapter import Adapter, Entering, Layout
+from lora_jax.core.arrays import accumulator
+from lora_jax.core.axes import KernelAxes
+from lora_jax.core.products import Product
 
 
 @dataclass(frozen=True)

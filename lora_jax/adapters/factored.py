@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 
-from lora_jax.adapters.base import Adapter, Entering, Layout
 from lora_jax.adapters.lora import LoraAdapter
-from lora_jax.axes import KernelAxes
-from lora_jax.errors import LoraError
+from lora_jax.core.adapter import Adapter, Entering, Layout
+from lora_jax.core.axes import KernelAxes
+from lora_jax.core.errors import LoraError
 
 
 class Factored(Entering):

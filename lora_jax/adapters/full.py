@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.base import Entering, Rule
 from lora_jax.adapters.lora import check_dtype
-from lora_jax.axes import KernelAxes
-from lora_jax.lowrank import accumulator
+from lora_jax.core.adapter import Entering, Rule
+from lora_jax.core.arrays import accumulator
+from lora_jax.core.axes import KernelAxes
 
 
 @dataclass(frozen=True)

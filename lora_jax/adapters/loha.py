@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.base import Adapter
 from lora_jax.adapters.factored import Factored
 from lora_jax.adapters.lora import Lora, LoraAdapter
-from lora_jax.axes import KernelAxes
+from lora_jax.core.adapter import Adapter
+from lora_jax.core.axes import KernelAxes
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.base import Adapter
 from lora_jax.adapters.factored import Compact
 from lora_jax.adapters.lora import Lora, LoraAdapter
-from lora_jax.axes import KernelAxes
-from lora_jax.errors import LoraError
-from lora_jax.lowrank import accumulator, matmul
-from lora_jax.products import Matmul, Product
+from lora_jax.core.adapter import Adapter
+from lora_jax.core.arrays import accumulator
+from lora_jax.core.axes import KernelAxes
+from lora_jax.core.errors import LoraError
+from lora_jax.core.products import Matmul, Product, matmul
 
 
 @dataclass(frozen=True)

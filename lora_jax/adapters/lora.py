@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import initializers
-from lora_jax.adapters.base import Adapter, Rule
-from lora_jax.axes import KernelAxes
-from lora_jax.errors import LoraError
-from lora_jax.lowrank import accumulator, lowrank
-from lora_jax.products import Product
+from lora_jax.adapters import initializers
+from lora_jax.core.adapter import Adapter, Rule
+from lora_jax.core.arrays import accumulator
+from lora_jax.core.axes import KernelAxes
+from lora_jax.core.errors import LoraError
+from lora_jax.core.products import Product, lowrank
 
 Rank = int | Callable[[str, tuple[int, ...]], int]
 

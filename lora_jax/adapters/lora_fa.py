@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from lora_jax.adapters.lora import Lora, LoraAdapter
-from lora_jax.axes import KernelAxes
+from lora_jax.core.axes import KernelAxes
 
 
 @dataclass(frozen=True)

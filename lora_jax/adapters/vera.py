@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.base import Adapter, Rule
 from lora_jax.adapters.factored import Compact
 from lora_jax.adapters.lora import LoraAdapter, check_dtype, check_rank
-from lora_jax.axes import KernelAxes
-from lora_jax.errors import LoraError
-from lora_jax.products import Product
+from lora_jax.core.adapter import Adapter, Rule
+from lora_jax.core.axes import KernelAxes
+from lora_jax.core.errors import LoraError
+from lora_jax.core.products import Product
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
-from lora_jax.bases import nf4_kernel
-from lora_jax.bases.base import Format
-from lora_jax.errors import LoraError
-from lora_jax.packed import Packed
-from lora_jax.views import Size, View
+from lora_jax.bases import nf4_pallas
+from lora_jax.bases.format import Format
+from lora_jax.core.deferred import Size, View
+from lora_jax.core.errors import LoraError
+from lora_jax.core.packed import Packed
 
 BLOCK, SCALES = 64, 256  # numbers with one scale, and scales with one scale of their own
 
@@ -110,10 +110,10 @@ class Nf4Weight(Packed):
         free, outputs = x.shape[: x.ndim - n], self.shape[n:] if first else self.shape[:-n]
         rows, sixteen = math.prod(free), x.dtype == jnp.bfloat16
         precision = None if sixteen else precision  # products of 16 bits are exact in sums of 32
-        platform = nf4_kernel.platform_for(self.kernel, rows, d, k, x.dtype, precision) if k % BLOCK == 0 else None
+        platform = nf4_pallas.platform_for(self.kernel, rows, d, k, x.dtype, precision) if k % BLOCK == 0 else None
         if platform is None:
             return None
-        product = nf4_kernel.times if forward else nf4_kernel.times_transposed
+        product = nf4_pallas.times if forward else nf4_pallas.times_transposed
         dtypes = (self.unpacked, *(how for name, how in view if name == "cast"))
 
         def run(w: "Nf4Weight") -> jax.Array:

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.bases.base import Format, check_weight
-from lora_jax.bases.places import pack_there
-from lora_jax.bases.stored import Stored, like, read
-from lora_jax.errors import LoraError
-from lora_jax.paths import flatten_with_names, nearest
+from lora_jax.bases.format import Format, check_weight
+from lora_jax.bases.lazy import Stored, like, read
+from lora_jax.bases.placement import pack_there
+from lora_jax.core.errors import LoraError
+from lora_jax.core.paths import flatten_with_names, nearest
 
 
 def quantize(params: Any, rules: Mapping[str, Format | None], *, donate: bool = False) -> Any:

@@ -16,10 +16,10 @@ from jax.sharding import NamedSharding
 from jax.tree_util import PyTreeDef
 
 from lora_jax.bases.nf4 import CODE
-from lora_jax.errors import LoraError
-from lora_jax.packed import Packed
-from lora_jax.paths import READERS, Reader
-from lora_jax.views import Size, View
+from lora_jax.core.deferred import Size, View
+from lora_jax.core.errors import LoraError
+from lora_jax.core.packed import Packed
+from lora_jax.core.paths import READERS, Reader
 
 
 @jax.tree_util.register_dataclass
@@ -49,6 +49,10 @@ class QwixWeight(Packed):
         if self.zero is not None:
             w = _each(jnp.subtract, w, self.zero.astype(jnp.float32))
         return _each(jnp.multiply, w, self.scales.astype(jnp.float32))
+
+    def as_given(self) -> Any:
+        """As a node of qwix again."""
+        return jax.tree.unflatten(self.node, self.arrays().values())
 
     def repack(self, w: jax.Array) -> "QwixWeight":
         """From the largest |W| of each tile, or from its smallest and largest W where there are zero points."""
@@ -103,11 +107,6 @@ def read(node: Any) -> QwixWeight:
     kind = array.qtype if isinstance(array.qtype, str) else jnp.dtype(array.qtype).name
     inner, dtype = tuple(q.shape[n:]), jnp.dtype(scales.dtype)
     return QwixWeight(q, scales, zero, inner, dtype, kind, jax.tree.structure(node))
-
-
-def restored(leaf: Any) -> Any:
-    """What came in a node of qwix, as such a node again; all else as it is."""
-    return jax.tree.unflatten(leaf.node, leaf.arrays().values()) if isinstance(leaf, QwixWeight) else leaf
 
 
 READERS.append(Reader(knows, read))

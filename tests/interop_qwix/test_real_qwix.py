@@ -15,7 +15,7 @@ qwix = pytest.importorskip("qwix", reason="needs qwix: make test-interop")
 
 import lora_jax as lora  # noqa: E402
 from lora_jax import bases  # noqa: E402
-from lora_jax.paths import flatten_with_names  # noqa: E402
+from lora_jax.core.paths import flatten_with_names  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")
 

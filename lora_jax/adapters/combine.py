@@ -1,0 +1,71 @@
+"""Sums of adapters, exact: [A1 | A2 | ...] and [w1 s1 B1; w2 s2 B2; ...], whose product is the weighted sum of changes.
+
+The rank is the sum of ranks. Adding the factors themselves would be smaller, and wrong: (A1 + A2)(B1 + B2) has cross
+terms.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+
+from lora_jax.adapters.lora import LoraAdapter
+from lora_jax.core.adapter import Adapter
+from lora_jax.core.errors import LoraError
+
+
+def combine(parts: Sequence[tuple[Mapping[str, Adapter], float]]) -> dict[str, Adapter]:
+    """The adapters whose change is the weighted sum of those of all parts.
+
+    Args:
+        parts: `[(adapters, weight), ...]`. A path that a part lacks is one that it does not change.
+
+    Raises:
+        LoraError: there are none; a weight is not finite; an adapter is not of plain LoRA; two of a path do not fit.
+
+    >>> import jax, lora_jax as lora
+    >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> one = {"w": lora.Lora(2).factors(jax.random.key(0), (4, 3), axes)}
+    >>> both = lora.combine([(one, 0.5), (one, -1.5)])["w"]
+    >>> both.a.shape, both.b.shape
+    ((4, 4), (4, 3))
+    """
+    if not parts:
+        raise LoraError("combine([(adapters, weight), ...]): expected one part at least.")
+    found: dict[str, list[LoraAdapter]] = {}
+    for adapters, weight in parts:
+        if not math.isfinite(weight):
+            raise LoraError(f"combine: a weight is {weight}, expected a finite number.")
+        for path, adapter in adapters.items():
+            if not isinstance(adapter, LoraAdapter):
+                raise LoraError(f"{path!r} is a {type(adapter).__name__}; sums are of LoraAdapter.")
+            found.setdefault(path, []).append(dataclasses.replace(adapter, scale=adapter.scale * weight))
+    return {path: _sum(path, adapters) for path, adapters in found.items()}
+
+
+def _sum(path: str, adapters: Sequence[LoraAdapter]) -> LoraAdapter:
+    first = adapters[0]
+    if len(adapters) == 1:
+        return first
+    n = len(first.axes.stack)
+    turned = [_like(path, first, adapter) for adapter in adapters]
+    a = jnp.concatenate([adapter.a for adapter in turned], axis=-1)
+    b = jnp.concatenate([adapter.b * adapter.scale for adapter in turned], axis=n)
+    return LoraAdapter(a, b, first.axes, 1.0)
+
+
+def _like(path: str, first: LoraAdapter, other: LoraAdapter) -> LoraAdapter:
+    """With the axes of the first one."""
+    for candidate in (other, other.transpose()):
+        if candidate.axes == first.axes and _sizes(candidate) == _sizes(first):
+            return candidate
+    raise LoraError(
+        f"{path!r} has adapters for different weights: {first.axes} with A {list(first.a.shape)} and B "
+        f"{list(first.b.shape)}, and {other.axes} with {list(other.a.shape)} and {list(other.b.shape)}."
+    )
+
+
+def _sizes(adapter: LoraAdapter) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    n = len(adapter.axes.stack)
+    return adapter.a.shape[:-1], adapter.b.shape[:n] + adapter.b.shape[n + 1 :]

@@ -1,0 +1,166 @@
+"""Weights in safetensors, each read when it is asked for; and those that bitsandbytes has packed, as they are.
+
+bitsandbytes keeps a weight W of NF4 in several tensors:
+
+    W                                      its codes, two a byte
+    W.absmax                               the scales, in fp32; in 8 bits with double quantisation
+    W.quant_map                            fp32 [16], what the codes stand for
+    W.nested_absmax, W.nested_quant_map    with double quantisation: the scales of scales, fp32, and their codes [256]
+    W.quant_state.bitsandbytes__nf4        JSON: the shape, the dtype, the sizes of blocks, the mean of the scales
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.bases.lazy import Stored
+from lora_jax.bases.nf4 import BLOCK, CODE, SCALES, Nf4Weight, from_flat, scale_code
+from lora_jax.core.errors import LoraError, short
+from lora_jax.interop.safetensors_index import DTYPES, Tensor, header, read, tensors_in
+
+STATE = ".quant_state.bitsandbytes__"
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+VALUES = {"float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
+ZEROS = 0x77  # a byte of two codes of 0
+MEND = "Take the weights that it was made of, and pack them with lora.bases.quantize."
+
+
+def open_safetensors(path: str | Path) -> dict[str, Stored]:
+    """The tensors of a model, `{name: Stored}`, of which nothing is read but what they are.
+
+    What bitsandbytes has packed as NF4 is a `Stored` packed weight, of the same bytes; its axes are torch's,
+    [out, in], until `lora.bases.from_torch` puts it in the place of a parameter.
+
+    Args:
+        path: a file, or a folder with `model.safetensors` or an index and its shards.
+
+    Raises:
+        LoraError: a file is missing or damaged; a tensor is packed in another way, or does not fit what is said of it.
+    """
+    path = Path(path).absolute()
+    folder = path.parent if path.is_file() else path
+    tensors = header(path) if path.is_file() else tensors_in(path)[0]
+    for name, tensor in tensors.items():
+        _refuse_other_formats(name, tensor, folder)
+    packed = {name.rpartition(STATE)[0]: name for name in tensors if STATE in name}
+    parts = {f"{name}.{part}" for name in packed for part in PARTS}
+    found = {}
+    for name, tensor in tensors.items():
+        if name in packed:
+            found[name] = _packed(folder, name, tensors, packed[name])
+        elif name not in parts and STATE not in name:
+            like = jax.ShapeDtypeStruct(tensor.shape, DTYPES[tensor.dtype])
+            found[name] = Stored(like, partial(_read_array, folder, tensor))
+    if lost := [name for name in packed if name not in tensors]:
+        raise LoraError(f"{folder} says how {lost[0]!r} is packed, but has no such tensor: download the files again.")
+    return found
+
+
+def _read_array(folder: Path, tensor: Tensor) -> np.ndarray[Any, Any]:
+    return read(folder, tensor, DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def _refuse_other_formats(name: str, tensor: Tensor, folder: Path) -> None:
+    module, _, last = name.rpartition(".")
+    if last == "SCB":
+        raise LoraError(f"{module!r} in {folder} is packed by bitsandbytes as int8, expected nf4. {MEND}")
+    if STATE in name and not name.endswith(f"{STATE}nf4"):
+        weight, _, kind = name.rpartition(STATE)
+        raise LoraError(f"{weight!r} in {folder} is packed by bitsandbytes as {kind}, expected nf4. {MEND}")
+    if tensor.dtype not in DTYPES:
+        raise LoraError(f"{name!r} in {folder} is of {tensor.dtype}, expected one of {', '.join(DTYPES)}.")
+
+
+# bitsandbytes ---------------------------------------------------------------------------------------------------------
+
+
+class _State(NamedTuple):
+    """What the JSON says."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    mean: Any  # fp32 [], of scales that are packed too
+
+    @property
+    def blocks(self) -> int:
+        return -(-math.prod(self.shape) // BLOCK)
+
+    @property
+    def sizes(self) -> dict[str, tuple[str, int]]:
+        """The dtype and the size of each tensor beside the codes."""
+        sizes = {"absmax": ("F32" if self.mean is None else "U8", self.blocks), "quant_map": ("F32", len(CODE))}
+        if self.mean is not None:
+            sizes |= {"nested_absmax": ("F32", -(-self.blocks // SCALES)), "nested_quant_map": ("F32", SCALES)}
+        return sizes
+
+    def weight(self, codes: Any, scales: Any, outer: Any = None) -> Nf4Weight:
+        return from_flat(codes, scales, outer, self.mean, self.shape, self.dtype)
+
+
+def _packed(folder: Path, name: str, tensors: Mapping[str, Tensor], key: str) -> Stored:
+    """A weight that bitsandbytes has packed, if all that belongs to it fits together."""
+    where = f"{name!r} in {folder}"
+    state = _state(where, read(folder, tensors[key], np.uint8).tobytes())
+    parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
+    if list(parts) != list(state.sizes):
+        raise LoraError(f"{where} has {', '.join(parts) or 'nothing'} beside it, expected {', '.join(state.sizes)}.")
+    for part, (dtype, size) in state.sizes.items():
+        if parts[part].dtype != dtype or math.prod(parts[part].shape) != size:
+            found = f"{parts[part].dtype}{list(parts[part].shape)}"
+            raise LoraError(f"{where} of shape {list(state.shape)} has {part} {found}, expected {dtype}[{size}].")
+    if tensors[name].size != (expected := -(-math.prod(state.shape) // 2)):  # of any dtype: they are but bytes
+        raise LoraError(f"{where} of shape {list(state.shape)} has {tensors[name].size} bytes, expected {expected}.")
+    for part, code in (("quant_map", CODE), ("nested_quant_map", scale_code())):
+        if part in parts and not np.array_equal(read(folder, parts[part], np.float32), code):
+            raise LoraError(f"{where} has a {part} of its own, expected the codes of NF4. {MEND}")
+    arrays = [tensors[name], *(parts[part] for part in ("absmax", "nested_absmax") if part in parts)]
+    sizes = [state.blocks * BLOCK // 2, *(math.prod(tensor.shape) for tensor in arrays[1:])]
+    like = jax.eval_shape(
+        state.weight,
+        *(
+            jax.ShapeDtypeStruct((size,), np.uint8 if i == 0 else DTYPES[tensor.dtype])
+            for i, (size, tensor) in enumerate(zip(sizes, arrays, strict=True))
+        ),
+    )
+    return Stored(like, partial(_read_packed, folder, name, arrays, state))
+
+
+def _read_packed(folder: Path, name: str, arrays: Sequence[Tensor], state: _State) -> Nf4Weight:
+    """The same bytes, codes of zero added up to whole blocks."""
+    codes = np.full(state.blocks * BLOCK // 2, ZEROS, np.uint8)
+    codes[: arrays[0].size] = read(folder, arrays[0], np.uint8)
+    scales = [read(folder, tensor, DTYPES[tensor.dtype]) for tensor in arrays[1:]]
+    if not all(np.isfinite(array).all() for array in scales):
+        raise LoraError(f"{name!r} in {folder} has scales of NaN or infinity. {MEND}")
+    return state.weight(codes, *scales)
+
+
+def _state(where: str, text: bytes) -> _State:
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LoraError(f"{where}: what says how it is packed is no JSON: {str(error)[:200]}.") from error
+    if not isinstance(facts, dict):
+        raise LoraError(f"{where}: what says how it is packed is a {type(facts).__name__}, expected a dict.")
+    fixed = {"quant_type": "nf4", "blocksize": BLOCK}
+    double = "nested_offset" in facts
+    if double:
+        fixed |= {"nested_blocksize": SCALES, "nested_dtype": "float32"}
+    for fact, expected in fixed.items():
+        if facts.get(fact) != expected:
+            raise LoraError(f"{where} is packed with {fact} {short(facts.get(fact))}, expected {expected!r}. {MEND}")
+    shape, dtype, mean = facts.get("shape"), facts.get("dtype"), facts.get("nested_offset", 0.0)
+    if not isinstance(shape, list) or not shape or not all(type(n) is int and 0 < n < 2**31 for n in shape):
+        raise LoraError(f"{where} is packed with the shape {short(shape)}, expected numbers above 0.")
+    if not isinstance(dtype, str) or dtype not in VALUES:
+        raise LoraError(f"{where} is packed with the dtype {short(dtype)}, expected one of {', '.join(VALUES)}.")
+    if type(mean) not in (int, float) or not abs(mean) < 3e38:
+        raise LoraError(f"{where} is packed with nested_offset {short(mean)}, expected a finite number.")
+    return _State(tuple(shape), jnp.dtype(VALUES[dtype]), np.array(mean, np.float32) if double else None)

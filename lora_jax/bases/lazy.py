@@ -1,0 +1,211 @@
+"""Weights that are elsewhere until their turn comes, such as in a file: so a model larger than the memory is packed."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.core.arrays import describe
+from lora_jax.core.errors import LoraError
+from lora_jax.core.packed import is_packed
+from lora_jax.core.paths import flatten_with_names, is_array, nearest
+from lora_jax.interop.key_map import KeyMap, Placed, groups_of, starts_of
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight that is read when its turn comes: a leaf for `lora.bases.quantize`, where an array would be.
+
+    Args:
+        like: its shape and dtype, as a `jax.ShapeDtypeStruct`; of a packed weight a `Packed` with such leaves.
+        read: gives the array (NumPy's or JAX's) or the packed weight, each time anew.
+    """
+
+    like: Any
+    read: Callable[[], Any] = field(repr=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.like.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.like.dtype
+
+
+def like(leaf: Any) -> Any:
+    """The leaf; of what is stored, what stands for it."""
+    return leaf.like if isinstance(leaf, Stored) else leaf
+
+
+def read(path: str, leaf: Any) -> Any:
+    """The leaf; what is stored is read.
+
+    Raises:
+        LoraError: it is not what it was said to be.
+    """
+    if not isinstance(leaf, Stored):
+        return leaf
+    found = leaf.read()
+    if _outline(found) != _outline(leaf.like):
+        raise LoraError(f"{path!r} was read as {describe(found)}, expected {describe(leaf.like)}.")
+    return found
+
+
+def from_torch(tensors: Mapping[str, Any], params: Any, key_map: KeyMap, *, ignore: str = "") -> Any:
+    """The tree `params`, with what reads each of its arrays from torch's tensors: transposed, reshaped, stacked.
+
+    Args:
+        tensors: `{name: Stored}` as of `lora.bases.open_safetensors`, or `{name: array}`.
+        params: says the shapes and dtypes; arrays, or `jax.eval_shape(init, key)`, for which none is made.
+        key_map: which tensor each path is, such as `lora.key_maps.LLAMA`.
+        ignore: a regular expression for the names of tensors that the model has no place for.
+
+    Returns:
+        A tree of `Stored` for `lora.bases.quantize`. A weight that is packed already keeps its bytes: what has to
+        be done to its axes is done when it is unpacked.
+
+    Raises:
+        LoraError: a path or a tensor has no counterpart, or one of another shape; layers that are stacked are packed
+            in different ways; a packed tensor is several parameters.
+
+    >>> import jax.numpy as jnp, numpy as np, lora_jax as lora
+    >>> key_map = lora.key_maps.KeyMap(lora.key_maps.linear("kernel", "layers.{i}", "i in out"))
+    >>> tensors = {f"layers.{i}.weight": np.full((3, 2), i, np.float32) for i in range(4)}  # [out, in]
+    >>> stored = lora.bases.from_torch(tensors, {"kernel": jnp.zeros((4, 2, 3))}, key_map)
+    >>> stored["kernel"].read()[:, 0, 0]
+    array([0., 1., 2., 3.], dtype=float32)
+    """
+    names, leaves, treedef = flatten_with_names(params)
+    for name, leaf in zip(names, leaves, strict=True):
+        if not is_array(leaf) or is_packed(leaf):
+            raise LoraError(f"{name!r} is a {type(leaf).__name__}, expected an array, or the shape and dtype of one.")
+    placed = key_map.place({name: leaf.shape for name, leaf in zip(names, leaves, strict=True)})
+    stored = {name: tensor if isinstance(tensor, Stored) else _kept(tensor) for name, tensor in tensors.items()}
+    groups, starts = groups_of(placed), starts_of(placed)
+    outputs = {tensor: sum(place.outputs for place in parts) for tensor, parts in groups.items()}
+    _check_names(placed, stored, ignore)
+    found = []
+    for name, leaf in zip(names, leaves, strict=True):
+        pieces = {
+            index: _piece(placed[name], index, leaf.dtype, tensor, stored[tensor], starts[name], outputs[tensor])
+            for index, tensor in placed[name].tensors().items()
+        }
+        found.append(_stacked(placed[name], pieces))
+    return treedef.unflatten(found)
+
+
+def _kept(array: Any) -> Stored:
+    return Stored(jax.ShapeDtypeStruct(array.shape, array.dtype), lambda: array)
+
+
+def _check_names(placed: Mapping[str, Placed], stored: Mapping[str, Stored], ignore: str) -> None:
+    """Each parameter has its tensors, and each tensor its parameter."""
+    paths = {name: path for path, place in placed.items() for name in place.tensors().values()}
+    for name, path in paths.items():
+        if name not in stored:
+            near = ", ".join(nearest(name, stored, n=3)) or "none"
+            raise LoraError(
+                f"{path!r} is {name!r} by the key map, but there is no such tensor; the nearest are {near}. Names that "
+                "only begin with something else are met by key_map.under(name=...)."
+            )
+    try:
+        left = [name for name in stored if name not in paths and not re.fullmatch(ignore, name)]
+    except (re.error, TypeError) as error:
+        raise LoraError(f"ignore={ignore!r} is not a regular expression: {error}.") from None
+    if left:
+        raise LoraError(
+            f"no parameter is {left[0]!r}, nor {len(left) - 1} more tensors: it is another model, or one that has no "
+            f"place for them, which from_torch(ignore={re.escape(left[0])!r}) says."
+        )
+
+
+# One parameter --------------------------------------------------------------------------------------------------------
+
+
+def _piece(
+    place: Placed, index: tuple[int, ...], dtype: Any, name: str, tensor: Stored, start: int, outputs: int
+) -> Stored:
+    """A parameter's part of one tensor, in our layout."""
+    whole = place.entry.part is None
+    if not whole and (outputs != tensor.shape[place.output_axis(len(tensor.shape))] or is_packed(tensor.like)):
+        why = f"those given have {outputs} outputs together: give all of them"
+        if is_packed(tensor.like):
+            why = "what is packed cannot be cut: give parameters and a key map in which it is whole"
+        raise LoraError(f"{place.path!r} is one of several parameters in {name!r}, {describe(tensor.like)}; {why}.")
+    if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(dtype, jnp.floating):
+        raise LoraError(f"{name!r} is {describe(tensor.like)}, but {place.path!r} has numbers of {jnp.dtype(dtype)}.")
+    if is_packed(tensor.like):
+        return Stored(
+            _turned(place, index, dtype, tensor.like), lambda: _turned(place, index, dtype, read(name, tensor))
+        )
+
+    def piece(array: Any) -> Any:
+        return place.from_torch(place.outputs_of(array, start), index).astype(dtype, copy=False)
+
+    of_this_shape = jax.ShapeDtypeStruct(tensor.shape, np.uint8)  # any dtype: what counts are the axes
+    return Stored(jax.eval_shape(piece, of_this_shape), lambda: piece(np.asarray(read(name, tensor))))
+
+
+def _turned(place: Placed, index: tuple[int, ...], dtype: Any, w: Any) -> Any:
+    """A packed weight as our parameter: when it is unpacked, its axes are moved."""
+    w = place.from_torch(_Axes(w), index).w  # type: ignore[arg-type, attr-defined]
+    return w if w.dtype == dtype else w.seen("cast", jnp.dtype(dtype))
+
+
+class _Axes:
+    """A packed weight for what transposes and reshapes arrays."""
+
+    def __init__(self, w: Any) -> None:
+        self.w, self.shape = w, w.shape
+
+    def reshape(self, shape: tuple[int, ...]) -> "_Axes":
+        return self if tuple(shape) == self.shape else _Axes(self.w.seen("reshape", tuple(shape)))
+
+    def transpose(self, order: Any) -> "_Axes":
+        order = tuple(map(int, order))
+        return self if order == tuple(range(len(order))) else _Axes(self.w.seen("transpose", order))
+
+
+def _stacked(place: Placed, pieces: Mapping[tuple[int, ...], Stored]) -> Stored:
+    """One parameter of the pieces along its stacked axes, if there are some."""
+    first = next(iter(pieces.values()))
+    if not place.unstacked:
+        return first
+    packed = [is_packed(piece.like) for piece in pieces.values()]
+    counts = place.shape[: len(place.unstacked)]
+    if any(packed):
+        for index, piece in pieces.items():
+            if _outline(piece.like) != _outline(first.like):
+                raise LoraError(
+                    f"{place.path!r} is a stack of {place.tensors()[index]!r} and others, which are packed in another "
+                    "way or not at all: give parameters and a key map of layers that are not stacked."
+                )
+        if place.unstacked != tuple(range(len(counts))):
+            raise LoraError(
+                f"{place.path!r}: packed weights are stacked along their first axes, not {place.unstacked}."
+            )
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*counts, *a.shape), a.dtype), first.like)
+    else:
+        like = jax.ShapeDtypeStruct(place.shape, first.dtype)
+    return Stored(like, partial(_read_stacked, place, like, pieces))
+
+
+def _read_stacked(place: Placed, like: Any, pieces: Mapping[tuple[int, ...], Stored]) -> Any:
+    """One piece after the other."""
+    whole = jax.tree.map(lambda array: np.empty(array.shape, array.dtype), like)
+    for index, piece in pieces.items():
+        where = index if is_packed(like) else place.where(index)
+        for array, part in zip(jax.tree.leaves(whole), jax.tree.leaves(piece.read()), strict=True):
+            array[where] = part
+    return whole
+
+
+def _outline(w: Any) -> Any:
+    """What tells one array or packed weight from another but its numbers."""
+    return jax.tree.structure(w), [describe(leaf) for leaf in jax.tree.leaves(w)]

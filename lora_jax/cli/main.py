@@ -1,0 +1,441 @@
+"""`lora-jax`: adapters and published weights from the command line, without a model.
+
+lora-jax inspect runs/sentiment/adapters --plot deltas.png
+lora-jax verify runs/sentiment/peft --base MiniLM-L6
+lora-jax merge MiniLM-L6 runs/sentiment/peft merged
+lora-jax convert runs/llama/adapters for-vllm --to vllm --key-map llama
+lora-jax compose both style:0.7 facts:-0.3
+lora-jax plan SmolLM2-135M --modules ".*self_attn.*" --rank 16
+lora-jax diff base tuned adapters --energy 0.95
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters.combine import combine
+from lora_jax.adapters.lora import LoraAdapter
+from lora_jax.checkpoints import adapters as checkpoint
+from lora_jax.checkpoints.atomic_dir import refuse_to_replace
+from lora_jax.cli.extract import low_rank
+from lora_jax.cli.spectrum import Spectrum, spectrum
+from lora_jax.core.adapter import Adapter
+from lora_jax.core.axes import KernelAxes
+from lora_jax.core.errors import LoraError
+from lora_jax.core.paths import nearest
+from lora_jax.core.text import count, format_table, size
+from lora_jax.interop import architectures as key_maps
+from lora_jax.interop.key_map import Entry, KeyMap
+from lora_jax.interop.merge_checkpoint import check_checkpoint, merge_checkpoint, read_tensors
+from lora_jax.interop.peft.load import CONFIG, load_by_module
+from lora_jax.interop.peft.save import save_peft
+from lora_jax.interop.safetensors_index import Tensor
+
+try:
+    import tyro
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+except ImportError as error:
+    sys.exit(f"error: {error.name} is not installed, which the command line needs: pip install 'lora_jax[cli]'")
+
+Place = Annotated[Path, tyro.conf.Positional]
+
+
+class Row(NamedTuple):
+    """One adapted weight."""
+
+    weight: str
+    kind: str
+    shape: tuple[int, ...]  # of each matrix, [inputs, outputs]
+    matrices: int
+    rank: int
+    scale: float
+    spectrum: Spectrum
+
+
+def inspect(adapters: Place, /, plot: Path | None = None, json: bool = False) -> int:
+    """What adapters are: rank and scale, and of each weight's change the norm and the effective rank.
+
+    Example: lora-jax inspect runs/sentiment/adapters --plot deltas.png
+
+    Args:
+        adapters: a folder of lora_jax.checkpoint.save, or of HF PEFT.
+        plot: also draw the norms and effective ranks as bars, into this PNG.
+        json: print JSON in the table's place.
+    """
+    rows = _rows(adapters)
+    if plot is not None:
+        _draw(rows, plot)
+    if json:
+        _print_json([row._asdict() | {"spectrum": row.spectrum._asdict()} for row in rows])
+        return 0
+    header = ["weight", "kind", "inputs, outputs", "matrices", "rank", "scale", "norm", "effective rank"]
+    cells = [
+        [r.weight, r.kind, list(r.shape), r.matrices, r.rank, f"{r.scale:.4g}",
+         f"{r.spectrum.norm:.4g}", f"{r.spectrum.effective_rank:.2f}"]
+        for r in rows
+    ]  # fmt: skip
+    print(format_table(header, cells, right=5))
+    total = sum(r.matrices * r.rank * sum(r.shape) for r in rows)
+    print(f"{len(rows)} weights adapted, {total:,} parameters.")
+    return 0
+
+
+def verify(adapters: Place, /, base: Path | None = None, json: bool = False) -> int:
+    """Whether adapters are sound: finite, not without effect, and fitting a base. Exits with 1 if not.
+
+    Example: lora-jax verify runs/sentiment/peft --base MiniLM-L6
+
+    Args:
+        adapters: a folder of lora_jax.checkpoint.save, or of HF PEFT.
+        base: a folder with the base's safetensors, for adapters of HF PEFT: each has to have its tensor there.
+        json: print JSON in the text's place.
+    """
+    problems = [
+        f"{row.weight}: {'does not change anything' if row.spectrum.finite else 'holds a NaN or an infinity'}"
+        for row in _rows(adapters)
+        if not row.spectrum.norm > 0
+    ]
+    if base is not None:
+        try:
+            check_checkpoint(base, adapters)
+        except LoraError as error:
+            problems.append(str(error))
+    if json:
+        _print_json({"sound": not problems, "problems": problems})
+    else:
+        print("\n".join(problems) or f"{adapters} is sound.")
+    return 1 if problems else 0
+
+
+def merge(base: Place, adapters: Place, output: Place, /, json: bool = False) -> int:
+    """Write a model of Hugging Face with adapters of HF PEFT merged into its weights, in little memory.
+
+    Example: lora-jax merge MiniLM-L6 runs/sentiment/peft merged
+
+    Args:
+        base: a folder with model.safetensors, or an index and its shards.
+        adapters: a folder of HF PEFT, as lora_jax.save_peft writes it.
+        output: a new folder for the merged model.
+        json: print the rounding loss of each tensor as JSON.
+    """
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("merging", total=None)
+        losses = merge_checkpoint(
+            base, output, adapters, progress=lambda done, total: progress.update(bar, completed=done, total=total)
+        )
+    if json:
+        _print_json(losses)
+        return 0
+    worst = sorted(losses.items(), key=lambda item: (-item[1], item[0]))[:5]
+    print(format_table(["most is lost to rounding in", "of the change"], [[n, f"{x:.2%}"] for n, x in worst], right=1))
+    print(f"{len(losses)} tensors merged into {output}.")
+    return 0
+
+
+def convert(
+    adapters: Place,
+    output: Place,
+    /,
+    to: Literal["peft", "vllm", "loralib", "orbax"] = "peft",
+    key_map: Literal["bert", "gpt2", "llama", "gemma", "vit", "vit_4", "t5"] | None = None,
+    stacked: bool = False,
+    prefix: str = "",
+    json: bool = False,
+) -> int:
+    """Write adapters in another format.
+
+    Example: lora-jax convert runs/llama/adapters for-vllm --to vllm --key-map llama --stacked
+
+    Args:
+        adapters: a folder of lora_jax.checkpoint.save, or of HF PEFT.
+        output: a new folder.
+        to: HF PEFT; what vLLM reads of it (one rank, one scale); loralib's names; or lora_jax.checkpoint's orbax, in
+            which the paths of adapters from PEFT are its module names.
+        key_map: for adapters of lora_jax.checkpoint.save: the table from their paths to torch's modules.
+        stacked: their layers are stacked along a first axis.
+        prefix: what torch's names begin with beyond those of the table, such as "bert.".
+        json: print JSON in the text's place.
+    """
+    refuse_to_replace(output)
+    if (adapters / CONFIG).exists():
+        found, others, table = load_by_module(adapters)
+    else:
+        found, others = checkpoint.load(adapters)
+        if key_map is None and to != "orbax":
+            raise LoraError(f"{adapters} has paths of JAX: say which torch modules they are, such as --key-map llama.")
+        table = getattr(key_maps, (key_map or "bert").upper())
+        table = (table.stacked() if stacked else table).under(name=prefix)
+    if to == "orbax":
+        checkpoint.save(output, found, others)
+    else:
+        save_peft(output, found, table, others=others, profile=to)
+    return _say_written(output, {path: _rank(adapter) for path, adapter in found.items()}, json)
+
+
+def compose(output: Place, parts: Annotated[tuple[str, ...], tyro.conf.Positional], /, json: bool = False) -> int:
+    """Write the weighted sum of adapters of HF PEFT, exactly: its rank is the sum of their ranks.
+
+    Example: lora-jax compose both style:0.7 facts:-0.3
+
+    Args:
+        output: a new folder of HF PEFT.
+        parts: folders of HF PEFT, each with ":" and its weight, or with the weight 1.
+        json: print JSON in the text's place.
+    """
+    refuse_to_replace(output)
+    sums, table = [], KeyMap()
+    for part in parts:
+        folder, weight = _weighted(part)
+        adapters, others, own = load_by_module(folder)
+        if others:
+            raise LoraError(f"{folder} also holds {next(iter(others))} whole, which no sum of adapters expresses.")
+        sums.append(({path: adapter.explicit() for path, adapter in adapters.items()}, weight))
+        table += own
+    combined = combine(sums)
+    save_peft(output, combined, table)
+    return _say_written(output, {path: _rank(adapter) for path, adapter in combined.items()}, json)
+
+
+def _rank(adapter: Adapter) -> int | None:
+    return adapter.a.shape[-1] if isinstance(adapter, LoraAdapter) else None
+
+
+def _say_written(output: Path, ranks: Mapping[str, int | None], as_json: bool) -> int:
+    if as_json:
+        _print_json({"output": str(output), "ranks": ranks})
+    else:
+        print(f"{len(ranks)} adapters written to {output}.")
+    return 0
+
+
+def plan(base: Place, /, modules: str, rank: int = 8, json: bool = False) -> int:
+    """What adapters for some modules of a model would be: parameters, memory, and FLOPs for each token.
+
+    Example: lora-jax plan SmolLM2-135M --modules ".*self_attn.*" --rank 16
+
+    Args:
+        base: a folder with model.safetensors, or an index and its shards. Only the headers are read.
+        modules: a regular expression for whole names of modules, as model.layers.0.self_attn.q_proj.
+        rank: of the adapters.
+        json: print JSON in the table's place.
+    """
+    places = read_tensors(base).places
+    rows: list[dict[str, Any]] = []
+    for module in _modules(base, places, modules):
+        shape = places[f"{module}.weight"].shape
+        if rank > min(shape):
+            raise LoraError(
+                f"{module} of shape {list(shape)}: rank {rank} is above {min(shape)}, give it at most that."
+            )
+        rows.append(
+            {"module": module, "shape": list(shape), "parameters": rank * sum(shape), "flops": 2 * rank * sum(shape)}
+        )
+    if json:
+        _print_json(rows)
+        return 0
+    cells = [
+        [r["module"], r["shape"], f"{r['parameters']:,}", size(4 * r["parameters"]), count(r["flops"])] for r in rows
+    ]
+    print(format_table(["module", "shape", "parameters", "bytes", "FLOPs a token"], cells, right=3))
+    total, whole = sum(r["parameters"] for r in rows), sum(int(np.prod(place.shape)) for place in places.values())
+    print(
+        f"{len(rows)} modules: {total:,} parameters beside {whole:,} ({total / (total + whole):.2%}), "
+        f"{size(4 * total)}."
+    )
+    return 0
+
+
+def diff(
+    before: Place,
+    after: Place,
+    output: Place,
+    /,
+    rank: int | None = None,
+    energy: float | None = None,
+    modules: str = r".*",
+    rest: bool = False,
+    json: bool = False,
+) -> int:
+    """Extract adapters from two versions of a model: those nearest to the change of each module.
+
+    Example: lora-jax diff base tuned adapters --rank 16
+
+    Args:
+        before: a folder with safetensors.
+        after: the same model with other weights.
+        output: a new folder of HF PEFT.
+        rank: of the adapters.
+        energy: or the share of each change's squared norm to hold, such as 0.95, with as small a rank as that takes.
+        modules: a regular expression for whole names of the modules that get adapters, if they changed.
+        rest: go on though other tensors changed too, which the adapters then lack.
+        json: print JSON in the table's place.
+    """
+    refuse_to_replace(output)
+    old, new = read_tensors(before), read_tensors(after)
+    if list(old) != list(new) and sorted(old) != sorted(new):
+        other = sorted(set(old) ^ set(new))[0]
+        raise LoraError(f"only one of {before} and {after} has {other!r}: they are not versions of one model.")
+    kind = "conv1d" if _model_type(before) == "gpt2" else "linear"
+    chosen = dict.fromkeys(_modules(before, old.places, modules))
+    entries, adapters, rows, left = [], {}, [], []
+    for name in old:
+        w0, w1 = (np.asarray(tensors[name], np.float32) for tensors in (old, new))
+        if w0.shape != w1.shape:
+            raise LoraError(f"{name!r} has shape {list(w0.shape)} in {before}, and {list(w1.shape)} in {after}.")
+        if np.array_equal(w0, w1):
+            continue
+        module = name.removesuffix(".weight")
+        if module not in chosen:
+            left.append(name)
+            continue
+        change = w1 - w0 if kind == "conv1d" else (w1 - w0).T
+        a, b, share = low_rank(change, rank, energy)
+        entries.append(Entry(module, module, "in out", kind))
+        adapters[module] = LoraAdapter(jnp.asarray(a), jnp.asarray(b), KernelAxes((), (0,), (1,)), 1.0)
+        rows.append([module, list(w0.shape), a.shape[1], f"{share:.2%}"])
+    if left and not rest:
+        raise LoraError(f"{len(left)} other tensors changed too, {left[0]!r} first. To go on without them: --rest.")
+    if not adapters:
+        raise LoraError(f"no module that {modules!r} matches has changed.")
+    save_peft(output, adapters, KeyMap(*entries))
+    if not json:
+        print(format_table(["module", "shape", "rank", "of the change"], rows, right=2))
+    return _say_written(output, {path: _rank(adapter) for path, adapter in adapters.items()}, json)
+
+
+def _modules(base: Path, places: Mapping[str, Tensor], pattern: str) -> list[str]:
+    """The modules with a matrix whose whole name matches."""
+    try:
+        matches = re.compile(pattern).fullmatch
+    except re.error as error:
+        raise LoraError(f"{pattern!r} is no regular expression: {error}.") from error
+    matrices = [name.removesuffix(".weight") for name, place in places.items()
+                if name.endswith(".weight") and len(place.shape) == 2]  # fmt: skip
+    found = [module for module in matrices if matches(module)]
+    if not found:
+        raise LoraError(
+            f"{pattern!r} matches no module of {base} with a matrix; a pattern stands for a whole name, and the "
+            f"nearest are {', '.join(nearest(pattern, matrices, n=3)) or 'none'}."
+        )
+    return found
+
+
+def _model_type(base: Path) -> Any:
+    try:
+        facts = json.loads((base / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None  # a folder of weights alone: linear, as most are
+    return facts.get("model_type") if isinstance(facts, dict) else None
+
+
+def _weighted(part: str) -> tuple[Path, float]:
+    """`folder:0.7`, or a folder alone."""
+    name, colon, weight = part.rpartition(":")
+    if not colon:
+        return Path(part), 1.0
+    try:
+        return Path(name), float(weight)
+    except ValueError as error:
+        raise LoraError(f"{part!r}: expected a folder and a weight, such as {name}:0.7.") from error
+
+
+# Adapters of either format --------------------------------------------------------------------------------------------
+
+
+def _rows(folder: Path) -> list[Row]:
+    """The adapters in a folder, in order."""
+    if (folder / CONFIG).exists():
+        adapters, _, key_map = load_by_module(folder)
+        kinds = {entry.path: entry.kind for entry in key_map.entries}
+    else:
+        adapters, _ = checkpoint.load(folder)
+        kinds = dict.fromkeys(adapters, "lora")
+    rows = []
+    for path, adapter in sorted(adapters.items()):
+        factors = adapter.explicit()
+        if not isinstance(factors, LoraAdapter):
+            raise LoraError(f"{path!r} is a {type(adapter).__name__}; this version inspects what is W + s A B.")
+        n = len(factors.axes.stack)
+        a, b = np.asarray(factors.a), np.asarray(factors.b)
+        a, b = a.reshape(*a.shape[:n], -1, a.shape[-1]), b.reshape(*b.shape[: n + 1], -1)
+        rows.append(_row(path, kinds[path], a, b, factors.scale))
+    return rows
+
+
+def _row(name: str, kind: str, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], scale: float) -> Row:
+    matrices = int(np.prod(a.shape[:-2]))
+    return Row(name, kind, (a.shape[-2], b.shape[-1]), matrices, a.shape[-1], scale, spectrum(a, b, scale))
+
+
+# Output ---------------------------------------------------------------------------------------------------------------
+
+
+def _draw(rows: list[Row], path: Path) -> None:
+    """Norms and effective ranks, a bar for each weight."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.4 + 0.22 * len(rows)), sharey=True, layout="constrained")
+    names = [row.weight for row in rows]
+    left.barh(names, [row.spectrum.norm for row in rows], color="#1f6fb4")
+    right.barh(names, [row.rank for row in rows], color="#d8e4ef", label="rank")
+    right.barh(
+        names, [row.spectrum.effective_rank for row in rows], color="#c44e52", height=0.5, label="effective rank"
+    )
+    left.set(xlabel="norm of the change", ylim=(len(rows) - 0.4, -0.6))
+    right.set(xlabel="rank")
+    right.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+        axes.grid(axis="x", alpha=0.25)
+        axes.tick_params(axis="y", labelsize=8, length=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)
+
+
+def _print_json(value: Any) -> None:
+    """NaN and infinities, which JSON lacks, as null."""
+
+    def clean(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: clean(child) for key, child in node.items()}
+        if isinstance(node, list | tuple):
+            return [clean(child) for child in node]
+        return None if isinstance(node, float) and not np.isfinite(node) else node
+
+    print(json.dumps(clean(value), indent=2))
+
+
+DESCRIPTION = "Adapters and published weights from the command line, without a model."
+COMMANDS: dict[str, Callable[..., int]] = {
+    "inspect": inspect,
+    "verify": verify,
+    "merge": merge,
+    "convert": convert,
+    "compose": compose,
+    "plan": plan,
+    "diff": diff,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0, or 1 with a line on stderr that says what is wrong."""
+    try:
+        return int(
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="lora-jax", description=DESCRIPTION, args=arguments)
+        )
+    except LoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,300 @@
+"""One use of a weight, reduced to y = x @ W: what an adapter sees of a program.
+
+x @ A and h @ B are all that an adapter needs of x. Each kind of product computes them in the way that the program
+computes x @ W: a matrix product, a convolution, a product of ragged groups. So nothing is unfolded.
+
+Axes: s stacked matrices, T rows, d inputs, k outputs, n columns of a factor.
+"""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from lora_jax.core.arrays import accumulator
+from lora_jax.core.axes import KernelAxes
+
+
+@dataclass(frozen=True)
+class Product(abc.ABC):
+    """y = x @ W, along these axes of W."""
+
+    axes: KernelAxes
+    x: jax.Array
+    y: jax.Array  # [*s, *T, *outputs]; [T, k] where the kind of product says so
+    precision: Any
+
+    @abc.abstractmethod
+    def contract(self, a: jax.Array) -> jax.Array:
+        """x @ A: a [*stack, *inputs, n] -> h, whose last axis is n."""
+
+    @abc.abstractmethod
+    def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        """h @ B: h as `contract` gives it, b [*stack, n, *outputs] -> y's shape."""
+
+    @abc.abstractmethod
+    def rows(self) -> tuple[int, int]:
+        """The number of rows in x @ A and in h @ B, over all stacked matrices."""
+
+    def for_each_output(self, gain: jax.Array) -> jax.Array:
+        """gain [*stack, *outputs], to be multiplied with y."""
+        return jnp.broadcast_to(gain.reshape(-1), self.y.shape)  # [T, k]
+
+    def token_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes T, where x has such axes; `split` and `join` are for these."""
+        return ()
+
+    def split(self, counts: Sequence[int], axes: KernelAxes) -> Self:
+        """The product with the i-th token axis in counts[i] parts: stacked axes of x and y, the last ones.
+
+        `axes` are those of a weight that has them too; a count of 1 makes no such axis.
+        """
+        raise NotImplementedError
+
+    def join(self, y: jax.Array, counts: Sequence[int]) -> jax.Array:
+        """y, with the parts of a `split` put back in their places."""
+        raise NotImplementedError
+
+    def keep(self, keys: jax.Array, probability: float) -> Self:
+        """The product with each entry of x kept with a probability, and then divided by it; keys [*s]."""
+        mask = jax.random.bernoulli(keys.reshape(-1)[0], probability, self.x.shape)
+        return dataclasses.replace(self, x=_masked(self.x, mask, probability))
+
+
+@dataclass(frozen=True)
+class Matmul(Product):
+    """x [*s, *T, *inputs], y [*s, *T, *outputs], both with the axes that they have in the program."""
+
+    def contract(self, a: jax.Array) -> jax.Array:
+        stack, x = self._stacked(), self.x
+        if self.flat():
+            x, a = as_matrices(x, stack, x.ndim - stack - len(self.axes.inputs)), _columns(a, stack)
+        return contract(x, a, self.precision, stack)
+
+    def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        stack = self._stacked()
+        if self.flat():
+            return matmul(h, _rows(b, stack), self.precision, stack).reshape(self.y.shape)
+        return matmul(h, b, self.precision, stack, like=self.y)
+
+    def rows(self) -> tuple[int, int]:
+        return (math.prod(self.x.shape[: self.x.ndim - len(self.axes.inputs)]),) * 2
+
+    def for_each_output(self, gain: jax.Array) -> jax.Array:
+        n, tokens = self._stacked(), self.y.ndim - gain.ndim
+        return jnp.broadcast_to(jnp.expand_dims(gain, range(n, n + tokens)), self.y.shape)
+
+    def keep(self, keys: jax.Array, probability: float) -> Self:
+        shape = self.x.shape[self._stacked() :]
+        mask = jax.vmap(lambda key: jax.random.bernoulli(key, probability, shape))(keys.reshape(-1))
+        return dataclasses.replace(self, x=_masked(self.x, mask.reshape(self.x.shape), probability))
+
+    def token_axes(self) -> tuple[int, ...]:
+        return self.x.shape[self._stacked() : self.x.ndim - len(self.axes.inputs)]
+
+    def split(self, counts: Sequence[int], axes: KernelAxes) -> Self:
+        def parts(array: jax.Array) -> jax.Array:
+            at, moved = self._stacked(), 0
+            for i, n in enumerate(counts):
+                if n > 1:
+                    axis = at + moved + i
+                    array = array.reshape(*array.shape[:axis], n, -1, *array.shape[axis + 1 :])
+                    array = jnp.moveaxis(array, axis, at + moved)
+                    moved += 1
+            return array
+
+        return dataclasses.replace(self, axes=axes, x=parts(self.x), y=parts(self.y))
+
+    def join(self, y: jax.Array, counts: Sequence[int]) -> jax.Array:
+        at, split = self._stacked(), [i for i, n in enumerate(counts) if n > 1]
+        for moved, i in reversed(list(enumerate(split))):
+            y = jnp.moveaxis(y, at + moved, at + moved + i)
+            y = y.reshape(*y.shape[: at + moved + i], -1, *y.shape[at + moved + i + 2 :])
+        return y
+
+    def _stacked(self) -> int:
+        return len(self.axes.stack)
+
+    def flat(self) -> bool:
+        """Whether T and d are flattened to one axis each.
+
+        Thin products with more axes are slow on XLA's CPU backend. But over a mesh that the compiler partitions for,
+        an axis may be sharded that would then lie inside another one, and would be gathered.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        return set(mesh.manual_axes) == set(mesh.axis_names)
+
+
+@dataclass(frozen=True)
+class Conv(Product):
+    """A convolution: W's inputs are the window and the channels that one output sees, its outputs the channels given.
+
+    With feature groups, group g of the outputs sees group g of x's channels. A is the same for each group: h has n
+    columns for each of them, which is no saving where there are as many groups as channels (depthwise).
+    """
+
+    dims: lax.ConvDimensionNumbers
+    groups: int
+    settings: dict[str, Any]  # strides, padding, dilations
+
+    def contract(self, a: jax.Array) -> jax.Array:
+        out = self.dims.rhs_spec[0]
+        kernel = jnp.concatenate([jnp.moveaxis(a, -1, out)] * self.groups, axis=out)
+        h = conv(self.x, kernel, self.dims, self.groups, self.precision, self.settings)
+        return channels_last(h, self.dims)
+
+    def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        if self.groups == 1:
+            return matmul(h, b, self.precision)
+        grouped = matmul(
+            h.reshape(len(h), self.groups, -1).swapaxes(0, 1),  # [g, T, n]
+            b.reshape(len(b), self.groups, -1).swapaxes(0, 1),  # [g, n, k / g]
+            self.precision,
+            stack=1,
+        )
+        return grouped.swapaxes(0, 1).reshape(len(h), -1)
+
+    def rows(self) -> tuple[int, int]:
+        return len(self.y) * self.groups, len(self.y)
+
+
+@dataclass(frozen=True)
+class BackwardConv(Product):
+    """The convolution that a derivative of one computes: W's outputs are the window and the channels of the result."""
+
+    dims: lax.ConvDimensionNumbers
+    settings: dict[str, Any]
+
+    def contract(self, a: jax.Array) -> jax.Array:
+        return matmul(channels_last(self.x, self.dims, of=0), a, self.precision)
+
+    def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        channels = self.dims.lhs_spec[1]
+        shape = [size for i, size in enumerate(self.x.shape) if i != channels]
+        image = jnp.moveaxis(h.reshape(*shape, -1), -1, channels).astype(self.x.dtype)
+        kernel = jnp.moveaxis(b, 0, self.dims.rhs_spec[1])
+        return channels_last(conv(image, kernel, self.dims, 1, self.precision, self.settings), self.dims)
+
+    def rows(self) -> tuple[int, int]:
+        return math.prod(self.x.shape) // self.x.shape[self.dims.lhs_spec[1]], len(self.y)
+
+
+@dataclass(frozen=True)
+class Ragged(Product):
+    """x [T, d], its rows sorted by expert: the first group_sizes[0] of them are the first expert's, and so on."""
+
+    group_sizes: jax.Array
+
+    def contract(self, a: jax.Array) -> jax.Array:
+        return self._dot(self.x, _columns(a, 1))
+
+    def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        return self._dot(h, _rows(b, 1))
+
+    def rows(self) -> tuple[int, int]:
+        return len(self.x), len(self.x)
+
+    def for_each_output(self, gain: jax.Array) -> jax.Array:
+        """Of each row's own expert."""
+        experts = jnp.repeat(jnp.arange(len(gain)), self.group_sizes, total_repeat_length=len(self.x))
+        return gain.reshape(len(gain), -1)[experts]
+
+    def _dot(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.ragged_dot(x, w.astype(x.dtype), self.group_sizes, precision=self.precision)
+
+
+def conv(x: jax.Array, w: jax.Array, dims: Any, groups: int, precision: Any, settings: dict[str, Any]) -> jax.Array:
+    """A convolution in x's dtype. JAX cannot differentiate one of a narrow x with a wider result."""
+    return lax.conv_general_dilated(
+        x, w.astype(x.dtype), dimension_numbers=dims, feature_group_count=groups, precision=precision, **settings
+    )
+
+
+def channels_last(image: jax.Array, dims: lax.ConvDimensionNumbers, of: int = 2) -> jax.Array:
+    """The result of a convolution (or its x, for `of` = 0) as [T, channels]."""
+    channels = dims[of][1]
+    return jnp.moveaxis(image, channels, -1).reshape(-1, image.shape[channels])
+
+
+def as_matrices(x: jax.Array, stack: int, rows: int) -> jax.Array:
+    """[*s, *rows, *columns] -> [*s, T, d]."""
+    shape, first_column = x.shape, stack + rows
+    return x.reshape(*shape[:stack], math.prod(shape[stack:first_column]), math.prod(shape[first_column:]))
+
+
+def product_dtype(x: Any, w: Any) -> Any:
+    """The dtype that x @ W is computed in: both operands' own, or where they differ one that holds both."""
+    return x if x == w and jnp.dtype(x).itemsize > 1 else accumulator(x, w)
+
+
+def _columns(a: jax.Array, stack: int) -> jax.Array:
+    """A [*s, *inputs, n] as matrices [*s, d, n]."""
+    return a.reshape(*a.shape[:stack], math.prod(a.shape[stack:-1]), a.shape[-1])
+
+
+def _rows(b: jax.Array, stack: int) -> jax.Array:
+    """B [*s, n, *outputs] as matrices [*s, n, k]."""
+    return b.reshape(*b.shape[: stack + 1], math.prod(b.shape[stack + 1 :]))
+
+
+def _masked(x: jax.Array, mask: jax.Array, probability: float) -> jax.Array:
+    return jnp.where(mask, x / jnp.asarray(probability, x.dtype), jnp.zeros((), x.dtype))
+
+
+def lowrank(product: Product, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """scale * x @ A @ B, from left to right, so that nothing of A B's shape exists.
+
+    a [*stack, *inputs, r], b [*stack, r, *outputs] -> y's shape, in at least fp32 (in x's dtype for convolutions).
+
+    The factors are used in x's dtype and matrix products accumulate in fp32. The scale meets B, in fp32 or wider: no
+    product over tokens is touched again, and none overflows fp16 by it.
+    x @ A is named `lora_h` for the policies of `jax.checkpoint`: keeping it costs r/d of x and saves a pass over x.
+    """
+    h = checkpoint_name(product.contract(a).astype(product.x.dtype), "lora_h")
+    return product.expand(h, b if scale == 1.0 else b.astype(accumulator(b.dtype, h.dtype)) * scale)
+
+
+def matmul(x: jax.Array, w: jax.Array, precision: Any, stack: int = 0, like: jax.Array | None = None) -> jax.Array:
+    """x [*s, *T, d] @ w [*s, d, *k], s being `stack` axes, in x's dtype, accumulated in fp32 or better.
+
+    On a mesh with explicit axes the result is sharded as `like` is.
+    """
+    place = None if like is None else _explicit(like)
+    return _dot(x, w, ((x.ndim - 1,), (stack,)), precision, stack, place)
+
+
+def contract(x: jax.Array, a: jax.Array, precision: Any, stack: int = 0) -> jax.Array:
+    """x [*s, *T, *d] @ a [*s, *d, r], for a thin a.
+
+    A is laid out as [*s, r, *d] first, and the barrier keeps it so: XLA's CPU backend reads a thin matrix along d
+    several times faster (benchmarks/train_step.py), and elsewhere a copy of A costs nothing to speak of.
+    """
+    rows = lax.optimization_barrier(jnp.moveaxis(a.astype(x.dtype), -1, stack))
+    inputs = a.ndim - stack - 1
+    dims = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(stack + 1, a.ndim))
+    place = _explicit(x)
+    return _dot(x, rows, dims, precision, stack, place and jax.P(*place[: x.ndim - inputs], None))
+
+
+def _dot(x: jax.Array, w: jax.Array, dims: Any, precision: Any, stack: int, place: jax.P | None) -> jax.Array:
+    return lax.dot_general(
+        x,
+        w.astype(x.dtype),
+        (dims, (tuple(range(stack)),) * 2),
+        precision=precision,
+        preferred_element_type=accumulator(x.dtype),
+        out_sharding=place,
+    )
+
+
+def _explicit(x: jax.Array) -> jax.P | None:
+    """How an array is sharded, where its type says so: on a mesh with explicit axes."""
+    sharding = jax.typeof(x).sharding
+    return sharding.spec if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types else None

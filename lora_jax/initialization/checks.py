@@ -1,0 +1,91 @@
+"""What looks at weights, gradients or data is checked before it starts: finite numbers, of the shapes that fit."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters.lora import LoraAdapter, rank_above
+from lora_jax.core.adapter import check_adapters
+from lora_jax.core.errors import LoraError
+from lora_jax.core.packed import is_packed, unpacked
+from lora_jax.core.paths import flatten_with_names, is_array, nearest
+from lora_jax.initialization.svd import wide
+
+
+def check_weights(params: Any, adapters: Any) -> dict[str, Any]:
+    """The weights of fresh adapters, finite: arrays, and what is packed."""
+    check_fresh(adapters)
+    names, leaves, _ = flatten_with_names(params)
+    check_adapters(adapters, names, leaves)
+    weights = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name in adapters}
+    for path, leaf in weights.items():
+        check_numbers(f"the parameter {path!r}", unpacked(leaf))  # one at a time, and not kept
+    return {path: leaf if is_packed(leaf) else jnp.asarray(leaf) for path, leaf in weights.items()}
+
+
+def check_fresh(adapters: Any) -> None:
+    if not isinstance(adapters, Mapping):
+        raise LoraError(
+            f"adapters are a dict {{path: adapter}} as lora.init makes it, found {type(adapters).__name__}."
+        )
+    for path, adapter in adapters.items():
+        if not isinstance(adapter, LoraAdapter):
+            raise LoraError(
+                f"{path!r} is a {type(adapter).__name__}, and starts are of LoraAdapter: plan it with a lora.Lora rule."
+            )
+        _check_adapter(path, adapter)
+
+
+def _check_adapter(path: str, adapter: LoraAdapter) -> None:
+    try:
+        _, d, k = adapter.axes.fans(adapter.kernel_shape())
+    except LoraError as error:
+        raise LoraError(f"the adapter for {path!r} {error} lora.init makes one that fits.") from None
+    if problem := rank_above(adapter.a.shape[-1], d, k):
+        raise LoraError(f"{path!r}: {problem}.")
+    if not math.isfinite(adapter.scale) or adapter.scale == 0:
+        raise LoraError(
+            f"{path!r} has the scale {adapter.scale}, expected a finite number other than 0: set its alpha."
+        )
+    for name, factor in (("A", adapter.a), ("B", adapter.b)):
+        check_numbers(f"{name} of {path!r}", factor)
+    with jax.ensure_compile_time_eval():
+        started = bool(jnp.any(adapter.b != 0))
+    if started:
+        raise LoraError(
+            f"{path!r} has been started or trained already, its B is not zero, and a start would drop that: take fresh "
+            "adapters from lora.init."
+        )
+
+
+def check_data(what: str, tree: Any, expected: Mapping[str, tuple[int | None, ...]]) -> dict[str, jax.Array]:
+    """What a tree has for each path: finite, and of the expected shape, in which None stands for any size."""
+    names, leaves, _ = flatten_with_names(tree)
+    given = dict(zip(names, leaves, strict=True))
+    for path, shape in expected.items():
+        if path not in given:
+            near = ", ".join(map(repr, nearest(path, names))) or "none at all"
+            raise LoraError(
+                f"{what} has nothing for {path!r}, expected an array for each adapted weight; the nearest: {near}."
+            )
+        check_numbers(f"{what}[{path!r}]", given[path])
+        found = given[path].shape
+        if len(found) != len(shape) or any(n not in (None, m) for n, m in zip(shape, found, strict=True)):
+            sizes = ", ".join("n" if n is None else str(n) for n in shape)
+            raise LoraError(f"{what}[{path!r}] has shape {list(found)}, expected [{sizes}]: reshape it to that.")
+    return {path: jnp.asarray(given[path]) for path in expected}
+
+
+def check_numbers(what: str, leaf: Any) -> None:
+    if isinstance(leaf, jax.core.Tracer):
+        raise LoraError(f"{what} is traced, and starts look at numbers: call them outside jax.jit and the like.")
+    if not is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        found = f"of {leaf.dtype} numbers" if is_array(leaf) else f"a {type(leaf).__name__}"
+        raise LoraError(f"{what} is {found}, expected an array of floats: give it as one.")
+    with jax.ensure_compile_time_eval():  # what is not traced is known, also where a start is called in jax.jit
+        finite = bool(jnp.isfinite(wide(jnp.asarray(leaf))).all())
+    if not finite:
+        raise LoraError(f"{what} holds a NaN or an infinity, expected finite numbers: look for where they come from.")

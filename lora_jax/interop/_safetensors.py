@@ -1,0 +1,19 @@
+"""The one place that imports safetensors, which only those need who read or write its files."""
+
+from typing import Any
+
+from lora_jax.core.errors import LoraError
+
+try:
+    import safetensors
+    import safetensors.numpy
+except ImportError as error:
+    raise LoraError(
+        "files of HF PEFT and of published models need safetensors, which is not installed: "
+        "pip install 'lora_jax[peft]'"
+    ) from error
+
+SafetensorError: Any = safetensors.SafetensorError
+safe_open: Any = safetensors.safe_open
+load_file: Any = safetensors.numpy.load_file
+save_file: Any = safetensors.numpy.save_file

@@ -1,0 +1,211 @@
+"""One training step, pure; and the same under `jax.jit`, `jax.pmap` and `jax.shard_map`."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import P
+from jax.sharding import Mesh, NamedSharding
+
+from lora_jax.core.errors import LoraError
+from lora_jax.core.partition import names_of
+from lora_jax.sharding.adapters import check_together, on_mesh
+from lora_jax.training.value_and_grad import Loss, value_and_grad
+
+Step = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LossScale:
+    """What the loss is multiplied by before its gradient is taken in fp16, and the gradient divided by after.
+
+    Halved after a gradient that was not finite, doubled after `interval` ones that were. Micikevicius et al. 2018,
+    "Mixed Precision Training", arXiv 1710.03740.
+    """
+
+    value: jax.Array  # f32
+    finite: jax.Array  # i32, gradients since it last changed
+    interval: int = field(default=2000, metadata={"static": True})
+
+    @classmethod
+    def create(cls, value: float = 2.0**15, interval: int = 2000) -> "LossScale":
+        return cls(jnp.float32(value), jnp.zeros((), jnp.int32), interval)
+
+    def update(self, is_finite: jax.Array) -> "LossScale":
+        grows = self.finite + 1 >= self.interval
+        value = jnp.where(is_finite, jnp.where(grows, self.value * 2, self.value), jnp.maximum(self.value / 2, 1.0))
+        return LossScale(value, jnp.where(is_finite & ~grows, self.finite + 1, 0), self.interval)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that training moves: hand it to the step, and go on with the one that comes back."""
+
+    step: jax.Array  # i32, steps taken
+    trainable: Any  # adapters, or a tree that holds them beside whatever else is trained
+    opt_state: Any
+    skipped: jax.Array  # i32, of these, those whose gradient was not finite: they changed nothing
+    key: jax.Array | None = None  # of all randomness; the loss gets one of its own for every step
+    loss_scale: LossScale | None = None  # for fp16
+
+    @classmethod
+    def create(
+        cls,
+        trainable: Any,
+        optimizer: optax.GradientTransformation,
+        key: jax.Array | None = None,
+        loss_scale: LossScale | None = None,
+    ) -> "TrainState":
+        """The state before the first step; on the mesh that the trainable arrays are on."""
+        zero = jnp.zeros((), jnp.int32)
+        state = cls(zero, trainable, optimizer.init(trainable), zero.copy(), key, loss_scale)
+        mesh = on_mesh(trainable)
+        if mesh is None:
+            return state
+        whole = NamedSharding(mesh, P())
+        return jax.tree.map(lambda leaf: leaf if on_mesh(leaf) else jax.device_put(leaf, whole), state)
+
+
+def train_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    params: Any,
+    *batch: Any,
+    microbatches: int = 1,
+    axis_name: str | tuple[str, ...] | None = None,
+    batch_sharding: NamedSharding | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The next state, and metrics: the loss, the norm of its gradient, the steps skipped, and what the loss reports.
+
+    The gradient is that of `state.trainable` alone: its tree is theirs, and nothing of the base's size is formed. If it
+    is not finite, the step is counted in `skipped` and changes nothing else.
+
+    Args:
+        loss: `loss(trainable, params, *batch)` -> a scalar, `(scalar, {name: array})` to report more, or
+            `(scalar, {name: array}, weight)`; see `value_and_grad`, which also says what the last three arguments are.
+            If the state has a random key, the loss is called with a keyword `key`, a new one for each step.
+        optimizer: any optax transformation; `lora.freeze_base` where adapters hold frozen arrays. To clip, put
+            `optax.clip_by_global_norm` before it: the gradient that it sees is that of the whole batch.
+        state: as `TrainState.create` makes it.
+        params: the frozen base.
+    """
+    gradient = value_and_grad(loss, microbatches=microbatches, axis_name=axis_name, batch_sharding=batch_sharding)
+    key = None if state.key is None else jax.random.fold_in(state.key, state.step)
+    scale = 1.0 if state.loss_scale is None else state.loss_scale.value
+    (value, metrics), grads = gradient(state.trainable, params, *batch, scale=scale, key=key)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+
+    norm = optax.tree.norm(grads)
+    good = jnp.isfinite(norm) & jnp.isfinite(value)
+    trainable, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
+    )
+    skipped = state.skipped + (~good).astype(jnp.int32)
+    loss_scale = state.loss_scale and state.loss_scale.update(good)
+    metrics = {"loss": value, "grad_norm": norm, "skipped": skipped, **metrics}
+    if state.loss_scale is not None:
+        metrics["loss_scale"] = state.loss_scale.value
+    return TrainState(state.step + 1, trainable, opt_state, skipped, state.key, loss_scale), metrics
+
+
+def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatches: int = 1) -> Step:
+    """`step(state, params, *batch)`: `train_step` under `jax.jit`, on one device or over a mesh.
+
+    Where things are decides how it runs: the base wherever its arrays are, the state where it was, the adapters'
+    gradients added up once over the mesh axes that the batch is split over. The state's buffers are donated, never the
+    base's: go on with `state.trainable`, not with the first adapters.
+
+    `step.lower(state, params, *batch)` is that of the jitted function.
+    """
+
+    steps: dict[Any, Any] = {}  # by where the batch and the state are
+
+    def placed(state: TrainState, params: Any, batch: Any) -> Any:
+        places = on_mesh(state.trainable) and jax.tree.map(lambda leaf: leaf.sharding, state)
+        where = places and _longest(batch), tuple(jax.tree.leaves(places)), jax.tree.structure(places)
+        if where not in steps:
+            check_together(state.trainable, params)
+            steps[where] = compiled(where[0], places)
+        return steps[where]
+
+    def compiled(batch_sharding: NamedSharding | None, places: Any) -> Any:
+        step = functools.partial(train_step, loss, optimizer, microbatches=microbatches, batch_sharding=batch_sharding)
+        if places is None:
+            return jax.jit(step, donate_argnums=0)
+        return jax.jit(step, donate_argnums=0, out_shardings=(places, NamedSharding(places.step.mesh, P())))
+
+    def step(state: TrainState, params: Any, *batch: Any) -> Any:
+        return placed(state, params, batch)(state, params, *batch)
+
+    step.lower = lambda state, params, *batch: placed(state, params, batch).lower(state, params, *batch)  # type: ignore[attr-defined]
+    return step
+
+
+def _longest(batch: Any) -> NamedSharding | None:
+    """The sharding of a batch: that of its array with most axes split."""
+    found = [leaf.sharding for leaf in jax.tree.leaves(batch) if on_mesh(leaf) is not None]
+    return max(found, key=lambda sharding: len(sharding.spec), default=None)
+
+
+def pmap_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    axis_name: str = "batch",
+    *,
+    microbatches: int = 1,
+    replicated: bool = True,
+) -> Step:
+    """`step(state, params, *batch)`: `train_step` under `jax.pmap`, each array of the batch `[devices, rows, ...]`.
+
+    Args:
+        axis_name: the name of the axis of devices, should the loss need it.
+        microbatches: for each device.
+        replicated: whether state and parameters come with a leading axis of devices, as `flax.jax_utils.replicate`
+            makes it, and the state and metrics go out with one; else neither has it. The state is donated.
+    """
+    axis = 0 if replicated else None
+
+    def step(state: TrainState, params: Any, batch: tuple[Any, ...]) -> Any:
+        return train_step(loss, optimizer, state, params, *batch, microbatches=microbatches, axis_name=axis_name)
+
+    mapped = jax.pmap(step, axis_name, in_axes=(axis, axis, 0), out_axes=axis, donate_argnums=0 if replicated else ())
+    return lambda state, params, *batch: mapped(state, params, batch)
+
+
+def shard_map_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    batch: P,
+    *,
+    microbatches: int = 1,
+) -> Step:
+    """`step(state, params, *batch)`: `train_step` under `jax.shard_map` over the axes that split the batch.
+
+    Each device sees its own rows, as under `pmap`, and one `psum` adds up gradients, loss and metrics. Over its other
+    axes the mesh is the compiler's, as under `jax.jit`. State and parameters must not be split over the batch's axes
+    (fsdp): `jit_step` is for those. The state is donated.
+    """
+    names = tuple(name for entry in batch for name in names_of(entry))
+    if missing := [name for name in names if name not in mesh.shape]:
+        raise LoraError(
+            f"the batch is split over {missing[0]!r}, an axis that the mesh lacks: it has {dict(mesh.shape)}."
+        )
+    if not names:
+        raise LoraError(
+            f"the batch is split over no axis of the mesh: give its spec, such as P({mesh.axis_names[0]!r})."
+        )
+
+    def local(state: TrainState, params: Any, rows: tuple[Any, ...]) -> Any:
+        return train_step(loss, optimizer, state, params, *rows, microbatches=microbatches, axis_name=names)
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), batch), out_specs=P(), axis_names=set(names))
+    return jax.jit(lambda state, params, *rows: mapped(state, params, rows), donate_argnums=0)

@@ -1,0 +1,144 @@
+"""The gradient of a batch: in microbatches, over devices, with one reduction.
+
+Whatever parts the batch is cut into, the result is that of sum_i w_i L_i / sum_i w_i, where part i says its own loss
+L_i and weight w_i.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+
+from lora_jax.core._compat import vary
+from lora_jax.core.arrays import accumulator
+from lora_jax.core.errors import LoraError
+from lora_jax.sharding.gradient_copies import add_up, spread
+
+Loss = Callable[..., Any]  # (trainable, params, *batch) -> loss, (loss, metrics) or (loss, metrics, weight)
+
+
+def value_and_grad(
+    loss: Loss,
+    *,
+    microbatches: int = 1,
+    axis_name: str | tuple[str, ...] | None = None,
+    batch_sharding: NamedSharding | None = None,
+) -> Callable[..., tuple[tuple[jax.Array, dict[str, Any]], Any]]:
+    """`jax.value_and_grad` for training: `f(trainable, params, *batch) -> ((loss, metrics), gradient)`.
+
+    The gradient is that of `trainable` alone. It is summed over microbatches by a scan, and over devices once.
+
+    Args:
+        loss: `loss(trainable, params, *batch)` -> a mean over the batch; `(mean, metrics)` to report more; or
+            `(mean, metrics, weight)` where parts of a batch may count differently, as when the mean is over the tokens
+            that are no padding: the weight is then their number. Metrics are averaged as the loss is.
+        microbatches: how many parts the rows of the batch are cut into, one after the other: the activations of one
+            part are in memory at a time. Part i has the rows i, i + microbatches, and so on. Scalars and single random
+            keys in the batch go to each.
+        axis_name: inside `jax.pmap` or `jax.shard_map`, the axes over which each device has a part of the batch.
+        batch_sharding: under `jax.jit` over a mesh, where the batch is: adapters then add up their gradients over
+            devices once a step, also in scanned layers and with microbatches (`lora_jax.spread`).
+
+    A keyword `key` of `f` reaches the loss as a random key of each part's own.
+
+    Raises:
+        LoraError: rows that microbatches do not divide; a loss that returns something else.
+    """
+    if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
+        raise LoraError(f"microbatches is {microbatches!r}, expected a whole number of at least 1.")
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+
+    def run(trainable: Any, params: Any, *batch: Any, scale: Any = 1.0, key: jax.Array | None = None) -> Any:
+        copies = trainable if batch_sharding is None else spread(trainable, batch_sharding)
+        # In `shard_map`, what is the same everywhere would have its gradient summed at once, wherever it is used.
+        copies = jax.tree.map(lambda array: vary(array, axes), copies)
+        if key is not None:
+            for name in axes:
+                key = jax.random.fold_in(key, lax.axis_index(name))
+
+        whole = microbatches == 1 and not axes
+
+        def part(batch: Sequence[Any], key: jax.Array | None) -> Any:
+            return _sums(loss, copies, params, batch, {} if key is None else {"key": key}, scale, weigh=not whole)
+
+        sums = part(batch, key) if microbatches == 1 else _accumulate(part, batch, key, microbatches, axes)
+        if axes:
+            sums = lax.psum(jax.tree.map(lambda array: vary(array, axes), sums), axes)
+        grads, values, weight = sums
+        if batch_sharding is not None:
+            grads = add_up(grads, batch_sharding)
+        if not whole:
+            values, scale = jax.tree.map(lambda value: value / weight, values), weight * scale
+        return values, jax.tree.map(lambda g: (g / scale).astype(g.dtype), grads)
+
+    def in_context(*args: Any, **kwargs: Any) -> Any:
+        if batch_sharding is None:
+            return run(*args, **kwargs)
+        with jax.sharding.use_abstract_mesh(batch_sharding.mesh.abstract_mesh):
+            return run(*args, **kwargs)
+
+    return in_context
+
+
+def _sums(
+    loss: Loss, trainable: Any, params: Any, batch: Sequence[Any], key: dict[str, Any], scale: Any, weigh: bool
+) -> Any:
+    """One part's gradient, (loss, metrics) and weight, the first two times the weight."""
+
+    def weighted(trainable: Any) -> Any:
+        value, metrics, weight = _parts(loss(trainable, params, *batch, **key))
+        if weight is None or not weigh:
+            return value * scale, ((value, metrics), jnp.ones((), value.dtype))
+        weight = lax.stop_gradient(weight).astype(value.dtype)
+        values = jax.tree.map(lambda m: m.astype(accumulator(m.dtype)) * weight, (value, metrics))
+        return value * weight * scale, (values, weight)
+
+    grads, (values, weight) = jax.grad(weighted, has_aux=True)(trainable)
+    return grads, values, weight
+
+
+def _parts(out: Any) -> tuple[jax.Array, dict[str, Any], jax.Array | None]:
+    parts = out if isinstance(out, tuple) else (out,)
+    value, metrics, weight = (*parts, *({}, None)[len(parts) - 1 :]) if 1 <= len(parts) <= 3 else (None, None, None)
+    if getattr(value, "shape", None) != () or not isinstance(metrics, dict):
+        raise LoraError(
+            "the loss returns a scalar, (scalar, {name: array}) or (scalar, {name: array}, weight); found "
+            f"{jax.tree.map(lambda leaf: getattr(leaf, 'shape', leaf), out)}."
+        )
+    if taken := sorted(RESERVED & metrics.keys()):
+        raise LoraError(f"the loss reports a metric {taken[0]!r}, which is the step's own: give it another name.")
+    return value.astype(accumulator(value.dtype)), metrics, None if weight is None else jnp.asarray(weight)
+
+
+RESERVED = {"loss", "grad_norm", "skipped", "loss_scale"}
+
+
+def _accumulate(
+    part: Callable[..., Any], batch: Sequence[Any], key: jax.Array | None, n: int, axes: Sequence[str]
+) -> Any:
+    """The sums of `part` over n microbatches."""
+    leaves, tree = jax.tree.flatten(batch)
+    rows = [leaf.ndim > 0 for leaf in leaves]
+    for leaf in leaves:
+        if leaf.ndim and len(leaf) % n:
+            raise LoraError(f"a batch of shape {list(leaf.shape)} cannot be cut into {n} microbatches of equal size.")
+    # Every n-th row: on a mesh that splits the rows, each device keeps its own.
+    cut = [leaf.reshape(-1, n, *leaf.shape[1:]).swapaxes(0, 1) for leaf in leaves if leaf.ndim]
+
+    def one(i: jax.Array, cut: Sequence[jax.Array]) -> Any:
+        rest = iter(cut)
+        whole = [next(rest) if has_rows else leaf for has_rows, leaf in zip(rows, leaves, strict=True)]
+        return part(jax.tree.unflatten(tree, whole), None if key is None else jax.random.fold_in(key, i))
+
+    def add(total: jax.Array, array: jax.Array) -> jax.Array:
+        return vary(total + array.astype(total.dtype), axes)
+
+    def step(sums: Any, xs: Any) -> tuple[Any, None]:
+        return jax.tree.map(add, sums, one(*xs)), None
+
+    shapes = jax.eval_shape(lambda: one(jnp.zeros((), jnp.int32), [c[0] for c in cut]))
+    zeros = jax.tree.map(lambda s: vary(jnp.zeros(s.shape, accumulator(s.dtype)), axes), shapes)
+    return lax.scan(step, zeros, (jnp.arange(n), cut))[0]

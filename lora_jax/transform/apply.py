@@ -1,0 +1,113 @@
+"""`lora_apply`: any function of parameters becomes the same function with adapters beside the parameters."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from lora_jax.core._compat import vary, varying_axes
+from lora_jax.core.adapter import Adapter, check_adapters
+from lora_jax.core.errors import LoraError
+from lora_jax.core.packed import is_packed
+from lora_jax.core.paths import flatten_with_names, is_array
+from lora_jax.transform.adapted_weight import Kernel
+from lora_jax.transform.interpreter import Interpreter
+from lora_jax.transform.materialize import Materialize, Patterns
+from lora_jax.transform.tracing import tracer
+
+
+def lora_apply(fn: Callable[..., Any], *, materialize: Patterns = False) -> Callable[..., Any]:
+    """`fn(params, *args, **kwargs)` -> `apply(params, adapters, *args, **kwargs)`, for any traceable `fn`.
+
+    Every adapted weight W takes part in matrix products as W' = W + (alpha / r) A B, computed as
+    x @ W + (alpha / r) (x @ A) @ B: neither W' nor A B is formed. `apply` is an ordinary JAX function of two pytrees:
+    jit it, differentiate it with respect to the second, vmap over a stack of adapters. The program is traced once
+    for each set of shapes, so make `apply` once and call it often.
+
+    Args:
+        fn: any function whose first argument is a pytree of parameters. Other arguments may be arrays, which are
+            traced, or anything hashable (flags, strings, None), which is kept.
+        materialize: where W' may be formed at its full size, because the program does something else to the weight
+            than multiply by it: True for all weights, or regular expressions for whole paths.
+
+    Raises:
+        LoraError: (when called) adapters for paths that the parameters do not have, or of another shape; an adapted
+            weight in an operation that cannot stay factored, with path, operation and source line.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> def model(params, x):
+    ...     return jnp.tanh(x @ params["w1"]) @ params["w2"]
+    >>> params = {"w1": jnp.ones((4, 8)), "w2": jnp.ones((8, 2))}
+    >>> x = jnp.ones((3, 4))
+    >>> adapters = lora.init(jax.random.key(0), params, lora.plan(model, params, x, rules={".*": lora.Lora(rank=2)}))
+    >>> apply = lora.lora_apply(model)
+    >>> bool(jnp.all(apply(params, adapters, x) == model(params, x)))      # a fresh adapter changes nothing
+    True
+    """
+    trace, interpreter, fallback = tracer(fn), Interpreter(rebuilt={}), Materialize.of(materialize)
+
+    @functools.wraps(fn)
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        if len(args) < 2:
+            raise LoraError(
+                f"apply(params, adapters, ...) takes parameters and adapters by position, found {len(args)} positional "
+                f"arguments and the keywords {list(kwargs)}. If the function takes its parameters elsewhere, bring "
+                "them to the front: lora_apply(lambda params, *args, **kw: fn(*args, variables=params, **kw))."
+            )
+        params, adapters, *rest = args
+        names, leaves, _ = flatten_with_names(params)
+        check_adapters(adapters, names, leaves)
+        if not adapters and not any(map(is_packed, leaves)):
+            return fn(params, *rest, **kwargs)
+
+        def adapt(name: str, leaf: Any) -> Any:
+            return Kernel.of(leaf, adapters.get(name), name, fallback)
+
+        try:
+            program = trace(*_as_varying_as(adapters, (params, tuple(rest), kwargs)))
+            return program.run(interpreter, program.arrays, adapt)
+        except jax.errors.UnexpectedTracerError as error:
+            raise LoraError(_escaped(params, adapters, rest, kwargs)) from error
+
+    return _with_signature(apply, fn)
+
+
+def _as_varying_as(adapters: Any, args: Any) -> Any:
+    """In `shard_map`: with adapters of its own, all that a device computes may differ from what the others do."""
+    axes = sorted({axis for array in jax.tree.leaves(adapters) for axis in varying_axes(array)})
+    return jax.tree.map(lambda leaf: vary(leaf, axes) if is_array(leaf) else leaf, args) if axes else args
+
+
+def _escaped(params: Any, adapters: Any, args: Any, kwargs: Any) -> str:
+    """Which argument is a value of a trace that has ended."""
+    names, leaves, _ = flatten_with_names({"params": params, "adapters": adapters, "args": args, "kwargs": kwargs})
+    for name, leaf in zip(names, leaves, strict=True):
+        try:
+            if isinstance(leaf, jax.core.Tracer):
+                _ = leaf + 0
+        except jax.errors.UnexpectedTracerError:
+            return (
+                f"{name!r} is a value from inside another jit, grad, vmap or scan, kept beyond its end: return it from "
+                "there, or pass the array that it was made from."
+            )
+    return (
+        "the function closes over a value from inside another jit, grad, vmap or scan, kept beyond its end: pass that "
+        "value to the function as an argument."
+    )
+
+
+def _with_signature(apply: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`'s signature and one more argument, for whoever goes by names: `jax.jit(apply, static_argnames=...)`."""
+    del apply.__wrapped__  # type: ignore[attr-defined]
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # some callables written in C have none
+        return apply
+    first, *rest = signature.parameters.values()
+    if first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+        params = first.replace(kind=first.POSITIONAL_ONLY, default=first.empty)
+        adapters = inspect.Parameter("adapters", first.POSITIONAL_ONLY, annotation=Mapping[str, Adapter])
+        apply.__signature__ = signature.replace(parameters=[params, adapters, *rest])  # type: ignore[attr-defined]
+    return apply

@@ -1,0 +1,227 @@
+"""Calls and control flow that take a kernel, built again around its body: a scan stays a scan, a remat a remat.
+
+Each function here takes `body(jaxpr, args)`, which evaluates an inner jaxpr, and an equation. Only what a kernel does
+in the body changes; settings, policies and shardings are the program's own.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from lora_jax.core._compat import (
+    JaxprEqn,
+    Literal,
+    Var,
+    as_differentiated,
+    jit_p,
+    open_jaxpr,
+    remat_p,
+    scan_groups,
+)
+from lora_jax.core.packed import is_packed
+from lora_jax.transform.adapted_weight import Kernel, plain
+
+Body = Callable[[Any, Sequence[Any]], list[Any]]
+Call = Callable[[Body, JaxprEqn, Sequence[Any]], list[Any]]
+
+
+def jit(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    """The caller keeps a jitted call jitted; the shardings that the program states hold inside."""
+    args = [_placed(arg, s) for arg, s in zip(args, eqn.params["in_shardings"], strict=True)]
+    out = body(eqn.params["jaxpr"], args)
+    return [_placed(o, s) for o, s in zip(out, eqn.params["out_shardings"], strict=True)]
+
+
+def _placed(value: Any, sharding: Any) -> Any:
+    if not isinstance(sharding, jax.sharding.Sharding):
+        return value
+    if isinstance(value, Kernel):
+        return value if is_packed(value.value) else value.replace(_placed(value.value, sharding))
+    return lax.with_sharding_constraint(value, sharding)
+
+
+def remat(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    params = {name: eqn.params[name] for name in ("policy", "prevent_cse")}
+    run = jax.checkpoint(functools.partial(body, eqn.params["jaxpr"]), **params)
+    return as_differentiated(run, list(args)) if eqn.params["differentiated"] else run(list(args))
+
+
+def scan(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    """A scan over stacked layers slices the factors along with the weight."""
+    n_consts, n_carry = scan_groups(eqn)
+    params = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    jaxpr = eqn.params["jaxpr"]
+    sliced = {source: args[source] for source in range(n_consts + n_carry, len(args))}
+    stacks = {  # what the body gives out as it got it: stacked again, it is the kernel that the scan runs over
+        i: sliced[source]
+        for i, source in enumerate(_forwarded(jaxpr))
+        if i >= n_carry and source in sliced and isinstance(sliced[source], Kernel)
+    }
+    args = [_repeated(arg, params["length"]) for arg in args]
+    consts, carry, xs = args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
+    moving, kept = _carried(eqn, jaxpr, carry, n_consts)
+    xs = [_sliced(eqn, x) for x in xs]
+
+    def step(moving: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+        out = body(jaxpr, [*consts, *_with(kept, moving, n_carry), *xs])
+        new = [plain(o, "changes it from step to step", eqn) for i, o in enumerate(out[:n_carry]) if i not in kept]
+        ys = [plain(o, "gives it out of its body", eqn) for i, o in enumerate(out) if i >= n_carry and i not in stacks]
+        return new, ys
+
+    moving, ys = lax.scan(step, moving, xs, **params)
+    return _with(kept | stacks, [*moving, *ys], len(eqn.outvars))
+
+
+def while_loop(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    cond_consts, body_consts, carry = args[:n_cond], args[n_cond : n_cond + n_body], args[n_cond + n_body :]
+    moving, kept = _carried(eqn, eqn.params["body_jaxpr"], carry, n_body)
+
+    def cond(moving: Sequence[Any]) -> Any:
+        [go_on] = body(eqn.params["cond_jaxpr"], [*cond_consts, *_with(kept, moving, len(carry))])
+        return go_on
+
+    def step(moving: Sequence[Any]) -> Sequence[Any]:
+        out = body(eqn.params["body_jaxpr"], [*body_consts, *_with(kept, moving, len(carry))])
+        return [plain(o, "changes it from step to step", eqn) for i, o in enumerate(out) if i not in kept]
+
+    return _with(kept, lax.while_loop(cond, step, moving), len(carry))
+
+
+def cond(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    """`cond` and `switch`. A weight that every branch hands through stays a kernel."""
+    index, *operands = args
+    branches = eqn.params["branches"]
+    sources = [_forwarded(branch) for branch in branches]
+    kept = {
+        i: operands[source]
+        for i, source in enumerate(sources[0])
+        if source is not None and all(s[i] == source for s in sources) and isinstance(operands[source], Kernel)
+    }
+
+    def run(branch: Any, *operands: Any) -> list[Any]:
+        out = body(branch, operands)
+        chosen = [plain(o, "chooses between it and others", eqn) for i, o in enumerate(out) if i not in kept]
+        return [_strongly_typed(o) for o in chosen]
+
+    rest = lax.switch(index, [functools.partial(run, branch) for branch in branches], *operands)
+    return _with(kept, rest, len(eqn.outvars))
+
+
+def shard_map(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    """The factors are split over devices as the axes of the weight are that they share."""
+    args = [_divisible(arg, spec) for arg, spec in zip(args, eqn.params["in_specs"], strict=True)]
+    specs = [
+        _specs(arg, spec) if isinstance(arg, Kernel) else spec
+        for arg, spec in zip(args, eqn.params["in_specs"], strict=True)
+    ]
+
+    def local(*args: Any) -> tuple[Any, ...]:
+        out = body(eqn.params["jaxpr"], args)
+        return tuple(plain(o, "gives it out of its body", eqn) for o in out)
+
+    run = jax.shard_map(
+        local,
+        mesh=eqn.params["mesh"],
+        in_specs=tuple(specs),
+        out_specs=tuple(eqn.params["out_specs"]),
+        axis_names=set(eqn.params["newly_manual_axes"]),
+        check_vma=eqn.params["check_vma"],
+    )
+    return list(run(*args))
+
+
+def _divisible(value: Any, spec: Any) -> Any:
+    """A kernel in the form whose arrays are split along with the weight's matrices, if these are."""
+    if not isinstance(value, Kernel):
+        return value
+    if is_packed(value.value) and any(spec[len(value.value.stack) :]):
+        value = value.replace(value.value.dense())
+    axes = value.adapter.axes
+    splits = any(spec[axis] for axis in (*axes.inputs, *axes.outputs) if axis < len(spec))
+    return value.replace(value.value, value.adapter.explicit()) if splits else value
+
+
+def _specs(kernel: Kernel, spec: Any) -> Any:
+    """The partition specs of a kernel's arrays, given its value's."""
+    every = jax.P(*spec, *[None] * (kernel.ndim - len(spec)))
+    of_value = spec
+    if is_packed(kernel.value):
+        of_value = kernel.value.on_stack(lambda leaf: jax.P(*spec[: len(kernel.value.stack)]))
+    specs = kernel.replace(of_value, kernel.adapter.specs(every))
+    return specs if kernel.factor is None else dataclasses.replace(specs, factor=jax.P())  # type: ignore[arg-type]
+
+
+def _repeated(value: Any, times: int) -> Any:
+    return value.replace(value.value, value.adapter.repeat(times)) if isinstance(value, Kernel) else value
+
+
+def _sliced(eqn: JaxprEqn, value: Any) -> Any:
+    """What a scan runs over, as its body will see it; the arrays are not sliced yet."""
+    if not isinstance(value, Kernel):
+        return value
+    value = value.scaled()
+    if is_packed(value.value) and not value.value.stack:
+        value = value.replace(value.value.dense())
+    if value.adapter.group(0) not in ("stack", "unknown"):
+        return plain(value, "slices it along an axis that its adapter does not stack", eqn)
+    return value.replace(value.value, value.adapter.replace_axes(0, 1, 0, lambda array, _: array))
+
+
+def _carried(eqn: JaxprEqn, jaxpr: Any, carry: Sequence[Any], n_consts: int) -> tuple[list[Any], dict[int, Any]]:
+    """What a loop changes, and the kernels that it hands from step to step unchanged."""
+    sources = _forwarded(jaxpr)
+    kept = {i: c for i, c in enumerate(carry) if isinstance(c, Kernel) and sources[i] == n_consts + i}
+    moving = [plain(c, "changes it from step to step", eqn) for i, c in enumerate(carry) if i not in kept]
+    return moving, kept
+
+
+def _with(kept: dict[int, Any], others: Sequence[Any], n: int) -> list[Any]:
+    rest = iter(others)
+    return [kept[i] if i in kept else next(rest) for i in range(n)]
+
+
+def _forwarded(jaxpr: Any) -> list[int | None]:
+    """For each output of a jaxpr, the input that it is, if it is one, seen through calls and loops."""
+    jaxpr, _ = open_jaxpr(jaxpr)
+    source: dict[Var, int] = {v: i for i, v in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        for out, operand in _passed_through(eqn):
+            if not isinstance(operand, Literal) and operand in source:
+                source[out] = source[operand]
+    return [None if isinstance(v, Literal) else source.get(v) for v in jaxpr.outvars]
+
+
+def _passed_through(eqn: JaxprEqn) -> list[tuple[Var, Any]]:
+    """The results of an equation that are operands of it."""
+    if eqn.primitive in (jit_p, remat_p):
+        sources = _forwarded(eqn.params["jaxpr"])
+        return [(v, eqn.invars[s]) for v, s in zip(eqn.outvars, sources, strict=True) if s is not None]
+    if eqn.primitive.name == "while":
+        n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        sources = _forwarded(eqn.params["body_jaxpr"])
+        return [(v, eqn.invars[n_cond + n_body + i]) for i, v in enumerate(eqn.outvars) if sources[i] == n_body + i]
+    if eqn.primitive.name == "scan":
+        n_consts, n_carry = scan_groups(eqn)
+        sources = _forwarded(eqn.params["jaxpr"])[:n_carry]
+        return [(eqn.outvars[i], eqn.invars[n_consts + i]) for i, s in enumerate(sources) if s == n_consts + i]
+    return []
+
+
+def _strongly_typed(value: Any) -> Any:
+    """Branches are to agree also in whether Python's scalars made their results."""
+    return lax.convert_element_type(value, value.dtype) if getattr(value, "weak_type", False) else value
+
+
+CALLS: dict[str, Call] = {
+    jit_p.name: jit,
+    remat_p.name: remat,
+    "scan": scan,
+    "while": while_loop,
+    "cond": cond,
+    "shard_map": shard_map,
+}

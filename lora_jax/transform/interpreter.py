@@ -1,0 +1,85 @@
+"""Evaluate a jaxpr in which some values are kernels.
+
+The loop is the one of JAX's "Writing custom interpreters" guide. Equations that see no kernel run as they stand:
+whole scans, `custom_vjp` calls and nested jits among them, with the user's rules. Calls that do see one are built
+again around the same loop.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from lora_jax.core._compat import Jaxpr, JaxprEqn, Literal, Var, at_equation, bind, jit_p, open_jaxpr
+from lora_jax.transform.adapted_weight import Kernel
+from lora_jax.transform.control_flow import CALLS, Call
+from lora_jax.transform.primitives import RULES, no_rule
+
+OWN_DERIVATIVE = "has a derivative rule of its own, which is stated for the whole weight"
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """Evaluates jaxprs, and keeps what it has built for their calls.
+
+    With `rebuilt`, a second eager call finds its nested jits and loops already compiled. Without, each call of a body
+    is traced by itself, so that a plan sees each.
+    """
+
+    rebuilt: dict[int, tuple[JaxprEqn, Callable[..., Any]]] | None
+
+    def evaluate(self, jaxpr: Jaxpr, consts: list[Any], args: Sequence[Any], inline: bool = False) -> list[Any]:
+        """The outputs of a jaxpr for these inputs; any input or output may be a `Kernel`.
+
+        With `inline`, the bodies of jitted calls among the jaxpr's own equations stand in their place.
+        """
+        env: dict[Var, Any] = {}
+        last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, Literal)}
+        last_use |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, Literal)}
+
+        def read(v: Any) -> Any:
+            return v.val if isinstance(v, Literal) else env[v]
+
+        env.update(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+        for i, eqn in enumerate(jaxpr.eqns):
+            values = [read(v) for v in eqn.invars]
+            with at_equation(eqn):
+                if inline and eqn.primitive is jit_p:
+                    out = self._body(eqn.params["jaxpr"], values)
+                elif any(isinstance(value, Kernel) for value in values):
+                    out = self._with_kernels(eqn, values)
+                else:
+                    out = bind(eqn, values)
+            env.update(zip(eqn.outvars, out, strict=True))
+            for v in (*eqn.invars, *eqn.outvars):  # an eager call holds no more than the program needs
+                if not isinstance(v, Literal) and last_use.get(v, i) == i:
+                    env.pop(v, None)
+        return [read(v) for v in jaxpr.outvars]
+
+    def _with_kernels(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
+        name = eqn.primitive.name
+        if name in CALLS:
+            return self._kept(eqn, CALLS[name])(args)
+        if name.startswith("custom_"):
+            return no_rule(eqn, *args, why=OWN_DERIVATIVE)
+        return RULES.get(name, no_rule)(eqn, *args)
+
+    def _body(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+        jaxpr, consts = open_jaxpr(jaxpr)
+        return self.evaluate(jaxpr, consts, args)
+
+    def _kept(self, eqn: JaxprEqn, call: Call) -> Callable[..., Any]:
+        """The call under jit, the same one for the same equation (which is held, so that its id stays its own)."""
+        if self.rebuilt is not None and id(eqn) in self.rebuilt:
+            return self.rebuilt[id(eqn)][1]
+
+        def run(args: list[Any]) -> list[Any]:
+            return call(self._body, eqn, args)
+
+        run.__name__ = run.__qualname__ = str(eqn.params.get("name", eqn.primitive.name))
+        jitted = jax.jit(run, inline=eqn.primitive is not jit_p or eqn.params["inline"])
+        if self.rebuilt is not None:
+            self.rebuilt[id(eqn)] = eqn, jitted
+        return jitted

@@ -1,0 +1,47 @@
+"""What happens where a program cannot use a weight in factored form: a refusal, or W' formed where it was asked for."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_jax.core.errors import LoraError
+from lora_jax.transform.adapted_weight import Kernel
+
+Patterns = bool | str | Sequence[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Materialize:
+    """Allows W' to be formed for the weights of some paths, and refuses it for all others."""
+
+    patterns: tuple[re.Pattern[str], ...]
+
+    @classmethod
+    def of(cls, patterns: Patterns) -> "Materialize":
+        """True for all weights, False for none, or regular expressions for whole paths.
+
+        Raises:
+            LoraError: none of these.
+        """
+        given = {False: [], True: [".*"]}[patterns] if isinstance(patterns, bool) else patterns
+        try:
+            return cls(tuple(re.compile(p) for p in ([given] if isinstance(given, str) else given)))
+        except (re.error, TypeError) as error:
+            raise LoraError(
+                f"materialize={patterns!r} is neither True, nor False, nor regular expressions for whole paths, "
+                f"such as '.*/norm/kernel': {error}."
+            ) from None
+
+    def allows(self, path: str) -> bool:
+        return any(pattern.fullmatch(path) for pattern in self.patterns)
+
+    def __call__(self, kernel: Kernel, why: str) -> None:
+        for path in kernel.paths:
+            if not self.allows(path):
+                raise LoraError(
+                    f"{path!r} cannot stay factored: {why}. "
+                    f"Leave it frozen (a rule {{{re.escape(path)!r}: None}} before the one that matched), "
+                    f"merge it first (lora.merge(params, {{{path!r}: adapters[{path!r}]}})), "
+                    f"or let it be formed there, at its full size (materialize={re.escape(path)!r} "
+                    "for lora.plan and lora.lora_apply)."
+                )

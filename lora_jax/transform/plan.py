@@ -1,0 +1,218 @@
+"""Which weights get which adapter: rules over paths, checked against what the program does with each weight."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Container, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core.adapter import Rule
+from lora_jax.core.axes import KernelAxes
+from lora_jax.core.errors import LoraError
+from lora_jax.core.paths import flatten_with_names, is_array, nearest
+from lora_jax.core.targets import Plan, Target
+from lora_jax.transform.adapted_weight import Kernel
+from lora_jax.transform.interpreter import Interpreter
+from lora_jax.transform.materialize import Materialize, Patterns
+from lora_jax.transform.probe import Log, Probe, probe
+from lora_jax.transform.tracing import Program, tracer
+
+
+def plan(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    rules: Mapping[str, Rule | None],
+    materialize: Patterns = False,
+    **kwargs: Any,
+) -> "Plan":
+    """Decide which weights of `fn(params, *args, **kwargs)` get an adapter, and along which axes.
+
+    The function is traced abstractly: nothing is computed or allocated, and `jax.ShapeDtypeStruct`s do for arrays.
+    Each matched weight is followed to the products that use it, and their dimension numbers say which of its axes
+    are contracted, which are outputs and which are stacked.
+
+    Args:
+        fn, params, args, kwargs: a call as it would be made without adapters.
+        rules: `{pattern: rule}`; a pattern is a regular expression for a whole path, as in
+            `".*/(query|value)/kernel"`. The first that matches decides. None leaves what it matches frozen.
+        materialize: which weights may be formed at full size where the program does something else to them than
+            multiply by them, as for `lora.lora_apply`: True for all, or regular expressions for whole paths.
+
+    Returns:
+        A `Plan`: `{path: Target}`, and a table when printed.
+
+    Raises:
+        LoraError: a pattern is no regular expression, or matches no path (the nearest are listed), or only paths that
+            earlier rules took; a matched weight cannot be adapted (each with the reason and the source line); a rank
+            is larger than a weight's smaller side.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> model = lambda params, x: jnp.tanh(x @ params["up"]["kernel"]) @ params["down"]["kernel"].T
+    >>> params = {"up": {"kernel": jnp.ones((8, 16))}, "down": {"kernel": jnp.ones((4, 16))}}
+    >>> print(lora.plan(model, params, jnp.ones((4, 8)), rules={".*/kernel": lora.Lora(rank=2, alpha=4)}))
+    path         shape    axes                 rule                   parameters  bytes  FLOPs
+    -----------  -------  -------------------  ---------------------  ----------  -----  -----
+    down/kernel  [4, 16]  inputs 1, outputs 0  Lora(rank=2, alpha=4)          40  160 B    320
+    up/kernel    [8, 16]  inputs 0, outputs 1  Lora(rank=2, alpha=4)          48  192 B    384
+    2 of 2 weights adapted: 88 parameters beside 192 (31.43%), 352 B. FLOPs are those added to one forward pass.
+    """
+    names, leaves, _ = flatten_with_names(params)
+    chosen = _choose(rules, names)
+    program = tracer(fn)(params, args, kwargs)
+    weights = dict(zip(names, leaves, strict=True))
+    allowed, log = Materialize.of(materialize), Log()
+
+    def follow(name: str, leaf: Any) -> Any:
+        rule = chosen.get(name)
+        if rule is None or rule.whole:
+            return Kernel.of(leaf, None, name, probe)
+        return Kernel(leaf, Probe.of(name, leaf.ndim, log), (name,), probe)
+
+    jax.eval_shape(lambda arrays: program.run(Interpreter(rebuilt=None), arrays, follow), program.arrays)
+
+    targets, problems = {}, {}
+    for path, rule in chosen.items():
+        if rule is None:
+            continue
+        found = _target(path, weights[path], rule, log, allowed.allows(path))
+        if isinstance(found, Target):
+            targets[path] = found
+        else:
+            problems[path] = found
+
+    targets = {path: dataclasses.replace(target, rule=_among(target, targets)) for path, target in targets.items()}
+
+    formable = {path for path in problems if log.obstacles.get(path) and _is_matrix(weights[path])}
+
+    # Adapters for these axes are tried on the program, to find what cannot stay factored.
+    obstacles = _try(program, targets)
+    formable |= obstacles.keys()
+    for path, reasons in obstacles.items():
+        if allowed.allows(path):
+            targets[path] = dataclasses.replace(targets[path], materialized=tuple(reasons))
+        else:
+            problems[path] = _refusal(targets[path], reasons)
+    problems |= {path: why for path, target in targets.items() if (why := _never_trained(target))}
+    if problems:
+        raise LoraError(_report({path: problems[path] for path in chosen if path in problems}, formable))
+    total = sum(math.prod(leaf.shape) for leaf in leaves if is_array(leaf))
+    return Plan(targets, len(leaves), total)
+
+
+def _choose(rules: Mapping[str, Rule | None], names: list[str]) -> dict[str, Rule | None]:
+    """The first rule that matches each path, in the order of the paths."""
+    if not isinstance(rules, Mapping) or not rules:
+        raise LoraError(f"rules are a dict such as {{'.*/kernel': lora.Lora(rank=8)}}, found {rules!r}.")
+    patterns: list[tuple[str, re.Pattern[str]]] = []
+    for pattern, rule in rules.items():
+        if rule is not None and not isinstance(rule, Rule):
+            raise LoraError(
+                f"the rule for {pattern!r} is {rule!r}, expected a rule such as lora.Lora(rank=8), or None."
+            )
+        try:
+            patterns.append((pattern, re.compile(pattern)))
+        except (re.error, TypeError) as error:
+            raise LoraError(f"the pattern {pattern!r} is not a regular expression: {error}.") from None
+
+    chosen: dict[str, Rule | None] = {}
+    matched = {pattern: [name for name in names if compiled.fullmatch(name)] for pattern, compiled in patterns}
+    for pattern, found in matched.items():
+        fresh = [name for name in found if name not in chosen]
+        if not found:
+            near = "\n".join(f"  {name}" for name in nearest(pattern, names))
+            raise LoraError(
+                f"the rule {pattern!r} matches no parameter. A pattern stands for a whole path; "
+                f"the nearest paths are\n{near}"
+            )
+        if not fresh:
+            raise LoraError(
+                f"the rule {pattern!r} is never reached: all {len(found)} paths that it matches, {found[0]!r} first, "
+                "are taken by earlier rules. Put it before them, or drop it."
+            )
+        chosen |= dict.fromkeys(fresh, rules[pattern])
+    return {name: chosen[name] for name in names if name in chosen}
+
+
+def _target(path: str, leaf: Any, rule: Rule, log: Log, materialize: bool) -> Target | str:
+    """What a matched weight is planned as, or why it cannot be adapted."""
+    if not is_array(leaf):
+        return f"is a {type(leaf).__name__}, not an array"
+    shape = f"{leaf.dtype}{list(leaf.shape)}"
+    if rule.whole and jnp.issubdtype(leaf.dtype, jnp.floating):
+        axes = KernelAxes((), (), tuple(range(leaf.ndim)))
+        return Target(path, tuple(leaf.shape), leaf.dtype, axes, rule, ())
+    if leaf.ndim < 2:
+        return f"is a {'vector' if leaf.ndim else 'scalar'} {shape}, low-rank factors need a matrix"
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"{shape} is not of a floating dtype"
+    uses, obstacles = log.uses.get(path, []), log.obstacles.get(path, [])
+    if obstacles and not (uses or materialize):
+        return f"{shape}: {obstacles[0]}"
+    if not (uses or obstacles):
+        return f"{shape} is not used by the function"
+    # A weight that is never multiplied, only formed, has no axes of its own: all but the last count as inputs.
+    # The first use that a gradient passes decides which way round the factors are.
+    uses.sort(key=lambda use: use.stopped)
+    axes = uses[0].axes if uses else KernelAxes((), tuple(range(leaf.ndim - 1)), (leaf.ndim - 1,))
+    rule = rule.at(path, tuple(leaf.shape))
+    if problem := rule.problem(tuple(leaf.shape), axes):
+        return f"{shape} with {axes}: {problem}"
+    return Target(path, tuple(leaf.shape), leaf.dtype, axes, rule, tuple(uses))
+
+
+def _among(target: Target, targets: Mapping[str, Target]) -> Rule:
+    """The rule, told of all matrices that it is used for."""
+    same = (other for other in targets.values() if other.rule == target.rule)
+    return target.rule.among(other.axes.fans(other.shape)[1:] for other in same)
+
+
+def _is_matrix(leaf: Any) -> bool:
+    return bool(is_array(leaf) and leaf.ndim > 1 and jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def _try(program: Program, targets: Mapping[str, Target]) -> dict[str, list[str]]:
+    """What the program does with each weight that cannot stay factored, found by an abstract run with adapters."""
+    log = Log()
+
+    def note(kernel: Kernel, why: str) -> None:
+        for path in kernel.paths:
+            log.obstacle(path, why)
+
+    def run(arrays: Any, adapters: Any) -> Any:
+        def adapt(name: str, leaf: Any) -> Any:
+            return Kernel.of(leaf, adapters.get(name), name, note)
+
+        return program.run(Interpreter(rebuilt=None), arrays, adapt)
+
+    jax.eval_shape(run, program.arrays, {path: target.abstract() for path, target in targets.items()})
+    return log.obstacles
+
+
+def _refusal(target: Target, reasons: list[str]) -> str:
+    shape, first = f"{target.dtype}{list(target.shape)}", target.uses[0]
+    for use in target.uses:
+        if target.axes not in (use.axes, use.axes.transpose()):
+            return f"{shape} is used in two ways: {first.axes} by {first.where}, {use.axes} by {use.where}"
+    return f"{shape}: {reasons[0]}"
+
+
+def _never_trained(target: Target) -> str | None:
+    if target.rule.whole or not target.uses or target.materialized or not target.uses[0].stopped:
+        return None
+    shape = f"{target.dtype}{list(target.shape)}"
+    return f"{shape} is used behind `stop_gradient` only, by {target.uses[0].where}: its adapter would never train"
+
+
+def _report(problems: Mapping[str, str], formable: Container[str]) -> str:
+    shown = "\n".join(f"  {path!r}: {why}" for path, why in list(problems.items())[:8])
+    more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+    first = re.escape(next(iter(problems)))
+    advice = f"Narrow the pattern, or leave them frozen by an earlier rule, such as {{{first!r}: None}}"
+    path = next((path for path in problems if path in formable), None)
+    if path is not None:
+        advice += f"; a weight may also be formed at full size where it has to be: materialize={re.escape(path)!r}"
+    return f"the rules match {len(problems)} weight(s) that cannot be adapted:\n{shown}{more}\n{advice}."

@@ -1,0 +1,10 @@
+"""What each operation of JAX does to an adapted weight, by the operation's name.
+
+With `core/products.py`, all that knows dimension numbers. An operation that has no rule asks the adapted weight for a
+plain array, which is refused unless the user allowed it.
+"""
+
+from lora_jax.transform.primitives import contractions, indexing, shapes
+from lora_jax.transform.primitives.registry import RULES, no_rule
+
+__all__ = ["RULES", "contractions", "indexing", "no_rule", "shapes"]

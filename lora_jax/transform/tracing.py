@@ -1,0 +1,152 @@
+"""A function of parameters as a jaxpr, traced once for each set of shapes."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.tree_util import PyTreeDef
+
+from lora_jax.core._compat import open_jaxpr
+from lora_jax.core.errors import LoraError
+from lora_jax.core.packed import Packed, is_packed
+from lora_jax.core.paths import flatten_with_names, is_array
+from lora_jax.transform.adapted_weight import plain
+from lora_jax.transform.interpreter import Interpreter
+
+
+@dataclass(frozen=True)
+class Program:
+    """A traced function, and the arrays that it was traced for."""
+
+    jaxpr: Any
+    names: list[str]  # of the parameters
+    arrays: list[Any]  # the parameters, then the other arguments; what is no array was kept as it is
+    out_tree: PyTreeDef
+
+    def run(self, interpreter: Interpreter, arrays: Sequence[Any], adapt: Callable[[str, Any], Any]) -> Any:
+        """The function's result for these arrays, with `adapt(name, array)` for each parameter."""
+        n = len(self.names)
+        weights = [_constant(name, w) if is_packed(w) else w for name, w in zip(self.names, arrays[:n], strict=True)]
+        values = [*map(adapt, self.names, weights), *arrays[n:]]
+        jaxpr, consts = open_jaxpr(self.jaxpr)
+        out = interpreter.evaluate(jaxpr, consts, values, inline=True)
+        return jax.tree.unflatten(self.out_tree, [plain(o, "the function returns it") for o in out])
+
+
+@dataclass(frozen=True)
+class _Static:
+    """All of the arguments but their arrays: what a trace holds for, beside shapes."""
+
+    trees: tuple[PyTreeDef, PyTreeDef]  # of the parameters, and of the rest
+    key: tuple[Any, ...]  # of each leaf; None stands for an array
+    leaves: tuple[Any, ...] = field(compare=False)
+
+    @classmethod
+    def of(cls, leaves: Sequence[Any], trees: tuple[PyTreeDef, PyTreeDef]) -> "_Static":
+        return cls(trees, tuple(map(_key, leaves)), tuple(None if is_array(leaf) else leaf for leaf in leaves))
+
+    def fill(self, arrays: Sequence[Any]) -> Any:
+        rest = iter(arrays)
+        filled = [next(rest) if key is None else leaf for key, leaf in zip(self.key, self.leaves, strict=True)]
+        params, others = self.trees
+        n = params.num_leaves
+        return params.unflatten(filled[:n]), *others.unflatten(filled[n:])
+
+
+def _key(leaf: Any) -> Any:
+    """Equal for leaves that are the same: 1, 1.0 and True are not, nor are 0.0 and -0.0, and NaN is itself."""
+    if is_array(leaf):
+        return None
+    if isinstance(leaf, float | complex):
+        return type(leaf), repr(leaf)
+    try:
+        hash(leaf)
+    except TypeError:
+        raise LoraError(
+            f"an argument holds a {type(leaf).__name__}, which is neither an array nor hashable: "
+            "pass it as a jax.Array, or bind it with functools.partial before lora_apply."
+        ) from None
+    return type(leaf), leaf
+
+
+def _traced(array: Any) -> Any:
+    """What the function is traced with: it knows nothing of packed weights."""
+    return jax.ShapeDtypeStruct(array.shape, array.dtype) if is_packed(array) else array
+
+
+def _check_packed(name: str, packed: Packed) -> None:
+    arrays = packed.arrays()
+    leaves, tree = jax.tree.flatten(packed)
+    if problem := _misfit(tree, tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves)):
+        found = ", ".join(f"{part} {array.dtype}{list(array.shape)}" for part, array in arrays.items())
+        raise LoraError(
+            f"{name!r} is a {type(packed).__name__} of arrays that do not fit each other, {found}, for matrices of "
+            f"{list(packed.inner)}: {problem} Pack it again with lora.bases.quantize."
+        )
+
+
+@functools.cache
+def _misfit(tree: PyTreeDef, kinds: tuple[tuple[tuple[int, ...], Any], ...]) -> str:
+    """Why arrays of these shapes and dtypes cannot be unpacked, if they cannot."""
+    packed = tree.unflatten([jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in kinds])
+    try:
+        found, expected = jax.eval_shape(lambda packed: packed.dense(), packed).shape, packed.shape
+    except (TypeError, ValueError) as error:
+        return str(error).partition("\n")[0]
+    return "" if found == expected else f"they unpack to {list(found)}."
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _constant(name: str, packed: Packed) -> Packed:
+    """A packed weight as it is: some of its arrays are floats, and yet nothing is to be differentiated by them."""
+    return packed
+
+
+@functools.partial(_constant.defjvp, symbolic_zeros=True)
+def _derivative(name: str, primals: tuple[Packed], tangents: tuple[Any]) -> tuple[Packed, Any]:
+    changes = jax.tree.leaves(tangents, is_leaf=_is_zero)
+    if not all(map(_is_zero, changes)):
+        raise LoraError(
+            f"{name!r} is packed, and something differentiates with respect to it, of which only arrays are capable: "
+            "differentiate with respect to the adapters, as jax.grad(loss)(adapters, params) does, or unpack the "
+            "weight with lora.bases.dense."
+        )
+    return primals[0], tangents[0]
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero) or getattr(tangent, "dtype", None) == jax.dtypes.float0
+
+
+def tracer(fn: Callable[..., Any]) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Program]:
+    """`trace(params, args, kwargs) -> Program`. The trace is `jax.jit`'s own, and so is its cache."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def call(static: _Static, *arrays: Any) -> Any:
+        params, args, kwargs = static.fill(arrays)
+        return fn(params, *args, **kwargs)
+
+    def trace(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        names, weights, tree = flatten_with_names(params)
+        for name, weight in zip(names, weights, strict=True):
+            if is_packed(weight):
+                _check_packed(name, weight)
+        others, others_tree = jax.tree.flatten((args, kwargs))
+        leaves = [*weights, *others]
+        arrays = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves if is_array(leaf)]
+        make = jax.make_jaxpr(call, static_argnums=0, return_shape=True)
+        with jax.disable_jit(False):  # the program is wanted as it is, scans and all
+            jaxpr, out = make(_Static.of(leaves, (tree, others_tree)), *map(_traced, arrays))
+        return Program(
+            jaxpr,
+            [n for n, leaf in zip(names, weights, strict=True) if is_array(leaf)],
+            arrays,
+            jax.tree.structure(out),
+        )
+
+    return trace
