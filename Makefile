@@ -6,7 +6,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: demo demo-sharded compare compare-methods headlines assets test test-interop interop-models lint format types clean
+.PHONY: demo demo-sharded compare compare-methods headlines assets test test-interop interop-models lint format types architecture clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py $(ARGS)
@@ -45,6 +45,9 @@ format: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(RUN) -m mypy
+
+architecture: | $(RUN)
+	$(RUN) docs/architecture.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

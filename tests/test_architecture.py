@@ -1,0 +1,51 @@
+"""The rules of the house: which room may import which, no circles, no long files, and nothing public by accident."""
+
+import architecture
+import pytest
+
+import lora_jax as lora
+
+
+def test_the_house_keeps_its_rules():
+    assert architecture.problems() == []
+
+
+def test_only_the_public_names_are_listed():
+    assert dir(lora) == sorted([*lora.__all__, "__version__"])
+    assert all(hasattr(lora, name) for name in lora.__all__)
+
+
+GOOD = {"__init__": "from house.core.axes import A", "core/__init__": "", "core/axes": "A = 1", "core/paths": "A = 1"}
+GOOD |= {"adapters/lora": "from house.core import axes", "bases/nf4": "from house.interop import key_map"}
+GOOD |= {"interop/key_map": "", "interop/architectures": "", "interop/peft/load": "from house.interop import key_map"}
+GOOD |= {
+    "starts": '"""Starts."""\nfrom house.core.axes import A\n__all__ = ["A"]',
+    "training/step": "import house.core.axes",
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "problem"),
+    [
+        ("core/axes", "A = 2", None),
+        ("core/axes", "from house.adapters import lora", "core.axes imports adapters.lora, and core may not import"),
+        ("core/axes", "from ..adapters.lora import A", "core.axes imports adapters.lora"),
+        ("core/axes", "def f():\n    import house.adapters.lora", "core.axes imports adapters.lora"),
+        ("core/axes", "if TYPE_CHECKING:\n    from house.adapters.lora import A", "core.axes imports adapters.lora"),
+        ("core/paths", "from house import A", "core.paths imports __init__, and core may not import the top"),
+        ("interop/key_map", "from .peft.load import A", "interop may not import interop/peft"),
+        ("training/step", "from house.interop.peft import load", "training may not import interop/peft"),
+        ("bases/nf4", "from house.interop import architectures", "bases may not import interop"),
+        ("core/axes", "from house.core.axes import A", "core.axes imports core.axes: a circle"),
+        ("core/axes", "\n" * 401, "core.axes has 401 lines, at most 400"),
+        ("starts", "def pissa(): ...", "starts defines something"),
+        ("tools", "", "tools belongs to no room"),
+    ],
+)
+def test_each_rule_can_be_broken(tmp_path, file, text, problem):
+    for name, source in (GOOD | {file: text}).items():
+        path = tmp_path / "house" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    found = architecture.problems(tmp_path / "house")
+    assert not found if problem is None else any(problem in one for one in found), found
