@@ -1,12 +1,14 @@
 """A strict session: eight simulated devices, and nothing may be broadcast by rank without being asked to."""
 
+import gc
 import os
 
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 "
     # Most of the time goes into compiling tiny programs, and their machine code need not be fast. The programs, whose
     # operations and bytes are counted, are optimized as ever.
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -14,6 +16,9 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+KEPT = 60  # tests whose compiled programs are kept together
+_run = 0
 
 
 def pytest_addoption(parser):
@@ -25,3 +30,13 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow, as CI does"))
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Drop what was compiled, after each file and now and then within it: JAX itself would keep all of it."""
+    global _run
+    _run += not item.get_closest_marker("skip")
+    if nextitem is None or nextitem.path != item.path or _run >= KEPT:
+        _run = 0
+        jax.clear_caches()
+        gc.collect()
