@@ -17,7 +17,8 @@ from pathlib import Path
 from house import Box, draw
 
 DOCS = Path(__file__).parent
-PACKAGE = DOCS.parent / "lora_jax"
+ROOT = DOCS.parent
+PACKAGE = ROOT / "lora_jax"
 LONGEST = 400  # lines of a module
 GROUND, TOP = "core", "the top"
 FACADES = ("starts", "key_maps", "checkpoint", "initializers")  # public names of modules that lie in a room

@@ -1,5 +1,7 @@
 """The rules of the house: which room may import which, no circles, no long files, and nothing public by accident."""
 
+import re
+
 import architecture
 import pytest
 
@@ -13,6 +15,15 @@ def test_the_house_keeps_its_rules():
 def test_only_the_public_names_are_listed():
     assert dir(lora) == sorted([*lora.__all__, "__version__"])
     assert all(hasattr(lora, name) for name in lora.__all__)
+
+
+def test_the_pages_name_files_that_exist():
+    for page in ("docs/architecture.md", "CONTRIBUTING.md"):
+        text = (architecture.ROOT / page).read_text(encoding="utf-8")
+        named = re.findall(r"(?<![\w/.])(?:\w+/)+(?:\w+\.\w+)?", text)
+        assert named
+        own = [name for name in named if "my_" not in name]
+        assert [n for n in own if not any((f / n).exists() for f in (architecture.ROOT, architecture.PACKAGE))] == []
 
 
 GOOD = {"__init__": "from house.core.axes import A", "core/__init__": "", "core/axes": "A = 1", "core/paths": "A = 1"}
