@@ -92,7 +92,7 @@ _BELOW_CLI = tuple(room.name for room in _ROOMS)
 ROOMS: tuple[Room, ...] = (
     *_ROOMS,
     Room("recipes", "Models from published folders, for the commands.", ("recipes",), _BELOW_CLI),
-    Room("cli", "The command lora-jax.", ("cli",), (*_BELOW_CLI, "recipes")),
+    Room("cli", "The command lora-jax.", ("cli",), (*_BELOW_CLI, "recipes", *FACADES)),
     Room(TOP, "The public names. No room imports them from here.", ("", "flax_models", *FACADES), _BELOW_CLI),
 )
 
@@ -175,7 +175,7 @@ def _called(module: str) -> str:
 
 
 def _defines(path: Path) -> bool:
-    """Whether a module does more than import names: a docstring and `__all__` are no definitions."""
+    """Return whether a module does more than import names: a docstring and `__all__` are no definitions."""
     allowed = (ast.ImportFrom, ast.Import)
     return any(
         not isinstance(node, allowed)
@@ -199,11 +199,16 @@ def diagram(root: Path = PACKAGE) -> str:
         if shown:
             boxes[room.name] = Box(room.name, room.about, shown, [name for name in imported if name != GROUND])
     ground, roof = boxes.pop(GROUND), boxes.pop(TOP)
-    return draw(ground, list(boxes.values()), roof, "A room imports core, and those that its lines lead down to.")
+    return draw(
+        ground,
+        list(boxes.values()),
+        roof,
+        "A room imports core, and the rooms that its lines lead down to. Numbers are lines of code.",
+    )
 
 
 def _files(room: Room, files: Mapping[str, Path]) -> dict[str, Path]:
-    """The files of a room, without the `__init__` of its folders, which only say what is in there."""
+    """Return the files of a room, without the `__init__` of its folders, which only say what is in there."""
     return {n: p for n, p in files.items() if room_of(n) is room and (room.name == TOP or p.name != "__init__.py")}
 
 
@@ -213,7 +218,7 @@ def _imported_rooms(room: Room, files: Mapping[str, Path], graph: Graph) -> list
 
 
 def _shown(room: Room, name: str) -> str:
-    """What a file is called within its room."""
+    """Return what a file is called within its room."""
     folder = name.partition(".")[0] if room.name != "interop/peft" else "interop.peft"
     return (name.removeprefix(f"{folder}.") or "__init__").replace(".", "/")
 

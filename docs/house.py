@@ -7,6 +7,7 @@ crossings that a local search finds.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -65,7 +66,7 @@ class Box:
         return f"{sum(lines for _, lines in self.files):,} lines"
 
     def words(self) -> list[str]:
-        """What the room is, in lines of its width."""
+        """Return what the room is, in lines of its width."""
         lines = [""]
         for word in self.about.split():
             if lines[-1] and WORD * len(f"{lines[-1]} {word}") > self.width - 2 * PAD:
@@ -92,7 +93,7 @@ class Box:
             yield _text(x + step - 22, at, str(lines), 12, MONO, anchor="end", fill="#888")
 
 
-class Plan:
+class FloorPlan:
     """Which floor each box is on, and from left to right which boxes and lanes each floor has.
 
     A lane is called by the title of the box that it leads to. Each box has one place in the order from left to right,
@@ -132,14 +133,14 @@ class Plan:
                         best, self.order, self.x, moved = cost, order, x, True
 
     def lanes(self, n: int) -> list[str]:
-        """The boxes that a lane of this floor leads to."""
+        """Return the boxes that a lane of this floor leads to."""
         return [title for kind, title in self.items[n] if kind == "lane"]
 
     def width(self, item: Item) -> float:
         return self.boxes[item[1]].width if item[0] == "box" else 0.0
 
     def _place(self, order: Sequence[Item]) -> dict[Item, float]:
-        """The centre of each item: as near to what it is joined with as its neighbours allow."""
+        """Return the centre of each item: as near to what it is joined with as its neighbours allow."""
         left: dict[Item, list[tuple[Item, float]]] = {item: [] for item in order}
         right: dict[Item, list[tuple[Item, float]]] = {item: [] for item in order}
         for items in self.items.values():
@@ -167,14 +168,14 @@ class Plan:
         else:
             near = [x[self._below(title, other)] for other in self.boxes[title].imports]
             near += [x["lane", title]] if ("lane", title) in x else [x["box", user] for user in self.users[title]]
-        return sum(near) / len(near) if near else x[item]
+        return math.fsum(near) / len(near) if near else x[item]
 
     def _below(self, title: str, imported: str) -> Item:
-        """What a box is joined with on the floor below it, for a box that it imports."""
+        """Return what a box is joined with on the floor below it, for a box that it imports."""
         return ("box" if self.floor[imported] == self.floor[title] - 1 else "lane"), imported
 
     def nets(self, x: Mapping[Item, float]) -> dict[int, list[Net]]:
-        """The parts of lines in each space between floors."""
+        """Return the parts of lines in each space between floors."""
         ports = self._ports(x)
         found: dict[int, list[Net]] = {}
         for n in range(2, self.top + 1):
@@ -189,7 +190,7 @@ class Plan:
         return found
 
     def _entry(self, title: str, x: Mapping[Item, float]) -> float:
-        """Where the line enters a box from above: straight below the lane, if it can be."""
+        """Return where the line enters a box from above: straight below the lane, if it can be."""
         return self._within(title, x.get(("lane", title), x["box", title]), x)
 
     def _within(self, title: str, wanted: float, x: Mapping[Item, float], side: float = 18) -> float:
@@ -197,7 +198,7 @@ class Plan:
         return min(max(wanted, x["box", title] - half), x["box", title] + half)
 
     def _ports(self, x: Mapping[Item, float]) -> dict[tuple[str, str], float]:
-        """Where each box is left by the line to each of its imports, as far apart as lanes are."""
+        """Return where each box is left by the line to each of its imports, as far apart as lanes are."""
         ports: dict[tuple[str, str], float] = {}
         for title, box in self.boxes.items():
             wanted = {}
@@ -216,7 +217,7 @@ class Plan:
         return ports
 
     def _cost(self, x: Mapping[Item, float]) -> float:
-        """The length of all horizontal lines, with so much more for each crossing, and the width of the whole."""
+        """Return the length of all horizontal lines, so much more for each crossing, and half of the width."""
         length, crossings = 0.0, 0
         for nets in self.nets(x).values():
             for _, above, below in nets:
@@ -239,7 +240,7 @@ def _fit(boxes: Sequence[Box]) -> None:
         tallest = max(boxes, key=lambda box: box.height)
         columns, height = tallest.columns, tallest.height
         tallest.fit(columns + 1)
-        wide = sum(box.width for box in boxes) + APART * (len(boxes) - 1)
+        wide = math.fsum(box.width for box in boxes) + APART * (len(boxes) - 1)
         if tallest.height >= height or wide > (WIDEST if len(boxes) > 1 else 0.6 * WIDEST):
             tallest.fit(columns)
             break
@@ -248,14 +249,14 @@ def _fit(boxes: Sequence[Box]) -> None:
 
 
 def _tracks(nets: Sequence[Net]) -> dict[str, int]:
-    """The height of each net's horizontal line, counted from the top: what leads far lies low."""
+    """Return the height of each net's horizontal line, counted from the top: what leads far lies low."""
     bent = [(max(*a, b) - min(*a, b), title) for title, a, b in nets]
     return {title: i for i, (_, title) in enumerate(sorted(bent))}
 
 
 def draw(ground: Box, boxes: Sequence[Box], roof: Box, note: str) -> str:
     """Return the SVG."""
-    plan = Plan(boxes)
+    plan = FloorPlan(boxes)
     plan.arrange()
     left = min(x - plan.width(item) / 2 for item, x in plan.x.items()) - MARGIN
     width = max(x + plan.width(item) / 2 for item, x in plan.x.items()) - left + MARGIN
@@ -294,14 +295,14 @@ def draw(ground: Box, boxes: Sequence[Box], roof: Box, note: str) -> str:
     return "\n".join([*out, "</svg>", ""])
 
 
-def _heights(plan: Plan, n: int) -> tuple[float, float]:
-    """The top and the bottom of a floor."""
+def _heights(plan: FloorPlan, n: int) -> tuple[float, float]:
+    """Return the top and the bottom of a floor."""
     box = next(box for title, box in plan.boxes.items() if plan.floor[title] == n)
     return box.bottom - box.height, box.bottom
 
 
-def _line(plan: Plan, title: str, nets: Nets, colour: str) -> Iterator[str]:
-    """All that leads down to one box."""
+def _line(plan: FloorPlan, title: str, nets: Nets, colour: str) -> Iterator[str]:
+    """Draw all that leads down to one box."""
     for n in range(2, plan.top + 1):
         for name, above, below in nets[n]:
             if name == title:
@@ -313,8 +314,8 @@ def _line(plan: Plan, title: str, nets: Nets, colour: str) -> Iterator[str]:
                     yield _path(f"M{below:.1f} {end:.1f}V{on:.1f}", colour)
 
 
-def _ends(plan: Plan, title: str, nets: Nets, colour: str) -> Iterator[str]:
-    """Its arrow, and dots where it begins and where parts of it meet."""
+def _ends(plan: FloorPlan, title: str, nets: Nets, colour: str) -> Iterator[str]:
+    """Draw the arrow of a line, and dots where it begins and where parts of it meet."""
     for n in range(2, plan.top + 1):
         for name, above, below in nets[n]:
             if name == title:

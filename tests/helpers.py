@@ -45,7 +45,7 @@ class Case:
         return lora.plan(self.fn, self.params(), self.input(), rules={self.pattern: rule})
 
     def adapters(self, rule: Any, key: int = 2) -> dict[str, lora.Adapter]:
-        return jax.tree.map(jnp.copy, self._adapters(rule, key))  # a training step donates them
+        return jax.tree.map(lambda a: jnp.array(np.asarray(a)), self._adapters(rule, key))  # a step donates them
 
     @functools.cache  # noqa: B019
     def _adapters(self, rule: Any, key: int) -> dict[str, lora.Adapter]:

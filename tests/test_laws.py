@@ -135,9 +135,9 @@ def test_frozen_stays_frozen(case):
 
     state = lora.TrainState.create(jax.tree.map(jnp.copy, adapters), optimizer)  # the step donates it
     step = lora.jit_step(loss, optimizer)
-    grads = jax.eval_shape(jax.grad(lambda a: loss(a, params, x)[0]), adapters)
+    grads = jax.jit(jax.grad(lambda a: loss(a, params, x)[0]))(adapters)
     assert jax.tree.structure(grads) == jax.tree.structure(adapters)
-    assert all(jnp.any(g != 0) for g in jax.tree.leaves(jax.grad(lambda a: loss(a, params, x)[0])(adapters)))
+    assert all(np.any(np.asarray(g) != 0) for g in jax.tree.leaves(grads))
     out = jax.eval_shape(step, state, params, x)
     allowed = {leaf.shape for leaf in jax.tree.leaves(adapters)} | {()}
     assert {leaf.shape for leaf in jax.tree.leaves(out)} <= allowed, "the step gives out nothing of the base"
