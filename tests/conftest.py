@@ -17,7 +17,7 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-KEPT = 60  # tests whose compiled programs are kept together
+KEPT = 100  # tests whose compiled programs are kept together
 _run = 0
 
 
@@ -32,11 +32,11 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow, as CI does"))
 
 
-def pytest_runtest_teardown(item, nextitem):
-    """Drop what was compiled, after each file and now and then within it: JAX itself would keep all of it."""
+def pytest_runtest_teardown(item):
+    """Drop what was compiled now and then: JAX keeps all of it, some megabytes for each test."""
     global _run
     _run += not item.get_closest_marker("skip")
-    if nextitem is None or nextitem.path != item.path or _run >= KEPT:
+    if _run >= KEPT:
         _run = 0
         jax.clear_caches()
         gc.collect()
