@@ -17,7 +17,7 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-KEPT = 100  # tests whose compiled programs are kept together
+KEPT = 50  # tests whose compiled programs are kept together
 _run = 0
 
 
