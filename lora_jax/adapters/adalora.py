@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Factored
 from lora_jax.adapters.lora import Lora, LoraAdapter
-from lora_jax.core.adapter import Adapter
+from lora_jax.core.adapter import Adapter, register_kind
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 
@@ -35,7 +35,7 @@ class AdaLora(Lora):
         return AdaLoraAdapter(a, jnp.zeros((*stack, r), self.dtype), b, axes, self.scale)
 
 
-@jax.tree_util.register_dataclass
+@register_kind("adalora")
 @dataclass(frozen=True)
 class AdaLoraAdapter(Factored):
     """The factors of one weight's change, scale * A diag(e) B."""
@@ -50,7 +50,7 @@ class AdaLoraAdapter(Factored):
         {"a": ("stack", "inputs", "rank"), "e": ("stack", "rank"), "b": ("stack", "rank", "outputs")}
     )
 
-    def factors(self) -> LoraAdapter:
+    def to_lora(self) -> LoraAdapter:
         e = self.e.reshape(*self.e.shape, *[1] * len(self.axes.outputs))
         return LoraAdapter(self.a, e * self.b, self.axes, self.scale)
 

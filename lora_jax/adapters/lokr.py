@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Compact
 from lora_jax.adapters.lora import Lora, LoraAdapter
-from lora_jax.core.adapter import Adapter
+from lora_jax.core.adapter import Adapter, register_kind
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
@@ -73,7 +73,7 @@ class Lokr(Lora):
         return 2 * (rows[0] * p * r * (m + q) + rows[1] * q * r * n)
 
 
-@jax.tree_util.register_dataclass
+@register_kind("lokr")
 @dataclass(frozen=True)
 class LokrAdapter(Compact):
     """The factors of one weight's change, scale * W1 (x) (A B); without B, scale * W1 (x) A."""
@@ -88,7 +88,7 @@ class LokrAdapter(Compact):
 
     layout = MappingProxyType({"w1": ("stack", "p", "q"), "a": ("stack", "m", "r"), "b": ("stack", "r", "n")})
 
-    def factors(self) -> LoraAdapter:
+    def to_lora(self) -> LoraAdapter:
         """W1 (x) A B = (W1 (x) A) (I (x) B), of rank q r; where B is missing it is the unit matrix."""
         stack, q, r = self.w1.shape[:-2], self.w1.shape[-1], self.a.shape[-1]
         b = jnp.eye(r, dtype=self.a.dtype) if self.b is None else self.b
@@ -107,7 +107,7 @@ class LokrAdapter(Compact):
     def apply(self, product: Product) -> jax.Array:
         """x seen as [T, p, m] meets A, then W1, and B at last."""
         if not isinstance(product, Matmul):
-            return self.factors().apply(product)
+            return super().apply(product)
         n, x, y = len(self.axes.stack), product.x, product.y
         stack, tokens, p = y.shape[:n], product.token_axes(), self.w1.shape[-2]
         w1 = self.w1.astype(accumulator(self.w1.dtype)) * self.scale

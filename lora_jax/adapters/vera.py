@@ -18,10 +18,9 @@ import numpy as np
 
 from lora_jax.adapters.factored import Compact
 from lora_jax.adapters.lora import LoraAdapter, check_dtype, check_rank
-from lora_jax.core.adapter import Adapter, Rule
+from lora_jax.core.adapter import Adapter, Rule, register_kind
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
-from lora_jax.core.products import Product
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Vera(Rule):
         return 2 * self.rank * (rows[0] * d + rows[1] * k)
 
 
-@jax.tree_util.register_dataclass
+@register_kind("vera")
 @dataclass(frozen=True)
 class VeraAdapter(Compact):
     """The vectors of one weight, and which A and B they are for."""
@@ -101,7 +100,7 @@ class VeraAdapter(Compact):
 
     layout = MappingProxyType({"d": ("stack", "rank"), "b": ("stack", "outputs")})
 
-    def factors(self) -> LoraAdapter:
+    def to_lora(self) -> LoraAdapter:
         """A is a constant, and all that is trained is in B."""
         stack, r = self.d.shape[:-1], self.d.shape[-1]
         a, b = (jnp.asarray(shared, self.d.dtype) for shared in shared_projections(self.seed, r, *self.widths))
@@ -110,9 +109,6 @@ class VeraAdapter(Compact):
         a, b = (jnp.broadcast_to(one, (*stack, *one.shape)) for one in (a, b))
         d = self.d.reshape(*self.d.shape, *[1] * len(self.outputs))
         return LoraAdapter(a, d * b * jnp.expand_dims(self.b, len(stack)), self.axes, 1.0)
-
-    def apply(self, product: Product) -> jax.Array:
-        return self.factors().apply(product)
 
     def scale_by(self, factor: jax.Array) -> "VeraAdapter":
         return dataclasses.replace(self, b=self.b * factor.astype(self.b.dtype))

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters import KINDS
+import lora_jax.adapters  # noqa: F401 (registers the kinds of this library)
 from lora_jax.checkpoints import arrays as saving
-from lora_jax.core.adapter import Adapter, field_names
+from lora_jax.core.adapter import KINDS, Adapter, kind_name
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
+from lora_jax.core.layout import field_names
 
 FORMAT = 1
 WHAT = "description"
@@ -65,15 +66,17 @@ def load(folder: str | Path) -> tuple[dict[str, Adapter], dict[str, Any]]:
 
 def describe_adapter(adapter: Adapter) -> dict[str, Any]:
     """What an adapter is beside its arrays, for JSON."""
-    kind = next(name for name, cls in KINDS.items() if cls is type(adapter))
-    return {"kind": kind, **{name: getattr(adapter, name) for name in field_names(adapter, static=True)}}
+    return {"kind": kind_name(adapter), **{name: getattr(adapter, name) for name in field_names(adapter, static=True)}}
 
 
 def _rebuild(path: str, facts: dict[str, Any], arrays: dict[str, jax.Array]) -> Adapter:
     kind = facts["kind"]
     if kind not in KINDS:
         known = ", ".join(KINDS)
-        raise LoraError(f"{path!r} is an adapter of kind {kind!r}; this version knows {known}: update lora_jax.")
+        raise LoraError(
+            f"{path!r} is an adapter of kind {kind!r}; this version knows {known}: update lora_jax, or import the "
+            "module that registers the kind."
+        )
     static = {name: facts[name] for name in field_names(KINDS[kind], static=True)}
     static = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in static.items()}
     static["axes"] = KernelAxes(*map(tuple, static["axes"]))

@@ -197,7 +197,7 @@ def compose(output: Place, parts: Annotated[tuple[str, ...], tyro.conf.Positiona
         adapters, others, own = load_by_module(folder)
         if others:
             raise LoraError(f"{folder} also holds {next(iter(others))} whole, which no sum of adapters expresses.")
-        sums.append(({path: adapter.explicit() for path, adapter in adapters.items()}, weight))
+        sums.append(({path: adapter.to_lora() or adapter for path, adapter in adapters.items()}, weight))
         table += own
     combined = combine(sums)
     save_peft(output, combined, table)
@@ -360,7 +360,7 @@ def _rows(folder: Path) -> list[Row]:
         kinds = dict.fromkeys(adapters, "lora")
     rows = []
     for path, adapter in sorted(adapters.items()):
-        factors = adapter.explicit()
+        factors = adapter.to_lora() or adapter
         if not isinstance(factors, LoraAdapter):
             raise LoraError(f"{path!r} is a {type(adapter).__name__}; this version inspects what is W + s A B.")
         n = len(factors.axes.stack)

@@ -74,7 +74,7 @@ class Operation:
     def of(cls, eqn: JaxprEqn) -> "Operation":
         return cls(eqn.primitive, tuple(sorted(eqn.params.items())))
 
-    @property
+    @functools.cached_property
     def params(self) -> dict[str, Any]:
         return dict(self.items)
 

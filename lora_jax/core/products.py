@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import jax
@@ -21,15 +21,17 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
 
+STATIC = {"static": True}
+
 
 @dataclass(frozen=True)
 class Product(abc.ABC):
     """y = x @ W, along these axes of W."""
 
-    axes: KernelAxes
+    axes: KernelAxes = field(metadata=STATIC)
     x: jax.Array
     y: jax.Array  # [*s, *T, *outputs]; [T, k] where the kind of product says so
-    precision: Any
+    precision: Any = field(metadata=STATIC)
 
     @abc.abstractmethod
     def contract(self, a: jax.Array) -> jax.Array:
@@ -68,6 +70,7 @@ class Product(abc.ABC):
         return dataclasses.replace(self, x=_masked(self.x, mask, probability))
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Matmul(Product):
     """x [*s, *T, *inputs], y [*s, *T, *outputs], both with the axes that they have in the program."""
@@ -75,13 +78,13 @@ class Matmul(Product):
     def contract(self, a: jax.Array) -> jax.Array:
         stack, x = self._stacked(), self.x
         if self.flat():
-            x, a = as_matrices(x, stack, x.ndim - stack - len(self.axes.inputs)), _columns(a, stack)
+            x, a = as_matrices(x, stack, x.ndim - stack - len(self.axes.inputs)), as_columns(a, stack)
         return contract(x, a, self.precision, stack)
 
     def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
         stack = self._stacked()
         if self.flat():
-            return matmul(h, _rows(b, stack), self.precision, stack).reshape(self.y.shape)
+            return matmul(h, as_rows(b, stack), self.precision, stack).reshape(self.y.shape)
         return matmul(h, b, self.precision, stack, like=self.y)
 
     def rows(self) -> tuple[int, int]:
@@ -123,104 +126,17 @@ class Matmul(Product):
         return len(self.axes.stack)
 
     def flat(self) -> bool:
-        """Whether T and d are flattened to one axis each.
+        """Return whether T and d are flattened to one axis each.
 
-        Thin products with more axes are slow on XLA's CPU backend. But over a mesh that the compiler partitions for,
-        an axis may be sharded that would then lie inside another one, and would be gathered.
+        Thin products with more axes are slow on XLA's CPU backend. But on a mesh that the compiler partitions for, an
+        axis may be sharded that would then lie inside another one, and would be gathered. The operands' types name the
+        mesh that they are on. Where they name none they may still be placed by the caller's `in_shardings`, unless
+        there is a single device.
         """
-        mesh = jax.sharding.get_abstract_mesh()
-        return set(mesh.manual_axes) == set(mesh.axis_names)
-
-
-@dataclass(frozen=True)
-class Conv(Product):
-    """A convolution: W's inputs are the window and the channels that one output sees, its outputs the channels given.
-
-    With feature groups, group g of the outputs sees group g of x's channels. A is the same for each group: h has n
-    columns for each of them, which is no saving where there are as many groups as channels (depthwise).
-    """
-
-    dims: lax.ConvDimensionNumbers
-    groups: int
-    settings: dict[str, Any]  # strides, padding, dilations
-
-    def contract(self, a: jax.Array) -> jax.Array:
-        out = self.dims.rhs_spec[0]
-        kernel = jnp.concatenate([jnp.moveaxis(a, -1, out)] * self.groups, axis=out)
-        h = conv(self.x, kernel, self.dims, self.groups, self.precision, self.settings)
-        return channels_last(h, self.dims)
-
-    def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
-        if self.groups == 1:
-            return matmul(h, b, self.precision)
-        grouped = matmul(
-            h.reshape(len(h), self.groups, -1).swapaxes(0, 1),  # [g, T, n]
-            b.reshape(len(b), self.groups, -1).swapaxes(0, 1),  # [g, n, k / g]
-            self.precision,
-            stack=1,
-        )
-        return grouped.swapaxes(0, 1).reshape(len(h), -1)
-
-    def rows(self) -> tuple[int, int]:
-        return len(self.y) * self.groups, len(self.y)
-
-
-@dataclass(frozen=True)
-class BackwardConv(Product):
-    """The convolution that a derivative of one computes: W's outputs are the window and the channels of the result."""
-
-    dims: lax.ConvDimensionNumbers
-    settings: dict[str, Any]
-
-    def contract(self, a: jax.Array) -> jax.Array:
-        return matmul(channels_last(self.x, self.dims, of=0), a, self.precision)
-
-    def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
-        channels = self.dims.lhs_spec[1]
-        shape = [size for i, size in enumerate(self.x.shape) if i != channels]
-        image = jnp.moveaxis(h.reshape(*shape, -1), -1, channels).astype(self.x.dtype)
-        kernel = jnp.moveaxis(b, 0, self.dims.rhs_spec[1])
-        return channels_last(conv(image, kernel, self.dims, 1, self.precision, self.settings), self.dims)
-
-    def rows(self) -> tuple[int, int]:
-        return math.prod(self.x.shape) // self.x.shape[self.dims.lhs_spec[1]], len(self.y)
-
-
-@dataclass(frozen=True)
-class Ragged(Product):
-    """x [T, d], its rows sorted by expert: the first group_sizes[0] of them are the first expert's, and so on."""
-
-    group_sizes: jax.Array
-
-    def contract(self, a: jax.Array) -> jax.Array:
-        return self._dot(self.x, _columns(a, 1))
-
-    def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
-        return self._dot(h, _rows(b, 1))
-
-    def rows(self) -> tuple[int, int]:
-        return len(self.x), len(self.x)
-
-    def for_each_output(self, gain: jax.Array) -> jax.Array:
-        """Of each row's own expert."""
-        experts = jnp.repeat(jnp.arange(len(gain)), self.group_sizes, total_repeat_length=len(self.x))
-        return gain.reshape(len(gain), -1)[experts]
-
-    def _dot(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.ragged_dot(x, w.astype(x.dtype), self.group_sizes, precision=self.precision)
-
-
-def conv(x: jax.Array, w: jax.Array, dims: Any, groups: int, precision: Any, settings: dict[str, Any]) -> jax.Array:
-    """A convolution in x's dtype. JAX cannot differentiate one of a narrow x with a wider result."""
-    return lax.conv_general_dilated(
-        x, w.astype(x.dtype), dimension_numbers=dims, feature_group_count=groups, precision=precision, **settings
-    )
-
-
-def channels_last(image: jax.Array, dims: lax.ConvDimensionNumbers, of: int = 2) -> jax.Array:
-    """The result of a convolution (or its x, for `of` = 0) as [T, channels]."""
-    channels = dims[of][1]
-    return jnp.moveaxis(image, channels, -1).reshape(-1, image.shape[channels])
+        meshes = [jax.typeof(array).sharding.mesh for array in (self.x, self.y)]
+        if any(set(mesh.manual_axes) != set(mesh.axis_names) for mesh in meshes):
+            return False
+        return any(mesh.axis_names for mesh in meshes) or jax.device_count() == 1
 
 
 def as_matrices(x: jax.Array, stack: int, rows: int) -> jax.Array:
@@ -234,12 +150,12 @@ def product_dtype(x: Any, w: Any) -> Any:
     return x if x == w and jnp.dtype(x).itemsize > 1 else accumulator(x, w)
 
 
-def _columns(a: jax.Array, stack: int) -> jax.Array:
+def as_columns(a: jax.Array, stack: int) -> jax.Array:
     """A [*s, *inputs, n] as matrices [*s, d, n]."""
     return a.reshape(*a.shape[:stack], math.prod(a.shape[stack:-1]), a.shape[-1])
 
 
-def _rows(b: jax.Array, stack: int) -> jax.Array:
+def as_rows(b: jax.Array, stack: int) -> jax.Array:
     """B [*s, n, *outputs] as matrices [*s, n, k]."""
     return b.reshape(*b.shape[: stack + 1], math.prod(b.shape[stack + 1 :]))
 

@@ -12,7 +12,7 @@ from lora_jax.core.adapter import Adapter, check_adapters
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import flatten_with_names, is_array
-from lora_jax.transform.adapted_weight import Kernel
+from lora_jax.transform.adapted_weight import adapted
 from lora_jax.transform.interpreter import Interpreter
 from lora_jax.transform.materialize import Materialize, Patterns
 from lora_jax.transform.tracing import tracer
@@ -63,7 +63,7 @@ def lora_apply(fn: Callable[..., Any], *, materialize: Patterns = False) -> Call
             return fn(params, *rest, **kwargs)
 
         def adapt(name: str, leaf: Any) -> Any:
-            return Kernel.of(leaf, adapters.get(name), name, fallback)
+            return adapted(leaf, adapters.get(name), name, fallback)
 
         try:
             program = trace(*_as_varying_as(adapters, (params, tuple(rest), kwargs)))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_jax.core.errors import LoraError
-from lora_jax.transform.adapted_weight import Kernel
+from lora_jax.transform.adapted_weight import AdaptedWeight
 
 Patterns = bool | str | Sequence[str]
 
@@ -35,8 +35,8 @@ class Materialize:
     def allows(self, path: str) -> bool:
         return any(pattern.fullmatch(path) for pattern in self.patterns)
 
-    def __call__(self, kernel: Kernel, why: str) -> None:
-        for path in kernel.paths:
+    def __call__(self, weight: AdaptedWeight, why: str) -> None:
+        for path in weight.paths:
             if not self.allows(path):
                 raise LoraError(
                     f"{path!r} cannot stay factored: {why}. "

@@ -14,7 +14,7 @@ from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import flatten_with_names, is_array, nearest
 from lora_jax.core.targets import Plan, Target
-from lora_jax.transform.adapted_weight import Kernel
+from lora_jax.transform.adapted_weight import AdaptedWeight, adapted
 from lora_jax.transform.interpreter import Interpreter
 from lora_jax.transform.materialize import Materialize, Patterns
 from lora_jax.transform.probe import Log, Probe, probe
@@ -69,8 +69,8 @@ def plan(
     def follow(name: str, leaf: Any) -> Any:
         rule = chosen.get(name)
         if rule is None or rule.whole:
-            return Kernel.of(leaf, None, name, probe)
-        return Kernel(leaf, Probe.of(name, leaf.ndim, log), (name,), probe)
+            return adapted(leaf, None, name, probe)
+        return AdaptedWeight(leaf, Probe.of(name, leaf.ndim, log), (name,), probe)
 
     jax.eval_shape(lambda arrays: program.run(Interpreter(rebuilt=None), arrays, follow), program.arrays)
 
@@ -178,13 +178,13 @@ def _try(program: Program, targets: Mapping[str, Target]) -> dict[str, list[str]
     """What the program does with each weight that cannot stay factored, found by an abstract run with adapters."""
     log = Log()
 
-    def note(kernel: Kernel, why: str) -> None:
-        for path in kernel.paths:
+    def note(weight: AdaptedWeight, why: str) -> None:
+        for path in weight.paths:
             log.obstacle(path, why)
 
     def run(arrays: Any, adapters: Any) -> Any:
         def adapt(name: str, leaf: Any) -> Any:
-            return Kernel.of(leaf, adapters.get(name), name, note)
+            return adapted(leaf, adapters.get(name), name, note)
 
         return program.run(Interpreter(rebuilt=None), arrays, adapt)
 

@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 from jax.tree_util import PyTreeDef
 
 from lora_jax.core._compat import open_jaxpr
 from lora_jax.core.errors import LoraError
-from lora_jax.core.packed import Packed, is_packed
+from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import flatten_with_names, is_array
 from lora_jax.transform.adapted_weight import plain
 from lora_jax.transform.interpreter import Interpreter
+from lora_jax.transform.packed_inputs import as_constant, check_packed
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Program:
     def run(self, interpreter: Interpreter, arrays: Sequence[Any], adapt: Callable[[str, Any], Any]) -> Any:
         """The function's result for these arrays, with `adapt(name, array)` for each parameter."""
         n = len(self.names)
-        weights = [_constant(name, w) if is_packed(w) else w for name, w in zip(self.names, arrays[:n], strict=True)]
+        weights = [as_constant(name, w) if is_packed(w) else w for name, w in zip(self.names, arrays[:n], strict=True)]
         values = [*map(adapt, self.names, weights), *arrays[n:]]
         jaxpr, consts = open_jaxpr(self.jaxpr)
         out = interpreter.evaluate(jaxpr, consts, values, inline=True)
@@ -74,53 +74,9 @@ def _key(leaf: Any) -> Any:
     return type(leaf), leaf
 
 
-def _traced(array: Any) -> Any:
+def _abstract(array: Any) -> Any:
     """What the function is traced with: it knows nothing of packed weights."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype) if is_packed(array) else array
-
-
-def _check_packed(name: str, packed: Packed) -> None:
-    arrays = packed.arrays()
-    leaves, tree = jax.tree.flatten(packed)
-    if problem := _misfit(tree, tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves)):
-        found = ", ".join(f"{part} {array.dtype}{list(array.shape)}" for part, array in arrays.items())
-        raise LoraError(
-            f"{name!r} is a {type(packed).__name__} of arrays that do not fit each other, {found}, for matrices of "
-            f"{list(packed.inner)}: {problem} Pack it again with lora.bases.quantize."
-        )
-
-
-@functools.cache
-def _misfit(tree: PyTreeDef, kinds: tuple[tuple[tuple[int, ...], Any], ...]) -> str:
-    """Why arrays of these shapes and dtypes cannot be unpacked, if they cannot."""
-    packed = tree.unflatten([jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in kinds])
-    try:
-        found, expected = jax.eval_shape(lambda packed: packed.dense(), packed).shape, packed.shape
-    except (TypeError, ValueError) as error:
-        return str(error).partition("\n")[0]
-    return "" if found == expected else f"they unpack to {list(found)}."
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _constant(name: str, packed: Packed) -> Packed:
-    """A packed weight as it is: some of its arrays are floats, and yet nothing is to be differentiated by them."""
-    return packed
-
-
-@functools.partial(_constant.defjvp, symbolic_zeros=True)
-def _derivative(name: str, primals: tuple[Packed], tangents: tuple[Any]) -> tuple[Packed, Any]:
-    changes = jax.tree.leaves(tangents, is_leaf=_is_zero)
-    if not all(map(_is_zero, changes)):
-        raise LoraError(
-            f"{name!r} is packed, and something differentiates with respect to it, of which only arrays are capable: "
-            "differentiate with respect to the adapters, as jax.grad(loss)(adapters, params) does, or unpack the "
-            "weight with lora.bases.dense."
-        )
-    return primals[0], tangents[0]
-
-
-def _is_zero(tangent: Any) -> bool:
-    return isinstance(tangent, SymbolicZero) or getattr(tangent, "dtype", None) == jax.dtypes.float0
 
 
 def tracer(fn: Callable[..., Any]) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Program]:
@@ -131,22 +87,19 @@ def tracer(fn: Callable[..., Any]) -> Callable[[Any, tuple[Any, ...], dict[str, 
         params, args, kwargs = static.fill(arrays)
         return fn(params, *args, **kwargs)
 
+    make = jax.make_jaxpr(call, static_argnums=0, return_shape=True)
+
     def trace(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         names, weights, tree = flatten_with_names(params)
         for name, weight in zip(names, weights, strict=True):
             if is_packed(weight):
-                _check_packed(name, weight)
+                check_packed(name, weight)
         others, others_tree = jax.tree.flatten((args, kwargs))
         leaves = [*weights, *others]
         arrays = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves if is_array(leaf)]
-        make = jax.make_jaxpr(call, static_argnums=0, return_shape=True)
         with jax.disable_jit(False):  # the program is wanted as it is, scans and all
-            jaxpr, out = make(_Static.of(leaves, (tree, others_tree)), *map(_traced, arrays))
-        return Program(
-            jaxpr,
-            [n for n, leaf in zip(names, weights, strict=True) if is_array(leaf)],
-            arrays,
-            jax.tree.structure(out),
-        )
+            jaxpr, out = make(_Static.of(leaves, (tree, others_tree)), *map(_abstract, arrays))
+        of_arrays = [name for name, leaf in zip(names, weights, strict=True) if is_array(leaf)]
+        return Program(jaxpr, of_arrays, arrays, jax.tree.structure(out))
 
     return trace

@@ -17,8 +17,9 @@ from lora_jax.adapters.loha import LohaAdapter
 from lora_jax.adapters.lokr import LokrAdapter
 from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.adapters.vera import VeraAdapter
-from lora_jax.core.adapter import Adapter, Layout
+from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
+from lora_jax.core.layout import Layout
 from lora_jax.interop.key_map import Array, Placed
 
 Arrays = dict[str, Array]

@@ -11,9 +11,10 @@ import numpy as np
 from lora_jax.adapters.full import FullAdapter
 from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.adapters.token_rows import RowsAdapter
-from lora_jax.core.adapter import Adapter, field_names
+from lora_jax.core.adapter import Adapter
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError, short
+from lora_jax.core.layout import field_names
 from lora_jax.core.paths import flatten_with_names
 from lora_jax.core.targets import Plan
 from lora_jax.interop.key_map import Array, Placed, groups_of, starts_of

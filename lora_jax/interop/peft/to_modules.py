@@ -78,7 +78,7 @@ def torch_modules(
             not known, or, for DoRA, without the weights of those that have no adapter.
     """
     if kind == "LORA":
-        adapters = {path: a.explicit() if isinstance(a, Adapter) else a for path, a in adapters.items()}
+        adapters = {path: (a.to_lora() or a) if isinstance(a, Adapter) else a for path, a in adapters.items()}
     for path, adapter in adapters.items():
         if not isinstance(adapter, KINDS[kind].adapter):
             raise LoraError(

@@ -1,4 +1,4 @@
-"""The table of rules: what each primitive does to a kernel."""
+"""The table of rules: what each primitive does to an adapted weight."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,0 +1,61 @@
+"""Layouts: which of a weight's axes the arrays of an adapter have.
+
+A layout names the groups of the weight's axes that an array has, in order: `("stack", "inputs", "rank")` for LoRA's A.
+Any name that is no group of `KernelAxes` stands for one axis of the array's own. From layouts follow the shape of the
+weight, the partition specs of the arrays, and what becomes of them when a program reshapes the weight.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lora_jax.core.axes import KernelAxes
+from lora_jax.core.errors import LoraError
+
+Layout = tuple[str, ...]
+
+
+def spans(layout: Layout, axes: KernelAxes) -> Iterator[tuple[str, int, tuple[int | None, ...]]]:
+    """Yield each part of a layout, the array axis that it starts at, and the weight's axes in it.
+
+    An axis of the array's own is yielded with `(None,)`.
+    """
+    start = 0
+    for part in layout:
+        group = getattr(axes, part) if part in axes._fields else (None,)
+        yield part, start, group
+        start += len(group)
+
+
+def field_names(node: Any, static: bool) -> list[str]:
+    """Return the fields of an adapter or operand, or of its class: those of arrays, or those of static facts."""
+    return [f.name for f in dataclasses.fields(node) if bool(f.metadata.get("static")) == static]
+
+
+def weight_shape(arrays: Mapping[str, Any], layouts: Mapping[str, Layout], axes: KernelAxes) -> tuple[int, ...]:
+    """Return the shape of the weight that these arrays fit.
+
+    Raises:
+        LoraError: the arrays do not fit one another.
+    """
+    sizes: dict[int, dict[str, int]] = {}
+    ranks: dict[str, int] = {}
+    for name, layout in layouts.items():
+        shape = arrays[name].shape
+        expected = sum(len(group) for *_, group in spans(layout, axes))
+        if len(shape) != expected:
+            raise LoraError(
+                f"has {name} of shape {list(shape)}, expected {expected} axes. Several sets of adapters at once go "
+                "through jax.vmap(apply, in_axes=(None, 0, ...))."
+            )
+        for part, start, group in spans(layout, axes):
+            for i, axis in enumerate(group):
+                found = ranks if part == "rank" else sizes.setdefault(axis, {})  # type: ignore[arg-type]
+                found[name] = shape[start + i]
+    for what, found in [("rank", ranks), *((f"axis {axis}", sizes[axis]) for axis in sorted(sizes))]:
+        if len(set(found.values())) > 1:
+            entries = ", ".join(
+                f"{n} {'entries ' if i == 0 else ''}in {name}" for i, (name, n) in enumerate(found.items())
+            )
+            raise LoraError(f"is not of one piece: its {what} has {entries}.")
+    return tuple(next(iter(sizes[axis].values())) for axis in range(len(sizes)))
