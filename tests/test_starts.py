@@ -12,6 +12,8 @@ from safetensors.numpy import load_file
 
 import lora_jax as lora
 from lora_jax import bases, starts
+from lora_jax.initialization.corda import damp
+from lora_jax.initialization.lora_ga import DIRECTIONS, SCALES
 
 PEFT = Path(__file__).parent / "data" / "peft"
 RANK = 2
@@ -74,7 +76,7 @@ STARTS = {
     f"lora_ga_{direction}_{scale}": lambda p, a, direction=direction, scale=scale: starts.lora_ga(
         p, a, gradients(), direction=direction, scale=scale, key=jax.random.key(3)
     )
-    for direction, scale in [*((d, "stable") for d in starts.DIRECTIONS), *(("ArB2r", s) for s in starts.SCALES[1:])]
+    for direction, scale in [*((d, "stable") for d in DIRECTIONS), *(("ArB2r", s) for s in SCALES[1:])]
 }
 BASE_STAYS = ("orthogonal", "eva")
 
@@ -224,7 +226,7 @@ def test_the_budget_of_eva_is_exact(seed):
 
 
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
-@pytest.mark.parametrize("scale", starts.SCALES)
+@pytest.mark.parametrize("scale", SCALES)
 def test_lora_ga_has_the_singular_vectors_of_the_gradient(direction, scale):
     """In torch's way of writing: G [out, in] = U S V^T, A of rows of V^T, B of columns of U S."""
     params, adapters = model()
@@ -293,7 +295,7 @@ def test_a_covariance_without_inverse_is_damped_more_where_it_must_be():
     least = -0.005 / 1.005  # which is -0.01 times the mean, so that the first damping makes it zero
     hard = (q * np.where(np.arange(d) < d // 2, 1.0, least)) @ q.T
     c = jnp.asarray(np.stack([np.eye(d), hard]), jnp.float32)
-    damped, inverse = starts._damped("w", c)
+    damped, inverse = damp("w", c)
     added = np.diagonal(damped - c, axis1=1, axis2=2).mean(-1) / np.trace(c, axis1=1, axis2=2) * d
     np.testing.assert_allclose(added[0], 0.01, rtol=1e-4)
     assert added[1] > 0.0199
