@@ -66,8 +66,8 @@ def allocate_ranks(scores: Mapping[str, Any], budget: int, *, least: int = 1, mo
         without alpha, it is 1 everywhere.
 
     Raises:
-        LoraError: the budget is below `least` for each weight, or above what `most` and the scores allow; `most`, or the
-            number of a weight's scores, is below `least`; scores are missing, or not finite numbers of at least 0.
+        LoraError: the budget is below `least` for each weight, or above what `most` and the scores allow; `most` or
+            the number of a weight's scores is below `least`; scores are missing, or not finite numbers of at least 0.
 
     >>> allocate_ranks({"query": [5, 3, 1], "value": [4, 1, 0]}, budget=4)
     {'query': 2, 'value': 2}
