@@ -14,6 +14,7 @@ import lora_jax as lora
 from lora_jax import bases, starts
 from lora_jax.initialization.corda import damp
 from lora_jax.initialization.lora_ga import DIRECTIONS, SCALES
+from lora_jax.initialization.svd import balanced_factors, explained_variance_ratio, singular_values, svd
 
 PEFT = Path(__file__).parent / "data" / "peft"
 RANK = 2
@@ -114,6 +115,24 @@ def test_what_rounding_the_factors_loses_stays_in_the_base():
     assert started["plain"].a.dtype == jnp.bfloat16
     for path, w in params.items():
         np.testing.assert_allclose(lora.merge(base, started)[path], w, atol=1e-5)
+
+
+def test_one_svd_for_numpy_and_jax():
+    """Each computes with its own library and in its own precision, and the factors have the same product."""
+    w = np.random.default_rng(0).normal(size=(3, 7, 5))
+    u, values, vt = svd(w, slice(2))
+    assert isinstance(values, np.ndarray)
+    assert values.dtype == np.float64
+    np.testing.assert_allclose(values, singular_values(w)[:, :2], rtol=1e-12)
+    found = svd(jnp.asarray(w, jnp.float32), np.arange(2))
+    assert all(isinstance(array, jax.Array) for array in found)
+    np.testing.assert_allclose(found[1], values, rtol=1e-5)
+    a, b = balanced_factors(u, values, vt, -0.5)
+    np.testing.assert_allclose(-0.5 * a @ b, (u * values[:, None]) @ vt, rtol=1e-12)
+    np.testing.assert_allclose(np.matmul(*balanced_factors(*found, -0.5)), a @ b, atol=1e-5)
+    share = explained_variance_ratio(singular_values(w))
+    np.testing.assert_allclose(explained_variance_ratio(singular_values(jnp.asarray(w, jnp.float32))), share, rtol=1e-5)
+    np.testing.assert_allclose(share.sum(), 1)
 
 
 @pytest.mark.parametrize("name", ["pissa", "olora"])
