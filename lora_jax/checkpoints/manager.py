@@ -91,9 +91,9 @@ class Checkpoints:
         self._manager = self._open()
         if best:
             self._note_scores()
-        self._may_save = not self.steps  # once one of the checkpoints that were there has been restored
-        self._at: int | None = None  # the newest step that this run saved or restored
-        self._before: int | None = None  # the one before it, which is the newest again if writing the newest fails
+        self._may_save = not self.steps  # false until one of the checkpoints that are there is restored
+        self._newest: int | None = None  # step that this run saved or restored
+        self._previous: int | None = None  # the one before, which is the newest again if that cannot be written
 
     @property
     def steps(self) -> list[int]:
@@ -142,7 +142,7 @@ class Checkpoints:
         restored = leaves | self._arrays(step, wanted)
         if damaged := differences({path: saved[path] for path in wanted}, checksums({p: restored[p] for p in wanted})):
             raise self._damaged(step, damaged[0])
-        self._at = self._before = step
+        self._newest = self._previous = step
         self._may_save = True
         self._schedule.restart()
         self._notice.restart()
@@ -252,7 +252,7 @@ class Checkpoints:
         """
         self._check(state, metrics)
         ending = self._notice.came(state)
-        step = self._schedule.due(state, self._at, now=force or ending)
+        step = self._schedule.due(state, self._newest, now=force or ending)
         if step is not None:
             self._write(step, state, metrics or {}, position() if callable(position) else position)
         if ending:
@@ -294,7 +294,7 @@ class Checkpoints:
         arrays, description = encode_state(state, step, metrics, position, self._rules, self._base)
         self._schedule.saved(step)
         self._finish()
-        before, self._at = self._at, step
+        before, self._newest = self._newest, step
         self._retention.note(step, description["facts"]["metrics"])
         try:
             orbax_manager.remove_deleted(self.folder)
@@ -303,19 +303,19 @@ class Checkpoints:
             orbax_manager.start_saving(self._manager, step, arrays, description)
         except Exception as error:
             self._failed(step, before, error)
-        self._before = before
+        self._previous = before
 
     def _finish(self) -> None:
         """Wait for what is being written. An error is kept, for the caller to raise when all else is done."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            assert self._at is not None  # something was being written
-            self._failed(self._at, self._before, error)
+            assert self._newest is not None  # something was being written
+            self._failed(self._newest, self._previous, error)
 
     def _failed(self, step: int, before: int | None, error: Exception) -> None:
         """Forget a checkpoint that was not written, and open the folder anew, which removes what of it is on disk."""
-        self._at = before
+        self._newest = before
         self._retention.forget(step)
         self._problem = LoraError(
             f"the checkpoint of step {step} was not written to {self.folder}: {first_line(error)}. The earlier ones "
@@ -332,7 +332,7 @@ class Checkpoints:
             raise problem
 
     def _open(self) -> Any:
-        return orbax_manager.open_manager(self.folder, lambda steps: self._retention.kept(steps, self._at))
+        return orbax_manager.open_manager(self.folder, lambda steps: self._retention.kept(steps, self._newest))
 
     def _note_scores(self) -> None:
         """Note the scores of the checkpoints that are in the folder already."""
