@@ -84,6 +84,7 @@ def _split(text: str) -> tuple[str, str, str]:
 
 
 def _has_content(leaf: Any) -> bool:
+    """Whether a leaf is an array with values, and not only the shape of one."""
     return is_array(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
 
 
@@ -117,6 +118,7 @@ def _steps(shape: tuple[int, ...]) -> list[tuple[int, int]]:
 
 @jax.jit
 def _pick(data: jax.Array, indices: list[np.ndarray[Any, Any]]) -> jax.Array:
+    """Return the entries at these indices along each axis."""
     for axis, index in enumerate(indices):
         data = jnp.take(data, index, axis=axis)
     return data
@@ -159,6 +161,7 @@ def plain_data(leaf: jax.Array) -> jax.Array:
 
 
 def _bytes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the bytes of an array."""
     if jnp.issubdtype(array.dtype, jnp.integer) and jnp.iinfo(array.dtype).bits < 8:
         array = array.astype(np.int8)  # the unused bits of a packed dtype are undefined
     return np.frombuffer(array.tobytes(), np.uint8)

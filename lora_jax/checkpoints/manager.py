@@ -181,6 +181,7 @@ class Checkpoints:
         return facts
 
     def _refuse_other_base(self, step: int, facts: dict[str, Any], allowed: bool) -> None:
+        """Raise if the base is not the one that a checkpoint was trained on, unless that is allowed."""
         if not allowed and (lines := differences(facts["base"], self._base)):
             raise LoraError(
                 f"{self.folder}, step {step} was trained on another base:\n{listed(lines)}\nGive the parameters that "
@@ -188,6 +189,7 @@ class Checkpoints:
             )
 
     def _refuse_other_rules(self, step: int, facts: dict[str, Any], state: Any, allowed: bool) -> None:
+        """Raise if a checkpoint has other adapters or other arrays than the state, unless that is allowed."""
         if allowed:
             return
         before, now = facts["adapters"], describe_adapters(state, self._rules)
@@ -327,11 +329,13 @@ class Checkpoints:
         self._manager = self._open()
 
     def _raise_problem(self) -> None:
+        """Raise the error of a checkpoint that was not written, once."""
         problem, self._problem = self._problem, None
         if problem is not None:
             raise problem
 
     def _open(self) -> Any:
+        """Return orbax's manager of the folder, which asks `Retention` which checkpoints stay."""
         return orbax_manager.open_manager(self.folder, lambda steps: self._retention.kept(steps, self._newest))
 
     def _note_scores(self) -> None:

@@ -45,4 +45,5 @@ class Schedule:
         self._read_at = self._calls + self._next_step - step
 
     def _after(self, step: int) -> int:
+        """Return the first multiple of `every` that is above a step."""
         return (step // self._every + 1) * self._every

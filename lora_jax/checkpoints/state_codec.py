@@ -138,6 +138,11 @@ def _arrays_to_write(leaves: Mapping[str, jax.Array]) -> dict[str, Any]:
 
 
 def _encode_position(position: Any) -> dict[str, Any]:
+    """Return the position of the data as JSON.
+
+    Raises:
+        LoraError: it is neither bytes, nor a value that JSON gives back unchanged.
+    """
     if isinstance(position, bytes):
         return {"base64": base64.b64encode(position).decode()}
     try:
@@ -153,6 +158,7 @@ def _encode_position(position: Any) -> dict[str, Any]:
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the metrics that are numbers or None, as Python's."""
     scalars = {name: value for name, value in metrics.items() if np.shape(value) == ()}
     return {name: None if value is None else float(value) for name, value in jax.device_get(scalars).items()}
 

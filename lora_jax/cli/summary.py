@@ -52,6 +52,7 @@ def summarize(folder: Path) -> list[WeightSummary]:
 
 
 def _summary(path: str, kind: str, adapter: LoraAdapter) -> WeightSummary:
+    """Return the summary of one adapter."""
     stack, _, _ = adapter.axes.sizes(adapter.kernel_shape())
     _, d, k = adapter.axes.fans(adapter.kernel_shape())
     rank = adapter.a.shape[-1]

@@ -46,6 +46,7 @@ def check_fresh(adapters: Any) -> None:
 
 
 def _check_adapter(path: str, adapter: LoraAdapter) -> None:
+    """Raise unless an adapter is of one piece, of a rank that its weight can have, finite, and with B = 0."""
     try:
         _, d, k = adapter.axes.fans(adapter.kernel_shape())
     except LoraError as error:
