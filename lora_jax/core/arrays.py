@@ -16,11 +16,6 @@ def describe(leaf: Any) -> str:
     return f"{type(leaf).__name__}({leaf!r})" if plain else type(leaf).__name__
 
 
-def describe_shape(array: Any) -> str:
-    """`float32[384, 8]`: one JSON leaf."""
-    return f"{array.dtype}{list(array.shape)}"
-
-
 def placed(array: jax.Array, like: Any) -> jax.Array:
     """An array where another one is, or a packed weight, as far as that is known: of traced ones it is not."""
     known = concrete(array) and all(map(concrete, jax.tree.leaves(like)))

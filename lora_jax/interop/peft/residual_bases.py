@@ -14,7 +14,8 @@ from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import unpacked
 from lora_jax.core.paths import flatten_with_names, is_array
 from lora_jax.core.targets import Plan
-from lora_jax.initialization import starts
+from lora_jax.initialization.olora import olora
+from lora_jax.initialization.pissa import pissa
 from lora_jax.interop.key_map import Array, Placed
 from lora_jax.interop.peft.formats import Module
 
@@ -67,7 +68,7 @@ def _rest(start: str, module: str, w: Array, rank: int, scale: float) -> Array:
     """W [in, out] without the part that the start of this rank takes."""
     a, b = jnp.zeros((w.shape[0], rank)), jnp.zeros((rank, w.shape[1]))
     fresh = {module: LoraAdapter(a, b, KernelAxes((), (0,), (1,)), scale)}
-    params, _ = (starts.pissa if start == "pissa" else starts.olora)({module: jnp.asarray(w)}, fresh)
+    params, _ = (pissa if start == "pissa" else olora)({module: jnp.asarray(w)}, fresh)
     return np.asarray(params[module])
 
 
