@@ -56,7 +56,7 @@ class AdaLoraAdapter(Factored):
 
 
 def orthogonality(adapters: Mapping[str, Adapter]) -> jax.Array:
-    """The mean over all A and B of |A^T A - I| and |B B^T - I|, Frobenius norms: AdaLoRA's term of the loss.
+    """Return the mean of |A^T A - I| and |B B^T - I| over all A and B (Frobenius norms): AdaLoRA's term of the loss.
 
     The paper's R of all matrices, as HF PEFT weighs it: add 0.5 of it to the loss.
 
@@ -76,6 +76,6 @@ def orthogonality(adapters: Mapping[str, Adapter]) -> jax.Array:
 
 
 def _distance(rows: jax.Array) -> jax.Array:
-    """|M M^T - I| of each M [s, r, n]."""
+    """Return |M M^T - I| of each M [s, r, n]."""
     gram = jnp.matmul(rows, rows.swapaxes(1, 2), precision="highest")
     return jnp.linalg.norm(gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)[None], axis=(1, 2))

@@ -74,7 +74,7 @@ def length_gain(m: jax.Array, n: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, inline=True)  # weights of equal shapes share a trace
 def _lengths(w: jax.Array, factors: LowRank) -> jax.Array:
-    """n [*stack, *outputs], without a value of W's shape; no gradient passes it."""
+    """Return n [*stack, *outputs] without forming a value of W's shape; no gradient passes it."""
     axes, scale, n = factors.axes, factors.scale, len(factors.axes.stack)
     a, b = lax.stop_gradient((factors.a, factors.b))
     wide = accumulator(w.dtype, a.dtype)
@@ -92,7 +92,7 @@ def _lengths(w: jax.Array, factors: LowRank) -> jax.Array:
 
 
 def _as_m(n: jax.Array, axes: KernelAxes) -> jax.Array:
-    """n with W's axes, of size 1 along the inputs -> [*stack, *outputs]."""
+    """Return n, which has W's axes and size 1 along the inputs, as [*stack, *outputs]."""
     order = (*axes.stack, *axes.outputs, *axes.inputs)
     kept = n.transpose(order)
     return kept.reshape(kept.shape[: len(axes.stack) + len(axes.outputs)])

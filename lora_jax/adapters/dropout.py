@@ -1,4 +1,4 @@
-"""Dropout on what the adapters see: y = x @ W + scale * dropout(x) @ A @ B."""
+"""Dropout on the input of the adapters: y = x @ W + scale * dropout(x) @ A @ B."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from lora_jax.core.products import Product
 
 
 def with_dropout(adapters: Mapping[str, Adapter], key: jax.Array, rate: float = 0.1) -> dict[str, Adapter]:
-    """The adapters for one training call, each entry of x dropped with probability `rate` on its way to A.
+    """Return the adapters for one training call, in which each entry of x is dropped with probability `rate` before A.
 
     y = x @ W + scale * (mask * x / (1 - rate)) @ A @ B, a mask drawn for each weight and each stacked layer or expert.
     Call it inside the loss, with a new key for each step, and differentiate with respect to the adapters that go in:
@@ -59,7 +59,7 @@ def _dropped(adapter: Adapter, key: jax.Array, rate: float) -> "DropoutAdapter":
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DropoutAdapter(AdapterWrapper):
-    """An adapter that sees only some entries of x."""
+    """An adapter whose input has dropout."""
 
     inner: Adapter
     keys: jax.Array  # [*stack]

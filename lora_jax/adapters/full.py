@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.lora import check_dtype
+from lora_jax.adapters.arguments import check_dtype
 from lora_jax.core.adapter import Adapter, Rule, register_kind
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes

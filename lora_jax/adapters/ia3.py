@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.lora import check_dtype
+from lora_jax.adapters.arguments import check_dtype
 from lora_jax.adapters.low_rank import LowRank
 from lora_jax.adapters.output_scaled import OutputScaled, along_outputs
 from lora_jax.core.adapter import Adapter, Rule, register_kind

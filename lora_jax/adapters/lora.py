@@ -12,9 +12,9 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax.adapters import initializers
+from lora_jax.adapters.arguments import check_dtype, check_rank, is_usable_alpha, rank_above
 from lora_jax.adapters.low_rank import LowRank, add_low_rank
 from lora_jax.core.adapter import Adapter, Rule, register_kind
 from lora_jax.core.axes import KernelAxes
@@ -47,7 +47,7 @@ class Lora(Rule):
     def __post_init__(self) -> None:
         name = type(self).__name__
         check_rank(name, self.rank)
-        if self.alpha is not None and not _is_usable(self.alpha, 1 if callable(self.rank) else self.rank):
+        if self.alpha is not None and not is_usable_alpha(self.alpha, 1 if callable(self.rank) else self.rank):
             raise LoraError(f"{name}(alpha={self.alpha!r}): alpha is a finite number other than 0, for example 16.")
         check_dtype(name, self.dtype)
         if not callable(self.init_a):
@@ -96,34 +96,6 @@ class RsLora(Lora):
     @property
     def scale(self) -> float:
         return 1.0 if self.alpha is None else float(self.alpha) / math.sqrt(int(self.rank))  # type: ignore[arg-type]
-
-
-def check_rank(name: str, rank: Any) -> None:
-    if not callable(rank) and (isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 1):
-        raise LoraError(f"{name}(rank={rank!r}): the rank is a whole number of at least 1, for example 8.")
-
-
-def check_dtype(name: str, dtype: Any) -> None:
-    if not _is_floating(dtype):
-        raise LoraError(f"{name}(dtype={dtype!r}): adapters are trained, give a floating dtype such as jnp.float32.")
-
-
-def rank_above(rank: Any, d: int, k: int) -> str | None:
-    return f"rank {rank} is above min({d}, {k}), give it at most {min(d, k)}" if rank > min(d, k) else None
-
-
-def _is_usable(alpha: Any, rank: Any) -> bool:
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float | np.number):
-        return False
-    scale = abs(float(alpha)) / rank
-    return float(jnp.finfo(jnp.float32).tiny) <= scale <= float(jnp.finfo(jnp.float32).max)  # NaN is neither
-
-
-def _is_floating(dtype: Any) -> bool:
-    try:
-        return dtype is not None and bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
-    except TypeError:  # no name of a dtype
-        return False
 
 
 @register_kind("lora")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.lora import check_dtype
+from lora_jax.adapters.arguments import check_dtype
 from lora_jax.adapters.low_rank import LowRank
 from lora_jax.core.adapter import Adapter, Rule, register_kind
 from lora_jax.core.axes import KernelAxes

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.adapters.arguments import check_dtype, check_rank
 from lora_jax.adapters.factored import Compact
-from lora_jax.adapters.lora import LoraAdapter, check_dtype, check_rank
+from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.core.adapter import Adapter, Rule, register_kind
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
@@ -101,7 +102,7 @@ class VeraAdapter(Compact):
     layout = MappingProxyType({"d": ("stack", "rank"), "b": ("stack", "outputs")})
 
     def to_lora(self) -> LoraAdapter:
-        """A is a constant, and all that is trained is in B."""
+        """Return A as a constant, and B with all that is trained."""
         stack, r = self.d.shape[:-1], self.d.shape[-1]
         a, b = (jnp.asarray(shared, self.d.dtype) for shared in shared_projections(self.seed, r, *self.widths))
         a = a[: math.prod(self.inputs)].reshape(*self.inputs, r)
@@ -116,7 +117,7 @@ class VeraAdapter(Compact):
 
 @functools.lru_cache(maxsize=8)
 def shared_projections(seed: int, rank: int, inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """A [inputs, rank] and B [rank, outputs] in fp32, bit by bit as HF PEFT draws them from a `projection_prng_key`.
+    """Return A [inputs, rank] and B [rank, outputs] in fp32, bit by bit as HF PEFT draws them from its key.
 
     U(-c, c) with c = sqrt(6 / inputs) for A and sqrt(6 / rank) for B, from one Mersenne Twister, A first.
     """

@@ -19,7 +19,7 @@ Settings = tuple[tuple[str, Any], ...]  # strides, padding and dilations of a co
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Conv(Product):
-    """A convolution: W's inputs are the window and the channels that one output sees, its outputs the channels given.
+    """A convolution. W's inputs are the window and the channels that one output sees, its outputs the new channels.
 
     With feature groups, group g of the outputs sees group g of x's channels. A is the same for each group: h has n
     columns for each of them, which is no saving where there are as many groups as channels (depthwise).
@@ -89,7 +89,7 @@ class Ragged(Product):
         return len(self.x), len(self.x)
 
     def for_each_output(self, gain: jax.Array) -> jax.Array:
-        """Of each row's own expert."""
+        """Return for each row the gain of its own expert."""
         experts = jnp.repeat(jnp.arange(len(gain)), self.group_sizes, total_repeat_length=len(self.x))
         return gain.reshape(len(gain), -1)[experts]
 
@@ -98,13 +98,13 @@ class Ragged(Product):
 
 
 def conv(x: jax.Array, w: jax.Array, dims: Any, groups: int, precision: Any, settings: Settings) -> jax.Array:
-    """A convolution in x's dtype. JAX cannot differentiate one of a narrow x with a wider result."""
+    """Convolve in x's dtype. JAX cannot differentiate a convolution of a narrow x with a wider result."""
     return lax.conv_general_dilated(
         x, w.astype(x.dtype), dimension_numbers=dims, feature_group_count=groups, precision=precision, **dict(settings)
     )
 
 
 def channels_last(image: jax.Array, dims: lax.ConvDimensionNumbers, of: int = 2) -> jax.Array:
-    """The result of a convolution (or its x, for `of` = 0) as [T, channels]."""
+    """Return the result of a convolution (or its x, for `of` = 0) as [T, channels]."""
     channels = dims[of][1]
     return jnp.moveaxis(image, channels, -1).reshape(-1, image.shape[channels])

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.lora import LoraAdapter, rank_above
+from lora_jax.adapters.arguments import rank_above
+from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.core.adapter import check_adapters
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError

@@ -30,7 +30,7 @@ Call = Callable[[Body, JaxprEqn, Sequence[Any]], list[Any]]
 
 
 def jit(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
-    """The caller keeps a jitted call jitted; the shardings that the program states hold inside."""
+    """Evaluate the body; the interpreter keeps it jitted. Shardings that the program states hold inside."""
     args = [_placed(arg, s) for arg, s in zip(args, eqn.params["in_shardings"], strict=True)]
     out = body(eqn.params["jaxpr"], args)
     return [_placed(o, s) for o, s in zip(out, eqn.params["out_shardings"], strict=True)]
@@ -51,7 +51,7 @@ def remat(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 
 
 def scan(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
-    """A scan over stacked layers slices the factors along with the weight."""
+    """Scan over stacked layers, which slices the operand along with the weight."""
     n_consts, n_carry = scan_groups(eqn)
     params = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     jaxpr = eqn.params["jaxpr"]
@@ -93,7 +93,7 @@ def while_loop(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 
 
 def cond(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
-    """`cond` and `switch`. A weight that every branch hands through stays an adapted weight."""
+    """Choose a branch. A weight that every branch returns unchanged stays an adapted weight."""
     index, *operands = args
     branches = eqn.params["branches"]
     sources = [_forwarded(branch) for branch in branches]
@@ -113,7 +113,7 @@ def cond(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 
 
 def shard_map(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
-    """The factors are split over devices as the axes of the weight are that they share."""
+    """Map over devices. The operand's arrays are split as the axes of the weight are that they share."""
     args = [_divisible(arg, spec) for arg, spec in zip(args, eqn.params["in_specs"], strict=True)]
     specs = [
         _specs(arg, spec) if isinstance(arg, AdaptedWeight) else spec
@@ -136,7 +136,7 @@ def shard_map(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 
 
 def _divisible(value: Any, spec: Any) -> Any:
-    """A weight in the form whose arrays are split along with the weight's matrices, if these are."""
+    """Return the weight with explicit factors, if its matrices are split over devices."""
     if not isinstance(value, AdaptedWeight):
         return value
     if is_packed(value.value) and any(spec[len(value.value.stack) :]):
@@ -147,7 +147,7 @@ def _divisible(value: Any, spec: Any) -> Any:
 
 
 def _specs(weight: AdaptedWeight, spec: Any) -> Any:
-    """The partition specs of an adapted weight's arrays, given its value's."""
+    """Return the partition specs of an adapted weight's arrays, given that of its value."""
     every = jax.P(*spec, *[None] * (weight.ndim - len(spec)))
     of_value = spec
     if is_packed(weight.value):
@@ -161,7 +161,7 @@ def _repeated(value: Any, times: int) -> Any:
 
 
 def _sliced(eqn: JaxprEqn, value: Any) -> Any:
-    """What a scan runs over, as its body will see it; the arrays are not sliced yet."""
+    """Return an operand of a scan with the axes that its body will see; the arrays are not sliced yet."""
     if not isinstance(value, AdaptedWeight):
         return value
     value = value.scaled()
@@ -173,7 +173,7 @@ def _sliced(eqn: JaxprEqn, value: Any) -> Any:
 
 
 def _carried(eqn: JaxprEqn, jaxpr: Any, carry: Sequence[Any], n_consts: int) -> tuple[list[Any], dict[int, Any]]:
-    """What a loop changes, and the adapted weights that it hands from step to step unchanged."""
+    """Return what a loop changes, and the adapted weights that it hands from step to step unchanged."""
     sources = _forwarded(jaxpr)
     kept = {i: c for i, c in enumerate(carry) if isinstance(c, AdaptedWeight) and sources[i] == n_consts + i}
     moving = [plain(c, "changes it from step to step", eqn) for i, c in enumerate(carry) if i not in kept]
@@ -186,7 +186,7 @@ def _with(kept: dict[int, Any], others: Sequence[Any], n: int) -> list[Any]:
 
 
 def _forwarded(jaxpr: Any) -> list[int | None]:
-    """For each output of a jaxpr, the input that it is, if it is one, seen through calls and loops."""
+    """Return for each output of a jaxpr the number of the input that it is, through calls and loops; else None."""
     jaxpr, _ = open_jaxpr(jaxpr)
     source: dict[Var, int] = {v: i for i, v in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
@@ -197,7 +197,7 @@ def _forwarded(jaxpr: Any) -> list[int | None]:
 
 
 def _passed_through(eqn: JaxprEqn) -> list[tuple[Var, Any]]:
-    """The results of an equation that are operands of it."""
+    """Return the results of an equation that are operands of it, each with that operand."""
     if eqn.primitive in (jit_p, remat_p):
         sources = _forwarded(eqn.params["jaxpr"])
         return [(v, eqn.invars[s]) for v, s in zip(eqn.outvars, sources, strict=True) if s is not None]
@@ -213,7 +213,7 @@ def _passed_through(eqn: JaxprEqn) -> list[tuple[Var, Any]]:
 
 
 def _strongly_typed(value: Any) -> Any:
-    """Branches are to agree also in whether Python's scalars made their results."""
+    """Return a value without weak type: branches have to agree in that too."""
     return lax.convert_element_type(value, value.dtype) if getattr(value, "weak_type", False) else value
 
 

@@ -21,7 +21,7 @@ OWN_DERIVATIVE = "has a derivative rule of its own, which is stated for the whol
 
 @dataclass(frozen=True)
 class Interpreter:
-    """Evaluates jaxprs, and keeps what it has built for their calls.
+    """Evaluate jaxprs, and keep what was built for their calls.
 
     With `rebuilt`, a second eager call finds its nested jits and loops already compiled. Without, each call of a body
     is traced by itself, so that a plan sees each.
@@ -71,7 +71,7 @@ class Interpreter:
         return self.evaluate(jaxpr, consts, args)
 
     def _kept(self, eqn: JaxprEqn, call: Call) -> Callable[..., Any]:
-        """The call under jit, the same one for the same equation (which is held, so that its id stays its own)."""
+        """Return the call under jit, the same for the same equation, which is kept so that its id is not used again."""
         if self.rebuilt is not None and id(eqn) in self.rebuilt:
             return self.rebuilt[id(eqn)][1]
 

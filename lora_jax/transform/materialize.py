@@ -1,4 +1,4 @@
-"""What happens where a program cannot use a weight in factored form: a refusal, or W' formed where it was asked for."""
+"""Where a program cannot use a weight in factored form: refuse, or form W' where the user allowed it."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Patterns = bool | str | Sequence[str]
 
 @dataclass(frozen=True, eq=False)
 class Materialize:
-    """Allows W' to be formed for the weights of some paths, and refuses it for all others."""
+    """Allow W' to be formed for the weights of some paths, and refuse it for all others."""
 
     patterns: tuple[re.Pattern[str], ...]
 

@@ -138,7 +138,7 @@ def _choose(rules: Mapping[str, Rule | None], names: list[str]) -> dict[str, Rul
 
 
 def _target(path: str, leaf: Any, rule: Rule, log: Log, materialize: bool) -> Target | str:
-    """What a matched weight is planned as, or why it cannot be adapted."""
+    """Return the target of a matched weight, or why it cannot be adapted."""
     if not is_array(leaf):
         return f"is a {type(leaf).__name__}, not an array"
     shape = f"{leaf.dtype}{list(leaf.shape)}"
@@ -165,7 +165,7 @@ def _target(path: str, leaf: Any, rule: Rule, log: Log, materialize: bool) -> Ta
 
 
 def _among(target: Target, targets: Mapping[str, Target]) -> Rule:
-    """The rule, told of all matrices that it is used for."""
+    """Return the rule, told of all matrices that it is used for."""
     same = (other for other in targets.values() if other.rule == target.rule)
     return target.rule.among(other.axes.fans(other.shape)[1:] for other in same)
 
@@ -175,7 +175,7 @@ def _is_matrix(leaf: Any) -> bool:
 
 
 def _try(program: Program, targets: Mapping[str, Target]) -> dict[str, list[str]]:
-    """What the program does with each weight that cannot stay factored, found by an abstract run with adapters."""
+    """Run the program abstractly with adapters; return what it does with each weight that cannot stay factored."""
     log = Log()
 
     def note(weight: AdaptedWeight, why: str) -> None:

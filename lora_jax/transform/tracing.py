@@ -1,4 +1,4 @@
-"""A function of parameters as a jaxpr, traced once for each set of shapes."""
+"""Trace a function of parameters to a jaxpr, once for each set of shapes."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ class Program:
     out_tree: PyTreeDef
 
     def run(self, interpreter: Interpreter, arrays: Sequence[Any], adapt: Callable[[str, Any], Any]) -> Any:
-        """The function's result for these arrays, with `adapt(name, array)` for each parameter."""
+        """Return the function's result for these arrays, with `adapt(name, array)` in the place of each parameter."""
         n = len(self.names)
         weights = [as_constant(name, w) if is_packed(w) else w for name, w in zip(self.names, arrays[:n], strict=True)]
         values = [*map(adapt, self.names, weights), *arrays[n:]]
@@ -40,7 +40,7 @@ class Program:
 
 @dataclass(frozen=True)
 class _Static:
-    """All of the arguments but their arrays: what a trace holds for, beside shapes."""
+    """The arguments without their arrays. A trace is valid for equal ones and equal shapes."""
 
     trees: tuple[PyTreeDef, PyTreeDef]  # of the parameters, and of the rest
     key: tuple[Any, ...]  # of each leaf; None stands for an array
@@ -59,7 +59,7 @@ class _Static:
 
 
 def _key(leaf: Any) -> Any:
-    """Equal for leaves that are the same: 1, 1.0 and True are not, nor are 0.0 and -0.0, and NaN is itself."""
+    """Return a key that is equal for the same leaf only: 1, 1.0 and True differ, so do 0.0 and -0.0; NaN equals NaN."""
     if is_array(leaf):
         return None
     if isinstance(leaf, float | complex):
@@ -75,12 +75,12 @@ def _key(leaf: Any) -> Any:
 
 
 def _abstract(array: Any) -> Any:
-    """What the function is traced with: it knows nothing of packed weights."""
+    """Return what the function is traced with: the shape of a packed weight, of which it knows nothing."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype) if is_packed(array) else array
 
 
 def tracer(fn: Callable[..., Any]) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Program]:
-    """`trace(params, args, kwargs) -> Program`. The trace is `jax.jit`'s own, and so is its cache."""
+    """Return `trace(params, args, kwargs) -> Program`. Tracing, and its cache, are those of `jax.jit`."""
 
     @functools.partial(jax.jit, static_argnums=0)
     def call(static: _Static, *arrays: Any) -> Any:

@@ -35,7 +35,7 @@ def split(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
 
 
 def _cut(weight: AdaptedWeight, index: list[slice]) -> Any:
-    """weight[index]; one entry of the inputs or of the outputs is a row: a plain array."""
+    """Return weight[index]. A single entry of the inputs or outputs is a row, and a plain array."""
     out: Any = weight
     for axis, part in enumerate(index):
         start, stop, stride = part.indices(weight.shape[axis])
@@ -55,7 +55,7 @@ def _cut_one(weight: Any, axis: int, fn: Callable[[jax.Array, int], jax.Array]) 
 
 
 def _picked(value: Any, axis: int, fn: Callable[[jax.Array, int], jax.Array]) -> Any:
-    """Some of the matrices of a packed stack are packed as they were."""
+    """Return fn of the value. Some of the matrices of a packed stack stay packed."""
     if is_packed(value) and axis < len(value.stack):
         return value.on_stack(lambda leaf: fn(leaf, axis))
     return fn(unpacked(value), axis)
@@ -82,7 +82,7 @@ def dynamic_slice(eqn: JaxprEqn, weight: Any, *starts: Any) -> list[Any]:
 
 @rule("gather")
 def gather(eqn: JaxprEqn, weight: Any, indices: Any) -> list[Any]:
-    """Rows of an embedding, or some of the stacked matrices: one axis is indexed and all others are whole.
+    """Look up rows of an embedding, or some of the stacked matrices: one axis is indexed and all others are whole.
 
     Rows are a plain array, W[ids] + (alpha / r) A[ids] B.
     """
@@ -139,7 +139,7 @@ def _has_nan(array: jax.Array) -> bool:
 
 
 def _take_along(eqn: JaxprEqn, at: int, value: float) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The gather of an equation along one axis of an array; what is out of bounds is `value`."""
+    """Return the gather of an equation along one axis of any array; what is out of bounds is `value`."""
 
     def fn(array: jax.Array, indices: jax.Array) -> jax.Array:
         n = indices.ndim - 1

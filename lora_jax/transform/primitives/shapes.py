@@ -1,4 +1,4 @@
-"""Operations that carry an adapted weight along: run on the frozen array as they stand, and the operand follows."""
+"""Operations that move or reshape an adapted weight: they run on the frozen array, and the operand follows."""
 
 import dataclasses
 import functools
@@ -22,9 +22,9 @@ from lora_jax.transform.primitives.registry import no_rule, rule
 
 @rule("copy", "sharding_constraint", "device_put", "reduce_precision", "optimization_barrier")
 def of_the_value(eqn: JaxprEqn, *args: Any) -> list[Any]:
-    """Where the array is, when, or how precise: the operand is as it was.
+    """Run an operation on the frozen value alone, which changes where it is, when or how precise.
 
-    In a barrier it would cost: the derivative of one has a term for each operand, that of W's shape among them.
+    The operand's arrays stay out of a barrier: its derivative would have a term for W beside theirs.
     """
     values = [a.value if isinstance(a, AdaptedWeight) else a for a in args]
     if eqn.primitive.name == "reduce_precision":
@@ -37,20 +37,20 @@ def of_the_value(eqn: JaxprEqn, *args: Any) -> list[Any]:
 
 @rule("stop_gradient")
 def stop_gradient(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
-    """No gradient passes W', so none passes any of its parts."""
+    """Stop the gradient of the value, of the operand and of the factor."""
     stopped = weight.replace(jax.tree.map(lax.stop_gradient, weight.value), weight.operand.stop())
     return [dataclasses.replace(stopped, factor=jax.tree.map(lax.stop_gradient, weight.factor))]
 
 
 @rule("pvary")
 def pvary(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
-    """In `shard_map`: the arrays of the operand differ between devices where the weight does, if not before."""
+    """Let the operand's arrays differ between the devices of a `shard_map` where the weight does."""
     return [jax.tree.map(lambda array: vary(array, eqn.params["axes"]), weight)]
 
 
 @rule("convert_element_type")
 def convert_element_type(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
-    """A cast moves the frozen value; the factors follow the product's dtype when they are used."""
+    """Cast the frozen value; the factors are cast to the product's dtype when they are used."""
     dtype = eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
         return no_rule(eqn, weight, why=f"casts it to {jnp.dtype(dtype).name}, which rounds W' itself")
@@ -67,7 +67,7 @@ def transpose(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
 
 
 def _transposed(packed: Packed, permutation: tuple[int, ...]) -> Packed | jax.Array:
-    """Each matrix is transposed after it is unpacked; the stack has to stay where it is."""
+    """Transpose each matrix when it is unpacked; the stack has to stay where it is."""
     n = len(packed.stack)
     if permutation[:n] != tuple(range(n)):
         return packed.dense().transpose(permutation)
@@ -75,7 +75,7 @@ def _transposed(packed: Packed, permutation: tuple[int, ...]) -> Packed | jax.Ar
 
 
 def _reshaped_packed(packed: Packed, shape: tuple[int, ...]) -> Packed | jax.Array:
-    """Each matrix is reshaped after it is unpacked; the axes of the stack have to stay apart from its own."""
+    """Reshape each matrix when it is unpacked; the axes of the stack have to stay apart from its own."""
     n = next((n for n in range(len(shape) + 1) if math.prod(shape[:n]) == math.prod(packed.stack)), None)
     if n is None:
         return packed.dense().reshape(shape)
@@ -85,7 +85,7 @@ def _reshaped_packed(packed: Packed, shape: tuple[int, ...]) -> Packed | jax.Arr
 
 @rule("reduce_sum")
 def reduce_sum(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
-    """Over axes of size 1, as `einsum` takes them away."""
+    """Sum over axes of size 1, as `einsum` takes them away."""
     if any(weight.shape[axis] != 1 for axis in eqn.params["axes"]):
         return no_rule(eqn, weight)
     return reshape(eqn, weight)
@@ -93,7 +93,7 @@ def reduce_sum(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
 
 @rule("reshape", "squeeze")
 def reshape(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
-    """Axes of one group are merged and split; axes of size 1 come and go."""
+    """Merge and split axes of one group; axes of size 1 come and go."""
     operand, value = weight.operand, weight.value
     if is_packed(value):
         value = _reshaped_packed(value, eqn.outvars[0].aval.shape)  # type: ignore[attr-defined]
@@ -122,7 +122,7 @@ def _reshaped(count: int, sizes: tuple[int, ...]) -> Callable[[jax.Array, int], 
 
 @rule("broadcast_in_dim")
 def broadcast_in_dim(eqn: JaxprEqn, weight: AdaptedWeight, *dynamic_shape: Any) -> list[Any]:
-    """New axes, and those that grow from size 1, stack the matrix with itself."""
+    """Stack the matrix with itself along new axes, and along those that grow from size 1."""
     operand, kept = weight.operand, eqn.params["broadcast_dimensions"]
     [value] = bind(eqn, [unpacked(weight.value), *dynamic_shape])
     for axis, size in enumerate(value.shape):
@@ -150,7 +150,7 @@ def rev(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
 
 @rule("pad")
 def pad(eqn: JaxprEqn, weight: Any, value: Any) -> list[Any]:
-    """The padding is the program's; the change of it is zero."""
+    """Pad the value with what the program says, and the operand with zeros."""
     if not isinstance(weight, AdaptedWeight):
         return no_rule(eqn, weight, value)
     operand = weight.operand
@@ -169,7 +169,7 @@ def pad(eqn: JaxprEqn, weight: Any, value: Any) -> list[Any]:
 
 @rule("all_gather", "all_gather_invariant")
 def all_gather(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
-    """A weight that is sharded within `shard_map`, gathered before it is used."""
+    """Gather a weight that is sharded within `shard_map`, and the operand with it."""
     if not eqn.params["tiled"]:
         return no_rule(eqn, weight)
     axis, operand = eqn.params["all_gather_dimension"], weight.operand
@@ -182,7 +182,7 @@ def all_gather(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
 
 @rule("mul", "div", "neg")
 def scale(eqn: JaxprEqn, *args: Any) -> list[Any]:
-    """A scalar. A constant meets W and one thin factor; one that is computed waits for the product.
+    """Multiply by a scalar. A constant is multiplied into W and one factor; a computed one waits for the product.
 
     x @ (c W) = c (x @ W): else the derivative by c would multiply W with a matrix of its size.
     """
@@ -206,9 +206,8 @@ def concatenate(eqn: JaxprEqn, *args: Any) -> list[Any]:
 @rule("stack")
 def stack(eqn: JaxprEqn, *args: Any) -> list[Any]:
     axis = eqn.params["axis"]
-    return _concatenate(
-        eqn, args, [_with_axis(a, axis) if isinstance(a, AdaptedWeight) else a[None] for a in args], axis
-    )
+    parts = [_with_axis(a, axis) if isinstance(a, AdaptedWeight) else a[None] for a in args]
+    return _concatenate(eqn, args, parts, axis)
 
 
 def _with_axis(weight: AdaptedWeight, axis: int) -> AdaptedWeight:
@@ -221,9 +220,7 @@ def _has_no_adapter(part: Any) -> bool:
 
 def _concatenate(eqn: JaxprEqn, args: Sequence[Any], parts: Sequence[Any], axis: int) -> list[Any]:
     args, parts = ([a.scaled() if isinstance(a, AdaptedWeight) else a for a in group] for group in (args, parts))
-    parts = [
-        unpacked(p.value) if isinstance(p, AdaptedWeight) and isinstance(p.operand, NoAdapter) else p for p in parts
-    ]
+    parts = [unpacked(p.value) if _has_no_adapter(p) else p for p in parts]
     weights = [p for p in parts if isinstance(p, AdaptedWeight)]
     if not weights:
         return bind(eqn, [plain(a, "joins it", eqn) for a in args])
