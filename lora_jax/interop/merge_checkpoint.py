@@ -21,7 +21,8 @@ from lora_jax.checkpoints.atomic_dir import refuse_to_replace, written
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
-from lora_jax.interop.key_map import KINDS, Array, KeyMap
+from lora_jax.interop.key_map import MODULE_KINDS, Array, KeyMap
+from lora_jax.interop.peft.formats.registry import LORA
 from lora_jax.interop.peft.load import load_by_module
 from lora_jax.interop.peft.to_modules import modules_to_save, torch_modules
 from lora_jax.interop.safetensors_index import Tensor, read, tensors_in
@@ -151,19 +152,19 @@ class Tensors(Mapping[str, Array]):
 
 
 def _changes(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any) -> dict[str, Change]:
-    kind, modules, placed = modules_to_save(adapters, key_map, params)
-    if kind != "DORA":
-        modules, placed = torch_modules(adapters, key_map, params)
+    found = modules_to_save(adapters, key_map, params)
+    if not found.format.is_low_rank:
+        found = torch_modules(adapters, key_map, params, LORA)
     changes = {}
-    for name, module in modules.items():
-        place = placed[name]
+    for name, module in found.modules.items():
+        match = found.matches[name]
         a, b, lengths = module.arrays["a"], module.arrays["b"], module.arrays.get("m")
-        if lengths is not None and place.entry.kind not in ("linear", "conv"):
+        if lengths is not None and match.entry.kind not in ("linear", "conv"):
             raise LoraError(
-                f"{place.path!r} has DoRA on a {place.entry.kind}, whose lengths run along its columns: load the model "
+                f"{match.path!r} has DoRA on a {match.entry.kind}, whose lengths run along its columns: load the model "
                 "and merge with lora.merge."
             )
-        changes[name + place.entry.suffix] = _change(place.entry.kind, a, b, module.scale, place.experts, lengths)
+        changes[name + match.entry.suffix] = _change(match.entry.kind, a, b, module.scale, match.experts, lengths)
     return changes
 
 
@@ -178,10 +179,11 @@ def _change(kind: str, a: Array, b: Array, scale: float, experts: int, lengths: 
     window = a.shape[2:]
     a2 = wide_a.reshape(experts, a.shape[0] // experts, -1)
     b2 = np.moveaxis(wide_b.reshape(b.shape[0], -1, experts), -1, 0)
-    turned = KINDS[kind][0].split().index("in") < KINDS[kind][0].split().index("out")
+    axes = MODULE_KINDS[kind].axes.split()
+    turned = axes.index("in") < axes.index("out")
     factors = [(a_.T, b_.T) if turned else (b_, a_) for a_, b_ in zip(a2, b2, strict=True)]
     inner = (a.shape[1], b.shape[0]) if turned else (b.shape[0], a.shape[1])
-    shape = (*((experts,) if "expert" in KINDS[kind][0] else ()), *inner, *window)
+    shape = (*((experts,) if "expert" in axes else ()), *inner, *window)
     return Change(factors, shape, None if lengths is None else np.asarray(lengths, np.float32))
 
 
