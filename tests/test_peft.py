@@ -102,8 +102,10 @@ def test_outputs_are_those_of_peft(name):
         applied = lora.lora_apply(fn)(params | others, adapters, ids)
         merged = fn(lora.merge(params | others, adapters), ids)
         assert np.abs(fn(params, ids) - expected).max() > 1e-3, "the adapters change something"
-    np.testing.assert_allclose(applied, expected, atol=1e-6, rtol=0)
-    np.testing.assert_allclose(merged, expected, atol=1e-6, rtol=0)
+    # PiSSA's base is what an SVD leaves of the weight, and the rounding of an SVD depends on the machine's LAPACK.
+    atol = 2e-6 if name == "pissa" else 1e-6
+    np.testing.assert_allclose(applied, expected, atol=atol, rtol=0)
+    np.testing.assert_allclose(merged, expected, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("name", [*MODELS, "conv", "conv_dora"])
