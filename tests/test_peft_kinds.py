@@ -681,7 +681,7 @@ class ToyFormat(Format):
     def scale_in(self, config, module):
         return config.extra["strength"] * super().scale_in(config, module)
 
-    def facts(self, modules, matches, bias):
+    def entries(self, modules, matches, bias):
         ranks = {name: self.rank_of(module.arrays) for name, module in modules.items()}
         alphas = {name: alpha_of(module.scale, ranks[name]) for name, module in modules.items()}
         facts = ranks_and_alphas(ranks, alphas, self.alpha_option)

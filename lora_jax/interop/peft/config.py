@@ -40,7 +40,7 @@ def entries_of(
         "target_modules": sorted(name for name in modules if not matches[name].entry.is_of_experts),
         "inference_mode": True,
         "modules_to_save": modules_to_save,
-    } | format.facts(modules, matches, bias)
+    } | format.entries(modules, matches, bias)
 
 
 def with_more(format: Format, entries: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def with_more(format: Format, entries: Mapping[str, Any], more: Mapping[str, Any
             raise LoraError(
                 f"config[{name!r}] is {short(value)}, which {format.peft_type} does not have: leave it out."
             )
-        if name in told and told[name] != value and name not in unknown and name not in format.untold:
+        if name in told and told[name] != value and name not in unknown and name not in format.free_options:
             raise LoraError(
                 f"config[{name!r}] is {short(value)}, but by what is written it is {short(told[name])}: leave it out."
             )

@@ -100,7 +100,7 @@ def _adapters(
 ) -> dict[str, Adapter]:
     """Return the adapters of weights, of biases and of rows of tables."""
     try:
-        shared = config.format.shared_facts(config, contents.shared, contents.modules, matches)
+        shared = config.format.shared_fields(config, contents.shared, contents.modules, matches)
     except LoraError as error:
         raise LoraError(f"{folder} {error}") from None
     adapters = adapters_of(matches, contents.modules, config, shared)

@@ -77,7 +77,7 @@ def save_peft(
     found = to_modules(factored, key_map, params)
     # 2. From modules to tensors, and the config that follows from these.
     beside, entries = _beside(found, full, rows, whole, key_map, params)
-    shared, seed = found.format.write_shared([*factored.values()])
+    shared, seed = found.format.shared_to_tensors([*factored.values()])
     entries |= seed | {"base_model_name_or_path": base_model, "task_type": task_type}
     entries = with_more(found.format, entries, config or {})
     tensors = {PREFIX + name: tensor for name, tensor in (_named(found) | beside).items()}

@@ -8,7 +8,7 @@ from typing import Any
 from lora_jax.adapters.adalora import AdaLoraAdapter
 from lora_jax.core.errors import short
 from lora_jax.interop.peft.formats.format import Arrays, Config, Format, Matches, Module, Modules
-from lora_jax.interop.peft.formats.lora import LORA_OPTIONS, facts_of_lora
+from lora_jax.interop.peft.formats.lora import LORA_OPTIONS, entries_of_lora
 from lora_jax.interop.peft.formats.ranks import alpha_of
 from lora_jax.interop.peft.options import Options
 
@@ -23,7 +23,7 @@ class AdaLoraFormat(Format):
     module_kinds = ("linear", "conv1d")
 
     options = LORA_OPTIONS | {*_OPTIONS.split()}
-    untold = ("inference_mode", "init_lora_weights", "lora_dropout")
+    free_options = ("inference_mode", "init_lora_weights", "lora_dropout")
     rank_option = "init_r"
     default_rank = 12
     alpha_option = "lora_alpha"
@@ -52,7 +52,7 @@ class AdaLoraFormat(Format):
         """Return alpha / (r + 1e-5), where r is the rank that training began with."""
         return (config.alpha if config.alpha > 0 else config.rank) / (config.rank + 1e-5)
 
-    def facts(self, modules: Mapping[str, Module], matches: Matches, bias: str) -> dict[str, Any]:
+    def entries(self, modules: Mapping[str, Module], matches: Matches, bias: str) -> dict[str, Any]:
         """Return the largest rank as the first one, and masks for the others.
 
         PEFT loads no AdaLoRA without a schedule of steps: this is the shortest that it accepts.
@@ -60,7 +60,7 @@ class AdaLoraFormat(Format):
         ranks = {name: len(arrays["e"]) for name, (arrays, _) in modules.items()}
         most = max(ranks.values())
         masks = {f"{name}.lora_E": [i < rank for i in range(most)] for name, rank in ranks.items()}
-        return facts_of_lora(modules, matches, bias) | {
+        return entries_of_lora(modules, matches, bias) | {
             "init_r": most,
             "lora_alpha": alpha_of(next(iter(modules.values())).scale, most + 1e-5),
             "rank_pattern": masks if min(ranks.values()) < most else None,

@@ -44,7 +44,7 @@ class Module(NamedTuple):
 
 
 class Config(NamedTuple):
-    """What the config of a folder says."""
+    """What the config of a folder says, of all kinds alike; what only one kind has is in `extra`."""
 
     format: "Format"
     rank: int
@@ -62,9 +62,11 @@ class Config(NamedTuple):
     extra: Mapping[str, Any] = MappingProxyType({})  # what only configs of this format say
 
     def rank_of(self, module: str) -> int:
+        """Return the rank of a module."""
         return self.format.rank_in(self, module)
 
     def scale_of(self, module: str) -> float:
+        """Return the scale of a module's product."""
         return self.format.scale_in(self, module)
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
@@ -92,7 +94,7 @@ class Format(abc.ABC):
 
     # The config.
     options: ClassVar[frozenset[str]] = COMMON_OPTIONS  # those that are understood
-    untold: ClassVar[tuple[str, ...]] = ("inference_mode", "init_weights")  # those that do not follow from tensors
+    free_options: ClassVar[tuple[str, ...]] = ("inference_mode", "init_weights")  # those that no tensor tells
     rank_option: ClassVar[str] = "r"
     default_rank: ClassVar[int] = 8
     alpha_option: ClassVar[str] = "alpha"
@@ -100,7 +102,9 @@ class Format(abc.ABC):
     # The tensors.
     endings: ClassVar[Mapping[str, str]]  # how the tensor of each of the adapter's arrays is called in its module
     other_endings: ClassVar[Mapping[str, str]] = MappingProxyType({})  # further names of tensors
-    refused_endings: ClassVar[Mapping[str, str]] = MappingProxyType({})  # beginnings of names: how PEFT avoids them
+    refused_beginnings: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {}
+    )  # of names of forms unknown here: how to avoid them
     optional: ClassVar[tuple[str, ...]] = ()  # arrays that a module can do without
     pairs: ClassVar[tuple[tuple[str, str], ...]] = ()  # arrays that are a factor A and its B
     scaled: ClassVar[str] = ""  # the array that a scale can be multiplied into
@@ -152,7 +156,7 @@ class Format(abc.ABC):
         return first_match(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
 
     @abc.abstractmethod
-    def facts(self, modules: Mapping[str, Module], matches: Matches, bias: str) -> dict[str, Any]:
+    def entries(self, modules: Mapping[str, Module], matches: Matches, bias: str) -> dict[str, Any]:
         """Return the entries of the config that follow from the modules, beside those that all kinds have.
 
         Args:
@@ -172,7 +176,7 @@ class Format(abc.ABC):
         for ending, name in fields.items():
             if tensor.endswith(f".{ending}"):
                 return tensor.removesuffix(f".{ending}"), name
-        for start, option in self.refused_endings.items():
+        for start, option in self.refused_beginnings.items():
             if tensor.rpartition(".")[2].startswith(start):
                 raise LoraError(f"of a form of {self.name} that this version does not have: train it with {option}")
         if _TENSOR_OF_AN_ADAPTER.fullmatch(tensor):
@@ -290,7 +294,7 @@ class Format(abc.ABC):
 
     # Adapters ---------------------------------------------------------------------------------------------------------
 
-    def shared_facts(
+    def shared_fields(
         self, config: Config, tensors: Mapping[str, Array], modules: Mapping[str, Module], matches: Matches
     ) -> dict[str, Any]:
         """Return what all adapters of a folder have in common: further fields that `build` is given.
@@ -311,9 +315,9 @@ class Format(abc.ABC):
         self, match: ParameterMatch, arrays: Mapping[str, Any], scale: float, shared: Mapping[str, Any]
     ) -> Adapter:
         """Return the adapter of a parameter with these arrays."""
-        facts = {"axes": match.axes, "scale": scale, "inputs": match.sizes_of("in"), "outputs": match.sizes_of("out")}
-        facts |= shared
-        return self.adapter(**arrays, **{name: facts[name] for name in field_names(self.adapter, static=True)})
+        known = {"axes": match.axes, "scale": scale, "inputs": match.sizes_of("in"), "outputs": match.sizes_of("out")}
+        known |= shared
+        return self.adapter(**arrays, **{name: known[name] for name in field_names(self.adapter, static=True)})
 
     def holds(self, adapters: Mapping[str, Adapter], matches: Matches) -> bool:
         """Return whether a folder of this format can hold all of these adapters as they are."""
@@ -339,7 +343,7 @@ class Format(abc.ABC):
             why = f"PEFT has it for modules that are {', '.join(self.module_kinds)}: merge it instead"
         return f"is of {self.name}; {why}"
 
-    def write_shared(self, adapters: Sequence[Adapter]) -> tuple[dict[str, Array], dict[str, Any]]:
+    def shared_to_tensors(self, adapters: Sequence[Adapter]) -> tuple[dict[str, Array], dict[str, Any]]:
         """Return the tensors that all modules use, by their full names, and what the config says of them."""
         return {}, {}
 
@@ -349,6 +353,7 @@ class Format(abc.ABC):
 
 
 def does_not_fit(match: ParameterMatch, arrays: Arrays) -> LoraError:
+    """Return the error that arrays of a module do not have the shapes of a parameter's."""
     shapes = " and ".join(str(list(array.shape)) for array in arrays.values())
     return LoraError(
         f"{next(iter(match.names.values()))} has {shapes}, which do not fit {match.path!r} of shape "

@@ -24,13 +24,13 @@ class LohaFormat(Format):
     options = COMMON_OPTIONS | {*_OPTIONS.split()}
 
     endings = MappingProxyType({"a1": "hada_w1_b", "b1": "hada_w1_a", "a2": "hada_w2_b", "b2": "hada_w2_a"})
-    refused_endings = MappingProxyType({"hada_t": "use_effective_conv2d=False"})
+    refused_beginnings = MappingProxyType({"hada_t": "use_effective_conv2d=False"})
     pairs: ClassVar[tuple[tuple[str, str], ...]] = (("a1", "b1"), ("a2", "b2"))
     scaled = "b2"
 
     has_biases = False
 
-    def facts(self, modules: Mapping[str, Module], matches: Matches, bias: str) -> dict[str, Any]:
+    def entries(self, modules: Mapping[str, Module], matches: Matches, bias: str) -> dict[str, Any]:
         ranks = {name: self.rank_to_write(arrays) for name, (arrays, _) in modules.items()}
         alphas = {name: alpha_of(modules[name].scale, rank) for name, rank in ranks.items()}
         told = {"init_weights": True, "module_dropout": 0.0, "rank_dropout": 0.0, "use_effective_conv2d": False}

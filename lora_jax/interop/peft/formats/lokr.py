@@ -23,14 +23,14 @@ class LokrFormat(LohaFormat):
 
     endings = MappingProxyType({"w1": "lokr_w1", "a": "lokr_w2_b", "b": "lokr_w2_a"})
     other_endings = MappingProxyType({"lokr_w2": "a"})  # whole, without a b
-    refused_endings = MappingProxyType({"lokr_t": "use_effective_conv2d=False", "lokr_w1_": "decompose_both=False"})
+    refused_beginnings = MappingProxyType({"lokr_t": "use_effective_conv2d=False", "lokr_w1_": "decompose_both=False"})
     optional = ("b",)
     pairs = ()
     scaled = "w1"
 
-    def facts(self, modules: Mapping[str, Module], matches: Matches, bias: str) -> dict[str, Any]:
+    def entries(self, modules: Mapping[str, Module], matches: Matches, bias: str) -> dict[str, Any]:
         factor = decompose_factor([arrays for arrays, _ in modules.values()])
-        return super().facts(modules, matches, bias) | {"decompose_both": False, "decompose_factor": factor}
+        return super().entries(modules, matches, bias) | {"decompose_both": False, "decompose_factor": factor}
 
     def rank_to_write(self, arrays: Arrays) -> int:
         """Return the rank: of a whole second factor the smallest with which PEFT keeps it whole, see below."""

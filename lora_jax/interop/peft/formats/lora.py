@@ -37,7 +37,7 @@ class LoraFormat(Format):
     is_low_rank = True
 
     options = LORA_OPTIONS | {"lora_bias", "target_parameters", "use_dora"}
-    untold = ("inference_mode", "init_lora_weights", "lora_dropout")
+    free_options = ("inference_mode", "init_lora_weights", "lora_dropout")
     alpha_option = "lora_alpha"
     uses_dora = False
 
@@ -60,12 +60,12 @@ class LoraFormat(Format):
         rank, alpha = config.rank_of(module), first_match(config.alpha_pattern, module, config.alpha)
         return alpha / math.sqrt(rank) if config.rslora else alpha / rank
 
-    def facts(self, modules: Mapping[str, Module], matches: Matches, bias: str) -> dict[str, Any]:
+    def entries(self, modules: Mapping[str, Module], matches: Matches, bias: str) -> dict[str, Any]:
         experts = sorted(name for name in modules if matches[name].entry.is_of_experts)
-        facts = facts_of_lora(modules, matches, bias) | {"use_rslora": False, "use_dora": self.uses_dora}
+        entries = entries_of_lora(modules, matches, bias) | {"use_rslora": False, "use_dora": self.uses_dora}
         if experts:
-            facts["target_parameters"] = experts
-        return facts | ranks_and_alphas(*_by_pattern(modules, matches), self.alpha_option)
+            entries["target_parameters"] = experts
+        return entries | ranks_and_alphas(*_by_pattern(modules, matches), self.alpha_option)
 
     def endings_of(self, match: ParameterMatch, arrays: Arrays) -> Mapping[str, str]:
         return {**self.endings, **_TABLE} if match.entry.kind == "embedding" else self.endings
@@ -78,7 +78,7 @@ class LoraFormat(Format):
         return super().convert(adapter.explicit())
 
 
-def facts_of_lora(modules: Mapping[str, Module], matches: Matches, bias: str) -> dict[str, Any]:
+def entries_of_lora(modules: Mapping[str, Module], matches: Matches, bias: str) -> dict[str, Any]:
     """Return the entries of the config that LoRA, DoRA and AdaLoRA share."""
     return {
         "bias": bias,

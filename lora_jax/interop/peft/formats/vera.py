@@ -29,7 +29,7 @@ class VeraFormat(Format):
     joins_parts = False
 
     options = COMMON_OPTIONS | {*_OPTIONS.split()}
-    untold = ("inference_mode", "init_weights", "save_projection")
+    free_options = ("inference_mode", "init_weights", "save_projection")
     default_rank = 256
     alpha_option = ""  # it has none
 
@@ -47,7 +47,7 @@ class VeraFormat(Format):
     def scale_in(self, config: Config, module: str) -> float:
         return 1.0
 
-    def facts(self, modules: Mapping[str, Module], matches: Matches, bias: str) -> dict[str, Any]:
+    def entries(self, modules: Mapping[str, Module], matches: Matches, bias: str) -> dict[str, Any]:
         (arrays, _), *_ = modules.values()
         return {
             "bias": bias.replace("lora", "vera"),
@@ -66,7 +66,7 @@ class VeraFormat(Format):
     def outputs_of(self, arrays: Arrays) -> int:
         return len(arrays["b"])
 
-    def shared_facts(
+    def shared_fields(
         self, config: Config, tensors: Mapping[str, Array], modules: Mapping[str, Module], matches: Matches
     ) -> dict[str, Any]:
         """Return the seed of the projections, and their widths: the inputs and outputs of the largest modules."""
@@ -98,7 +98,7 @@ class VeraFormat(Format):
         _, *fans = zip(*(match.axes.fans(match.shape) for match in matches.values()), strict=True)
         return len(own) == 1 and next(iter(own))[1] == tuple(map(max, fans))
 
-    def write_shared(self, adapters: Sequence[Any]) -> tuple[dict[str, Array], dict[str, Any]]:
+    def shared_to_tensors(self, adapters: Sequence[Any]) -> tuple[dict[str, Array], dict[str, Any]]:
         first = adapters[0]
         pair = shared_projections(first.seed, first.d.shape[-1], *first.widths)
         tensors = dict(zip(self.shared_tensors, (one.T for one in pair), strict=True))
