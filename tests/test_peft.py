@@ -549,6 +549,11 @@ WRONG_TENSORS = [
         None,
         "gives to none of the parameters:\n  'lin9'; nearest: lin",
     ),
+    (
+        lambda t: t | {A.replace("0", "0.bias"): t[A], B.replace("0", "0.bias"): t[B]},
+        None,
+        "gives to none of the parameters:\n  'lin0.bias'; nearest",  # an array of the key map, which has no factors
+    ),
     (lambda t: t | {P + "extra.weight": t[A]}, None, "'extra.weight'; nearest"),
     (lambda t: t | {"lin0.x": t[A]}, None, "holds 'lin0.x', expected names that begin with 'base_model.model.'"),
     (lambda t: t | {P + "a" * 2000: t[A]}, None, "a name of 2,017 characters"),

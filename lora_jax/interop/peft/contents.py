@@ -1,6 +1,6 @@
 """From tensors to modules: what each tensor of a folder is, and whether the folder has all that its config says."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +23,6 @@ class Contents(NamedTuple):
     rows: dict[str, Array]  # the trained rows of tables, by the names of these
     whole: dict[str, Array]  # tensors that were trained whole, by their names
     shared: dict[str, Array]  # tensors that all modules use, by their full names
-
-    def names(self) -> Iterable[str]:
-        """Return the names of all modules and tensors that have to be parameters."""
-        return (*self.modules, *self.biases, *self.rows, *self.whole)
 
 
 def sort_tensors(tensors: Mapping[str, Array], config: Config, folder: Path) -> Contents:

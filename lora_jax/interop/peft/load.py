@@ -84,8 +84,7 @@ def load_by_module(folder: Path) -> tuple[dict[str, Adapter], dict[str, Array], 
     contents = sort_tensors(tensors, config, folder)
     entries, shapes = [], {}
     for name, module in contents.modules.items():
-        has_tensor = {n.removeprefix(f"{name}."): True for n in tensors if n.startswith(f"{name}.")}.__contains__
-        kind = config.format.module_kind(config, module.arrays, has_tensor)
+        kind = config.format.module_kind(config, name, module.arrays, tensors)
         window = next(iter(module.arrays.values())).shape[2:]
         entries.append(Entry(name, name, "window* in out" if kind == "conv" else "in out", kind))
         shapes[name] = (*window, config.format.inputs_of(module.arrays), config.format.outputs_of(module.arrays))
@@ -115,10 +114,11 @@ def _check_that_nothing_is_left(
     contents: Contents, matches: Mapping[str, ParameterMatch], config: Config, folder: Path, planned: bool
 ) -> None:
     """Raise if the key map gives a module or a tensor of the folder to no parameter."""
-    tensors = [name for match in matches.values() for name in match.tensors().values()]
-    zero_biases = [name for name, c in contents.biases.items() if not c.any()]  # modules without a bias have these too
-    used = dict.fromkeys([*tensors, *module_names(matches, config), *zero_biases])
-    left = [name for name in contents.names() if name not in used]
+    modules = dict.fromkeys(module_names(matches, config))
+    tensors = {name: path for path, match in matches.items() for name in match.tensors().values()}
+    biases = [name for name, c in contents.biases.items() if c.any()]  # zeros are also there for modules without a bias
+    left = [name for name in contents.modules if name not in modules]
+    left += [name for name in (*biases, *contents.rows, *contents.whole) if name not in tensors]
     if not left:
         return
     known = [name for match in matches.values() for name in (*match.names.values(), *match.tensors().values())]

@@ -72,9 +72,8 @@ def torch_modules(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any,
     modules = {}
     for name, found in parts.items():
         entry = first[name].entry
-        modules[name] = (
-            found[0] if entry.part is None else joined(format, name, found, groups[name + entry.suffix], params)
-        )
+        is_whole = entry.part is None
+        modules[name] = found[0] if is_whole else joined(format, name, found, groups[name + entry.suffix], params)
     return TorchModules(format, modules, first)
 
 
@@ -99,7 +98,8 @@ def _shape_of(path: str, adapter: Any) -> tuple[int, ...]:
 
 def _arrays_of_modules(format: Format, match: ParameterMatch, adapter: Adapter) -> dict[str, Arrays]:
     """Return the arrays of each module of a parameter, in torch's layout."""
-    ours = {field: np.asarray(array) for field, array in jax.device_get(adapter.arrays()).items()}
+    own = {field: array for field, array in adapter.arrays().items() if field in format.endings}
+    ours = {field: np.asarray(array) for field, array in jax.device_get(own).items()}
     modules = {}
     for index, name in match.names.items():
         where = tuple(match.where(index)[axis] for axis in match.axes.stack)

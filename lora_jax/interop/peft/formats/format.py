@@ -6,7 +6,7 @@ transposed. Between a file and the adapters, `Module` holds them in torch's layo
 
 import abc
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -102,9 +102,8 @@ class Format(abc.ABC):
     # The tensors.
     endings: ClassVar[Mapping[str, str]]  # how the tensor of each of the adapter's arrays is called in its module
     other_endings: ClassVar[Mapping[str, str]] = MappingProxyType({})  # further names of tensors
-    refused_beginnings: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {}
-    )  # of names of forms unknown here: how to avoid them
+    # What names of tensors in an unknown form begin with, and the option with which PEFT makes none of these.
+    refused_beginnings: ClassVar[Mapping[str, str]] = MappingProxyType({})
     optional: ClassVar[tuple[str, ...]] = ()  # arrays that a module can do without
     pairs: ClassVar[tuple[tuple[str, str], ...]] = ()  # arrays that are a factor A and its B
     scaled: ClassVar[str] = ""  # the array that a scale can be multiplied into
@@ -240,8 +239,8 @@ class Format(abc.ABC):
         factor = np.asarray(module.scale / scale, array.dtype)
         return Module(module.arrays | {self.scaled: array * factor}, scale)
 
-    def module_kind(self, config: Config, arrays: Arrays, has_tensor: Callable[[str], bool]) -> str:
-        """Return the kind of a module by its tensors alone; `has_tensor(ending)` says which these are."""
+    def module_kind(self, config: Config, module: str, arrays: Arrays, tensors: Container[str]) -> str:
+        """Return the kind of a module, a key of a key map's kinds, by its arrays and the names of a file's tensors."""
         if arrays[self.pairs[0][0]].ndim > 2:
             return "conv"
         return "conv1d" if config.transposed else "linear"

@@ -1,7 +1,7 @@
 """LoKr in PEFT's files: `lokr_w1`, and `lokr_w2_a` and `lokr_w2_b`, or `lokr_w2` where the second factor is whole."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -61,7 +61,7 @@ class LokrFormat(LohaFormat):
     def outputs_of(self, arrays: Arrays) -> int:
         return len(arrays["w1"]) * len(arrays["b"] if "b" in arrays else arrays["a"])
 
-    def module_kind(self, config: Config, arrays: Arrays, has_tensor: Callable[[str], bool]) -> str:
+    def module_kind(self, config: Config, module: str, arrays: Arrays, tensors: Container[str]) -> str:
         return "linear"
 
     def from_torch(self, match: ParameterMatch, arrays: Arrays, start: int) -> Arrays:

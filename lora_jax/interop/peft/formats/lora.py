@@ -1,7 +1,7 @@
 """LoRA in PEFT's files: `lora_A.weight` and `lora_B.weight`; of embeddings `lora_embedding_A` and `_B`."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -70,8 +70,9 @@ class LoraFormat(Format):
     def endings_of(self, match: ParameterMatch, arrays: Arrays) -> Mapping[str, str]:
         return {**self.endings, **_TABLE} if match.entry.kind == "embedding" else self.endings
 
-    def module_kind(self, config: Config, arrays: Arrays, has_tensor: Callable[[str], bool]) -> str:
-        return "embedding" if has_tensor(_TABLE["a"]) else super().module_kind(config, arrays, has_tensor)
+    def module_kind(self, config: Config, module: str, arrays: Arrays, tensors: Container[str]) -> str:
+        is_table = f"{module}.{_TABLE['a']}" in tensors
+        return "embedding" if is_table else super().module_kind(config, module, arrays, tensors)
 
     def convert(self, adapter: Adapter) -> Adapter | None:
         """Return the LoRA that an adapter of another kind is in another form."""
