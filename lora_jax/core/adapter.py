@@ -201,16 +201,15 @@ def register_kind(name: str) -> Callable[[Kind], Kind]:
 
     >>> from dataclasses import dataclass, field
     >>> import jax, lora_jax as lora
-    >>> @lora.register_kind("doctest_scale")
+    >>> @lora.register_kind("half")
     ... @dataclass(frozen=True)
-    ... class ScaleAdapter(lora.Adapter):
-    ...     factor: jax.Array  # [*stack]
+    ... class HalfAdapter(lora.Factored):  # W' = W + A B / 2
+    ...     a: jax.Array
+    ...     b: jax.Array
     ...     axes: lora.KernelAxes = field(metadata={"static": True})
-    ...     layout = {"factor": ("stack",)}
-    ...     def merge(self, w):
-    ...         return w * self.factor
-    ...     def lower(self, w):
-    ...         return self.merge(w)
+    ...     layout = {"a": ("stack", "inputs", "rank"), "b": ("stack", "rank", "outputs")}
+    ...     def to_lora(self):
+    ...         return lora.LoraAdapter(self.a, self.b, self.axes, 0.5)
     """
 
     def register(kind: Kind) -> Kind:

@@ -38,8 +38,7 @@ def weight_shape(arrays: Mapping[str, Any], layouts: Mapping[str, Layout], axes:
     Raises:
         LoraError: the arrays do not fit one another.
     """
-    sizes: dict[int, dict[str, int]] = {}
-    ranks: dict[str, int] = {}
+    sizes: dict[Any, dict[str, int]] = {}  # by the weight's axes, and by the names of axes of the arrays' own
     for name, layout in layouts.items():
         shape = arrays[name].shape
         expected = sum(len(group) for *_, group in spans(layout, axes))
@@ -50,12 +49,16 @@ def weight_shape(arrays: Mapping[str, Any], layouts: Mapping[str, Layout], axes:
             )
         for part, start, group in spans(layout, axes):
             for i, axis in enumerate(group):
-                found = ranks if part == "rank" else sizes.setdefault(axis, {})  # type: ignore[arg-type]
-                found[name] = shape[start + i]
-    for what, found in [("rank", ranks), *((f"axis {axis}", sizes[axis]) for axis in sorted(sizes))]:
+                sizes.setdefault(part if axis is None else axis, {})[name] = shape[start + i]
+    of_weight = range(sum(map(len, axes)))
+    if missing := [axis for axis in of_weight if axis not in sizes]:
+        raise LoraError(f"has no array along axis {missing[0]} of its weight: its kind has to define `kernel_shape`.")
+    for axis in [*(name for name in sizes if isinstance(name, str)), *of_weight]:
+        found = sizes[axis]
         if len(set(found.values())) > 1:
             entries = ", ".join(
                 f"{n} {'entries ' if i == 0 else ''}in {name}" for i, (name, n) in enumerate(found.items())
             )
+            what = axis if isinstance(axis, str) else f"axis {axis}"
             raise LoraError(f"is not of one piece: its {what} has {entries}.")
-    return tuple(next(iter(sizes[axis].values())) for axis in range(len(sizes)))
+    return tuple(next(iter(sizes[axis].values())) for axis in of_weight)
