@@ -282,7 +282,7 @@ def stored(file: gguf.File, config: Config) -> Params:
     The key map says which tensor each is, and how it lies there.
     """
     shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(config), sep="/").items()}
-    placed = KEY_MAP.place(shapes)
+    placed = KEY_MAP.match(shapes)
     names = {path: {i: _name(torch) for i, torch in place.tensors().items()} for path, place in placed.items()}
     expected = [name for group in names.values() for name in group.values()]
     if wrong := sorted(set(expected) ^ set(file.tensors)):

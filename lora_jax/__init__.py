@@ -5,17 +5,17 @@ from lora_jax.adapters.adalora import AdaLora, AdaLoraAdapter, orthogonality
 from lora_jax.adapters.combine import combine
 from lora_jax.adapters.dora import Dora, DoraAdapter
 from lora_jax.adapters.dropout import with_dropout
+from lora_jax.adapters.factored import Factored
 from lora_jax.adapters.full import Full, FullAdapter
 from lora_jax.adapters.ia3 import Ia3, Ia3Adapter
 from lora_jax.adapters.loha import Loha, LohaAdapter
 from lora_jax.adapters.lokr import Lokr, LokrAdapter
-from lora_jax.adapters.lora import Lora, LoraAdapter
+from lora_jax.adapters.lora import Lora, LoraAdapter, RsLora
 from lora_jax.adapters.lora_fa import LoraFa, LoraFaAdapter
-from lora_jax.adapters.rslora import RsLora
 from lora_jax.adapters.token_rows import Rows, RowsAdapter
 from lora_jax.adapters.vera import Vera, VeraAdapter
 from lora_jax.checkpoints.manager import Checkpoints
-from lora_jax.core.adapter import Adapter
+from lora_jax.core.adapter import Adapter, Rule, register_kind
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.targets import Plan
@@ -44,6 +44,7 @@ __all__ = [
     "Checkpoints",
     "Dora",
     "DoraAdapter",
+    "Factored",
     "Full",
     "FullAdapter",
     "Ia3",
@@ -63,6 +64,7 @@ __all__ = [
     "Rows",
     "RowsAdapter",
     "RsLora",
+    "Rule",
     "TrainState",
     "Vera",
     "VeraAdapter",
@@ -96,6 +98,7 @@ __all__ = [
     "plan",
     "pmap_step",
     "prune",
+    "register_kind",
     "riemannian",
     "save_peft",
     "shard_batch",

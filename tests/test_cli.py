@@ -17,9 +17,9 @@ from test_export import published, tensors_in
 from test_peft import DATA, MLP, assert_same_tensors, case, stacked, tensors_of
 
 import lora_jax as lora
-from lora_jax.cli.extract import low_rank
 from lora_jax.cli.main import main
-from lora_jax.cli.spectrum import spectrum
+from lora_jax.cli.output import print_table
+from lora_jax.cli.spectrum import low_rank, spectrum
 from lora_jax.interop.peft.load import load_by_module
 
 
@@ -53,6 +53,16 @@ def test_inspect(capsys, tmp_path):
     assert [line.split()[:2] for line in out.splitlines()[2:4]] == [["lin0", "linear"], ["lin1", "linear"]]
     assert out.splitlines()[-1] == "2 weights adapted, 74 parameters."
     assert (tmp_path / "plots" / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_that_does_not_go_to_a_terminal_is_plain_text(capsys, monkeypatch):
+    """A line for each row, however long its name is and whatever the terminal around it may be."""
+    monkeypatch.setenv("COLUMNS", "20")
+    name = "[bold]model.layers.0[/bold]" * 10
+    print_table(["module", "shape", "n"], [[name, [8, 16], "1,096"], ["b", [3], 5]], right=1)
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["module", "shape", "n"]
+    assert rows == [f"{name}  [8, 16]  1,096", f"{'b':{len(name)}}  [3]          5"]
 
 
 def test_inspect_says_the_same_of_both_formats(capsys, tmp_path):
@@ -257,6 +267,7 @@ def test_the_nearest_of_a_rank():
     for count in range(1, 6):
         energy = (values[:count] ** 2).sum() / (values**2).sum()
         assert low_rank(change, energy=energy)[0].shape == (7, count)
+    assert low_rank(0 * change, energy=0.5)[2] == 0
     for wrong, says in [({"rank": 0}, "expected at least 1"), ({"energy": 1.5}, "above 0 and at most 1")]:
         with pytest.raises(lora.LoraError, match=says):
             low_rank(change, **wrong)

@@ -21,7 +21,8 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax import key_maps
-from lora_jax.interop.peft.config_read import _first_match, read_config
+from lora_jax.interop.peft.config import read_config
+from lora_jax.interop.peft.options import first_match
 from lora_jax.key_maps import KeyMap, array, conv, conv1d, embedding, experts, linear
 
 DATA = Path(__file__).parent / "data" / "peft"
@@ -101,8 +102,10 @@ def test_outputs_are_those_of_peft(name):
         applied = lora.lora_apply(fn)(params | others, adapters, ids)
         merged = fn(lora.merge(params | others, adapters), ids)
         assert np.abs(fn(params, ids) - expected).max() > 1e-3, "the adapters change something"
-    np.testing.assert_allclose(applied, expected, atol=1e-6, rtol=0)
-    np.testing.assert_allclose(merged, expected, atol=1e-6, rtol=0)
+    # PiSSA's base is what an SVD leaves of the weight, and the rounding of an SVD depends on the machine's LAPACK.
+    atol = 2e-6 if name == "pissa" else 1e-6
+    np.testing.assert_allclose(applied, expected, atol=atol, rtol=0)
+    np.testing.assert_allclose(merged, expected, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("name", [*MODELS, "conv", "conv_dora"])
@@ -460,22 +463,22 @@ def test_thin_dtypes(dtype, tmp_path):
     ],
 )
 def test_patterns_match_as_in_peft(pattern, module, matches):
-    assert _first_match({pattern: 1}, module, 0) == matches
+    assert first_match({pattern: 1}, module, 0) == matches
 
 
 def test_a_pattern_cannot_hang():
     start = time.perf_counter()
-    assert _first_match({"(a+)+b": 1, "(.*)*(.*)*(.*)*x": 2}, "a" * 900, 0) == 0
+    assert first_match({"(a+)+b": 1, "(.*)*(.*)*(.*)*x": 2}, "a" * 900, 0) == 0
     assert time.perf_counter() - start < 5
 
 
 def test_patterns_without_re2(monkeypatch):
     monkeypatch.setitem(sys.modules, "re2", None)
-    assert _first_match({"^model.layers-1": 1}, "model.layers-1", 0) == 1
+    assert first_match({"^model.layers-1": 1}, "model.layers-1", 0) == 1
     with pytest.raises(
         lora.LoraError, match=r"the regular expression 'a\+', for which RE2 is needed: pip install google-re2"
     ):
-        _first_match({"a+": 1}, "a", 0)
+        first_match({"a+": 1}, "a", 0)
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
@@ -545,6 +548,11 @@ WRONG_TENSORS = [
         lambda t: t | {A.replace("0", "9"): t[A], B.replace("0", "9"): t[B]},
         None,
         "gives to none of the parameters:\n  'lin9'; nearest: lin",
+    ),
+    (
+        lambda t: t | {A.replace("0", "0.bias"): t[A], B.replace("0", "0.bias"): t[B]},
+        None,
+        "gives to none of the parameters:\n  'lin0.bias'; nearest",  # an array of the key map, which has no factors
     ),
     (lambda t: t | {P + "extra.weight": t[A]}, None, "'extra.weight'; nearest"),
     (lambda t: t | {"lin0.x": t[A]}, None, "holds 'lin0.x', expected names that begin with 'base_model.model.'"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,9 @@ from test_peft import (
 import lora_jax as lora
 from lora_jax import key_maps
 from lora_jax.adapters.vera import shared_projections
+from lora_jax.interop.peft.formats.format import COMMON_OPTIONS, Format
+from lora_jax.interop.peft.formats.ranks import alpha_of, ranks_and_alphas
+from lora_jax.interop.peft.formats.registry import FORMATS
 from lora_jax.interop.peft.load import load_by_module
 from lora_jax.key_maps import KeyMap, linear
 
@@ -649,6 +653,98 @@ def test_lokr_that_peft_takes_apart_otherwise(sides, factor, tmp_path):
     np.testing.assert_allclose(lora.merge(params, found)["lin0/kernel"], expected, rtol=1e-5, atol=1e-6)
 
 
+# A further kind -------------------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ToyAdapter(lora.LoraAdapter):
+    """A kind that this library does not know: LoRA's product under other names."""
+
+
+class ToyFormat(Format):
+    """Its files: other names of tensors and options, and one option that multiplies the scale."""
+
+    name = peft_type = "TOY"
+    adapter = ToyAdapter
+    module_kinds = ("linear",)
+    options = COMMON_OPTIONS | {"size", "toy_alpha", "strength", "rank_pattern", "alpha_pattern"}
+    rank_option = "size"
+    alpha_option = "toy_alpha"
+    endings = MappingProxyType({"a": "toy_down", "b": "toy_up"})
+    pairs = (("a", "b"),)
+    scaled = "b"
+
+    def read(self, options):
+        return super().read(options)._replace(extra={"strength": options.number("strength", 1)})
+
+    def scale_in(self, config, module):
+        return config.extra["strength"] * super().scale_in(config, module)
+
+    def entries(self, modules, matches, bias):
+        ranks = {name: self.rank_of(module.arrays) for name, module in modules.items()}
+        alphas = {name: alpha_of(module.scale, ranks[name]) for name, module in modules.items()}
+        facts = ranks_and_alphas(ranks, alphas, self.alpha_option)
+        return {"strength": 1} | {"size" if name == "r" else name: value for name, value in facts.items()}
+
+
+@pytest.fixture
+def toy_folder(tmp_path):
+    shapes = {"lin0.toy_down": (2, 6), "lin0.toy_up": (10, 2), "lin1.toy_down": (3, 10), "lin1.toy_up": (4, 3)}
+    options = {"size": 2, "toy_alpha": 4, "strength": 0.5, "rank_pattern": {"lin1": 3}}
+    tensors = drawn(0, **shapes)
+    folder = folder_of(tmp_path / "in", tensors, peft_type="TOY", target_modules=["lin0", "lin1"], **options)
+    scales = {"lin0": 0.5 * 4 / 2, "lin1": 0.5 * 4 / 3}
+    params = case("lora")[0]
+    changed = {
+        f"{name}/kernel": params[f"{name}/kernel"] + s * (tensors[f"{name}.toy_up"] @ tensors[f"{name}.toy_down"]).T
+        for name, s in scales.items()
+    }
+    return folder, params, changed
+
+
+def test_a_further_kind_is_one_entry(toy_folder, tmp_path, monkeypatch):
+    """It is read, written, read without a model and merged into published weights by its format alone."""
+    folder, params, changed = toy_folder
+    monkeypatch.setitem(FORMATS, "TOY", ToyFormat())
+    adapters = round_trip(tmp_path, folder, params, MLP)
+    assert {type(adapter) for adapter in adapters.values()} == {ToyAdapter}
+    again, _ = lora.load_peft(tmp_path / "again", params, MLP)
+    by_name, others, key_map = load_by_module(folder)
+    lora.save_peft(tmp_path / "by_name", by_name, key_map, others=others)
+    assert_same_tensors(tensors_of(tmp_path / "by_name"), tensors_of(folder))
+    for found in (adapters, again):
+        merged = lora.merge(params, found)
+        for path, w in changed.items():
+            np.testing.assert_allclose(merged[path], w, rtol=1e-5, atol=1e-5)
+    published(tmp_path / "base", "lora")
+    lora.merge_checkpoint(tmp_path / "base", tmp_path / "merged", folder)
+    found = twins.from_torch(tensors_in(tmp_path / "merged"))
+    for path, w in changed.items():
+        np.testing.assert_allclose(found[path], w, rtol=1e-5, atol=1e-5)
+    edit_config(folder, colour=1)
+    with pytest.raises(lora.LoraError, match="colour is 1, which this version of lora_jax does not have"):
+        lora.load_peft(folder, params, MLP)
+
+
+def test_a_kind_without_a_format(toy_folder, tmp_path, monkeypatch):
+    """Its files are refused by name; its adapters are written as the LoRA that they are."""
+    folder, params, changed = toy_folder
+    with monkeypatch.context() as registered:
+        registered.setitem(FORMATS, "TOY", ToyFormat())
+        adapters, _ = lora.load_peft(folder, params, MLP)
+    with pytest.raises(lora.LoraError, match="peft_type is 'TOY'; this version of lora_jax reads LORA, ADALORA, LOHA"):
+        lora.load_peft(folder, params, MLP)
+    lora.save_peft(tmp_path / "out", adapters, MLP)
+    assert config_of(tmp_path / "out")["peft_type"] == "LORA"
+    found = lora.merge(params, lora.load_peft(tmp_path / "out", params, MLP)[0])
+    for path, w in changed.items():
+        np.testing.assert_allclose(found[path], w, rtol=1e-5, atol=1e-5)
+    scaled = {"lin0/kernel": lora.Ia3().init(jax.random.key(0), params["lin0/kernel"], lora.KernelAxes((), (0,), (1,)))}
+    with pytest.raises(lora.LoraError, match="'lin0/kernel' is a Ia3Adapter; this version writes what is W"):
+        lora.save_peft(tmp_path / "none", scaled, MLP)
+
+
 # Without a model ------------------------------------------------------------------------------------------------------
 
 
@@ -707,6 +803,11 @@ def test_what_is_no_sum_does_not_merge_without_the_model(tmp_path):
         ("lokr", {"lin0.lokr_w1_a": (2, 2)}, "of a form of LOKR that .*: train it with decompose_both=False"),
         ("lokr", {"lin0.lokr_t2": (2, 2)}, "train it with use_effective_conv2d=False"),
         ("vera_noproj", {"lin0.vera_lambda_b": (9,)}, r"has \[9\], which do not fit 'lin0/kernel' of shape \[6, 10\]"),
+        (
+            "vera_noproj",
+            {"lin0.vera_lambda_b": (11,)},
+            r"has \[11\], which do not fit 'lin0/kernel'",
+        ),
         ("vera_noproj", {"lin0.vera_lambda_d": (5,)}, "'lin0' has rank 5, by the config 4"),
         ("vera_noproj", {"lin0.vera_lambda_d": (4, 1)}, r"vera_lambda_d of shape \[4, 1\], expected \[4\]"),
     ],

@@ -444,7 +444,7 @@ def test_an_edited_description(tmp_path):
 
 
 def test_a_newer_format(tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_jax.checkpoints.manager.FORMAT", 9)
+    monkeypatch.setattr("lora_jax.checkpoints.state_codec.FORMAT", 9)
     train(tmp_path, [1])
     monkeypatch.undo()
     with checkpoints(tmp_path) as kept, pytest.raises(LoraError, match=r"format 9 of lora_jax .*reads 1: update"):

@@ -17,7 +17,7 @@ from placements import PLACEMENTS, batch, params, plan
 import lora_jax as lora
 from lora_jax import LoraError
 from lora_jax.core.paths import flatten_with_names
-from lora_jax.sharding.gradient_copies import Spread, add_up, spread
+from lora_jax.sharding.gradient_copies import PerShardCopies, add_up, make_copies
 from lora_jax.transform.merge import _in_place
 
 PLACED = next(p for p in PLACEMENTS if p.name == "data, fsdp and tensor")
@@ -279,7 +279,7 @@ def test_copies_change_nothing(case):
 
     @jax.jit
     def with_copies(adapters, p, x):
-        value, grads = jax.value_and_grad(lambda a: total(apply(p, a, x)))(spread(adapters, whole))
+        value, grads = jax.value_and_grad(lambda a: total(apply(p, a, x)))(make_copies(adapters, whole))
         return value, add_up(grads, whole)
 
     found = with_copies(adapters, p, x)
@@ -292,9 +292,9 @@ def test_copies_are_of_one_adapter():
     mesh = make_mesh((2, 4), ("data", "sequence"))
     case = next(case for case in MODELS if case.name == "scan_over_layers_of_experts")
     adapters = case.adapters(RULES["lora"])
-    copies = jax.jit(lambda a: spread(a, NamedSharding(mesh, P("data", "sequence"))))(adapters)
+    copies = jax.jit(lambda a: make_copies(a, NamedSharding(mesh, P("data", "sequence"))))(adapters)
     [copied], [adapter] = copies.values(), adapters.values()
-    assert isinstance(copied, Spread)
+    assert isinstance(copied, PerShardCopies)
     assert copied.inner.a.shape[: len(adapter.axes.stack) + 2] == (*adapter.a.shape[: len(adapter.axes.stack)], 2, 4)
     assert_trees_equal(copied.one(), adapter)
     assert copied.kernel_shape() == adapter.kernel_shape()
@@ -309,7 +309,7 @@ def test_dropout_is_the_same_with_copies():
     def run(adapters):
         return apply(case.params(), lora.with_dropout(adapters, jax.random.key(3), 0.5), case.input())
 
-    copied = jax.jit(lambda a: run(spread(a, NamedSharding(mesh, P("data")))))(adapters)
+    copied = jax.jit(lambda a: run(make_copies(a, NamedSharding(mesh, P("data")))))(adapters)
     assert_trees_close(copied, run(adapters), rtol=1e-5, atol=1e-5)
     whole = apply(case.params(), adapters, case.input())
     assert jnp.abs(copied[0] - whole[0]).max() > 1e-2

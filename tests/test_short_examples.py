@@ -7,7 +7,11 @@ import haiku_or_equinox
 import linen
 import nnx
 import numpy as np
+import own_kind
 import pytest
+
+import lora_jax as lora
+from lora_jax.key_maps import KeyMap, linear
 
 
 def check(numbers):
@@ -46,3 +50,22 @@ def test_a_missing_library_is_named(library, package, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=f"error: {library} is not installed: pip install {package}"):
         haiku_or_equinox.main(library)
+
+
+def test_a_kind_of_ones_own(tmp_path, capsys):
+    """It learns, comes back from a checkpoint, and is exported as the LoRA that it is."""
+    found = own_kind.main()
+    assert "LoraXs(rank=4)" in capsys.readouterr().out
+    assert found["after"] < 0.5 * found["before"]
+    assert found["difference"] < 1e-5
+    assert found["unchanged"]
+    adapters = found["adapters"]
+    mask = lora.trainable_mask(adapters)["layers"]
+    assert (mask.a, mask.r, mask.b) == (False, True, False)
+
+    params = {name: np.zeros(adapter.kernel_shape(), np.float32) for name, adapter in adapters.items()}
+    key_map = KeyMap(linear("layers", "layers.{i}", "i in out"), linear("head", "head"))
+    lora.save_peft(tmp_path / "peft", adapters, key_map)
+    loaded, _ = lora.load_peft(tmp_path / "peft", params, key_map)
+    for name, w in lora.merge(params, adapters).items():
+        np.testing.assert_allclose(lora.merge(params, loaded)[name], w, atol=1e-6)

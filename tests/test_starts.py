@@ -12,6 +12,9 @@ from safetensors.numpy import load_file
 
 import lora_jax as lora
 from lora_jax import bases, starts
+from lora_jax.initialization.corda import damp
+from lora_jax.initialization.lora_ga import DIRECTIONS, SCALES
+from lora_jax.initialization.svd import balanced_factors, explained_variance_ratio, singular_values, svd
 
 PEFT = Path(__file__).parent / "data" / "peft"
 RANK = 2
@@ -74,7 +77,7 @@ STARTS = {
     f"lora_ga_{direction}_{scale}": lambda p, a, direction=direction, scale=scale: starts.lora_ga(
         p, a, gradients(), direction=direction, scale=scale, key=jax.random.key(3)
     )
-    for direction, scale in [*((d, "stable") for d in starts.DIRECTIONS), *(("ArB2r", s) for s in starts.SCALES[1:])]
+    for direction, scale in [*((d, "stable") for d in DIRECTIONS), *(("ArB2r", s) for s in SCALES[1:])]
 }
 BASE_STAYS = ("orthogonal", "eva")
 
@@ -112,6 +115,24 @@ def test_what_rounding_the_factors_loses_stays_in_the_base():
     assert started["plain"].a.dtype == jnp.bfloat16
     for path, w in params.items():
         np.testing.assert_allclose(lora.merge(base, started)[path], w, atol=1e-5)
+
+
+def test_one_svd_for_numpy_and_jax():
+    """Each computes with its own library and in its own precision, and the factors have the same product."""
+    w = np.random.default_rng(0).normal(size=(3, 7, 5))
+    u, values, vt = svd(w, slice(2))
+    assert isinstance(values, np.ndarray)
+    assert values.dtype == np.float64
+    np.testing.assert_allclose(values, singular_values(w)[:, :2], rtol=1e-12)
+    found = svd(jnp.asarray(w, jnp.float32), np.arange(2))
+    assert all(isinstance(array, jax.Array) for array in found)
+    np.testing.assert_allclose(found[1], values, rtol=1e-5)
+    a, b = balanced_factors(u, values, vt, -0.5)
+    np.testing.assert_allclose(-0.5 * a @ b, (u * values[:, None]) @ vt, rtol=1e-12)
+    np.testing.assert_allclose(np.matmul(*balanced_factors(*found, -0.5)), a @ b, atol=1e-5)
+    share = explained_variance_ratio(singular_values(w))
+    np.testing.assert_allclose(explained_variance_ratio(singular_values(jnp.asarray(w, jnp.float32))), share, rtol=1e-5)
+    np.testing.assert_allclose(share.sum(), 1)
 
 
 @pytest.mark.parametrize("name", ["pissa", "olora"])
@@ -224,7 +245,7 @@ def test_the_budget_of_eva_is_exact(seed):
 
 
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
-@pytest.mark.parametrize("scale", starts.SCALES)
+@pytest.mark.parametrize("scale", SCALES)
 def test_lora_ga_has_the_singular_vectors_of_the_gradient(direction, scale):
     """In torch's way of writing: G [out, in] = U S V^T, A of rows of V^T, B of columns of U S."""
     params, adapters = model()
@@ -293,7 +314,7 @@ def test_a_covariance_without_inverse_is_damped_more_where_it_must_be():
     least = -0.005 / 1.005  # which is -0.01 times the mean, so that the first damping makes it zero
     hard = (q * np.where(np.arange(d) < d // 2, 1.0, least)) @ q.T
     c = jnp.asarray(np.stack([np.eye(d), hard]), jnp.float32)
-    damped, inverse = starts._damped("w", c)
+    damped, inverse = damp("w", c)
     added = np.diagonal(damped - c, axis1=1, axis2=2).mean(-1) / np.trace(c, axis1=1, axis2=2) * d
     np.testing.assert_allclose(added[0], 0.01, rtol=1e-4)
     assert added[1] > 0.0199

@@ -1,26 +1,10 @@
-"""Kinds of adapters, by the names that files know them under. Each is one file."""
+"""Kinds of adapters, one formula a file, and what is done to adapters of any kind: dropout, sums.
 
-from lora_jax.adapters.adalora import AdaLoraAdapter
-from lora_jax.adapters.dora import DoraAdapter
-from lora_jax.adapters.full import FullAdapter
-from lora_jax.adapters.ia3 import Ia3Adapter
-from lora_jax.adapters.loha import LohaAdapter
-from lora_jax.adapters.lokr import LokrAdapter
-from lora_jax.adapters.lora import LoraAdapter
-from lora_jax.adapters.lora_fa import LoraFaAdapter
-from lora_jax.adapters.token_rows import RowsAdapter
-from lora_jax.adapters.vera import VeraAdapter
-from lora_jax.core.adapter import Adapter
+Imports core and nothing else. Start with `lora.py`: the rule `Lora` and its `LoraAdapter`; `low_rank.py` has the
+operand that this is in a program. Kinds that are LoRA in another form (`factored.py`) only say in which; DoRA and
+(IA)^3 scale outputs as well (`output_scaled.py`). Importing this package registers the kinds of this library.
+"""
 
-KINDS: dict[str, type[Adapter]] = {
-    "lora": LoraAdapter,
-    "lora_fa": LoraFaAdapter,
-    "dora": DoraAdapter,
-    "adalora": AdaLoraAdapter,
-    "loha": LohaAdapter,
-    "lokr": LokrAdapter,
-    "vera": VeraAdapter,
-    "ia3": Ia3Adapter,
-    "rows": RowsAdapter,
-    "full": FullAdapter,
-}
+from lora_jax.adapters import adalora, dora, full, ia3, loha, lokr, lora, lora_fa, token_rows, vera
+
+__all__ = ["adalora", "dora", "full", "ia3", "loha", "lokr", "lora", "lora_fa", "token_rows", "vera"]

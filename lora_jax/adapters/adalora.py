@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Factored
 from lora_jax.adapters.lora import Lora, LoraAdapter
-from lora_jax.core.adapter import Adapter
+from lora_jax.core.adapter import Adapter, register_kind
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 
@@ -35,7 +35,7 @@ class AdaLora(Lora):
         return AdaLoraAdapter(a, jnp.zeros((*stack, r), self.dtype), b, axes, self.scale)
 
 
-@jax.tree_util.register_dataclass
+@register_kind("adalora")
 @dataclass(frozen=True)
 class AdaLoraAdapter(Factored):
     """The factors of one weight's change, scale * A diag(e) B."""
@@ -50,13 +50,13 @@ class AdaLoraAdapter(Factored):
         {"a": ("stack", "inputs", "rank"), "e": ("stack", "rank"), "b": ("stack", "rank", "outputs")}
     )
 
-    def factors(self) -> LoraAdapter:
+    def to_lora(self) -> LoraAdapter:
         e = self.e.reshape(*self.e.shape, *[1] * len(self.axes.outputs))
         return LoraAdapter(self.a, e * self.b, self.axes, self.scale)
 
 
 def orthogonality(adapters: Mapping[str, Adapter]) -> jax.Array:
-    """The mean over all A and B of |A^T A - I| and |B B^T - I|, Frobenius norms: AdaLoRA's term of the loss.
+    """Return the mean of |A^T A - I| and |B B^T - I| over all A and B (Frobenius norms): AdaLoRA's term of the loss.
 
     The paper's R of all matrices, as HF PEFT weighs it: add 0.5 of it to the loss.
 
@@ -76,6 +76,6 @@ def orthogonality(adapters: Mapping[str, Adapter]) -> jax.Array:
 
 
 def _distance(rows: jax.Array) -> jax.Array:
-    """|M M^T - I| of each M [s, r, n]."""
+    """Return |M M^T - I| of each M [s, r, n]."""
     gram = jnp.matmul(rows, rows.swapaxes(1, 2), precision="highest")
     return jnp.linalg.norm(gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)[None], axis=(1, 2))

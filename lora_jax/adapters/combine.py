@@ -1,4 +1,4 @@
-"""Sums of adapters, exact: [A1 | A2 | ...] and [w1 s1 B1; w2 s2 B2; ...], whose product is the weighted sum of changes.
+"""Exact sums of adapters: [A1 | A2 | ...] and [w1 s1 B1; w2 s2 B2; ...], whose product is the weighted sum of changes.
 
 The rank is the sum of ranks. Adding the factors themselves would be smaller, and wrong: (A1 + A2)(B1 + B2) has cross
 terms.
@@ -16,7 +16,7 @@ from lora_jax.core.errors import LoraError
 
 
 def combine(parts: Sequence[tuple[Mapping[str, Adapter], float]]) -> dict[str, Adapter]:
-    """The adapters whose change is the weighted sum of those of all parts.
+    """Return the adapters whose change is the weighted sum of those of all parts.
 
     Args:
         parts: `[(adapters, weight), ...]`. A path that a part lacks is one that it does not change.
@@ -56,7 +56,7 @@ def _sum(path: str, adapters: Sequence[LoraAdapter]) -> LoraAdapter:
 
 
 def _like(path: str, first: LoraAdapter, other: LoraAdapter) -> LoraAdapter:
-    """With the axes of the first one."""
+    """Return an adapter with the axes of the first one."""
     for candidate in (other, other.transpose()):
         if candidate.axes == first.axes and _sizes(candidate) == _sizes(first):
             return candidate

@@ -1,23 +1,25 @@
-"""Dropout on what the adapters see: y = x @ W + scale * dropout(x) @ A @ B."""
+"""Dropout on the input of the adapters: y = x @ W + scale * dropout(x) @ A @ B."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.adapter import Adapter, Layout
+from lora_jax.core.adapter import Adapter, AdapterWrapper
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
+from lora_jax.core.operand import Operand, Wrapper
 from lora_jax.core.paths import path_key
 from lora_jax.core.products import Product
 
 
 def with_dropout(adapters: Mapping[str, Adapter], key: jax.Array, rate: float = 0.1) -> dict[str, Adapter]:
-    """The adapters for one training call, each entry of x dropped with probability `rate` on its way to A.
+    """Return the adapters for one training call, in which each entry of x is dropped with probability `rate` before A.
 
     y = x @ W + scale * (mask * x / (1 - rate)) @ A @ B, a mask drawn for each weight and each stacked layer or expert.
     Call it inside the loss, with a new key for each step, and differentiate with respect to the adapters that go in:
@@ -46,71 +48,54 @@ def with_dropout(adapters: Mapping[str, Adapter], key: jax.Array, rate: float = 
     return {path: _dropped(adapter, path_key(key, path), float(rate)) for path, adapter in adapters.items()}
 
 
-def _dropped(adapter: Adapter, key: jax.Array, rate: float) -> "Dropped":
-    if isinstance(adapter, Dropped):
+def _dropped(adapter: Adapter, key: jax.Array, rate: float) -> "DropoutAdapter":
+    if isinstance(adapter, DropoutAdapter):
         adapter = adapter.inner
     stack, _, _ = adapter.axes.sizes(adapter.kernel_shape())
     keys = jax.random.split(key, math.prod(stack)).reshape(stack)
-    return Dropped(adapter, keys, adapter.axes, rate)
+    return DropoutAdapter(adapter, keys, adapter.axes, rate)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Dropped(Adapter):
-    """An adapter that sees only some entries of x."""
+class DropoutAdapter(AdapterWrapper):
+    """An adapter whose input has dropout."""
 
     inner: Adapter
     keys: jax.Array  # [*stack]
     axes: KernelAxes = field(metadata={"static": True})
     rate: float = field(metadata={"static": True})
 
-    @property
-    def reads_weight(self) -> bool:  # type: ignore[override]
-        return self.inner.reads_weight
+    def lower(self, w: Any) -> Operand | jax.Array:
+        operand = self.inner.lower(w)
+        return DropoutOperand(operand, self.keys, self.axes, self.rate) if isinstance(operand, Operand) else operand
 
-    def merge(self, w: jax.Array) -> jax.Array:
-        return self.inner.merge(w)
 
-    def enter(self, w: jax.Array) -> Adapter | jax.Array:
-        entered = self.inner.enter(w)
-        return dataclasses.replace(self, inner=entered) if isinstance(entered, Adapter) else entered
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DropoutOperand(Wrapper):
+    """The operand of a `DropoutAdapter`."""
+
+    inner: Operand
+    keys: jax.Array  # [*stack]
+    axes: KernelAxes = field(metadata={"static": True})
+    rate: float = field(metadata={"static": True})
+
+    layout = MappingProxyType({"keys": ("stack",)})
 
     def apply(self, product: Product) -> jax.Array:
         return self.inner.apply(product.keep(self.keys, 1 - self.rate))
 
-    def explicit(self) -> "Dropped":
-        return dataclasses.replace(self, inner=self.inner.explicit())
-
-    def transpose(self) -> "Dropped":
-        return dataclasses.replace(self, inner=self.inner.transpose(), axes=self.axes.transpose())
-
-    def scale_by(self, factor: jax.Array) -> "Dropped":
-        return dataclasses.replace(self, inner=self.inner.scale_by(factor))
-
-    def concatenate(self, parts: Sequence[Adapter | None], sizes: Sequence[int], axis: int) -> "Dropped | None":
-        """Parts that share inputs share a mask, the first one's."""
-        if any(p is not None and (not isinstance(p, Dropped) or p.rate != self.rate) for p in parts):
+    def concatenate(self, parts: Sequence[Any], sizes: Sequence[int], axis: int) -> "DropoutOperand | None":
+        """Join the operands inside. Parts that share inputs share a mask, the first one's."""
+        if any(p is not None and (not isinstance(p, DropoutOperand) or p.rate != self.rate) for p in parts):
             return None
-        inner = self.inner.concatenate([p and p.inner for p in parts], sizes, axis)  # type: ignore[attr-defined]
-        if inner is None:
-            return None
-        if axis not in self.axes.stack:
-            return dataclasses.replace(self, inner=inner)
+        inner = self.inner.concatenate([p and p.inner for p in parts], sizes, axis)
+        if inner is None or axis not in self.axes.stack:
+            return None if inner is None else self.around(inner)
         at = self.axes.stack.index(axis)
         keys = [
-            jnp.repeat(self.keys.take(jnp.array([0]), at), n, at) if p is None else p.keys  # type: ignore[attr-defined]
+            jnp.repeat(self.keys.take(jnp.array([0]), at), n, at) if p is None else p.keys
             for p, n in zip(parts, sizes, strict=True)
         ]
-        return dataclasses.replace(self, inner=inner, keys=jnp.concatenate(keys, at))
-
-    def rebuild(
-        self, axes: KernelAxes, change: Callable[[jax.Array, Layout], Any], stack_only: bool = False
-    ) -> "Dropped":
-        inner = self.inner.rebuild(axes, change, stack_only)
-        return dataclasses.replace(self, inner=inner, keys=change(self.keys, ("stack",)), axes=axes)
-
-    def kernel_shape(self) -> tuple[int, ...]:
-        return self.inner.kernel_shape()
-
-    def trainable(self) -> "Dropped":
-        return dataclasses.replace(self, inner=self.inner.trainable(), keys=False)  # type: ignore[arg-type]
+        return dataclasses.replace(self.around(inner), keys=jnp.concatenate(keys, at))

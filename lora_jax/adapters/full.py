@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.lora import check_dtype
-from lora_jax.core.adapter import Entering, Rule
+from lora_jax.adapters.arguments import check_dtype
+from lora_jax.core.adapter import Adapter, Rule, register_kind
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
 
@@ -44,19 +44,20 @@ class Full(Rule):
         return math.prod(shape)
 
 
-@jax.tree_util.register_dataclass
+@register_kind("full")
 @dataclass(frozen=True)
-class FullAdapter(Entering):
+class FullAdapter(Adapter):
     """The change of an array, entry by entry."""
 
     delta: jax.Array  # W's shape
     axes: KernelAxes = field(metadata={"static": True})  # all of W's are outputs
 
     reads_weight = True
+    forms_weight = True
     layout = MappingProxyType({"delta": ("stack", "outputs")})
 
     def merge(self, w: jax.Array) -> jax.Array:
         return w + self.delta.astype(w.dtype)
 
-    def enter(self, w: jax.Array) -> jax.Array:
+    def lower(self, w: jax.Array) -> jax.Array:
         return self.merge(w.astype(accumulator(w.dtype))).astype(w.dtype)

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.dora import Gained, along_outputs
-from lora_jax.adapters.lora import LoraAdapter, check_dtype
-from lora_jax.core.adapter import Entering, Rule
+from lora_jax.adapters.arguments import check_dtype
+from lora_jax.adapters.low_rank import LowRank
+from lora_jax.adapters.output_scaled import OutputScaled, along_outputs
+from lora_jax.core.adapter import Adapter, Rule, register_kind
 from lora_jax.core.axes import KernelAxes
 
 
@@ -45,26 +46,25 @@ class Ia3(Rule):
         return rows[1] * axes.fans(shape)[2]
 
 
-@jax.tree_util.register_dataclass
+@register_kind("ia3")
 @dataclass(frozen=True)
-class Ia3Adapter(Entering):
-    """The factors on the outputs of one weight. In a program it is a `Gained` LoRA of rank 0."""
+class Ia3Adapter(Adapter):
+    """The factors on the outputs of one weight. In a program it is an `OutputScaled` LoRA of rank 0."""
 
     gain: jax.Array  # [*stack, *outputs]
     axes: KernelAxes = field(metadata={"static": True})
     inputs: tuple[int, ...] = field(metadata={"static": True})  # their sizes
 
     layout = MappingProxyType({"gain": ("stack", "outputs")})
-    additive = False
 
     def merge(self, w: jax.Array) -> jax.Array:
         return w * along_outputs(self.gain.astype(w.dtype), self.axes)
 
-    def enter(self, w: jax.Array) -> Gained:
+    def lower(self, w: Any) -> OutputScaled:
         n = len(self.axes.stack)
         a = jnp.zeros((*self.gain.shape[:n], *self.inputs, 0), self.gain.dtype)
         b = jnp.zeros((*self.gain.shape[:n], 0, *self.gain.shape[n:]), self.gain.dtype)
-        return Gained(LoraAdapter(a, b, self.axes, 1.0), self.gain, self.axes)
+        return OutputScaled(LowRank(a, b, self.axes, 1.0), self.gain, self.axes)
 
     def kernel_shape(self) -> tuple[int, ...]:
         sizes = (*self.gain.shape, *self.inputs)

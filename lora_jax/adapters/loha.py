@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Factored
 from lora_jax.adapters.lora import Lora, LoraAdapter
-from lora_jax.core.adapter import Adapter
+from lora_jax.core.adapter import Adapter, register_kind
 from lora_jax.core.axes import KernelAxes
 
 
@@ -36,7 +36,7 @@ class Loha(Lora):
         return int(self.rank) * super().flops(shape, axes, rows)  # type: ignore[arg-type]
 
 
-@jax.tree_util.register_dataclass
+@register_kind("loha")
 @dataclass(frozen=True)
 class LohaAdapter(Factored):
     """The factors of one weight's change, scale * (A1 B1) * (A2 B2)."""
@@ -57,7 +57,7 @@ class LohaAdapter(Factored):
         }
     )
 
-    def factors(self) -> LoraAdapter:
+    def to_lora(self) -> LoraAdapter:
         n = len(self.axes.stack)
         a = self.a1[..., :, None] * self.a2[..., None, :]
         b = jnp.expand_dims(self.b1, n + 1) * jnp.expand_dims(self.b2, n)

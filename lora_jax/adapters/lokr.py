@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Compact
 from lora_jax.adapters.lora import Lora, LoraAdapter
-from lora_jax.core.adapter import Adapter
+from lora_jax.core.adapter import Adapter, register_kind
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
@@ -50,7 +50,7 @@ class Lokr(Lora):
         return None
 
     def sides(self, d: int, k: int) -> tuple[int, int, int, int]:
-        """p, m, q, n."""
+        """Return p, m, q and n: d = p m and k = q n."""
         (p, m), (q, n) = (_taken_apart(size, self.factor) for size in (d, k))
         return p, m, q, n
 
@@ -73,7 +73,7 @@ class Lokr(Lora):
         return 2 * (rows[0] * p * r * (m + q) + rows[1] * q * r * n)
 
 
-@jax.tree_util.register_dataclass
+@register_kind("lokr")
 @dataclass(frozen=True)
 class LokrAdapter(Compact):
     """The factors of one weight's change, scale * W1 (x) (A B); without B, scale * W1 (x) A."""
@@ -88,8 +88,8 @@ class LokrAdapter(Compact):
 
     layout = MappingProxyType({"w1": ("stack", "p", "q"), "a": ("stack", "m", "r"), "b": ("stack", "r", "n")})
 
-    def factors(self) -> LoraAdapter:
-        """W1 (x) A B = (W1 (x) A) (I (x) B), of rank q r; where B is missing it is the unit matrix."""
+    def to_lora(self) -> LoraAdapter:
+        """Return W1 (x) A B as (W1 (x) A) (I (x) B), of rank q r; where B is missing it is the unit matrix."""
         stack, q, r = self.w1.shape[:-2], self.w1.shape[-1], self.a.shape[-1]
         b = jnp.eye(r, dtype=self.a.dtype) if self.b is None else self.b
         a = self.w1[..., :, None, :, None] * self.a[..., None, :, None, :]
@@ -105,15 +105,15 @@ class LokrAdapter(Compact):
         return w + delta.transpose(self.axes.from_canonical()).astype(w.dtype)
 
     def apply(self, product: Product) -> jax.Array:
-        """x seen as [T, p, m] meets A, then W1, and B at last."""
+        """Multiply x, seen as [T, p, m], by A, then by W1 and at last by B."""
         if not isinstance(product, Matmul):
-            return self.factors().apply(product)
+            return super().apply(product)
         n, x, y = len(self.axes.stack), product.x, product.y
         stack, tokens, p = y.shape[:n], product.token_axes(), self.w1.shape[-2]
         w1 = self.w1.astype(accumulator(self.w1.dtype)) * self.scale
 
         def times(h: jax.Array, w: jax.Array) -> jax.Array:
-            """h [*s, *T, rows, i] @ w [*s, i, j] -> [*s, *T, rows, j]"""
+            """Return h [*s, *T, rows, i] @ w [*s, i, j]."""
             flat = h.reshape(*stack, -1, h.shape[-1]) if product.flat() else h
             return matmul(flat, w, product.precision, n).astype(x.dtype).reshape(*h.shape[:-1], w.shape[-1])
 
@@ -129,7 +129,7 @@ class LokrAdapter(Compact):
 
 
 def _taken_apart(size: int, factor: int | None) -> tuple[int, int]:
-    """The divisors of a size that are nearest to its square root, the smaller one first, and at most `factor`."""
+    """Return the divisors of a size nearest to its square root, the smaller one first and at most `factor`."""
     most = math.isqrt(size) if factor is None else min(factor, math.isqrt(size))
     smaller = next(n for n in range(most, 0, -1) if size % n == 0)
     return smaller, size // smaller

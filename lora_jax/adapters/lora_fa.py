@@ -10,6 +10,8 @@ from typing import Any
 import jax
 
 from lora_jax.adapters.lora import Lora, LoraAdapter
+from lora_jax.adapters.low_rank import LowRank
+from lora_jax.core.adapter import register_kind
 from lora_jax.core.axes import KernelAxes
 
 
@@ -22,15 +24,15 @@ class LoraFa(Lora):
         return LoraFaAdapter(factors.a, factors.b, axes, factors.scale)
 
 
-@jax.tree_util.register_dataclass
+@register_kind("lora_fa")
 @dataclass(frozen=True)
 class LoraFaAdapter(LoraAdapter):
     """The factors of one weight's change, of which B alone is trained."""
 
     frozen = ("a",)
 
-    def enter(self, w: jax.Array) -> LoraAdapter:
-        return LoraAdapter(jax.lax.stop_gradient(self.a), self.b, self.axes, self.scale)
+    def lower(self, w: Any) -> LowRank:
+        return LowRank(jax.lax.stop_gradient(self.a), self.b, self.axes, self.scale)
 
     def merge(self, w: jax.Array) -> jax.Array:
-        return self.enter(w).merge(w)
+        return self.lower(w).merge(w)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.lora import LoraAdapter, check_dtype
-from lora_jax.core.adapter import Adapter, Entering, Rule
+from lora_jax.adapters.arguments import check_dtype
+from lora_jax.adapters.low_rank import LowRank
+from lora_jax.core.adapter import Adapter, Rule, register_kind
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 
@@ -69,9 +70,9 @@ class Rows(Rule):
         return 2 * len(self.indices) * sum(n * size for n, size in zip(rows, axes.fans(shape)[1:], strict=True))
 
 
-@jax.tree_util.register_dataclass
+@register_kind("rows")
 @dataclass(frozen=True)
-class RowsAdapter(Entering):
+class RowsAdapter(Adapter):
     """The trained rows of one table."""
 
     values: jax.Array  # [n, d]
@@ -88,16 +89,16 @@ class RowsAdapter(Entering):
         rows = self.values.astype(w.dtype)
         return w.at[at].set(rows) if self.axis == 0 else w.at[:, at].set(rows.T)
 
-    def enter(self, w: jax.Array) -> LoraAdapter:
+    def lower(self, w: Any) -> LowRank:
         now = jnp.moveaxis(w, self.axis, 0)[np.array(self.indices)]
         change = self.values - now.astype(self.values.dtype)  # [n, d]
         which = jax.nn.one_hot(np.array(self.indices), self.size, dtype=change.dtype)  # [n, size]
         if self.axes.inputs == (self.axis,):
-            return LoraAdapter(which.T, change, self.axes, 1.0)
-        return LoraAdapter(change.T, which, self.axes, 1.0)
+            return LowRank(which.T, change, self.axes, 1.0)
+        return LowRank(change.T, which, self.axes, 1.0)
 
-    def specs(self, spec: jax.P) -> Adapter:
-        return self.rebuild(self.axes, lambda *_: jax.P(None, spec[1 - self.axis]))
+    def specs(self, spec: jax.P) -> "RowsAdapter":
+        return self.replace_arrays(lambda *_: jax.P(None, spec[1 - self.axis]))
 
     def kernel_shape(self) -> tuple[int, ...]:
         if self.values.ndim != 2 or len(self.values) != len(self.indices):

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.adapters.arguments import check_dtype, check_rank
 from lora_jax.adapters.factored import Compact
-from lora_jax.adapters.lora import LoraAdapter, check_dtype, check_rank
-from lora_jax.core.adapter import Adapter, Rule
+from lora_jax.adapters.lora import LoraAdapter
+from lora_jax.core.adapter import Adapter, Rule, register_kind
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
-from lora_jax.core.products import Product
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Vera(Rule):
         return 2 * self.rank * (rows[0] * d + rows[1] * k)
 
 
-@jax.tree_util.register_dataclass
+@register_kind("vera")
 @dataclass(frozen=True)
 class VeraAdapter(Compact):
     """The vectors of one weight, and which A and B they are for."""
@@ -101,8 +101,8 @@ class VeraAdapter(Compact):
 
     layout = MappingProxyType({"d": ("stack", "rank"), "b": ("stack", "outputs")})
 
-    def factors(self) -> LoraAdapter:
-        """A is a constant, and all that is trained is in B."""
+    def to_lora(self) -> LoraAdapter:
+        """Return A as a constant, and B with all that is trained."""
         stack, r = self.d.shape[:-1], self.d.shape[-1]
         a, b = (jnp.asarray(shared, self.d.dtype) for shared in shared_projections(self.seed, r, *self.widths))
         a = a[: math.prod(self.inputs)].reshape(*self.inputs, r)
@@ -111,16 +111,13 @@ class VeraAdapter(Compact):
         d = self.d.reshape(*self.d.shape, *[1] * len(self.outputs))
         return LoraAdapter(a, d * b * jnp.expand_dims(self.b, len(stack)), self.axes, 1.0)
 
-    def apply(self, product: Product) -> jax.Array:
-        return self.factors().apply(product)
-
     def scale_by(self, factor: jax.Array) -> "VeraAdapter":
         return dataclasses.replace(self, b=self.b * factor.astype(self.b.dtype))
 
 
 @functools.lru_cache(maxsize=8)
 def shared_projections(seed: int, rank: int, inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """A [inputs, rank] and B [rank, outputs] in fp32, bit by bit as HF PEFT draws them from a `projection_prng_key`.
+    """Return A [inputs, rank] and B [rank, outputs] in fp32, bit by bit as HF PEFT draws them from its key.
 
     U(-c, c) with c = sqrt(6 / inputs) for A and sqrt(6 / rank) for B, from one Mersenne Twister, A first.
     """

@@ -15,6 +15,7 @@ from lora_jax.bases.int8_fp8 import EightBits
 from lora_jax.bases.nf4 import Nf4Weight
 from lora_jax.bases.placement import place
 from lora_jax.checkpoints import arrays as saving
+from lora_jax.core.arrays import describe
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed, is_packed
 from lora_jax.core.paths import flatten_with_names
@@ -62,7 +63,7 @@ def load(folder: str | Path, shardings: Any = None) -> Any:
     """
     folder = Path(folder).absolute()
     if not saving.holds(folder, WHAT):
-        raise LoraError(f"{folder} holds no base saved by lora.bases.save.{saving.missing(folder, WHAT)}")
+        raise LoraError(f"{folder} holds no base saved by lora.bases.save.{saving.interrupted(folder, WHAT)}")
     try:
         described = saving.read_description(folder, WHAT, FORMAT)["params"]
         params = _rebuilt(described, saving.read_arrays(folder, _shapes(described)), "")
@@ -80,14 +81,14 @@ def _described(node: Any, path: str) -> Any:
     if isinstance(node, Mapping):
         return {key: _described(child, f"{path}/{key}" if path else key) for key, child in node.items()}
     if not is_packed(node):
-        return saving.describe_shape(node)
+        return describe(node)
     kind = next((name for name, cls in KINDS.items() if cls is type(node)), None)
     if kind is None:
         raise LoraError(f"{path!r} is a {type(node).__name__}; those that can be saved are {', '.join(KINDS)}.")
     facts = {
         name: getattr(node, name) for name, default in _facts(type(node)).items() if getattr(node, name) != default
     }
-    arrays = {name: saving.describe_shape(array) for name, array in node.arrays().items()}
+    arrays = {name: describe(array) for name, array in node.arrays().items()}
     return [kind, {name: _as_json(fact) for name, fact in facts.items()}, arrays]
 
 

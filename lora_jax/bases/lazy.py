@@ -14,7 +14,7 @@ from lora_jax.core.arrays import describe
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import flatten_with_names, is_array, nearest
-from lora_jax.interop.key_map import KeyMap, Placed, groups_of, starts_of
+from lora_jax.interop.key_map import KeyMap, ParameterMatch, output_offsets, parts_by_tensor
 
 
 @dataclass(frozen=True)
@@ -85,18 +85,18 @@ def from_torch(tensors: Mapping[str, Any], params: Any, key_map: KeyMap, *, igno
     for name, leaf in zip(names, leaves, strict=True):
         if not is_array(leaf) or is_packed(leaf):
             raise LoraError(f"{name!r} is a {type(leaf).__name__}, expected an array, or the shape and dtype of one.")
-    placed = key_map.place({name: leaf.shape for name, leaf in zip(names, leaves, strict=True)})
+    matches = key_map.match({name: leaf.shape for name, leaf in zip(names, leaves, strict=True)})
     stored = {name: tensor if isinstance(tensor, Stored) else _kept(tensor) for name, tensor in tensors.items()}
-    groups, starts = groups_of(placed), starts_of(placed)
-    outputs = {tensor: sum(place.outputs for place in parts) for tensor, parts in groups.items()}
-    _check_names(placed, stored, ignore)
+    groups, starts = parts_by_tensor(matches), output_offsets(matches)
+    outputs = {tensor: sum(match.outputs for match in parts) for tensor, parts in groups.items()}
+    _check_names(matches, stored, ignore)
     found = []
     for name, leaf in zip(names, leaves, strict=True):
         pieces = {
-            index: _piece(placed[name], index, leaf.dtype, tensor, stored[tensor], starts[name], outputs[tensor])
-            for index, tensor in placed[name].tensors().items()
+            index: _piece(matches[name], index, leaf.dtype, tensor, stored[tensor], starts[name], outputs[tensor])
+            for index, tensor in matches[name].tensors().items()
         }
-        found.append(_stacked(placed[name], pieces))
+        found.append(_stacked(matches[name], pieces))
     return treedef.unflatten(found)
 
 
@@ -104,9 +104,9 @@ def _kept(array: Any) -> Stored:
     return Stored(jax.ShapeDtypeStruct(array.shape, array.dtype), lambda: array)
 
 
-def _check_names(placed: Mapping[str, Placed], stored: Mapping[str, Stored], ignore: str) -> None:
+def _check_names(matches: Mapping[str, ParameterMatch], stored: Mapping[str, Stored], ignore: str) -> None:
     """Each parameter has its tensors, and each tensor its parameter."""
-    paths = {name: path for path, place in placed.items() for name in place.tensors().values()}
+    paths = {name: path for path, match in matches.items() for name in match.tensors().values()}
     for name, path in paths.items():
         if name not in stored:
             near = ", ".join(nearest(name, stored, n=3)) or "none"
@@ -129,32 +129,32 @@ def _check_names(placed: Mapping[str, Placed], stored: Mapping[str, Stored], ign
 
 
 def _piece(
-    place: Placed, index: tuple[int, ...], dtype: Any, name: str, tensor: Stored, start: int, outputs: int
+    match: ParameterMatch, index: tuple[int, ...], dtype: Any, name: str, tensor: Stored, start: int, outputs: int
 ) -> Stored:
     """A parameter's part of one tensor, in our layout."""
-    whole = place.entry.part is None
-    if not whole and (outputs != tensor.shape[place.output_axis(len(tensor.shape))] or is_packed(tensor.like)):
+    whole = match.entry.part is None
+    if not whole and (outputs != tensor.shape[match.output_axis(len(tensor.shape))] or is_packed(tensor.like)):
         why = f"those given have {outputs} outputs together: give all of them"
         if is_packed(tensor.like):
             why = "what is packed cannot be cut: give parameters and a key map in which it is whole"
-        raise LoraError(f"{place.path!r} is one of several parameters in {name!r}, {describe(tensor.like)}; {why}.")
+        raise LoraError(f"{match.path!r} is one of several parameters in {name!r}, {describe(tensor.like)}; {why}.")
     if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(dtype, jnp.floating):
-        raise LoraError(f"{name!r} is {describe(tensor.like)}, but {place.path!r} has numbers of {jnp.dtype(dtype)}.")
+        raise LoraError(f"{name!r} is {describe(tensor.like)}, but {match.path!r} has numbers of {jnp.dtype(dtype)}.")
     if is_packed(tensor.like):
         return Stored(
-            _turned(place, index, dtype, tensor.like), lambda: _turned(place, index, dtype, read(name, tensor))
+            _turned(match, index, dtype, tensor.like), lambda: _turned(match, index, dtype, read(name, tensor))
         )
 
     def piece(array: Any) -> Any:
-        return place.from_torch(place.outputs_of(array, start), index).astype(dtype, copy=False)
+        return match.from_torch(match.outputs_of(array, start), index).astype(dtype, copy=False)
 
     of_this_shape = jax.ShapeDtypeStruct(tensor.shape, np.uint8)  # any dtype: what counts are the axes
     return Stored(jax.eval_shape(piece, of_this_shape), lambda: piece(np.asarray(read(name, tensor))))
 
 
-def _turned(place: Placed, index: tuple[int, ...], dtype: Any, w: Any) -> Any:
+def _turned(match: ParameterMatch, index: tuple[int, ...], dtype: Any, w: Any) -> Any:
     """A packed weight as our parameter: when it is unpacked, its axes are moved."""
-    w = place.from_torch(_Axes(w), index).w  # type: ignore[arg-type, attr-defined]
+    w = match.from_torch(_Axes(w), index).w  # type: ignore[arg-type, attr-defined]
     return w if w.dtype == dtype else w.seen("cast", jnp.dtype(dtype))
 
 
@@ -172,35 +172,35 @@ class _Axes:
         return self if order == tuple(range(len(order))) else _Axes(self.w.seen("transpose", order))
 
 
-def _stacked(place: Placed, pieces: Mapping[tuple[int, ...], Stored]) -> Stored:
+def _stacked(match: ParameterMatch, pieces: Mapping[tuple[int, ...], Stored]) -> Stored:
     """One parameter of the pieces along its stacked axes, if there are some."""
     first = next(iter(pieces.values()))
-    if not place.unstacked:
+    if not match.unstacked:
         return first
     packed = [is_packed(piece.like) for piece in pieces.values()]
-    counts = place.shape[: len(place.unstacked)]
+    counts = match.shape[: len(match.unstacked)]
     if any(packed):
         for index, piece in pieces.items():
             if _outline(piece.like) != _outline(first.like):
                 raise LoraError(
-                    f"{place.path!r} is a stack of {place.tensors()[index]!r} and others, which are packed in another "
+                    f"{match.path!r} is a stack of {match.tensors()[index]!r} and others, which are packed in another "
                     "way or not at all: give parameters and a key map of layers that are not stacked."
                 )
-        if place.unstacked != tuple(range(len(counts))):
+        if match.unstacked != tuple(range(len(counts))):
             raise LoraError(
-                f"{place.path!r}: packed weights are stacked along their first axes, not {place.unstacked}."
+                f"{match.path!r}: packed weights are stacked along their first axes, not {match.unstacked}."
             )
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*counts, *a.shape), a.dtype), first.like)
     else:
-        like = jax.ShapeDtypeStruct(place.shape, first.dtype)
-    return Stored(like, partial(_read_stacked, place, like, pieces))
+        like = jax.ShapeDtypeStruct(match.shape, first.dtype)
+    return Stored(like, partial(_read_stacked, match, like, pieces))
 
 
-def _read_stacked(place: Placed, like: Any, pieces: Mapping[tuple[int, ...], Stored]) -> Any:
+def _read_stacked(match: ParameterMatch, like: Any, pieces: Mapping[tuple[int, ...], Stored]) -> Any:
     """One piece after the other."""
     whole = jax.tree.map(lambda array: np.empty(array.shape, array.dtype), like)
     for index, piece in pieces.items():
-        where = index if is_packed(like) else place.where(index)
+        where = index if is_packed(like) else match.where(index)
         for array, part in zip(jax.tree.leaves(whole), jax.tree.leaves(piece.read()), strict=True):
             array[where] = part
     return whole

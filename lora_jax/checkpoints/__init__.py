@@ -1,0 +1,12 @@
+"""Adapters and training runs on disk, with orbax.
+
+- `manager`: `Checkpoints`, the checkpoints of a training run that may end at any moment. Start reading here.
+- `state_codec`: a training state as arrays and a description, and back.
+- `retention`: which checkpoints stay. `orbax_manager`: how orbax writes, reads and removes them.
+- `preemption`: whether the process was told to end.
+- `adapters`: adapters alone, the public module `lora_jax.checkpoint`. `arrays`: a folder of arrays and a description.
+- `atomic_dir`: folders that are written under a hidden name and renamed when complete.
+- `fingerprint`: whether arrays are the same as when they were saved.
+
+May import `core` and `adapters`.
+"""

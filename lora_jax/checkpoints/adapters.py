@@ -1,6 +1,6 @@
-"""Adapters on disk, with orbax: their arrays, and beside them what each is (kind, axes, scale), as JSON.
+"""Save and load adapters: their arrays, and beside them the kind, axes and scale of each as JSON.
 
-A saved folder needs no plan and no rules to be read back, and nothing in it is executed.
+A saved folder is loaded without a plan or rules, and nothing in it is executed.
 """
 
 from collections.abc import Mapping
@@ -10,53 +10,67 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters import KINDS
-from lora_jax.checkpoints import arrays as saving
-from lora_jax.core.adapter import Adapter, field_names
+import lora_jax.adapters  # noqa: F401 (registers the kinds of this library)
+from lora_jax.checkpoints.arrays import (
+    check_arrays,
+    holds,
+    interrupted,
+    read_arrays,
+    read_description,
+    refuse_other_things,
+    write,
+)
+from lora_jax.core.adapter import KINDS, Adapter, kind_name
+from lora_jax.core.arrays import describe
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
+from lora_jax.core.layout import field_names
 
 FORMAT = 1
-WHAT = "description"
+DESCRIPTION = "description"  # the folder beside the arrays
 
 
 def save(folder: str | Path, adapters: Mapping[str, Adapter], others: Mapping[str, Any] | None = None) -> None:
     """Write adapters, and other arrays that were trained beside them, as one folder.
 
-    The folder is written under a hidden name and renamed when complete, so a run that is killed leaves the one that
-    was there before: under its own name or, killed between two renames, where the error of `load` says.
+    The folder is written under a hidden name and renamed when complete, so a process that is killed leaves the one that
+    was there before: under its own name or, killed between two renames, under the name in the error of `load`.
 
     Args:
-        folder: where; replaced if it holds saved adapters.
+        folder: to write; replaced if it holds saved adapters.
         adapters: `{path: adapter}`.
         others: nested dicts of arrays, such as a new classification head.
 
     Raises:
-        LoraError: the folder exists and holds something else; `others` hold something else. Nothing is written.
+        LoraError: the folder exists and holds something else; `others` are not dicts of arrays. Nothing is written.
     """
     folder = Path(folder).absolute()
-    saving.refuse_other_things(folder, WHAT, "adapters")
+    refuse_other_things(folder, DESCRIPTION, "adapters")
     arrays = {"adapters": {path: adapter.arrays() for path, adapter in adapters.items()}, "others": dict(others or {})}
-    saving.check_arrays(arrays, "", " beside adapters")
+    check_arrays(arrays, "", " beside adapters")
     description = {
         "format": FORMAT,
         "adapters": {path: describe_adapter(adapter) for path, adapter in adapters.items()},
-        "arrays": jax.tree.map(saving.describe_shape, arrays),
+        "arrays": jax.tree.map(describe, arrays),
     }
-    saving.write(folder, arrays, WHAT, description)
+    write(folder, arrays, DESCRIPTION, description)
 
 
 def load(folder: str | Path) -> tuple[dict[str, Adapter], dict[str, Any]]:
-    """The adapters that `save` wrote, and the other arrays: `(adapters, others)`.
+    """Load what `save` wrote.
+
+    Returns:
+        The adapters, `{path: adapter}`, and the other arrays. They are tied to no device, like new ones.
 
     Raises:
         LoraError: no such folder; not written by `save`; written by a newer version; a kind that is not known.
     """
     folder = Path(folder).absolute()
-    if not saving.holds(folder, WHAT):
-        raise LoraError(f"{folder} holds no adapters saved by lora_jax.checkpoint.save.{saving.missing(folder, WHAT)}")
-    description = saving.read_description(folder, WHAT, FORMAT)
-    arrays = jax.tree.map(jnp.asarray, saving.read_arrays(folder, description["arrays"]))  # tied to no device, like new
+    if not holds(folder, DESCRIPTION):
+        hint = interrupted(folder, DESCRIPTION)
+        raise LoraError(f"{folder} holds no adapters saved by lora_jax.checkpoint.save.{hint}")
+    description = read_description(folder, DESCRIPTION, FORMAT)
+    arrays = jax.tree.map(jnp.asarray, read_arrays(folder, description["arrays"]))
     adapters = {
         path: _rebuild(path, facts, arrays["adapters"][path]) for path, facts in description["adapters"].items()
     }
@@ -64,16 +78,19 @@ def load(folder: str | Path) -> tuple[dict[str, Adapter], dict[str, Any]]:
 
 
 def describe_adapter(adapter: Adapter) -> dict[str, Any]:
-    """What an adapter is beside its arrays, for JSON."""
-    kind = next(name for name, cls in KINDS.items() if cls is type(adapter))
-    return {"kind": kind, **{name: getattr(adapter, name) for name in field_names(adapter, static=True)}}
+    """Return the kind of an adapter and its static fields, for JSON."""
+    return {"kind": kind_name(adapter), **{name: getattr(adapter, name) for name in field_names(adapter, static=True)}}
 
 
 def _rebuild(path: str, facts: dict[str, Any], arrays: dict[str, jax.Array]) -> Adapter:
+    """Return the adapter with this description and these arrays."""
     kind = facts["kind"]
     if kind not in KINDS:
         known = ", ".join(KINDS)
-        raise LoraError(f"{path!r} is an adapter of kind {kind!r}; this version knows {known}: update lora_jax.")
+        raise LoraError(
+            f"{path!r} is an adapter of kind {kind!r}; this version knows {known}: update lora_jax, or import the "
+            "module that registers the kind."
+        )
     static = {name: facts[name] for name in field_names(KINDS[kind], static=True)}
     static = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in static.items()}
     static["axes"] = KernelAxes(*map(tuple, static["axes"]))

@@ -1,10 +1,10 @@
-"""Nested dicts of arrays as one folder, with orbax, and beside them a description as JSON.
+"""A folder that holds nested dicts of arrays, written with orbax, and their description as JSON.
 
-    folder/arrays        the arrays
-    folder/<what>        what they are: another name for each kind of folder, so that none takes another's place
+    folder/arrays          the arrays
+    folder/<description>   what they are; of another name in each kind of folder, so that none replaces another kind
 
-A folder is written under a hidden name and renamed when complete, so a run that is killed leaves the one that was there
-before: under its own name or, killed between two renames, where `missing` says.
+A folder is written under a hidden name and renamed when complete, so a process that is killed leaves the one that was
+there before: under its own name or, killed between two renames, under the name that `interrupted` says.
 """
 
 import shutil
@@ -17,30 +17,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.checkpoints.atomic_dir import hidden, replace
-from lora_jax.core.arrays import describe_shape
+from lora_jax.core.arrays import describe
 from lora_jax.core.errors import LoraError
 
 
 def holds(folder: Path, what: str) -> bool:
-    """Whether this was written here."""
+    """Whether a folder was written by `write`, with a description of this name."""
     return (folder / "arrays").is_dir() and (folder / what).is_dir()
 
 
 def refuse_other_things(folder: Path, what: str, called: str) -> None:
-    """Raise if there is anything but what `write` would replace."""
+    """Raise if a folder holds anything but what `write` would replace, which the message calls `called`."""
     if folder.exists() and not holds(folder, what) and any(folder.iterdir()):
         raise LoraError(f"{folder} exists and holds no saved {called}; it is left as it is. Save to another folder.")
 
 
-def missing(folder: Path, what: str) -> str:
-    """What to do where a save was killed between its renames; nothing to say otherwise."""
+def interrupted(folder: Path, what: str) -> str:
+    """Return what to do about a folder whose writing was killed between its renames; an empty string otherwise."""
     old = hidden(folder, "old")
     return f" A save was interrupted: rename {old} to {folder}." if holds(old, what) else ""
 
 
 def write(folder: Path, arrays: Any, what: str, description: Any) -> None:
-    """Both as one folder, in the place of the one that is there."""
-    import orbax.checkpoint as ocp  # half a second that only those pay who save
+    """Write arrays and their description as one folder, which replaces the one that is there.
+
+    Args:
+        folder: to write.
+        arrays: nested dicts, as `check_arrays` accepts them.
+        what: the name of the description.
+        description: for JSON; its "format" is that of the folder.
+    """
+    import orbax.checkpoint as ocp  # takes half a second, which only programs that save or load pay
 
     new = hidden(folder, "new")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -56,10 +63,10 @@ def write(folder: Path, arrays: Any, what: str, description: Any) -> None:
 
 
 def read_description(folder: Path, what: str, version: int) -> Any:
-    """What was written beside the arrays.
+    """Read the description of a folder.
 
     Raises:
-        LoraError: it has another format than this version.
+        LoraError: its format is not this version's.
     """
     import orbax.checkpoint as ocp
 
@@ -72,10 +79,14 @@ def read_description(folder: Path, what: str, version: int) -> Any:
 
 
 def read_arrays(folder: Path, shapes: Any) -> Any:
-    """The arrays, as NumPy's; `shapes` are those of `describe_shape`, in the same tree.
+    """Read the arrays of a folder, as NumPy's.
+
+    Args:
+        folder: as `write` wrote it.
+        shapes: a tree like that of the arrays, with shape and dtype of each as `describe` returns them.
 
     Raises:
-        LoraError: an array is of another shape than is said.
+        LoraError: an array has another shape or dtype.
     """
     import orbax.checkpoint as ocp
 
@@ -83,13 +94,13 @@ def read_arrays(folder: Path, shapes: Any) -> Any:
         args = ocp.args.StandardRestore(jax.tree.map(_empty, shapes))
         restored = checkpointer.restore(folder, ocp.args.Composite(arrays=args)).arrays
     for found, expected in zip(*map(jax.tree.leaves, (restored, shapes)), strict=True):
-        if describe_shape(found) != expected:
-            raise LoraError(f"{folder} is damaged: it has {describe_shape(found)} where it says {expected}.")
+        if describe(found) != expected:
+            raise LoraError(f"{folder} is damaged: it has {describe(found)} where it says {expected}.")
     return restored
 
 
 def _checkpointer() -> Any:
-    """Of this process alone: one of several may save or load without waiting for the others."""
+    """Return a checkpointer of this process alone, so that one of several may save or load without the others."""
     import orbax.checkpoint as ocp
 
     if jax.process_count() == 1:
@@ -101,7 +112,13 @@ def _checkpointer() -> Any:
 
 
 def check_arrays(node: Any, path: str, beside: str = "") -> None:
-    """Nested dicts with strings for keys, and arrays with something in them: what comes back as it went."""
+    """Raise unless a tree comes back as it was written: nested dicts, with strings for keys, of arrays with entries.
+
+    Args:
+        node: the tree.
+        path: of the tree, for messages.
+        beside: what else is saved, for messages.
+    """
     if isinstance(node, Mapping):
         for key, child in node.items():
             if not isinstance(key, str):
@@ -115,6 +132,6 @@ def check_arrays(node: Any, path: str, beside: str = "") -> None:
 
 
 def _empty(text: str) -> np.ndarray[Any, Any]:
-    """An array such as `describe_shape` described, for orbax to fill another one like it: on no device."""
+    """Return an array of the shape and dtype that `describe` wrote, for orbax to restore one like it."""
     dtype, _, dims = text.rstrip("]").partition("[")
     return np.empty([int(n) for n in dims.split(",") if n.strip()], jnp.dtype(dtype))

@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all: under a hidden name, and renamed when complete."""
+"""Folders that are written as a whole or not at all: under a hidden name, and renamed when complete."""
 
 import contextlib
 import os
@@ -10,13 +10,13 @@ from lora_jax.core.errors import LoraError
 
 
 def hidden(folder: Path, state: str) -> Path:
-    """The name beside a folder under which it is written ("new"), or was kept while it was replaced ("old")."""
+    """Return the hidden name under which a folder is written ("new"), or kept while it is replaced ("old")."""
     return folder.with_name(f".{folder.name}.lora_jax-{state}")
 
 
 @contextlib.contextmanager
 def written(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` at the end, and is gone if that is not reached."""
+    """Yield an empty folder to write into: at the end of the block it replaces `folder`, on an error it is removed."""
     new = hidden(folder, "new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -29,13 +29,16 @@ def written(folder: Path) -> Iterator[Path]:
 
 
 def refuse_to_replace(folder: Path) -> None:
-    """Raise if anything is there already."""
+    """Raise if a folder exists and is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LoraError(f"{folder} exists and is not empty; it is left as it is. Give another folder.")
 
 
 def replace(folder: Path) -> None:
-    """Put the new folder in its place. Killed in between, the one that was there is whole under one of its names."""
+    """Rename the new folder to its name, and remove the old one.
+
+    If the process is killed in between, the old folder is whole under its own name or a hidden one.
+    """
     old = hidden(folder, "old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)  # older than what is in the folder now

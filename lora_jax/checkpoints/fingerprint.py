@@ -1,7 +1,7 @@
-"""Whether arrays are the same as before, told from a line of text for each: the same on any mesh, on any host.
+"""Lines of text that tell whether arrays are the same as before, on whatever mesh or host they are.
 
-A fingerprint reads a few entries, which is enough to know one base from another. A checksum reads every bit, which
-finds a damaged file. Neither does arithmetic on the values: NaN, -0.0 and rounding cannot make two runs differ.
+A fingerprint reads a few entries, which is enough to tell one base from another. A checksum reads every bit, which
+finds a damaged file. Both read bits and do no arithmetic on values: NaN, -0.0 and rounding make no difference.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ SAMPLES = 256  # entries of each array, about
 
 
 def fingerprint(params: Any) -> dict[str, str]:
-    """`{path: "float32[384, 8] 1f3a9c0d5e7b2468"}`: shape, dtype, and a hash of some entries along each axis.
+    """Return dtype, shape and a hash of some entries of each leaf: `{path: "float32[384, 8] 1f3a9c0d5e7b2468"}`.
 
-    Nothing is gathered: each host reads the samples that it holds, and they are exchanged once, for all arrays.
+    No array is gathered: each host reads the samples that it holds, and all samples are exchanged at once.
 
     Args:
-        params: any tree; of leaves without content (`jax.ShapeDtypeStruct`) only the shape is told, and of leaves
-            that are no arrays the value where it is a plain one.
+        params: any tree. Leaves without content (`jax.ShapeDtypeStruct`) have no hash; leaves that are not arrays have
+            their type and, if they are numbers, strings or bytes, their value.
     """
     _, leaves, tree = flatten_with_names(params)
     opened = tree.unflatten([leaf.arrays() if is_packed(leaf) else leaf for leaf in leaves])
@@ -44,9 +44,9 @@ def fingerprint(params: Any) -> dict[str, str]:
 
 
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
-    """`{path: "float32[384, 8] 5e7b2468"}`: shape, dtype, and a sum over all bits. No single flipped bit escapes it.
+    """Return dtype, shape and a sum over all bits of each array: `{path: "float32[384, 8] 5e7b2468"}`.
 
-    Each host sums the words that it holds, and the sums are added up once, for all arrays.
+    Any single flipped bit changes the sum. Each host sums the words that it holds, and all sums are added up at once.
     """
     sums = {name: _checksum(array) for name, array in arrays.items() if array.size}
     sums |= _add_up({name: sums[name] for name in sums if not arrays[name].is_fully_addressable})
@@ -55,7 +55,7 @@ def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
 
 
 def differences(saved: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """What differs between two fingerprints, a line for each path. Contents count where both have them.
+    """Return what differs between two fingerprints, a line for each path. Hashes are compared where both have one.
 
     >>> differences({"a": "float32[2] 00ff", "b": "int32[]"}, {"a": "float32[2] 00fe", "c": "int32[]"})
     ['a: float32[2] with other contents', 'b: saved as int32[], missing now', 'c: int32[] now, not saved']
@@ -75,7 +75,7 @@ def differences(saved: Mapping[str, str], found: Mapping[str, str]) -> list[str]
 
 
 def _split(text: str) -> tuple[str, str, str]:
-    """Shape and content: the content is behind the shape's bracket."""
+    """Split a line into dtype and shape, a separator, and the hash, which may be empty."""
     shape, bracket, content = text.rpartition("] ")
     return (f"{shape}]", bracket, content) if bracket else (text, "", "")
 
@@ -84,11 +84,12 @@ def _split(text: str) -> tuple[str, str, str]:
 
 
 def _has_content(leaf: Any) -> bool:
+    """Whether a leaf is an array with values, and not only the shape of one."""
     return is_array(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _sample(leaf: Any) -> np.ndarray[Any, Any]:
-    """The bytes of entries at even distances along each axis; zeros for those that only another host holds."""
+    """Return the bytes of entries at even distances along each axis; zeros for those that only another host holds."""
     if not isinstance(leaf, jax.Array):
         picked = np.asarray(leaf)
         for axis, (n, step) in enumerate(_steps(leaf.shape)):
@@ -99,7 +100,7 @@ def _sample(leaf: Any) -> np.ndarray[Any, Any]:
     for shard in array.addressable_shards:
         if shard.replica_id != 0:
             continue
-        inside, places = [], []  # the samples of this shard: in its own data, and among all samples
+        inside, places = [], []  # indices of this shard's samples: in its own data, and among all samples
         for index, (n, step) in zip(shard.index, _steps(array.shape), strict=True):
             start, stop, _ = index.indices(n)
             first, last = -(-start // step), -(-stop // step)
@@ -110,13 +111,14 @@ def _sample(leaf: Any) -> np.ndarray[Any, Any]:
 
 
 def _steps(shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Each axis's size, and the distance between its samples."""
+    """Return the size of each axis, and the distance between samples along it."""
     along = max(2, round(SAMPLES ** (1 / max(1, len(shape)))))
     return [(n, max(1, -(-n // along))) for n in shape]
 
 
 @jax.jit
 def _pick(data: jax.Array, indices: list[np.ndarray[Any, Any]]) -> jax.Array:
+    """Return the entries at these indices along each axis."""
     for axis, index in enumerate(indices):
         data = jnp.take(data, index, axis=axis)
     return data
@@ -126,9 +128,9 @@ def _pick(data: jax.Array, indices: list[np.ndarray[Any, Any]]) -> jax.Array:
 
 
 def _checksum(leaf: jax.Array) -> np.ndarray[Any, Any]:
-    """[1]: the sum of the words, each times an odd number of its own, modulo 2^32: the same in any order of summing.
+    """Return [1], the sum of the words modulo 2^32, each times an odd number of its own. The order does not matter.
 
-    Of an array that is spread over hosts, the sum of those words that this host is the first to hold.
+    Of an array that is spread over hosts, only the words that this host is the first to hold are summed.
     """
     array = plain_data(leaf)
     if array.is_fully_addressable:
@@ -142,10 +144,10 @@ def _checksum(leaf: jax.Array) -> np.ndarray[Any, Any]:
 
 
 def _sum_of_words(part: np.ndarray[Any, Any], starts: Sequence[int], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """[1]: of the part of an array of this shape that starts there."""
-    width = max(1, part.dtype.itemsize // 4)  # words of an entry
+    """Return [1], the sum for a part of an array of this shape, the part starting at these indices."""
+    width = max(1, part.dtype.itemsize // 4)  # 32-bit words in an entry
     words = _bytes(part).view(f"uint{8 * min(4, part.dtype.itemsize)}").reshape(*part.shape, width).astype(np.uint32)
-    factor = np.arange(1, 2 * width, 2, dtype=np.uint32)  # twice the word's place in the whole array, plus one
+    factor = np.arange(1, 2 * width, 2, dtype=np.uint32)  # twice the word's index in the whole array, plus one
     for axis, (start, n) in enumerate(zip(starts, part.shape, strict=True)):
         stride = 2 * width * math.prod(shape[axis + 1 :]) % 2**32
         along = np.arange(start, start + n, dtype=np.uint32) * np.uint32(stride)
@@ -154,18 +156,19 @@ def _sum_of_words(part: np.ndarray[Any, Any], starts: Sequence[int], shape: tupl
 
 
 def plain_data(leaf: jax.Array) -> jax.Array:
-    """The array itself; of a random key its data."""
+    """Return an array itself, or the data of a random key."""
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
 def _bytes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the bytes of an array."""
     if jnp.issubdtype(array.dtype, jnp.integer) and jnp.iinfo(array.dtype).bits < 8:
-        array = array.astype(np.int8)  # the unused bits of a packed dtype are anything
+        array = array.astype(np.int8)  # the unused bits of a packed dtype are undefined
     return np.frombuffer(array.tobytes(), np.uint8)
 
 
 def _add_up(found: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-    """Sums over all hosts, of what each has found in its part of an array."""
+    """Add up over all hosts what each has found in its part of the arrays."""
     if not found:
         return {}
     from jax.experimental import multihost_utils

@@ -1,7 +1,7 @@
-"""Whether a process was told to end: by SIGTERM, or because its host is about to be taken away.
+"""Whether a process was told to end: by SIGTERM, or because its host is about to be preempted.
 
-One process keeps its own handler of SIGTERM. Several have to agree on the step at which they end, and JAX's handler
-sees to that. It also knows of a host's end where the platform tells of it.
+A single process has a handler of SIGTERM. Several processes have to agree on the step at which they end: they use the
+preemption service of JAX, which also knows of preempted hosts where the platform announces that.
 """
 
 import signal
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Notice:
-    """The wish that this process ends, from `begin` to `end`; it is asked for after every step."""
+    """Listens from `begin` to `end` for a notice that the process is to end; `came` is called after every step."""
 
     def __init__(self) -> None:
         self._several = jax.distributed.is_initialized()
@@ -23,15 +23,19 @@ class Notice:
         self._steps = self._first = 0
 
     def begin(self) -> None:
+        """Install the handler of SIGTERM, in the main thread of a single process."""
         if not self._several and threading.current_thread() is threading.main_thread():
             self._handler_before = signal.signal(signal.SIGTERM, self._on_sigterm) or signal.SIG_DFL
 
     def restart(self) -> None:
-        """The next step is the first one of a training, and may have any number."""
+        """Read the state's step again at the next call of `came`: training may continue from any step."""
         self._steps = 0
 
     def came(self, state: Any) -> bool:
-        """Whether to end after this step, the same in each process. Reads the state's step once in a training."""
+        """Whether to end after this step; the answer is the same in each process.
+
+        The state's step is read at the first call only, as that waits for the device.
+        """
         if not self._several:
             return self._came
         if not getattr(jax.config, "jax_enable_preemption_service", True):
@@ -44,19 +48,19 @@ class Notice:
         return multihost_utils.reached_preemption_sync_point(self._first + self._steps - 1)
 
     def passed_on(self, told: bool) -> None:
-        """Whether the training was told of it."""
+        """Note whether the training loop was told to end."""
         self._passed_on = told
 
     def end(self) -> None:
-        """The handler of before is in its place again, and `raise_again` calls it."""
+        """Restore the handler that was there before `begin`."""
         if self._handler_before is not None and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
             signal.signal(signal.SIGTERM, self._handler_before)
 
     def raise_again(self) -> None:
-        """Once more, for the handler of before, if the training was not told of it."""
+        """Raise SIGTERM again for the handler that was there before, if the training loop was not told of it."""
         if self._came and not self._passed_on:
             signal.raise_signal(signal.SIGTERM)
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         self._came = True
-        self.end()  # a second one ends the process at once
+        self.end()  # a second signal goes to the handler that was there before, which by default ends the process

@@ -12,25 +12,24 @@ lora-jax diff base tuned adapters --energy 0.95
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import checkpoint, key_maps
 from lora_jax.adapters.combine import combine
 from lora_jax.adapters.lora import LoraAdapter
-from lora_jax.checkpoints import adapters as checkpoint
 from lora_jax.checkpoints.atomic_dir import refuse_to_replace
-from lora_jax.cli.extract import low_rank
-from lora_jax.cli.spectrum import Spectrum, spectrum
+from lora_jax.cli.spectrum import low_rank
+from lora_jax.cli.summary import summarize
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
-from lora_jax.core.text import count, format_table, size
-from lora_jax.interop import architectures as key_maps
+from lora_jax.core.text import count, size
 from lora_jax.interop.key_map import Entry, KeyMap
 from lora_jax.interop.merge_checkpoint import check_checkpoint, merge_checkpoint, read_tensors
 from lora_jax.interop.peft.load import CONFIG, load_by_module
@@ -39,41 +38,29 @@ from lora_jax.interop.safetensors_index import Tensor
 
 try:
     import tyro
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from lora_jax.cli.output import draw_spectra, print_json, print_table, progress_bar
 except ImportError as error:
     sys.exit(f"error: {error.name} is not installed, which the command line needs: pip install 'lora_jax[cli]'")
 
-Place = Annotated[Path, tyro.conf.Positional]
+Folder = Annotated[Path, tyro.conf.Positional]
 
 
-class Row(NamedTuple):
-    """One adapted weight."""
-
-    weight: str
-    kind: str
-    shape: tuple[int, ...]  # of each matrix, [inputs, outputs]
-    matrices: int
-    rank: int
-    scale: float
-    spectrum: Spectrum
-
-
-def inspect(adapters: Place, /, plot: Path | None = None, json: bool = False) -> int:
-    """What adapters are: rank and scale, and of each weight's change the norm and the effective rank.
+def inspect(adapters: Folder, /, plot: Path | None = None, json: bool = False) -> int:
+    """Show the rank and scale of adapters, and the norm and effective rank of each weight's change.
 
     Example: lora-jax inspect runs/sentiment/adapters --plot deltas.png
 
     Args:
         adapters: a folder of lora_jax.checkpoint.save, or of HF PEFT.
         plot: also draw the norms and effective ranks as bars, into this PNG.
-        json: print JSON in the table's place.
+        json: print JSON instead of the table.
     """
-    rows = _rows(adapters)
+    rows = summarize(adapters)
     if plot is not None:
-        _draw(rows, plot)
+        draw_spectra(rows, plot)
     if json:
-        _print_json([row._asdict() | {"spectrum": row.spectrum._asdict()} for row in rows])
+        print_json([row._asdict() | {"spectrum": row.spectrum._asdict()} for row in rows])
         return 0
     header = ["weight", "kind", "inputs, outputs", "matrices", "rank", "scale", "norm", "effective rank"]
     cells = [
@@ -81,25 +68,24 @@ def inspect(adapters: Place, /, plot: Path | None = None, json: bool = False) ->
          f"{r.spectrum.norm:.4g}", f"{r.spectrum.effective_rank:.2f}"]
         for r in rows
     ]  # fmt: skip
-    print(format_table(header, cells, right=5))
-    total = sum(r.matrices * r.rank * sum(r.shape) for r in rows)
-    print(f"{len(rows)} weights adapted, {total:,} parameters.")
+    print_table(header, cells, right=5)
+    print(f"{len(rows)} weights adapted, {sum(r.parameters for r in rows):,} parameters.")
     return 0
 
 
-def verify(adapters: Place, /, base: Path | None = None, json: bool = False) -> int:
-    """Whether adapters are sound: finite, not without effect, and fitting a base. Exits with 1 if not.
+def verify(adapters: Folder, /, base: Path | None = None, json: bool = False) -> int:
+    """Check that adapters are sound: finite, with an effect, and fitting a base. Exits with 1 if not.
 
     Example: lora-jax verify runs/sentiment/peft --base MiniLM-L6
 
     Args:
         adapters: a folder of lora_jax.checkpoint.save, or of HF PEFT.
-        base: a folder with the base's safetensors, for adapters of HF PEFT: each has to have its tensor there.
-        json: print JSON in the text's place.
+        base: a folder with the base's safetensors, for adapters of HF PEFT: each needs its tensor there.
+        json: print JSON instead of text.
     """
     problems = [
         f"{row.weight}: {'does not change anything' if row.spectrum.finite else 'holds a NaN or an infinity'}"
-        for row in _rows(adapters)
+        for row in summarize(adapters)
         if not row.spectrum.norm > 0
     ]
     if base is not None:
@@ -108,14 +94,14 @@ def verify(adapters: Place, /, base: Path | None = None, json: bool = False) -> 
         except LoraError as error:
             problems.append(str(error))
     if json:
-        _print_json({"sound": not problems, "problems": problems})
+        print_json({"sound": not problems, "problems": problems})
     else:
         print("\n".join(problems) or f"{adapters} is sound.")
     return 1 if problems else 0
 
 
-def merge(base: Place, adapters: Place, output: Place, /, json: bool = False) -> int:
-    """Write a model of Hugging Face with adapters of HF PEFT merged into its weights, in little memory.
+def merge(base: Folder, adapters: Folder, output: Folder, /, json: bool = False) -> int:
+    """Merge adapters of HF PEFT into the weights of a Hugging Face model on disk, in little memory.
 
     Example: lora-jax merge MiniLM-L6 runs/sentiment/peft merged
 
@@ -125,24 +111,20 @@ def merge(base: Place, adapters: Place, output: Place, /, json: bool = False) ->
         output: a new folder for the merged model.
         json: print the rounding loss of each tensor as JSON.
     """
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("merging", total=None)
-        losses = merge_checkpoint(
-            base, output, adapters, progress=lambda done, total: progress.update(bar, completed=done, total=total)
-        )
+    with progress_bar("merging") as progress:
+        losses = merge_checkpoint(base, output, adapters, progress=progress)
     if json:
-        _print_json(losses)
+        print_json(losses)
         return 0
     worst = sorted(losses.items(), key=lambda item: (-item[1], item[0]))[:5]
-    print(format_table(["most is lost to rounding in", "of the change"], [[n, f"{x:.2%}"] for n, x in worst], right=1))
+    print_table(["most is lost to rounding in", "of the change"], [[n, f"{x:.2%}"] for n, x in worst], right=1)
     print(f"{len(losses)} tensors merged into {output}.")
     return 0
 
 
 def convert(
-    adapters: Place,
-    output: Place,
+    adapters: Folder,
+    output: Folder,
     /,
     to: Literal["peft", "vllm", "loralib", "orbax"] = "peft",
     key_map: Literal["bert", "gpt2", "llama", "gemma", "vit", "vit_4", "t5"] | None = None,
@@ -157,12 +139,12 @@ def convert(
     Args:
         adapters: a folder of lora_jax.checkpoint.save, or of HF PEFT.
         output: a new folder.
-        to: HF PEFT; what vLLM reads of it (one rank, one scale); loralib's names; or lora_jax.checkpoint's orbax, in
-            which the paths of adapters from PEFT are its module names.
+        to: HF PEFT; the part of it that vLLM reads (one rank, one scale); loralib's names; or the orbax folder of
+            lora_jax.checkpoint, in which adapters from PEFT have its module names as their paths.
         key_map: for adapters of lora_jax.checkpoint.save: the table from their paths to torch's modules.
-        stacked: their layers are stacked along a first axis.
+        stacked: whether their layers are stacked along a first axis.
         prefix: what torch's names begin with beyond those of the table, such as "bert.".
-        json: print JSON in the text's place.
+        json: print JSON instead of text.
     """
     refuse_to_replace(output)
     if (adapters / CONFIG).exists():
@@ -177,10 +159,10 @@ def convert(
         checkpoint.save(output, found, others)
     else:
         save_peft(output, found, table, others=others, profile=to)
-    return _say_written(output, {path: _rank(adapter) for path, adapter in found.items()}, json)
+    return _print_written(output, {path: _rank(adapter) for path, adapter in found.items()}, json)
 
 
-def compose(output: Place, parts: Annotated[tuple[str, ...], tyro.conf.Positional], /, json: bool = False) -> int:
+def compose(output: Folder, parts: Annotated[tuple[str, ...], tyro.conf.Positional], /, json: bool = False) -> int:
     """Write the weighted sum of adapters of HF PEFT, exactly: its rank is the sum of their ranks.
 
     Example: lora-jax compose both style:0.7 facts:-0.3
@@ -188,7 +170,7 @@ def compose(output: Place, parts: Annotated[tuple[str, ...], tyro.conf.Positiona
     Args:
         output: a new folder of HF PEFT.
         parts: folders of HF PEFT, each with ":" and its weight, or with the weight 1.
-        json: print JSON in the text's place.
+        json: print JSON instead of text.
     """
     refuse_to_replace(output)
     sums, table = [], KeyMap()
@@ -197,27 +179,15 @@ def compose(output: Place, parts: Annotated[tuple[str, ...], tyro.conf.Positiona
         adapters, others, own = load_by_module(folder)
         if others:
             raise LoraError(f"{folder} also holds {next(iter(others))} whole, which no sum of adapters expresses.")
-        sums.append(({path: adapter.explicit() for path, adapter in adapters.items()}, weight))
+        sums.append(({path: adapter.to_lora() or adapter for path, adapter in adapters.items()}, weight))
         table += own
     combined = combine(sums)
     save_peft(output, combined, table)
-    return _say_written(output, {path: _rank(adapter) for path, adapter in combined.items()}, json)
+    return _print_written(output, {path: _rank(adapter) for path, adapter in combined.items()}, json)
 
 
-def _rank(adapter: Adapter) -> int | None:
-    return adapter.a.shape[-1] if isinstance(adapter, LoraAdapter) else None
-
-
-def _say_written(output: Path, ranks: Mapping[str, int | None], as_json: bool) -> int:
-    if as_json:
-        _print_json({"output": str(output), "ranks": ranks})
-    else:
-        print(f"{len(ranks)} adapters written to {output}.")
-    return 0
-
-
-def plan(base: Place, /, modules: str, rank: int = 8, json: bool = False) -> int:
-    """What adapters for some modules of a model would be: parameters, memory, and FLOPs for each token.
+def plan(base: Folder, /, modules: str, rank: int = 8, json: bool = False) -> int:
+    """Show what adapters for some modules of a model would cost: parameters, memory, and FLOPs for each token.
 
     Example: lora-jax plan SmolLM2-135M --modules ".*self_attn.*" --rank 16
 
@@ -225,7 +195,7 @@ def plan(base: Place, /, modules: str, rank: int = 8, json: bool = False) -> int
         base: a folder with model.safetensors, or an index and its shards. Only the headers are read.
         modules: a regular expression for whole names of modules, as model.layers.0.self_attn.q_proj.
         rank: of the adapters.
-        json: print JSON in the table's place.
+        json: print JSON instead of the table.
     """
     places = read_tensors(base).places
     rows: list[dict[str, Any]] = []
@@ -239,12 +209,12 @@ def plan(base: Place, /, modules: str, rank: int = 8, json: bool = False) -> int
             {"module": module, "shape": list(shape), "parameters": rank * sum(shape), "flops": 2 * rank * sum(shape)}
         )
     if json:
-        _print_json(rows)
+        print_json(rows)
         return 0
     cells = [
         [r["module"], r["shape"], f"{r['parameters']:,}", size(4 * r["parameters"]), count(r["flops"])] for r in rows
     ]
-    print(format_table(["module", "shape", "parameters", "bytes", "FLOPs a token"], cells, right=3))
+    print_table(["module", "shape", "parameters", "bytes", "FLOPs a token"], cells, right=3)
     total, whole = sum(r["parameters"] for r in rows), sum(int(np.prod(place.shape)) for place in places.values())
     print(
         f"{len(rows)} modules: {total:,} parameters beside {whole:,} ({total / (total + whole):.2%}), "
@@ -254,9 +224,9 @@ def plan(base: Place, /, modules: str, rank: int = 8, json: bool = False) -> int
 
 
 def diff(
-    before: Place,
-    after: Place,
-    output: Place,
+    before: Folder,
+    after: Folder,
+    output: Folder,
     /,
     rank: int | None = None,
     energy: float | None = None,
@@ -264,7 +234,7 @@ def diff(
     rest: bool = False,
     json: bool = False,
 ) -> int:
-    """Extract adapters from two versions of a model: those nearest to the change of each module.
+    """Extract adapters from two versions of a model: the nearest to the change of each module.
 
     Example: lora-jax diff base tuned adapters --rank 16
 
@@ -275,8 +245,8 @@ def diff(
         rank: of the adapters.
         energy: or the share of each change's squared norm to hold, such as 0.95, with as small a rank as that takes.
         modules: a regular expression for whole names of the modules that get adapters, if they changed.
-        rest: go on though other tensors changed too, which the adapters then lack.
-        json: print JSON in the table's place.
+        rest: go on if other tensors changed too, though the adapters lack their changes.
+        json: print JSON instead of the table.
     """
     refuse_to_replace(output)
     old, new = read_tensors(before), read_tensors(after)
@@ -286,33 +256,48 @@ def diff(
     kind = "conv1d" if _model_type(before) == "gpt2" else "linear"
     chosen = dict.fromkeys(_modules(before, old.places, modules))
     entries, adapters, rows, left = [], {}, [], []
-    for name in old:
-        w0, w1 = (np.asarray(tensors[name], np.float32) for tensors in (old, new))
-        if w0.shape != w1.shape:
-            raise LoraError(f"{name!r} has shape {list(w0.shape)} in {before}, and {list(w1.shape)} in {after}.")
-        if np.array_equal(w0, w1):
-            continue
+    for name, change in _changes(before, after, old, new):
         module = name.removesuffix(".weight")
         if module not in chosen:
             left.append(name)
             continue
-        change = w1 - w0 if kind == "conv1d" else (w1 - w0).T
-        a, b, share = low_rank(change, rank, energy)
+        a, b, share = low_rank(change if kind == "conv1d" else change.T, rank, energy)
         entries.append(Entry(module, module, "in out", kind))
         adapters[module] = LoraAdapter(jnp.asarray(a), jnp.asarray(b), KernelAxes((), (0,), (1,)), 1.0)
-        rows.append([module, list(w0.shape), a.shape[1], f"{share:.2%}"])
+        rows.append([module, list(change.shape), a.shape[1], f"{share:.2%}"])
     if left and not rest:
         raise LoraError(f"{len(left)} other tensors changed too, {left[0]!r} first. To go on without them: --rest.")
     if not adapters:
         raise LoraError(f"no module that {modules!r} matches has changed.")
     save_peft(output, adapters, KeyMap(*entries))
     if not json:
-        print(format_table(["module", "shape", "rank", "of the change"], rows, right=2))
-    return _say_written(output, {path: _rank(adapter) for path, adapter in adapters.items()}, json)
+        print_table(["module", "shape", "rank", "of the change"], rows, right=2)
+    return _print_written(output, {path: _rank(adapter) for path, adapter in adapters.items()}, json)
+
+
+# What the commands share ----------------------------------------------------------------------------------------------
+
+
+def _rank(adapter: Adapter) -> int | None:
+    """Return the rank of an adapter, or None if it has no factors."""
+    return adapter.a.shape[-1] if isinstance(adapter, LoraAdapter) else None
+
+
+def _print_written(output: Path, ranks: Mapping[str, int | None], as_json: bool) -> int:
+    """Print where adapters were written, and return the exit code."""
+    if as_json:
+        print_json({"output": str(output), "ranks": ranks})
+    else:
+        print(f"{len(ranks)} adapters written to {output}.")
+    return 0
 
 
 def _modules(base: Path, places: Mapping[str, Tensor], pattern: str) -> list[str]:
-    """The modules with a matrix whose whole name matches."""
+    """Return the modules that have a matrix and whose whole name matches.
+
+    Raises:
+        LoraError: there are none, or the pattern is no regular expression.
+    """
     try:
         matches = re.compile(pattern).fullmatch
     except re.error as error:
@@ -328,16 +313,29 @@ def _modules(base: Path, places: Mapping[str, Tensor], pattern: str) -> list[str
     return found
 
 
+def _changes(
+    before: Path, after: Path, old: Mapping[str, Any], new: Mapping[str, Any]
+) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """Yield the name and the change in fp32 of each tensor that differs."""
+    for name in old:
+        w0, w1 = (np.asarray(tensors[name], np.float32) for tensors in (old, new))
+        if w0.shape != w1.shape:
+            raise LoraError(f"{name!r} has shape {list(w0.shape)} in {before}, and {list(w1.shape)} in {after}.")
+        if not np.array_equal(w0, w1):
+            yield name, w1 - w0
+
+
 def _model_type(base: Path) -> Any:
+    """Return the "model_type" of a model's config.json, or None."""
     try:
         facts = json.loads((base / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
-        return None  # a folder of weights alone: linear, as most are
+        return None  # the folder holds weights alone
     return facts.get("model_type") if isinstance(facts, dict) else None
 
 
 def _weighted(part: str) -> tuple[Path, float]:
-    """`folder:0.7`, or a folder alone."""
+    """Split `folder:0.7` into the folder and its weight; a folder alone has the weight 1."""
     name, colon, weight = part.rpartition(":")
     if not colon:
         return Path(part), 1.0
@@ -345,77 +343,6 @@ def _weighted(part: str) -> tuple[Path, float]:
         return Path(name), float(weight)
     except ValueError as error:
         raise LoraError(f"{part!r}: expected a folder and a weight, such as {name}:0.7.") from error
-
-
-# Adapters of either format --------------------------------------------------------------------------------------------
-
-
-def _rows(folder: Path) -> list[Row]:
-    """The adapters in a folder, in order."""
-    if (folder / CONFIG).exists():
-        adapters, _, key_map = load_by_module(folder)
-        kinds = {entry.path: entry.kind for entry in key_map.entries}
-    else:
-        adapters, _ = checkpoint.load(folder)
-        kinds = dict.fromkeys(adapters, "lora")
-    rows = []
-    for path, adapter in sorted(adapters.items()):
-        factors = adapter.explicit()
-        if not isinstance(factors, LoraAdapter):
-            raise LoraError(f"{path!r} is a {type(adapter).__name__}; this version inspects what is W + s A B.")
-        n = len(factors.axes.stack)
-        a, b = np.asarray(factors.a), np.asarray(factors.b)
-        a, b = a.reshape(*a.shape[:n], -1, a.shape[-1]), b.reshape(*b.shape[: n + 1], -1)
-        rows.append(_row(path, kinds[path], a, b, factors.scale))
-    return rows
-
-
-def _row(name: str, kind: str, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], scale: float) -> Row:
-    matrices = int(np.prod(a.shape[:-2]))
-    return Row(name, kind, (a.shape[-2], b.shape[-1]), matrices, a.shape[-1], scale, spectrum(a, b, scale))
-
-
-# Output ---------------------------------------------------------------------------------------------------------------
-
-
-def _draw(rows: list[Row], path: Path) -> None:
-    """Norms and effective ranks, a bar for each weight."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.4 + 0.22 * len(rows)), sharey=True, layout="constrained")
-    names = [row.weight for row in rows]
-    left.barh(names, [row.spectrum.norm for row in rows], color="#1f6fb4")
-    right.barh(names, [row.rank for row in rows], color="#d8e4ef", label="rank")
-    right.barh(
-        names, [row.spectrum.effective_rank for row in rows], color="#c44e52", height=0.5, label="effective rank"
-    )
-    left.set(xlabel="norm of the change", ylim=(len(rows) - 0.4, -0.6))
-    right.set(xlabel="rank")
-    right.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_axisbelow(True)
-        axes.grid(axis="x", alpha=0.25)
-        axes.tick_params(axis="y", labelsize=8, length=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
-
-
-def _print_json(value: Any) -> None:
-    """NaN and infinities, which JSON lacks, as null."""
-
-    def clean(node: Any) -> Any:
-        if isinstance(node, Mapping):
-            return {key: clean(child) for key, child in node.items()}
-        if isinstance(node, list | tuple):
-            return [clean(child) for child in node]
-        return None if isinstance(node, float) and not np.isfinite(node) else node
-
-    print(json.dumps(clean(value), indent=2))
 
 
 DESCRIPTION = "Adapters and published weights from the command line, without a model."
@@ -431,7 +358,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, or 1 with a line on stderr that says what is wrong."""
+    """Run a command, and return the exit code: 0, or 1 after a line on stderr that says what is wrong."""
     try:
         return int(
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="lora-jax", description=DESCRIPTION, args=arguments)

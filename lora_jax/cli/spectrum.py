@@ -1,20 +1,22 @@
-"""How large a change s A B is, and of what rank in effect: from its singular values, without forming it."""
+"""Singular values of the change that an adapter makes, and the adapter that is nearest to a given change."""
 
 import math
 from typing import NamedTuple
 
 import numpy as np
 
+from lora_jax.core.errors import LoraError
+from lora_jax.initialization.svd import balanced_factors, explained_variance_ratio, singular_values, svd
 from lora_jax.interop.key_map import Array
 
 
 class Spectrum(NamedTuple):
-    """The change of one or more matrices of one weight.
+    """The size of a change of one weight, which may be several stacked matrices.
 
     Args:
-        norm: the Frobenius norm of all of them together.
-        effective_rank: exp of the entropy of the singular values' shares, which is r if all are equal (Roy and
-            Vetterli 2007, "The effective rank"); the mean over the matrices that change.
+        norm: the Frobenius norm of all matrices together.
+        effective_rank: the exponential of the entropy of the singular values' shares, which is r if all are equal (Roy
+            and Vetterli 2007, "The effective rank"); the mean over the matrices that change.
         finite: whether no factor has a NaN or an infinity.
     """
 
@@ -24,7 +26,12 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(a: Array, b: Array, scale: float) -> Spectrum:
-    """Of `scale * a @ b`, with a [*stack, d, r] and b [*stack, r, k].
+    """Return the spectrum of `scale * a @ b`, without forming that product.
+
+    Args:
+        a: [*stack, d, r].
+        b: [*stack, r, k].
+        scale: a factor.
 
     >>> found = spectrum(np.eye(4, 2), np.eye(2, 3), 3.0)
     >>> print(f"{found.norm:.3f} {found.effective_rank:.3f}")
@@ -32,13 +39,52 @@ def spectrum(a: Array, b: Array, scale: float) -> Spectrum:
     """
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return Spectrum(math.nan, math.nan, False)
-    # A = Q R, B^T = Q' R': the singular values of A B are those of the small R R'^T.
+    # A = Q R and B^T = Q' R', so the singular values of A B are those of the small matrix R R'^T.
     left = np.asarray(np.linalg.qr(a.astype(np.float64), mode="r"))
     right = np.asarray(np.linalg.qr(b.astype(np.float64).swapaxes(-1, -2), mode="r"))
     small = left @ right.swapaxes(-1, -2)
-    values = abs(scale) * np.linalg.svd(small, compute_uv=False).reshape(-1, small.shape[-1])
+    values = abs(scale) * singular_values(small).reshape(-1, small.shape[-1])
     changing = values[values.sum(-1) > 0]
     shares = changing / changing.sum(-1, keepdims=True)
     entropy = -np.sum(shares * np.log(np.where(shares > 0, shares, 1)), axis=-1)
     rank = float(np.exp(entropy).mean()) if len(changing) else 0.0
     return Spectrum(float(np.sqrt(np.square(values).sum())), rank, True)
+
+
+def low_rank(change: Array, rank: int | None = None, energy: float | None = None) -> tuple[Array, Array, float]:
+    """Return the product A B of a given rank that is nearest to a change, as two factors of equal size.
+
+    It consists of the largest singular values and their vectors (Eckart and Young 1936, "The approximation of one
+    matrix by another of lower rank").
+
+    Args:
+        change: [d, k].
+        rank: r; if it is above min(d, k), that is taken.
+        energy: the share of the squared norm of the change that A B has to reach, above 0 and at most 1. The rank is
+            then the smallest with which it does. Give either this or `rank`.
+
+    Returns:
+        A [d, r] and B [r, k] in fp32, and the share of the squared norm that they reach.
+
+    Raises:
+        LoraError: neither or both are given; one is out of its range; the change is not finite.
+
+    >>> a, b, share = low_rank(np.diag([3.0, 1.0, 0.5]), rank=1)
+    >>> a.shape, b.shape, round(share, 3)
+    ((3, 1), (1, 3), 0.878)
+    """
+    if (rank is None) == (energy is None):
+        raise LoraError(f"low_rank(rank={rank}, energy={energy}): give one of them.")
+    if rank is not None and rank < 1:
+        raise LoraError(f"the rank is {rank}, expected at least 1.")
+    if energy is not None and not 0 < energy <= 1:
+        raise LoraError(f"the energy is {energy}, expected a share above 0 and at most 1.")
+    if not np.isfinite(change).all():
+        raise LoraError("the change holds a NaN or an infinity.")
+    u, values, vt = svd(change.astype(np.float64), slice(None))
+    shares = np.cumsum(explained_variance_ratio(values[None]))
+    if energy is not None:
+        rank = int(np.searchsorted(shares, energy * (1 - 1e-12))) + 1
+    count = min(int(rank or 1), len(values))
+    a, b = balanced_factors(u[:, :count], values[:count], vt[:count], 1.0)
+    return a.astype(np.float32), b.astype(np.float32), float(shares[count - 1])

@@ -1,4 +1,4 @@
-"""The only file that imports `jax.extend`: one name here for each thing that JAX's releases move or rename.
+"""The only file that imports `jax.extend`, with one name for each thing that JAX's releases move or rename.
 
 Tested on JAX 0.10.2 and 0.12.0. Everything used is a public name of `jax.extend`, none of `jax._src`.
 """
@@ -36,12 +36,12 @@ __all__ = [
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
-    """A jaxpr and its constants. JAX 0.12 merged `ClosedJaxpr` into `Jaxpr`; before, only the closed one has any."""
+    """Return a jaxpr and its constants, which before JAX 0.12 only a `ClosedJaxpr` has."""
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
 
 
 def scan_groups(eqn: JaxprEqn) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many its carry; the rest are scanned over.
+    """Return how many operands of a scan are constants, and how many its carry; the rest are scanned over.
 
     JAX 0.11 replaced `num_consts` and `num_carry` by one tree, `ft_in`, of three groups.
     """
@@ -52,13 +52,13 @@ def scan_groups(eqn: JaxprEqn) -> tuple[int, int]:
 
 
 def varying_axes(array: Any) -> frozenset[str]:
-    """The axes of a `shard_map` along which an array differs from device to device. JAX 0.10 moved them."""
+    """Return the axes of a `shard_map` along which an array differs between devices. JAX 0.10 moved them."""
     kind = jax.typeof(array)
     return frozenset(kind.mat.varying if hasattr(kind, "mat") else kind.vma)
 
 
 def vary(array: Any, axes: Iterable[str]) -> Any:
-    """In `shard_map`: the array as one that may differ from device to device along these axes."""
+    """Return an array, in a `shard_map`, as one that may differ between devices along these axes."""
     missing = tuple(axis for axis in axes if axis not in varying_axes(array))
     return jax.lax.pcast(array, missing, to="varying") if missing else array
 
@@ -74,12 +74,12 @@ class Operation:
     def of(cls, eqn: JaxprEqn) -> "Operation":
         return cls(eqn.primitive, tuple(sorted(eqn.params.items())))
 
-    @property
+    @functools.cached_property
     def params(self) -> dict[str, Any]:
         return dict(self.items)
 
     def bind(self, *args: Any) -> list[Any]:
-        """Run it; always a list of results."""
+        """Run the primitive; the results are always a list."""
         out = self.primitive.bind(*args, **self.primitive.get_bind_params(self.params))
         return list(out) if self.primitive.multiple_results else [out]
 
@@ -130,7 +130,7 @@ _CALLS = {"jit", "remat2", "checkpoint", "scan", "while", "cond", "shard_map", "
 
 @contextlib.contextmanager
 def at_equation(eqn: JaxprEqn) -> Iterator[None]:
-    """Whatever is traced inside carries the equation's own name scope, source line and mesh context."""
+    """Give whatever is traced inside the equation's own name scope, source line and mesh context."""
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
     where = source_info_util.user_context(eqn.source_info.traceback, name_stack=names)
     token = _around.set((*_around.get(), eqn))
@@ -145,7 +145,7 @@ _around: contextvars.ContextVar[tuple[JaxprEqn, ...]] = contextvars.ContextVar("
 
 
 def source_line(eqn: JaxprEqn) -> str:
-    """The user's line that made an equation: `file.py:12:4 (function)`.
+    """Return the user's line that made an equation: `file.py:12:4 (function)`.
 
     The equations inside JAX's own functions have no such line; then it is the line of the call around them.
     """
@@ -154,5 +154,5 @@ def source_line(eqn: JaxprEqn) -> str:
 
 
 def describe(eqn: JaxprEqn) -> str:
-    """`dot_general at model.py:12:4 (attention)`"""
+    """Return an equation as messages name it: `dot_general at model.py:12:4 (attention)`."""
     return f"`{eqn.primitive.name}` at {source_line(eqn)}"

@@ -1,4 +1,4 @@
-"""Which axes of a weight a matrix product contracts, which it gives out, and which it runs in parallel."""
+"""Which axes of a weight are inputs, outputs and stacked matrices."""
 
 import math
 from typing import NamedTuple
@@ -19,25 +19,25 @@ class KernelAxes(NamedTuple):
     outputs: tuple[int, ...]  # left in y
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """The sizes of the three groups of axes, for a weight of this shape."""
+        """Return the sizes of the three groups of axes, for a weight of this shape."""
         stack, inputs, outputs = (tuple(shape[i] for i in group) for group in self)
         return stack, inputs, outputs
 
     def fans(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Number of matrices, inputs of each, outputs of each."""
+        """Return the number of stacked matrices, and the inputs and outputs of each."""
         stack, inputs, outputs = (math.prod(sizes) for sizes in self.sizes(shape))
         return stack, inputs, outputs
 
     def group(self, axis: int) -> str:
-        """The name of the group that an axis is in."""
+        """Return the name of the group that an axis is in."""
         return next(name for name, group in zip(self._fields, self, strict=True) if axis in group)
 
     def transpose(self) -> "KernelAxes":
-        """The axes of the same weight used the other way round, as in a tied head."""
+        """Return the axes of the same weight used the other way round, as in a tied head."""
         return KernelAxes(self.stack, self.outputs, self.inputs)
 
     def permute(self, permutation: tuple[int, ...]) -> "KernelAxes":
-        """The same groups for the transposed weight.
+        """Return the same groups for the transposed weight.
 
         >>> KernelAxes((0,), (1,), (2, 3)).permute((0, 3, 1, 2))
         KernelAxes(stack=(0,), inputs=(2,), outputs=(1, 3))
@@ -45,20 +45,20 @@ class KernelAxes(NamedTuple):
         return KernelAxes(*(tuple(sorted(permutation.index(i) for i in group)) for group in self))
 
     def drop(self, axis: int) -> "KernelAxes":
-        """The groups without one axis, the later ones moved up."""
+        """Return the groups without one axis; later axes move up."""
         return KernelAxes(*(tuple(i - (i > axis) for i in group if i != axis) for group in self))
 
     def insert(self, axis: int, name: str) -> "KernelAxes":
-        """The groups with a new axis, the later ones moved down."""
+        """Return the groups with a new axis; later axes move down."""
         moved = {n: [i + (i >= axis) for i in g] for n, g in self._asdict().items()}
         return KernelAxes(**{n: tuple(sorted([*g, axis] if n == name else g)) for n, g in moved.items()})
 
     def without_units(self, shape: tuple[int, ...]) -> "KernelAxes":
-        """The groups without the axes of size 1, which may be read as in any of them."""
+        """Return the groups without the axes of size 1, which may belong to any of them."""
         return KernelAxes(*(tuple(i for i in group if shape[i] != 1) for group in self))
 
     def from_canonical(self) -> tuple[int, ...]:
-        """The permutation from `[*stack, *inputs, *outputs]` to the weight's own order of axes."""
+        """Return the permutation from `[*stack, *inputs, *outputs]` to the weight's own order of axes."""
         order = [*self.stack, *self.inputs, *self.outputs]
         return tuple(order.index(i) for i in range(len(order)))
 

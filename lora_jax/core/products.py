@@ -1,4 +1,4 @@
-"""One use of a weight, reduced to y = x @ W: what an adapter sees of a program.
+"""One use of a weight, reduced to y = x @ W: all that an operand sees of a program.
 
 x @ A and h @ B are all that an adapter needs of x. Each kind of product computes them in the way that the program
 computes x @ W: a matrix product, a convolution, a product of ragged groups. So nothing is unfolded.
@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import jax
@@ -21,67 +21,70 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
 
+STATIC = {"static": True}
+
 
 @dataclass(frozen=True)
 class Product(abc.ABC):
-    """y = x @ W, along these axes of W."""
+    """The product y = x @ W, along these axes of W."""
 
-    axes: KernelAxes
+    axes: KernelAxes = field(metadata=STATIC)
     x: jax.Array
     y: jax.Array  # [*s, *T, *outputs]; [T, k] where the kind of product says so
-    precision: Any
+    precision: Any = field(metadata=STATIC)
 
     @abc.abstractmethod
     def contract(self, a: jax.Array) -> jax.Array:
-        """x @ A: a [*stack, *inputs, n] -> h, whose last axis is n."""
+        """Return h = x @ A for a [*stack, *inputs, n]; the last axis of h is n."""
 
     @abc.abstractmethod
     def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
-        """h @ B: h as `contract` gives it, b [*stack, n, *outputs] -> y's shape."""
+        """Return h @ B of y's shape, for h as `contract` gives it and b [*stack, n, *outputs]."""
 
     @abc.abstractmethod
     def rows(self) -> tuple[int, int]:
-        """The number of rows in x @ A and in h @ B, over all stacked matrices."""
+        """Return the numbers of rows in x @ A and in h @ B, over all stacked matrices."""
 
     def for_each_output(self, gain: jax.Array) -> jax.Array:
-        """gain [*stack, *outputs], to be multiplied with y."""
+        """Return gain [*stack, *outputs] with y's shape."""
         return jnp.broadcast_to(gain.reshape(-1), self.y.shape)  # [T, k]
 
     def token_axes(self) -> tuple[int, ...]:
-        """The sizes of the axes T, where x has such axes; `split` and `join` are for these."""
+        """Return the sizes of the token axes of x, which `split` and `join` are for."""
         return ()
 
     def split(self, counts: Sequence[int], axes: KernelAxes) -> Self:
-        """The product with the i-th token axis in counts[i] parts: stacked axes of x and y, the last ones.
+        """Split the i-th token axis into counts[i] parts, which become the last stacked axes of x and y.
 
-        `axes` are those of a weight that has them too; a count of 1 makes no such axis.
+        `axes` are those of a weight that has these axes too; a count of 1 makes none.
         """
         raise NotImplementedError
 
     def join(self, y: jax.Array, counts: Sequence[int]) -> jax.Array:
-        """y, with the parts of a `split` put back in their places."""
+        """Return y with the parts of a `split` put back in their places."""
         raise NotImplementedError
 
     def keep(self, keys: jax.Array, probability: float) -> Self:
-        """The product with each entry of x kept with a probability, and then divided by it; keys [*s]."""
+        """Keep each entry of x with a probability, and divide by it; keys [*s] have one key for each matrix."""
         mask = jax.random.bernoulli(keys.reshape(-1)[0], probability, self.x.shape)
         return dataclasses.replace(self, x=_masked(self.x, mask, probability))
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Matmul(Product):
-    """x [*s, *T, *inputs], y [*s, *T, *outputs], both with the axes that they have in the program."""
+    """A matrix product: x [*s, *T, *inputs] and y [*s, *T, *outputs], with the axes that the program gave them."""
 
     def contract(self, a: jax.Array) -> jax.Array:
         stack, x = self._stacked(), self.x
         if self.flat():
-            x, a = as_matrices(x, stack, x.ndim - stack - len(self.axes.inputs)), _columns(a, stack)
+            x, a = as_matrices(x, stack, x.ndim - stack - len(self.axes.inputs)), as_columns(a, stack)
         return contract(x, a, self.precision, stack)
 
     def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
         stack = self._stacked()
         if self.flat():
-            return matmul(h, _rows(b, stack), self.precision, stack).reshape(self.y.shape)
+            return matmul(h, as_rows(b, stack), self.precision, stack).reshape(self.y.shape)
         return matmul(h, b, self.precision, stack, like=self.y)
 
     def rows(self) -> tuple[int, int]:
@@ -123,124 +126,37 @@ class Matmul(Product):
         return len(self.axes.stack)
 
     def flat(self) -> bool:
-        """Whether T and d are flattened to one axis each.
+        """Return whether T and d are flattened to one axis each.
 
-        Thin products with more axes are slow on XLA's CPU backend. But over a mesh that the compiler partitions for,
-        an axis may be sharded that would then lie inside another one, and would be gathered.
+        Thin products with more axes are slow on XLA's CPU backend. But on a mesh that the compiler partitions for, an
+        axis may be sharded that would then lie inside another one, and would be gathered. The operands' types name the
+        mesh that they are on. Where they name none they may still be placed by the caller's `in_shardings`, unless
+        there is a single device.
         """
-        mesh = jax.sharding.get_abstract_mesh()
-        return set(mesh.manual_axes) == set(mesh.axis_names)
-
-
-@dataclass(frozen=True)
-class Conv(Product):
-    """A convolution: W's inputs are the window and the channels that one output sees, its outputs the channels given.
-
-    With feature groups, group g of the outputs sees group g of x's channels. A is the same for each group: h has n
-    columns for each of them, which is no saving where there are as many groups as channels (depthwise).
-    """
-
-    dims: lax.ConvDimensionNumbers
-    groups: int
-    settings: dict[str, Any]  # strides, padding, dilations
-
-    def contract(self, a: jax.Array) -> jax.Array:
-        out = self.dims.rhs_spec[0]
-        kernel = jnp.concatenate([jnp.moveaxis(a, -1, out)] * self.groups, axis=out)
-        h = conv(self.x, kernel, self.dims, self.groups, self.precision, self.settings)
-        return channels_last(h, self.dims)
-
-    def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
-        if self.groups == 1:
-            return matmul(h, b, self.precision)
-        grouped = matmul(
-            h.reshape(len(h), self.groups, -1).swapaxes(0, 1),  # [g, T, n]
-            b.reshape(len(b), self.groups, -1).swapaxes(0, 1),  # [g, n, k / g]
-            self.precision,
-            stack=1,
-        )
-        return grouped.swapaxes(0, 1).reshape(len(h), -1)
-
-    def rows(self) -> tuple[int, int]:
-        return len(self.y) * self.groups, len(self.y)
-
-
-@dataclass(frozen=True)
-class BackwardConv(Product):
-    """The convolution that a derivative of one computes: W's outputs are the window and the channels of the result."""
-
-    dims: lax.ConvDimensionNumbers
-    settings: dict[str, Any]
-
-    def contract(self, a: jax.Array) -> jax.Array:
-        return matmul(channels_last(self.x, self.dims, of=0), a, self.precision)
-
-    def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
-        channels = self.dims.lhs_spec[1]
-        shape = [size for i, size in enumerate(self.x.shape) if i != channels]
-        image = jnp.moveaxis(h.reshape(*shape, -1), -1, channels).astype(self.x.dtype)
-        kernel = jnp.moveaxis(b, 0, self.dims.rhs_spec[1])
-        return channels_last(conv(image, kernel, self.dims, 1, self.precision, self.settings), self.dims)
-
-    def rows(self) -> tuple[int, int]:
-        return math.prod(self.x.shape) // self.x.shape[self.dims.lhs_spec[1]], len(self.y)
-
-
-@dataclass(frozen=True)
-class Ragged(Product):
-    """x [T, d], its rows sorted by expert: the first group_sizes[0] of them are the first expert's, and so on."""
-
-    group_sizes: jax.Array
-
-    def contract(self, a: jax.Array) -> jax.Array:
-        return self._dot(self.x, _columns(a, 1))
-
-    def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
-        return self._dot(h, _rows(b, 1))
-
-    def rows(self) -> tuple[int, int]:
-        return len(self.x), len(self.x)
-
-    def for_each_output(self, gain: jax.Array) -> jax.Array:
-        """Of each row's own expert."""
-        experts = jnp.repeat(jnp.arange(len(gain)), self.group_sizes, total_repeat_length=len(self.x))
-        return gain.reshape(len(gain), -1)[experts]
-
-    def _dot(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.ragged_dot(x, w.astype(x.dtype), self.group_sizes, precision=self.precision)
-
-
-def conv(x: jax.Array, w: jax.Array, dims: Any, groups: int, precision: Any, settings: dict[str, Any]) -> jax.Array:
-    """A convolution in x's dtype. JAX cannot differentiate one of a narrow x with a wider result."""
-    return lax.conv_general_dilated(
-        x, w.astype(x.dtype), dimension_numbers=dims, feature_group_count=groups, precision=precision, **settings
-    )
-
-
-def channels_last(image: jax.Array, dims: lax.ConvDimensionNumbers, of: int = 2) -> jax.Array:
-    """The result of a convolution (or its x, for `of` = 0) as [T, channels]."""
-    channels = dims[of][1]
-    return jnp.moveaxis(image, channels, -1).reshape(-1, image.shape[channels])
+        meshes = [jax.typeof(array).sharding.mesh for array in (self.x, self.y)]
+        if any(set(mesh.manual_axes) != set(mesh.axis_names) for mesh in meshes):
+            return False
+        return any(mesh.axis_names for mesh in meshes) or jax.device_count() == 1
 
 
 def as_matrices(x: jax.Array, stack: int, rows: int) -> jax.Array:
-    """[*s, *rows, *columns] -> [*s, T, d]."""
+    """Return x [*s, *rows, *columns] as matrices [*s, T, d]."""
     shape, first_column = x.shape, stack + rows
     return x.reshape(*shape[:stack], math.prod(shape[stack:first_column]), math.prod(shape[first_column:]))
 
 
 def product_dtype(x: Any, w: Any) -> Any:
-    """The dtype that x @ W is computed in: both operands' own, or where they differ one that holds both."""
+    """Return the dtype that x @ W is computed in: that of both, or where they differ one that holds both."""
     return x if x == w and jnp.dtype(x).itemsize > 1 else accumulator(x, w)
 
 
-def _columns(a: jax.Array, stack: int) -> jax.Array:
-    """A [*s, *inputs, n] as matrices [*s, d, n]."""
+def as_columns(a: jax.Array, stack: int) -> jax.Array:
+    """Return A [*s, *inputs, n] as matrices [*s, d, n]."""
     return a.reshape(*a.shape[:stack], math.prod(a.shape[stack:-1]), a.shape[-1])
 
 
-def _rows(b: jax.Array, stack: int) -> jax.Array:
-    """B [*s, n, *outputs] as matrices [*s, n, k]."""
+def as_rows(b: jax.Array, stack: int) -> jax.Array:
+    """Return B [*s, n, *outputs] as matrices [*s, n, k]."""
     return b.reshape(*b.shape[: stack + 1], math.prod(b.shape[stack + 1 :]))
 
 
@@ -249,9 +165,10 @@ def _masked(x: jax.Array, mask: jax.Array, probability: float) -> jax.Array:
 
 
 def lowrank(product: Product, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """scale * x @ A @ B, from left to right, so that nothing of A B's shape exists.
+    """Return scale * x @ A @ B, computed from left to right, so that nothing of A B's shape exists.
 
-    a [*stack, *inputs, r], b [*stack, r, *outputs] -> y's shape, in at least fp32 (in x's dtype for convolutions).
+    a is [*stack, *inputs, r] and b [*stack, r, *outputs]. The result has y's shape and at least fp32 (x's dtype for
+    convolutions).
 
     The factors are used in x's dtype and matrix products accumulate in fp32. The scale meets B, in fp32 or wider: no
     product over tokens is touched again, and none overflows fp16 by it.
@@ -262,7 +179,7 @@ def lowrank(product: Product, a: jax.Array, b: jax.Array, scale: float) -> jax.A
 
 
 def matmul(x: jax.Array, w: jax.Array, precision: Any, stack: int = 0, like: jax.Array | None = None) -> jax.Array:
-    """x [*s, *T, d] @ w [*s, d, *k], s being `stack` axes, in x's dtype, accumulated in fp32 or better.
+    """Return x [*s, *T, d] @ w [*s, d, *k], with `stack` axes s, in x's dtype and accumulated in fp32 or wider.
 
     On a mesh with explicit axes the result is sharded as `like` is.
     """
@@ -271,7 +188,7 @@ def matmul(x: jax.Array, w: jax.Array, precision: Any, stack: int = 0, like: jax
 
 
 def contract(x: jax.Array, a: jax.Array, precision: Any, stack: int = 0) -> jax.Array:
-    """x [*s, *T, *d] @ a [*s, *d, r], for a thin a.
+    """Return x [*s, *T, *d] @ a [*s, *d, r], for a thin a.
 
     A is laid out as [*s, r, *d] first, and the barrier keeps it so: XLA's CPU backend reads a thin matrix along d
     several times faster (benchmarks/train_step.py), and elsewhere a copy of A costs nothing to speak of.
@@ -295,6 +212,6 @@ def _dot(x: jax.Array, w: jax.Array, dims: Any, precision: Any, stack: int, plac
 
 
 def _explicit(x: jax.Array) -> jax.P | None:
-    """How an array is sharded, where its type says so: on a mesh with explicit axes."""
+    """Return how an array is sharded, where its type says so: on a mesh with explicit axes."""
     sharding = jax.typeof(x).sharding
     return sharding.spec if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types else None

@@ -1,4 +1,4 @@
-"""What a plan says: which weights get an adapter, along which axes, by which rule."""
+"""Plans: which weights get an adapter, along which axes and by which rule."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from lora_jax.core.text import count, format_table, size
 
 @dataclass(frozen=True)
 class Use:
-    """One product that a weight takes part in, along these of its axes as it is stored."""
+    """One product that a weight takes part in, along these axes of the weight as it is stored."""
 
     axes: KernelAxes
     rows: tuple[int, int]  # of x @ A and of h @ B, each time
@@ -36,12 +36,12 @@ class Target:
     materialized: tuple[str, ...] = ()  # where it is formed at full size
 
     def abstract(self) -> Adapter:
-        """The adapter's shapes."""
+        """Return the adapter with shapes in the place of arrays."""
         weight = jax.ShapeDtypeStruct(self.shape, self.dtype)
         return jax.eval_shape(lambda key, w: self.rule.init(key, w, self.axes), jax.random.key(0), weight)
 
     def flops(self) -> int:
-        """FLOPs that the adapter adds to one forward pass at the planned batch; a gradient costs three times that."""
+        """Return the FLOPs that the adapter adds to a forward pass of the planned batch, a third of a gradient's."""
         return sum(use.times * self.rule.flops(self.shape, self.axes, use.rows) for use in self.uses)
 
 

@@ -27,6 +27,12 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: in
     return "\n".join(line.rstrip() for line in lines)
 
 
+def listed(lines: Sequence[str], most: int = 8) -> str:
+    """Return the first lines, each indented on a line of its own, and how many more there are."""
+    more = [f"  and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join([*(f"  {line}" for line in lines[:most]), *more])
+
+
 def size(nbytes: int) -> str:
     """Bytes in decimal units.
 

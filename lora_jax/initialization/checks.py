@@ -1,4 +1,4 @@
-"""What looks at weights, gradients or data is checked before it starts: finite numbers, of the shapes that fit."""
+"""Checks of arguments that weights, gradients or data are: finite numbers, of the shapes that fit the adapters."""
 
 import math
 from collections.abc import Mapping
@@ -7,26 +7,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.lora import LoraAdapter, rank_above
+from lora_jax.adapters.arguments import rank_above
+from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.core.adapter import check_adapters
+from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import is_packed, unpacked
 from lora_jax.core.paths import flatten_with_names, is_array, nearest
-from lora_jax.initialization.svd import wide
+from lora_jax.initialization.svd import to_fp32
 
 
 def check_weights(params: Any, adapters: Any) -> dict[str, Any]:
-    """The weights of fresh adapters, finite: arrays, and what is packed."""
+    """Return `{path: W}` of the weights that fresh adapters are for, as arrays or packed.
+
+    Raises:
+        LoraError: the adapters are not fresh ones of plain LoRA, or do not fit `params`; a weight is not finite.
+    """
     check_fresh(adapters)
     names, leaves, _ = flatten_with_names(params)
     check_adapters(adapters, names, leaves)
     weights = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name in adapters}
     for path, leaf in weights.items():
-        check_numbers(f"the parameter {path!r}", unpacked(leaf))  # one at a time, and not kept
+        check_numbers(f"the parameter {path!r}", unpacked(leaf))  # only one is unpacked at a time
     return {path: leaf if is_packed(leaf) else jnp.asarray(leaf) for path, leaf in weights.items()}
 
 
 def check_fresh(adapters: Any) -> None:
+    """Raise unless these are `{path: LoraAdapter}` as `lora.init` makes them, of finite numbers and with B = 0."""
     if not isinstance(adapters, Mapping):
         raise LoraError(
             f"adapters are a dict {{path: adapter}} as lora.init makes it, found {type(adapters).__name__}."
@@ -40,6 +47,7 @@ def check_fresh(adapters: Any) -> None:
 
 
 def _check_adapter(path: str, adapter: LoraAdapter) -> None:
+    """Raise unless an adapter is of one piece, of a rank that its weight can have, finite, and with B = 0."""
     try:
         _, d, k = adapter.axes.fans(adapter.kernel_shape())
     except LoraError as error:
@@ -62,7 +70,16 @@ def _check_adapter(path: str, adapter: LoraAdapter) -> None:
 
 
 def check_data(what: str, tree: Any, expected: Mapping[str, tuple[int | None, ...]]) -> dict[str, jax.Array]:
-    """What a tree has for each path: finite, and of the expected shape, in which None stands for any size."""
+    """Return `{path: array}` of what a tree has at the expected paths.
+
+    Args:
+        what: the name of the argument, for messages.
+        tree: `{path: array}`, or nested like the parameters.
+        expected: `{path: shape}`; None in a shape stands for any size.
+
+    Raises:
+        LoraError: a path is missing; an array is not finite, not of floats or of another shape.
+    """
     names, leaves, _ = flatten_with_names(tree)
     given = dict(zip(names, leaves, strict=True))
     for path, shape in expected.items():
@@ -79,13 +96,27 @@ def check_data(what: str, tree: Any, expected: Mapping[str, tuple[int | None, ..
     return {path: jnp.asarray(given[path]) for path in expected}
 
 
+def inputs_shape(axes: KernelAxes, shape: tuple[int, ...]) -> tuple[int | None, ...]:
+    """Return [*stack, None, d], the shape of any number of inputs x of a weight with these axes and this shape."""
+    stack, _, _ = axes.sizes(shape)
+    _, d, _ = axes.fans(shape)
+    return (*stack, None, d)
+
+
+def check_choice(call: str, argument: str, found: str, known: tuple[str, ...]) -> None:
+    """Raise if an argument is none of the known names."""
+    if found not in known:
+        raise LoraError(f"{call}({argument}={found!r}): expected one of {', '.join(map(repr, known))}.")
+
+
 def check_numbers(what: str, leaf: Any) -> None:
+    """Raise if a leaf is traced, or not an array of finite floats."""
     if isinstance(leaf, jax.core.Tracer):
         raise LoraError(f"{what} is traced, and starts look at numbers: call them outside jax.jit and the like.")
     if not is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) or not jnp.issubdtype(leaf.dtype, jnp.floating):
         found = f"of {leaf.dtype} numbers" if is_array(leaf) else f"a {type(leaf).__name__}"
         raise LoraError(f"{what} is {found}, expected an array of floats: give it as one.")
-    with jax.ensure_compile_time_eval():  # what is not traced is known, also where a start is called in jax.jit
-        finite = bool(jnp.isfinite(wide(jnp.asarray(leaf))).all())
+    with jax.ensure_compile_time_eval():  # so that values that are not traced are read inside jax.jit too
+        finite = bool(jnp.isfinite(to_fp32(jnp.asarray(leaf))).all())
     if not finite:
         raise LoraError(f"{what} holds a NaN or an infinity, expected finite numbers: look for where they come from.")

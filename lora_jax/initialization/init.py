@@ -1,4 +1,4 @@
-"""Fresh adapters for a plan."""
+"""Fresh adapters for a plan, as its rules draw them."""
 
 from typing import Any
 
@@ -13,15 +13,21 @@ from lora_jax.sharding.adapters import adapter_shardings, on_mesh
 
 
 def init(key: jax.Array, params: Any, plan: Plan, shardings: Any = None) -> dict[str, Adapter]:
-    """`{path: adapter}` for every target of a plan; applying them changes nothing yet.
+    """Return a fresh adapter for every target of a plan; applying them changes nothing yet.
 
-    Each weight's randomness comes from the key and a hash of its path alone: the same on every host, and the same
-    when other weights join or leave the plan. Also runs under `jax.jit`, `jax.vmap` and `jax.eval_shape`, with the
-    plan closed over.
+    The random numbers of each adapter depend on the key and a hash of its path alone: they are the same on every host,
+    and stay the same when other weights join or leave the plan. Also runs under `jax.jit`, `jax.vmap` and
+    `jax.eval_shape`, with the plan closed over.
 
     Args:
-        shardings: where they go, as `lora.adapter_shardings` gives it: each device makes its own part. Without, they
-            go on the mesh that the planned weights are on, by the default policy, if they are on one.
+        key: of the random numbers.
+        params: the parameters that the plan was made for, or others of the same shapes.
+        plan: as of `lora.plan`.
+        shardings: of the adapters, as `lora.adapter_shardings` returns them: each device makes its own part. Without,
+            adapters of weights on a mesh are sharded over it by the default policy of `lora.adapter_shardings`.
+
+    Returns:
+        `{path: adapter}`, in the order of the plan.
 
     Raises:
         LoraError: `params` lack a planned path, or have another shape there.
@@ -29,26 +35,27 @@ def init(key: jax.Array, params: Any, plan: Plan, shardings: Any = None) -> dict
     if not isinstance(plan, Plan):
         raise LoraError(f"init takes a plan, found a {type(plan).__name__}: make it with lora.plan(fn, params, ...).")
     names, leaves, _ = flatten_with_names(params)
-    shapes = {name: tuple(leaf.shape) for name, leaf in zip(names, leaves, strict=True) if name in plan}
+    weights = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name in plan}
+    _check_shapes(plan, weights)
+    read = {path: leaf for path, leaf in weights.items() if plan[path].rule.reads_weight}
+    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in weights.items() if path not in read}
+
+    def draw(key: jax.Array, read: dict[str, Any]) -> dict[str, Adapter]:
+        given = shapes | read
+        return {path: t.rule.init(path_key(key, path), unpacked(given[path]), t.axes) for path, t in plan.items()}
+
+    if shardings is None and on_mesh(weights):
+        shardings = adapter_shardings(plan, params)
+    return draw(key, read) if shardings is None else jax.jit(draw, out_shardings=shardings)(key, read)
+
+
+def _check_shapes(plan: Plan, weights: dict[str, Any]) -> None:
+    """Raise if a planned weight is missing or has another shape."""
     for path, target in plan.items():
-        if shapes.get(path) != target.shape:
-            found = f"shape {list(shapes[path])}" if path in shapes else "no such path"
+        shape = tuple(weights[path].shape) if path in weights else None
+        if shape != target.shape:
+            found = "no such path" if shape is None else f"shape {list(shape)}"
             raise LoraError(
                 f"the plan was made for {path!r} of shape {list(target.shape)}, but these parameters have {found}. "
                 "Plan again with these parameters: lora.plan(fn, params, ..., rules=...)."
             )
-
-    weights: dict[str, Any] = {
-        name: leaf if plan[name].rule.reads_weight else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for name, leaf in zip(names, leaves, strict=True)
-        if name in plan
-    }
-    read = {path: leaf for path, leaf in weights.items() if plan[path].rule.reads_weight}
-
-    def start(key: jax.Array, read: dict[str, jax.Array]) -> dict[str, Adapter]:
-        given = weights | read
-        return {path: t.rule.init(path_key(key, path), unpacked(given[path]), t.axes) for path, t in plan.items()}
-
-    if shardings is None and on_mesh({path: leaf for path, leaf in zip(names, leaves, strict=True) if path in plan}):
-        shardings = adapter_shardings(plan, params)
-    return start(key, read) if shardings is None else jax.jit(start, out_shardings=shardings)(key, read)

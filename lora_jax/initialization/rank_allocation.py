@@ -1,7 +1,7 @@
-"""Ranks by importance: how a fixed sum of ranks is shared out among weights, before training starts.
+"""Ranks by importance: distribute a fixed sum of ranks over the weights, before training starts.
 
-Every component that a weight's adapter could have gets a score, and the largest scores win, whoever has them. Scores
-are made from a few batches: of the inputs of each weight, or of its gradient.
+Every component that an adapter could have gets a score, and the components with the largest scores are taken, of
+whichever weight. Scores are computed from a few batches: from the gradient of each weight, or from its inputs.
 
 >>> import jax, jax.numpy as jnp, lora_jax as lora
 >>> model = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
@@ -19,20 +19,24 @@ are made from a few batches: of the inputs of each weight, or of its gradient.
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
 from lora_jax.core.targets import Plan, Target
-from lora_jax.initialization.checks import check_data
-from lora_jax.initialization.svd import explained, matrices, wide
+from lora_jax.initialization.checks import check_data, inputs_shape
+from lora_jax.initialization.svd import explained_variance_ratio, flatten_stack, singular_values, to_matrices
 
 
 class Ranks(dict[str, int]):
-    """`{path: rank}`, and the rank of a rule: `lora.Lora(rank=ranks)`."""
+    """`{path: rank}`, which is also the rank of a rule: `lora.Lora(rank=ranks)`."""
 
     def __call__(self, path: str, shape: tuple[int, ...]) -> int:
+        """Return the rank of one weight, as rules ask for it.
+
+        Raises:
+            LoraError: none was allocated to it.
+        """
         if path not in self:
             near = ", ".join(map(repr, nearest(path, self))) or "none at all"
             raise LoraError(
@@ -43,54 +47,57 @@ class Ranks(dict[str, int]):
 
 
 def allocate_ranks(scores: Mapping[str, Any], budget: int, *, least: int = 1, most: int | None = None) -> Ranks:
-    """r_p for each path p with sum_p r_p = budget, for which sum_p (the r_p largest scores of p) is largest.
+    """Return ranks r_p with sum_p r_p = budget that maximise the sum over all paths p of the r_p largest scores of p.
 
-    Of equal scores, those win that are earlier among their weight's own, and then those of the earlier path, in the
-    order of strings. A higher budget takes no rank away: for a budget of parameters, take the highest whose plan has
-    few enough.
-    The choice is EVA's: Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via Explained Variance
-    Adaptation", arXiv 2410.07170.
+    Ties are broken by the place of a score among its weight's own, the earlier first, and then by the path in the order
+    of strings. A higher budget takes no rank away: for a budget of parameters, take the highest whose plan has few
+    enough.
+    The choice is that of EVA: Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via Explained
+    Variance Adaptation", arXiv 2410.07170.
 
     Args:
         scores: `{path: [n]}`, a number of at least 0 for each component that the adapter may have, in any order, as
-            `lora.gradient_scores` and `lora.input_scores` make them: n = min(d, k). No rank is above n.
+            `lora.gradient_scores` and `lora.input_scores` return them: n = min(d, k). No rank is above n.
         budget: the sum of all ranks. A weight of stacked matrices has one rank, which counts once.
         least, most: bounds of each rank.
 
     Returns:
-        A dict that is also what `lora.Lora(rank=ranks)` takes. Its scale is alpha / r of each weight; without alpha, it
-        is 1 everywhere.
+        `{path: rank}`, which `lora.Lora(rank=ranks)` takes. The scale of each adapter is then alpha / r with its own r;
+        without alpha, it is 1 everywhere.
 
     Raises:
-        LoraError: a budget below `least` for each weight, or above what `most` and the scores allow; bounds that leave
-            nothing between them; no scores, or such as are not finite numbers of at least 0.
+        LoraError: the budget is below `least` for each weight, or above what `most` and the scores allow; `most` or
+            the number of a weight's scores is below `least`; scores are missing, or not finite numbers of at least 0.
 
     >>> allocate_ranks({"query": [5, 3, 1], "value": [4, 1, 0]}, budget=4)
     {'query': 2, 'value': 2}
     """
-    falling = _falling(scores)
+    ordered = _sorted_scores(scores)
     for name, value in {"budget": budget, "least": least, "most": 1 if most is None else most}.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise LoraError(f"allocate_ranks({name}={value!r}): expected a whole number of at least 1.")
     if most is not None:
-        falling = {path: own[:most] for path, own in falling.items()}
-    for path, own in falling.items():
+        ordered = {path: own[:most] for path, own in ordered.items()}
+    for path, own in ordered.items():
         if len(own) < least:
             raise LoraError(
                 f"allocate_ranks(least={least}, most={most}): {path!r} can have a rank of at most {len(own)}: lower "
                 "`least`, or leave it out and give it a rule of its own."
             )
-    lowest, highest = least * len(falling), sum(map(len, falling.values()))
+    lowest, highest = least * len(ordered), sum(map(len, ordered.values()))
     if not lowest <= budget <= highest:
         raise LoraError(
-            f"allocate_ranks(budget={budget}): {len(falling)} weight(s) with a rank of at least {least} need {lowest} "
+            f"allocate_ranks(budget={budget}): {len(ordered)} weight(s) with a rank of at least {least} need {lowest} "
             f"in all, and can have {highest}: give a budget from {lowest} to {highest}."
         )
-    return allot(falling, budget, least)
+    return allocate_sorted(ordered, budget, least)
 
 
-def allot(scores: Mapping[str, np.ndarray], budget: int, least: int = 1) -> Ranks:
-    """`least` components for each path, and then those of the largest scores. Each path's own scores fall."""
+def allocate_sorted(scores: Mapping[str, np.ndarray], budget: int, least: int = 1) -> Ranks:
+    """Give `least` components to each path, and then those with the largest scores until the budget is used up.
+
+    The scores [n] of each path are sorted, the largest first.
+    """
     ranks = Ranks(dict.fromkeys(scores, int(least)))
     rest = [(-score, i, path) for path, own in scores.items() for i, score in enumerate(own.tolist()) if i >= least]
     for *_, path in sorted(rest)[: budget - least * len(ranks)]:
@@ -99,73 +106,76 @@ def allot(scores: Mapping[str, np.ndarray], budget: int, least: int = 1) -> Rank
 
 
 def gradient_scores(plan: Plan, gradients: Any) -> dict[str, np.ndarray]:
-    """S_i^2 of dL/dW = U S V^T, for each planned weight: its first min(d, k), falling.
+    """Score the components of each planned weight by its gradient: S_i^2 of dL/dW = U S V^T.
 
     The best change of W of rank r, -U_r S_r V_r^T times a small step, lowers the loss by the step times the sum of the
-    first r. So `allocate_ranks` finds the ranks with which all weights together lower it most. Stacked matrices have
-    the mean of theirs.
+    first r scores. So `allocate_ranks` finds the ranks with which all weights together lower it most. Stacked matrices
+    have the mean of their scores.
 
     Args:
-        gradients: dL/dW of the full weights, each in the weight's own axes, averaged over some batches:
+        plan: as of `lora.plan`, for the axes of the weights. Weights that are trained whole get no scores.
+        gradients: dL/dW of the full weights, each with its weight's own axes, averaged over some batches:
             `{path: dL/dW}` or a tree like the parameters.
+
+    Returns:
+        `{path: [min(d, k)]}`, the largest first.
 
     Raises:
         LoraError: a gradient is missing, not finite or of another shape than its weight.
     """
-    targets = _with_factors("gradient_scores", plan)
+    targets = _low_rank_targets("gradient_scores", plan)
     found = check_data("gradients", gradients, {path: target.shape for path, target in targets.items()})
 
     def squares(path: str) -> np.ndarray:
-        values = jnp.linalg.svd(matrices(found[path], targets[path].axes), compute_uv=False)
-        return np.square(np.asarray(values, np.float64)).mean(0)  # which may be beyond fp32
+        values = singular_values(to_matrices(found[path], targets[path].axes))
+        return np.square(np.asarray(values, np.float64)).mean(0)  # the squares may be beyond fp32
 
     return {path: squares(path) for path in targets}
 
 
 def input_scores(plan: Plan, inputs: Any) -> dict[str, np.ndarray]:
-    """S_i^2 / sum S^2 of X = U S V^T, what component i explains of a weight's inputs: the first min(d, k), falling.
+    """Score the components of each planned weight by what they explain of its inputs: S_i^2 / sum S^2 of X = U S V^T.
 
-    X has rows x. Stacked matrices have the mean of their shares; what no row shows has a score of 0. `lora.starts.eva`
-    shares out ranks by the same scores, and starts A with the components.
+    The rows of X are inputs x. Stacked matrices have the mean of their shares; components beyond the number of rows
+    have a score of 0. `lora.starts.eva` distributes ranks by the same scores, and starts A with the components.
 
     Args:
-        inputs: `{path: X [*stack, n, d]}`, n rows of what each weight is multiplied with; several inputs flattened to
-            d.
+        plan: as of `lora.plan`, for the axes of the weights. Weights that are trained whole get no scores.
+        inputs: `{path: X [*stack, n, d]}`, n rows of what each weight is multiplied with; several input axes flattened
+            to d.
+
+    Returns:
+        `{path: [min(d, k)]}`, the largest first.
 
     Raises:
         LoraError: inputs are missing, not finite or of another shape.
     """
-    targets = _with_factors("input_scores", plan)
-    expected: dict[str, tuple[int | None, ...]] = {}
-    for path, target in targets.items():
-        stack, _, _ = target.axes.sizes(target.shape)
-        _, d, _ = target.axes.fans(target.shape)
-        expected[path] = (*stack, None, d)
+    targets = _low_rank_targets("input_scores", plan)
+    expected = {path: inputs_shape(target.axes, target.shape) for path, target in targets.items()}
     found = check_data("inputs", inputs, expected)
 
     def shares(path: str, target: Target) -> np.ndarray:
         _, d, k = target.axes.fans(target.shape)
-        x = wide(found[path].reshape(-1, *found[path].shape[-2:]))
-        own = explained(jnp.linalg.svd(x, compute_uv=False))[: min(d, k)]
+        own = explained_variance_ratio(singular_values(flatten_stack(found[path])))[: min(d, k)]
         return np.pad(own, (0, min(d, k) - len(own)))
 
     return {path: shares(path, target) for path, target in targets.items()}
 
 
-def _with_factors(call: str, plan: Plan) -> dict[str, Target]:
-    """The targets that get low-rank factors: not those that are trained whole."""
+def _low_rank_targets(call: str, plan: Plan) -> dict[str, Target]:
+    """Return the targets that get low-rank factors, without those that are trained whole."""
     if not isinstance(plan, Plan):
         raise LoraError(f"{call} takes a plan, found a {type(plan).__name__}: make it with lora.plan(fn, params, ...).")
     return {path: target for path, target in plan.items() if not target.rule.whole}
 
 
-def _falling(scores: Any) -> dict[str, np.ndarray]:
-    """The scores of each path, largest first."""
+def _sorted_scores(scores: Any) -> dict[str, np.ndarray]:
+    """Check the scores, and sort those of each path, the largest first."""
     if not isinstance(scores, Mapping) or not scores:
         raise LoraError(
             f"allocate_ranks takes scores {{path: [n]}} as lora.gradient_scores makes them, found {scores!r}."
         )
-    falling = {}
+    ordered = {}
     for path, given in scores.items():
         own = np.asarray(given)
         if own.ndim != 1 or own.dtype.kind not in "iuf" or not (np.isfinite(own) & (own >= 0)).all():
@@ -173,5 +183,5 @@ def _falling(scores: Any) -> dict[str, np.ndarray]:
                 f"scores[{path!r}] are {own.dtype}{list(own.shape)}, expected one finite number of at least 0 for each "
                 "component: make them with lora.gradient_scores or lora.input_scores."
             )
-        falling[path] = np.sort(own.astype(np.float64))[::-1]
-    return falling
+        ordered[path] = np.sort(own.astype(np.float64))[::-1]
+    return ordered

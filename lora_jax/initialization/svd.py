@@ -1,6 +1,10 @@
-"""Singular values and vectors of n matrices at once, in fp32 or wider."""
+"""Singular value decompositions of stacked matrices, truncated or randomised.
+
+Functions marked "NumPy or JAX" compute with the library that their argument belongs to, in the argument's precision.
+"""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,28 +18,58 @@ Factors = tuple[jax.Array, jax.Array]  # A [n, d, r] and B [n, r, k], n being th
 OVERSAMPLING = 10  # columns beyond the rank in a randomised SVD, as Halko et al. advise
 
 
-def matrices(w: jax.Array, axes: KernelAxes) -> jax.Array:
-    """W with its own axes -> [n, d, k], in fp32 or wider."""
-    order = [*axes.stack, *axes.inputs, *axes.outputs]
-    return wide(w).transpose(order).reshape(axes.fans(w.shape))
-
-
-def wide(array: jax.Array) -> jax.Array:
+def to_fp32(array: jax.Array) -> jax.Array:
+    """Cast to fp32; arrays of a wider dtype stay as they are."""
     return array.astype(accumulator(array.dtype))
 
 
+def to_matrices(w: jax.Array, axes: KernelAxes) -> jax.Array:
+    """Reshape a weight, with its axes in its own order, to [n, d, k] in fp32 or wider."""
+    order = [*axes.stack, *axes.inputs, *axes.outputs]
+    return to_fp32(w).transpose(order).reshape(axes.fans(w.shape))
+
+
+def flatten_stack(arrays: jax.Array) -> jax.Array:
+    """Reshape [*stack, rows, columns] to [n, rows, columns] in fp32 or wider."""
+    return to_fp32(arrays.reshape(-1, *arrays.shape[-2:]))
+
+
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply in full precision on every device."""
     return jnp.matmul(a, b, precision="highest")
 
 
-def svd(w: jax.Array, which: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Some singular values S [n, r] of w [n, d, k], the largest being number 0, with U [n, d, r] and V^T [n, r, k]."""
-    u, values, vt = jnp.linalg.svd(w, full_matrices=False)
-    return u[:, :, which], values[:, which], vt[:, which]
+def svd(w: Any, which: Any) -> tuple[Any, Any, Any]:
+    """Return selected singular values and vectors of W. NumPy or JAX.
+
+    Args:
+        w: [*n, d, k].
+        which: the indices [r] or the slice of the singular values to return; number 0 is the largest.
+
+    Returns:
+        U [*n, d, r], S [*n, r] and V^T [*n, r, k].
+    """
+    u, values, vt = w.__array_namespace__().linalg.svd(w, full_matrices=False)
+    return u[..., which], values[..., which], vt[..., which, :]
+
+
+def singular_values(w: Any) -> Any:
+    """Return all singular values [*n, min(d, k)] of W [*n, d, k], the largest first. NumPy or JAX."""
+    return w.__array_namespace__().linalg.svdvals(w)
 
 
 def randomised_svd(key: jax.Array, w: jax.Array, rank: int, iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same for the first r, from an SVD of w within a subspace that W W^T turns towards them at each iteration."""
+    """Approximate the largest singular values and vectors by subspace iteration (Halko et al. 2009, arXiv 0909.4061).
+
+    Args:
+        key: of the random subspace that the iteration starts from.
+        w: [n, d, k].
+        rank: how many singular values.
+        iterations: multiplications of the subspace by W W^T; each turns it further towards the singular vectors.
+
+    Returns:
+        U [n, d, r], S [n, r] and V^T [n, r, k].
+    """
     n, d, k = w.shape
     columns = min(rank + OVERSAMPLING, d, k)
     q, _ = jnp.linalg.qr(matmul(w, jax.random.normal(key, (n, k, columns), w.dtype)))
@@ -43,24 +77,39 @@ def randomised_svd(key: jax.Array, w: jax.Array, rank: int, iterations: int) -> 
         # Without an orthonormal basis after each product, all columns would soon be the first singular vector.
         p, _ = jnp.linalg.qr(matmul(w.mT, q))
         q, _ = jnp.linalg.qr(matmul(w, p))
-    u, values, vt = svd(matmul(q.mT, w), np.arange(rank))
+    u, values, vt = svd(matmul(q.mT, w), slice(rank))
     return matmul(q, u), values, vt
 
 
-def shared(u: jax.Array, values: jax.Array, vt: jax.Array, scale: float) -> Factors:
-    """A and B with s A B = U S V^T, the singular values shared evenly."""
-    root = jnp.sqrt(values / abs(scale))
-    return u * root[:, None, :], math.copysign(1.0, scale) * root[:, :, None] * vt
+def balanced_factors(u: Any, values: Any, vt: Any, scale: float) -> tuple[Any, Any]:
+    """Split U S V^T into A and B of equal size such that s A B = U S V^T. NumPy or JAX.
+
+    Args:
+        u, values, vt: U [*n, d, r], S [*n, r] and V^T [*n, r, k].
+        scale: s, not 0; its sign goes into B.
+
+    Returns:
+        A = U sqrt(S / |s|) [*n, d, r] and B = sign(s) sqrt(S / |s|) V^T [*n, r, k].
+    """
+    root = values.__array_namespace__().sqrt(values / abs(scale))
+    return u * root[..., None, :], math.copysign(1.0, scale) * root[..., :, None] * vt
 
 
-def principal(x: jax.Array, most: int) -> tuple[jax.Array, np.ndarray]:
-    """The first right singular vectors of x [n, rows, d] as columns, and the shares of x^2 in them, averaged over n."""
-    _, values, vt = jnp.linalg.svd(x, full_matrices=False)
-    return vt[:, :most].mT, explained(values)[:most]
+def principal_components(x: jax.Array, most: int) -> tuple[jax.Array, np.ndarray]:
+    """Return the first `most` right singular vectors of x [n, rows, d] as columns [n, d, most], and what they explain.
+
+    The second result [most] is the `explained_variance_ratio` of each, averaged over the n matrices.
+    """
+    _, values, vt = svd(x, slice(None))
+    return vt[:, :most].mT, explained_variance_ratio(values)[:most]
 
 
-def explained(values: jax.Array) -> np.ndarray:
-    """The share of each singular value [n, m], the largest first, in their sum of squares, averaged over n."""
-    energy = jnp.square(values / jnp.maximum(values[:, :1], jnp.finfo(values.dtype).tiny))  # squares do not overflow
-    shares = energy / jnp.maximum(energy.sum(-1, keepdims=True), 1)
+def explained_variance_ratio(values: Any) -> np.ndarray:
+    """Return S_i^2 / sum S^2 [m] of singular values [n, m], the largest first, averaged over n. NumPy or JAX.
+
+    Matrices that are zero count as 0.
+    """
+    xp = values.__array_namespace__()
+    energy = xp.square(values / xp.maximum(values[:, :1], xp.finfo(values.dtype).tiny))  # squares do not overflow
+    shares = energy / xp.maximum(energy.sum(-1, keepdims=True), 1)
     return np.asarray(shares.mean(0))

@@ -1,0 +1,11 @@
+"""Other libraries' names and files.
+
+    key_map             which tensor of a torch model each parameter is: start here
+    architectures       key maps of published models; public as `lora_jax.key_maps`
+    safetensors_index   where the tensors of a published model are in its files
+    peft/               folders of HF PEFT, read and written
+    merge_checkpoint    adapters merged into the files of a published model, without building it
+
+Modules here import `core`, `adapters`, `checkpoints`, `initialization` and one another. `merge_checkpoint` imports
+`peft`; the others know nothing of it.
+"""

@@ -1,4 +1,4 @@
-"""The one place that imports safetensors, which only those need who read or write its files."""
+"""Import safetensors, an optional dependency, or raise an error that says how to install it."""
 
 from typing import Any
 

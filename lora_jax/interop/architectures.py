@@ -1,7 +1,7 @@
-"""Key maps of architectures, and what one's own are made of.
+"""Key maps of published architectures.
 
 The parameters are named as the modules of transformers: a path has "/" for each ".", and ends with `kernel`,
-`embedding`, `scale` or `bias`. Attention heads may have one axis or two.
+`embedding`, `scale` or `bias`. Attention heads may be one axis, or two: their number and their size.
 
     key_maps.LLAMA                        model/layers/{i}/self_attn/q_proj/kernel  [d, heads, head_dim]
     key_maps.LLAMA.stacked()              model/layers/self_attn/q_proj/kernel      [layers, d, heads, head_dim]
@@ -11,24 +11,6 @@ The parameters are named as the modules of transformers: a path has "/" for each
 from collections.abc import Iterator
 
 from lora_jax.interop.key_map import Entry, KeyMap, array, conv, conv1d, embedding, experts, linear
-
-__all__ = [
-    "BERT",
-    "GEMMA",
-    "GPT2",
-    "LLAMA",
-    "T5",
-    "VIT",
-    "VIT_4",
-    "Entry",
-    "KeyMap",
-    "array",
-    "conv",
-    "conv1d",
-    "embedding",
-    "experts",
-    "linear",
-]
 
 
 def _dense(name: str, axes: str = "in out", bias: str = "out*") -> Iterator[Entry]:
@@ -75,13 +57,13 @@ GPT2 = _map(
     _table("transformer.wte"),
     _table("transformer.wpe"),
     *(_norm(f"transformer.h.{{i}}.ln_{n}") for n in (1, 2)),
-    # Here the three projections are one; for three of one's own: conv1d(path, name, "in out*", part=0), 1, 2.
+    # c_attn is query, key and value in one. Models with three weights say conv1d(path, name, "in out*", part=0), 1, 2.
     *(_conv1d(f"transformer.h.{{i}}.{name}") for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
     _norm("transformer.ln_f"),
     linear("lm_head/kernel", "lm_head"),
 )
 
-# Also Mistral, Qwen 2 and 3, SmolLM; biases, norms of heads and experts where a model has them.
+# Also for Mistral, Qwen 2 and 3, and SmolLM, some of which have biases, norms of heads, or experts.
 LLAMA = _map(
     _table("model.embed_tokens"),
     *(_dense(f"model.layers.{{i}}.self_attn.{name}_proj", "in out*") for name in "qkv"),
@@ -89,7 +71,7 @@ LLAMA = _map(
     *(_norm(f"model.layers.{{i}}.self_attn.{name}_norm") for name in "qk"),
     *(_dense(f"model.layers.{{i}}.mlp.{name}_proj") for name in ("gate", "up", "down")),
     linear("model/layers/{i}/mlp/gate/kernel", "model.layers.{i}.mlp.gate"),
-    # In the order in which transformers registers them, which PEFT's names depend on.
+    # In the order in which transformers registers them: PEFT's names depend on it.
     *(
         experts(f"model/layers/{{i}}/mlp/experts/{name}/kernel", f"model.layers.{{i}}.mlp.experts.{name}")
         for name in ("gate_up_proj", "down_proj")
@@ -118,7 +100,7 @@ VIT = _VIT + _map(
     *(_dense(f"vit.layers.{{i}}.mlp.fc{n}") for n in (1, 2)),
     *(_norm(f"vit.layers.{{i}}.layernorm_{place}") for place in ("before", "after")),
 )
-VIT_4 = _VIT + _map(  # the modules of transformers 4, as in the published files
+VIT_4 = _VIT + _map(  # with the names of transformers 4, which the published files have
     *(_dense(f"vit.encoder.layer.{{i}}.attention.attention.{name}", "in out*") for name in ("query", "key", "value")),
     _dense("vit.encoder.layer.{i}.attention.output.dense", "in* out"),
     *(_dense(f"vit.encoder.layer.{{i}}.{name}.dense") for name in ("intermediate", "output")),

@@ -1,4 +1,4 @@
-"""Which tensor of a torch model each parameter is: tables from pytree paths to module names, with the axes of both.
+"""Key maps: tables that say which tensor of a torch model each parameter of a JAX model is.
 
     KeyMap(
         linear("layer_{i}/query/kernel", "encoder.layer.{i}.attention.self.query"),
@@ -6,10 +6,10 @@
         array("layer_{i}/norm/scale", "encoder.layer.{i}.attention.output.LayerNorm.weight"),
     )
 
-A `{name}` stands for a number. In the axes, which are those of our array in order, `in` and `out` are inputs and
-outputs of the product, `window` the window of a convolution, and `in*` or `out*` one or more such axes, as the heads of
-an attention. A `{name}` of the module that the path lacks is an axis: `"i in out"` for layers that are stacked along
-the first one.
+An entry pairs the path of a parameter with the name of a module. A `{name}` stands for a number. The axes are those of
+the JAX array, in order: `in` and `out` are inputs and outputs of the product, `window` is the window of a convolution,
+and `in*` or `out*` stands for one axis or more, such as the heads of an attention and their size. A `{name}` that the
+module has and the path lacks is an axis: `"i in out"` is for layers that are stacked along the first axis.
 """
 
 import dataclasses
@@ -28,28 +28,35 @@ from lora_jax.core.paths import nearest
 
 Array = np.ndarray[Any, Any]
 
-# Torch's axes of each kind of module's weight, and what its name ends with.
-KINDS = {
-    "linear": ("out in", ".weight"),
-    "conv1d": ("in out", ".weight"),  # transformers' Conv1D, of GPT-2
-    "embedding": ("in out", ".weight"),
-    "conv": ("out in window", ".weight"),
-    "experts": ("expert out in", ""),  # one parameter for all experts
-    "experts_transposed": ("expert in out", ""),
-    "array": ("keep out", ""),
+
+class ModuleKind(NamedTuple):
+    """How torch stores the weight of one kind of module."""
+
+    axes: str  # the weight's axes in torch's order
+    suffix: str  # what the tensor's name has after the module's
+
+
+MODULE_KINDS = {
+    "linear": ModuleKind("out in", ".weight"),
+    "conv1d": ModuleKind("in out", ".weight"),  # transformers' Conv1D, of GPT-2
+    "embedding": ModuleKind("in out", ".weight"),
+    "conv": ModuleKind("out in window", ".weight"),
+    "experts": ModuleKind("expert out in", ""),  # one parameter for all experts
+    "experts_transposed": ModuleKind("expert in out", ""),
+    "array": ModuleKind("keep out", ""),
 }
-_FLAT = ("in", "out")  # such axes are one axis in torch
+_FLATTENED = ("in", "out")  # torch has a single axis where we have several of these in a row
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a table. Made by `linear`, `embedding`, `conv`, `conv1d`, `experts`, `array`."""
+    """One line of a key map. Made by `linear`, `embedding`, `conv`, `conv1d`, `experts` or `array`."""
 
-    path: str  # of the parameter, as "layer_{i}/query/kernel"
-    name: str  # of the module, as "encoder.layer.{i}.attention.self.query"; of an array or of experts all of its name
-    axes: str
-    kind: str
-    part: int | None = None  # its outputs are this part of the module's, which are in one piece there
+    path: str  # of the parameter, such as "layer_{i}/query/kernel"
+    name: str  # of the module, such as "encoder.layer.{i}.attention.self.query"; of arrays and experts, of the tensor
+    axes: str  # a word for each axis of the JAX array
+    kind: str  # of the module, a key of MODULE_KINDS
+    part: int | None = None  # which part of the module's outputs it is, if torch joins several parameters in one module
 
     def __post_init__(self) -> None:
         words, known = self.axes.split(), _placeholders(self.path)
@@ -65,15 +72,16 @@ class Entry:
 
     @property
     def suffix(self) -> str:
-        """What the name of the weight itself has beyond that of the module."""
-        return KINDS[self.kind][1]
+        """Return what the name of the weight has after that of the module."""
+        return MODULE_KINDS[self.kind].suffix
 
     @property
     def is_of_experts(self) -> bool:
+        """Return whether torch keeps the weights of all experts in one parameter."""
         return self.kind.startswith("experts")
 
     def words(self, ndim: int) -> tuple[str, ...] | None:
-        """What each of so many axes is; None if there cannot be so many."""
+        """Return a word for each of `ndim` axes, or None if there cannot be that many."""
         words = self.axes.split()
         more = ndim - len(words)
         starred = next((i for i, word in enumerate(words) if word.endswith("*")), None)
@@ -85,42 +93,45 @@ class Entry:
 
 
 def linear(path: str, name: str, axes: str = "in out", part: int | None = None) -> Entry:
-    """A weight of `torch.nn.Linear`, which torch keeps as [out, in]."""
+    """Describe a weight of `torch.nn.Linear`, which torch keeps as [out, in]."""
     return Entry(path, name, axes, "linear", part)
 
 
 def conv1d(path: str, name: str, axes: str = "in out", part: int | None = None) -> Entry:
-    """A weight of transformers' `Conv1D`, kept as [in, out] (GPT-2)."""
+    """Describe a weight of transformers' `Conv1D`, kept as [in, out] (GPT-2)."""
     return Entry(path, name, axes, "conv1d", part)
 
 
 def embedding(path: str, name: str, axes: str = "in out") -> Entry:
-    """A table of `torch.nn.Embedding`, [entries, features] here and there."""
+    """Describe a table of `torch.nn.Embedding`, [entries, features] in JAX and in torch."""
     return Entry(path, name, axes, "embedding")
 
 
 def conv(path: str, name: str, axes: str = "window* in out") -> Entry:
-    """A kernel of a convolution, [out, in, *window] in torch."""
+    """Describe a kernel of a convolution, [out, in, *window] in torch."""
     return Entry(path, name, axes, "conv")
 
 
 def experts(
     path: str, name: str, axes: str = "expert in out", part: int | None = None, transposed: bool = False
 ) -> Entry:
-    """One parameter for all experts, [experts, out, in] in torch, or transposed."""
+    """Describe one parameter for all experts, [experts, out, in] in torch, or [experts, in, out] if transposed."""
     return Entry(path, name, axes, "experts_transposed" if transposed else "experts", part)
 
 
 def array(path: str, name: str, axes: str = "out*", part: int | None = None) -> Entry:
-    """An array that is never adapted: a bias, a scale. `name` is that of the tensor; "keep*" keeps its shape."""
+    """Describe an array that has no factors, such as a bias or a scale.
+
+    `name` is that of the tensor; the axes "keep*" keep its shape as it is.
+    """
     return Entry(path, name, axes, "array", part)
 
 
 class KeyMap:
-    """A table between the parameters of a JAX model and the modules of its torch twin.
+    """A table that pairs the parameters of a JAX model with the modules of the same model in torch.
 
     Args:
-        entries: the first one that matches a path counts.
+        entries: of several that match a path, the first one counts.
     """
 
     def __init__(self, *entries: Entry) -> None:
@@ -130,11 +141,11 @@ class KeyMap:
         return KeyMap(*self.entries, *other.entries)
 
     def under(self, path: str = "", name: str = "") -> "KeyMap":
-        """The same table for a model that is a part of another one: all paths and names begin with these."""
+        """Return the key map for the same model inside another one: all paths and names get these prefixes."""
         return KeyMap(*(dataclasses.replace(e, path=path + e.path, name=name + e.name) for e in self.entries))
 
     def stacked(self, placeholder: str = "i") -> "KeyMap":
-        """The same table for layers that are stacked along the first axis: `layers/{i}/kernel` is `layers/kernel`."""
+        """Return the key map for layers that are stacked along a first axis: `layers/{i}/kernel` is `layers/kernel`."""
         mark = "{" + placeholder + "}"
 
         def change(entry: Entry) -> Entry:
@@ -145,17 +156,20 @@ class KeyMap:
 
         return KeyMap(*map(change, self.entries))
 
-    def place(self, shapes: Mapping[str, tuple[int, ...]], strict: bool = True) -> "dict[str, Placed]":
-        """Where each of these parameters is. If not strict, those without an entry are left out.
+    def match(self, shapes: Mapping[str, tuple[int, ...]], strict: bool = True) -> "dict[str, ParameterMatch]":
+        """Find the torch tensors of each parameter.
+
+        Args:
+            shapes: `{path: shape}` of the parameters.
+            strict: raise for a parameter that no entry matches, instead of leaving it out.
 
         Raises:
             LoraError: no entry matches a path; the axes do not fit its shape; two parameters are one tensor.
         """
-        placed: dict[str, Placed] = {}
+        matches: dict[str, ParameterMatch] = {}
         taken: dict[tuple[str, int | None], str] = {}
         for path, shape in shapes.items():
-            found = self._place(path, shape)
-            if found is None and strict:
+            if (found := self._match(path, shape)) is None and strict:
                 known = nearest(path, [entry.path for entry in self.entries], n=3)
                 raise LoraError(
                     f"the key map has no entry for {path!r}; the nearest are {', '.join(map(repr, known)) or 'none'}. "
@@ -163,17 +177,18 @@ class KeyMap:
                 )
             if found is None:
                 continue
-            placed[path] = found
+            matches[path] = found
             for name in found.tensors().values():
-                place = (name, found.entry.part)
-                if place in taken:
-                    raise LoraError(f"the key map gives {path!r} and {taken[place]!r} the same tensor {name!r}.")
-                taken[place] = path
-        return placed
+                key = (name, found.entry.part)
+                if key in taken:
+                    raise LoraError(f"the key map gives {path!r} and {taken[key]!r} the same tensor {name!r}.")
+                taken[key] = path
+        return matches
 
-    def _place(self, path: str, shape: tuple[int, ...]) -> "Placed | None":
+    def _match(self, path: str, shape: tuple[int, ...]) -> "ParameterMatch | None":
+        """Return the match of the first entry whose pattern fits the path."""
         for order, entry in enumerate(self.entries):
-            if (match := _pattern(entry.path).fullmatch(path)) is None:
+            if (numbers := _pattern(entry.path).fullmatch(path)) is None:
                 continue
             words = entry.words(len(shape))
             if words is None:
@@ -184,25 +199,29 @@ class KeyMap:
             unstacked = tuple(i for i, word in enumerate(words) if word in _placeholders(entry.name))
             names = {}
             for index in itertools.product(*(range(shape[i]) for i in unstacked)):
-                numbers = match.groupdict() | {words[i]: str(n) for i, n in zip(unstacked, index, strict=True)}
-                names[index] = entry.name.format(**numbers)
-            return Placed(path, shape, entry, order, words, unstacked, names)
+                own = {words[i]: str(n) for i, n in zip(unstacked, index, strict=True)}
+                names[index] = entry.name.format(**numbers.groupdict() | own)
+            return ParameterMatch(path, shape, entry, order, words, unstacked, names)
         return None
 
 
-class Placed(NamedTuple):
-    """One parameter, and the modules that it is in torch: one for each index of the stacked axes."""
+class ParameterMatch(NamedTuple):
+    """A parameter of the JAX model that an entry of a key map matches, and its modules in torch.
+
+    Axes that torch has a module of its own for at each index, such as those of stacked layers, are `unstacked`.
+    """
 
     path: str
     shape: tuple[int, ...]
     entry: Entry
-    order: int  # of the entry in the key map
-    words: tuple[str, ...]
-    unstacked: tuple[int, ...]  # axes of ours, along which each index is a module of its own
-    names: dict[tuple[int, ...], str]
+    order: int  # the position of the entry in the key map
+    words: tuple[str, ...]  # what each axis is: "in", "out", "window", "expert", "keep" or a placeholder
+    unstacked: tuple[int, ...]  # the axes of the parameter that its modules do not have
+    names: dict[tuple[int, ...], str]  # of its modules, by the index along the unstacked axes
 
     @property
     def axes(self) -> KernelAxes:
+        """Return which axes of the parameter are inputs, outputs and stacked."""
         groups: dict[str, list[int]] = {"stack": [], "inputs": [], "outputs": []}
         for i, word in enumerate(self.words):
             groups[{"in": "inputs", "window": "inputs", "out": "outputs"}.get(word, "stack")].append(i)
@@ -210,29 +229,34 @@ class Placed(NamedTuple):
 
     @property
     def outputs(self) -> int:
-        """The number of outputs, all axes of them together."""
+        """Return the number of outputs, that is the product of the output axes."""
         return math.prod(n for n, word in zip(self.shape, self.words, strict=True) if word == "out")
 
-    def inner(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """The words and the sizes of the axes that a single module has."""
+    def module_axes(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Return the words and the sizes of the parameter's axes that a single module has."""
         kept = [i for i in range(len(self.shape)) if i not in self.unstacked]
         return tuple(self.words[i] for i in kept), tuple(self.shape[i] for i in kept)
 
+    def sizes_of(self, word: str) -> tuple[int, ...]:
+        """Return the sizes of a module's axes of one kind, such as those of its "window"."""
+        words, sizes = self.module_axes()
+        return tuple(size for own, size in zip(words, sizes, strict=True) if own == word)
+
     def tensors(self) -> dict[tuple[int, ...], str]:
+        """Return the names of its tensors, by the index along the unstacked axes."""
         return {index: name + self.entry.suffix for index, name in self.names.items()}
 
     @property
     def experts(self) -> int:
-        """The number of experts in one tensor."""
-        words, sizes = self.inner()
-        return math.prod(size for word, size in zip(words, sizes, strict=True) if word == "expert")
+        """Return the number of experts in one tensor."""
+        return math.prod(self.sizes_of("expert"))
 
     def output_axis(self, ndim: int) -> int:
-        """Torch's axis of the outputs."""
-        return ndim - 1 if self.entry.kind == "array" else KINDS[self.entry.kind][0].split().index("out")
+        """Return the axis of the outputs in a torch tensor of `ndim` axes."""
+        return ndim - 1 if self.entry.kind == "array" else MODULE_KINDS[self.entry.kind].axes.split().index("out")
 
     def outputs_of(self, tensor: Array, start: int) -> Array:
-        """The part of a module's tensor that is ours."""
+        """Cut the outputs of this parameter, which begin at `start`, out of a tensor of its module."""
         if self.entry.part is None:
             return tensor
         where: list[Any] = [slice(None)] * tensor.ndim
@@ -240,17 +264,19 @@ class Placed(NamedTuple):
         return tensor[tuple(where)]
 
     def factors_from_torch(self, a: Array, b: Array, start: int) -> tuple[Array, Array]:
-        """Our A [*stack, *inputs, r] and B [*stack, r, *outputs] of one module; our outputs are torch's from `start`.
+        """Convert torch's A [r, in] and B [out, r] of one module to [*experts, *inputs, r] and [*experts, r, *outputs].
+
+        Args:
+            start: where the outputs of this parameter begin among those of the module.
 
         Raises:
-            LoraError: the shapes are not those of our parameter's factors.
+            LoraError: the shapes are not those of the parameter's factors.
         """
-        words, sizes = self.inner()
+        words, sizes = self.module_axes()
         inputs, n = self._inputs_in_torch(), self.outputs
-        experts = tuple(size for word, size in zip(words, sizes, strict=True) if word == "expert")
-        count = self.experts
+        experts, count = self.sizes_of("expert"), self.experts
         rank = a.shape[0] // count
-        expected = (rank * count, *_flat([words[i] for i in inputs], [sizes[i] for i in inputs]))
+        expected = (rank * count, *_flattened([words[i] for i in inputs], [sizes[i] for i in inputs]))
         fits = b.shape[0] == n if self.entry.part is None else b.shape[0] >= start + n
         if a.shape != expected or not fits or b.size != b.shape[0] * rank * count:
             raise LoraError(
@@ -262,49 +288,47 @@ class Placed(NamedTuple):
         a = a.transpose(*range(e), *(e + 1 + np.argsort(inputs)), e)
         b = b.reshape(b.shape[0], rank, *experts)[start : start + n]
         b = b.transpose(*range(2, 2 + e), 1, 0)
-        outputs = tuple(size for word, size in zip(words, sizes, strict=True) if word == "out")
-        return a, b.reshape(*experts, rank, *outputs)
+        return a, b.reshape(*experts, rank, *self.sizes_of("out"))
 
     def factors_to_torch(self, a: Array, b: Array) -> tuple[Array, Array]:
-        """Torch's A [r, in] and B [out, r] of one module, from ours."""
-        words, sizes = self.inner()
+        """Convert A and B of one module to torch's A [r, in] and B [out, r], the inverse of `factors_from_torch`."""
+        words, sizes = self.module_axes()
         inputs, e = self._inputs_in_torch(), words.count("expert")
         rank = a.shape[-1]
-        places = np.argsort(np.argsort(inputs))  # of each of torch's inputs among ours
-        a = a.transpose(*range(e), a.ndim - 1, *(e + places))
-        a = a.reshape(-1, *_flat([words[i] for i in inputs], [sizes[i] for i in inputs]))
+        positions = np.argsort(np.argsort(inputs))  # of each of torch's inputs among ours
+        a = a.transpose(*range(e), a.ndim - 1, *(e + positions))
+        a = a.reshape(-1, *_flattened([words[i] for i in inputs], [sizes[i] for i in inputs]))
         b = b.reshape(*b.shape[:e], rank, -1).transpose(e + 1, e, *range(e)).reshape(self.outputs, -1)
         return a, b.reshape(*b.shape, *(1 for word in words if word == "window"))
 
     def _inputs_in_torch(self) -> list[int]:
-        """Our axes that are inputs, in torch's order."""
-        words, _ = self.inner()
+        """Return the input axes of a module's part of the parameter, in torch's order."""
+        words, _ = self.module_axes()
         return [i for i in _order(words, self.entry.kind) if words[i] in ("in", "window")]
 
     def where(self, index: tuple[int, ...]) -> tuple[Any, ...]:
-        """Of an array with our axes, where the part is that is one module."""
+        """Return the index of one module's part in an array with the parameter's axes."""
         where: list[Any] = [slice(None)] * len(self.shape)
         for axis, i in zip(self.unstacked, index, strict=True):
             where[axis] = i
         return tuple(where)
 
     def to_torch(self, ours: Array) -> Array:
-        """The tensor of one module, or of our part of it, from our array."""
-        words, _ = self.inner()
-        order = _order(words, self.entry.kind)
-        moved = ours.transpose(order)
-        return moved.reshape(_flat(tuple(words[i] for i in order), moved.shape))
+        """Convert one module's part of the parameter to its torch tensor, or to this parameter's outputs of that."""
+        words, _ = self.module_axes()
+        moved = ours.transpose(order := _order(words, self.entry.kind))
+        return moved.reshape(_flattened([words[i] for i in order], moved.shape))
 
     def from_torch(self, tensor: Array, index: tuple[int, ...]) -> Array:
-        """Our array from the tensor of one module, or of our part of it.
+        """Convert a torch tensor, or this parameter's outputs of it, to one module's part of the parameter.
 
         Raises:
-            LoraError: the tensor has another shape than our parameter.
+            LoraError: the tensor does not have the parameter's shape.
         """
-        words, sizes = self.inner()
+        words, sizes = self.module_axes()
         order = _order(words, self.entry.kind)
         moved = tuple(sizes[i] for i in order)
-        expected = _flat(tuple(words[i] for i in order), moved)
+        expected = _flattened([words[i] for i in order], moved)
         if tensor.shape != expected:
             raise LoraError(
                 f"{self.tensors()[index]} has shape {list(tensor.shape)}, but {self.path!r} of shape "
@@ -313,37 +337,51 @@ class Placed(NamedTuple):
         return tensor.reshape(moved).transpose(np.argsort(order))
 
 
+def parts_by_tensor(matches: Mapping[str, ParameterMatch]) -> dict[str, list[ParameterMatch]]:
+    """Return the parameters that each torch tensor consists of, in the order of its outputs, by the tensor's name."""
+    groups: dict[str, list[ParameterMatch]] = {}
+    for match in matches.values():
+        for name in match.tensors().values():
+            groups.setdefault(name, []).append(match)
+    return {name: sorted(parts, key=lambda match: match.entry.part or 0) for name, parts in groups.items()}
+
+
+def output_offsets(matches: Mapping[str, ParameterMatch]) -> dict[str, int]:
+    """Return where the outputs of each parameter begin among those of its module, by the parameter's path."""
+    offsets = {}
+    for parts in parts_by_tensor(matches).values():
+        offset = 0
+        for match in parts:
+            offsets[match.path] = offset
+            offset += match.outputs
+    return offsets
+
+
+def parameter_parts(
+    matches: Mapping[str, ParameterMatch], tensors: Mapping[str, Array]
+) -> dict[str, dict[tuple[int, ...], Array]]:
+    """Return what these tensors hold of each parameter, converted from torch, by path and index of the module."""
+    offsets = output_offsets(matches)
+    found: dict[str, dict[tuple[int, ...], Array]] = {}
+    for path, match in matches.items():
+        for index, name in match.tensors().items():
+            if name in tensors:
+                part = match.from_torch(match.outputs_of(tensors[name], offsets[path]), index)
+                found.setdefault(path, {})[index] = part
+    return found
+
+
 def _order(words: Sequence[str], kind: str) -> list[int]:
-    """Our axes in torch's order."""
-    order = KINDS[kind][0].split()
+    """Return the positions of these axes in torch's order."""
+    order = MODULE_KINDS[kind].axes.split()
     return sorted(range(len(words)), key=lambda i: (order.index(words[i]), i))
 
 
-def groups_of(placed: Mapping[str, Placed]) -> dict[str, list[Placed]]:
-    """The parameters that are parts of one module, in order, by the names of modules."""
-    groups: dict[str, list[Placed]] = {}
-    for place in placed.values():
-        for name in place.tensors().values():
-            groups.setdefault(name, []).append(place)
-    return {name: sorted(parts, key=lambda place: place.entry.part or 0) for name, parts in groups.items()}
-
-
-def starts_of(placed: Mapping[str, Placed]) -> dict[str, int]:
-    """Where the outputs of each parameter begin among those of its module."""
-    starts = {}
-    for parts in groups_of(placed).values():
-        start = 0
-        for place in parts:
-            starts[place.path] = start
-            start += place.outputs
-    return starts
-
-
-def _flat(words: Sequence[str], sizes: Sequence[int]) -> tuple[int, ...]:
-    """The sizes in torch: inputs and outputs are one axis each."""
+def _flattened(words: Sequence[str], sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the sizes of the axes that torch has, in which neighbouring inputs, or outputs, are one axis."""
     found: list[int] = []
     for i, (word, size) in enumerate(zip(words, sizes, strict=True)):
-        if i and word in _FLAT and words[i - 1] == word:
+        if i and word in _FLATTENED and words[i - 1] == word:
             found[-1] *= size
         else:
             found.append(size)

@@ -1,7 +1,7 @@
-"""Adapters into the safetensors of a published model, without building it: shard by shard, in little memory.
+"""Merge adapters into the safetensors of a published model without building it: shard by shard, in little memory.
 
-W' = W + s B A, for DoRA with each output at its length, in fp32 and rounded once to W's dtype. Each file is copied but
-for the bytes of adapted tensors: names, order, dtypes, metadata and the index stay what they were.
+W' = W + s B A, for DoRA with each output scaled to its length, is computed in fp32 and rounded once to W's dtype. Each
+file is copied except for the bytes of adapted tensors: names, order, dtypes, metadata and the index stay as they were.
 """
 
 import math
@@ -21,37 +21,39 @@ from lora_jax.checkpoints.atomic_dir import refuse_to_replace, written
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
-from lora_jax.interop.key_map import KINDS, Array, KeyMap
+from lora_jax.interop import safetensors_index
+from lora_jax.interop.key_map import MODULE_KINDS, Array, KeyMap
+from lora_jax.interop.peft.formats.registry import LORA
 from lora_jax.interop.peft.load import load_by_module
 from lora_jax.interop.peft.to_modules import modules_to_save, torch_modules
 from lora_jax.interop.safetensors_index import Tensor, read, tensors_in
 
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-CHUNK = 2**20  # entries of a tensor at a time: they fit into a CPU's cache
-BLOCK = 2**22  # bytes at a time of what is only copied
-THREADS = 4  # twice what adds them, on the smallest of machines: half of the time is reading and writing
-OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors"}  # are not copied
+DTYPES = {name: safetensors_index.DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}  # that adapters are added to
+CHUNK = 2**20  # entries of a tensor that are added at a time: they fit into a CPU's cache
+BLOCK = 2**22  # bytes that are copied at a time
+THREADS = 4  # twice the cores of the smallest machines: half of the time is reading and writing
+OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors"}  # files not to copy
 
 
 class Change(NamedTuple):
-    """What is added to a tensor: L @ R for each of the matrices that it is made of."""
+    """What is added to a tensor: L @ R for each of the matrices that it consists of."""
 
     factors: list[tuple[Array, Array]]  # L [rows, r] and R [r, columns]
-    shape: tuple[int, ...]  # that the tensor has to have
-    lengths: Array | None = None  # [rows], that those of W + L R are given: of DoRA
+    shape: tuple[int, ...]  # the shape that the tensor has to have
+    lengths: Array | None = None  # [rows]: DoRA's lengths, to which the rows of W + L R are scaled
 
 
 class Part(NamedTuple):
-    """Bytes of a file that are read and written at once."""
+    """Bytes of a file that are read and written in one step."""
 
     file: str
     start: int
     size: int
-    name: str = ""  # of the tensor that they belong to, where that changes
+    name: str = ""  # of the tensor that the bytes belong to, if it changes
     dtype: Any = None
-    base: Array | None = None  # instead of what the file has
+    base: Array | None = None  # what is written in the place of the file's own numbers
     factors: tuple[Array, Array] | None = None  # L and R whose product is added
-    lengths: Array | None = None  # that the rows are given
+    lengths: Array | None = None  # to which the rows are scaled
 
 
 def merge_checkpoint(
@@ -65,18 +67,20 @@ def merge_checkpoint(
 ) -> dict[str, float]:
     """Write a model of Hugging Face with adapters merged into its weights.
 
-    Holds a few chunks of a tensor in memory, whatever the size of the model.
+    Only a few chunks of a tensor are in memory at a time, whatever the size of the model.
 
     Args:
         source: a folder with `model.safetensors` or an index and its shards.
         target: a new folder: the same files, with the merged tensors in their places.
-        adapters: `{path: adapter}`, with `key_map`; or a folder of HF PEFT, whose own names say where they go. What
-            that folder holds whole takes the place of the tensor with its name, before anything is added.
-        params: as of `save_peft`.
+        adapters: `{path: adapter}`, with `key_map`; or a folder of HF PEFT, which names the tensors itself. A tensor
+            that this folder holds whole replaces the model's tensor of that name before anything is added.
+        key_map: from parameters to modules.
+        params: as for `save_peft`.
         progress: called with the bytes done and those of all adapted tensors.
 
     Returns:
-        `{tensor: rounding loss}`: |W' rounded - W'| / |W' - W|, of norms. 1 means that nothing of the change is left.
+        `{tensor: rounding loss}`: |W' rounded - W'| / |W' - W| in Frobenius norms. 1 means that nothing of the change
+        is left.
 
     Raises:
         LoraError: the source has no safetensors, or damaged ones; a tensor is missing, has another shape, or is
@@ -99,14 +103,14 @@ def check_checkpoint(
     *,
     params: Any = None,
 ) -> None:
-    """Raise what `merge_checkpoint` would raise, and write nothing."""
+    """Raise the errors that `merge_checkpoint` would raise, and write nothing."""
     _checked(Path(source).absolute(), adapters, key_map, params)
 
 
 def _checked(
     source: Path, adapters: Mapping[str, Adapter] | str | Path, key_map: KeyMap | None, params: Any
 ) -> tuple[dict[str, Tensor], list[str], dict[str, Change], dict[str, Array]]:
-    """The tensors and files of the source, what is added to tensors, and what takes their places."""
+    """Return the tensors and files of the source, what is added to tensors, and what replaces tensors."""
     tensors, files = tensors_in(source)
     whole: dict[str, Array] = {}
     if isinstance(adapters, str | Path):
@@ -120,7 +124,7 @@ def _checked(
 
 
 def read_tensors(source: Path) -> "Tensors":
-    """The tensors of a model's folder, each read when it is asked for.
+    """Return the tensors of a model's folder, each of which is read when it is asked for.
 
     Raises:
         LoraError: as `merge_checkpoint`.
@@ -129,16 +133,16 @@ def read_tensors(source: Path) -> "Tensors":
 
 
 class Tensors(Mapping[str, Array]):
-    """`{name: tensor}` in the order of the files."""
+    """`{name: tensor}` in the order of the files. `places` says where each is."""
 
     def __init__(self, source: Path, places: Mapping[str, Tensor]) -> None:
         self._source, self.places = source, places
 
     def __getitem__(self, name: str) -> Array:
-        place = self.places[name]
-        if place.dtype not in DTYPES:
-            raise LoraError(f"{name!r} is of {place.dtype} in {self._source}, expected one of {', '.join(DTYPES)}.")
-        return read(self._source, place, DTYPES[place.dtype]).reshape(place.shape)
+        tensor = self.places[name]
+        if tensor.dtype not in DTYPES:
+            raise LoraError(f"{name!r} is of {tensor.dtype} in {self._source}, expected one of {', '.join(DTYPES)}.")
+        return read(self._source, tensor, DTYPES[tensor.dtype]).reshape(tensor.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -151,19 +155,20 @@ class Tensors(Mapping[str, Array]):
 
 
 def _changes(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any) -> dict[str, Change]:
-    kind, modules, placed = modules_to_save(adapters, key_map, params)
-    if kind != "DORA":
-        modules, placed = torch_modules(adapters, key_map, params)
+    """Return what adapters add to each tensor; kinds that are LoRA in another form are taken as LoRA."""
+    found = modules_to_save(adapters, key_map, params)
+    if not found.format.is_low_rank:
+        found = torch_modules(adapters, key_map, params, LORA)
     changes = {}
-    for name, module in modules.items():
-        place = placed[name]
+    for name, module in found.modules.items():
+        match = found.matches[name]
         a, b, lengths = module.arrays["a"], module.arrays["b"], module.arrays.get("m")
-        if lengths is not None and place.entry.kind not in ("linear", "conv"):
+        if lengths is not None and match.entry.kind not in ("linear", "conv"):
             raise LoraError(
-                f"{place.path!r} has DoRA on a {place.entry.kind}, whose lengths run along its columns: load the model "
+                f"{match.path!r} has DoRA on a {match.entry.kind}, whose lengths run along its columns: load the model "
                 "and merge with lora.merge."
             )
-        changes[name + place.entry.suffix] = _change(place.entry.kind, a, b, module.scale, place.experts, lengths)
+        changes[name + match.entry.suffix] = _change(match.entry.kind, a, b, module.scale, match.experts, lengths)
     return changes
 
 
@@ -173,15 +178,16 @@ def _changes_of_folder(folder: Path) -> tuple[dict[str, Change], dict[str, Array
 
 
 def _change(kind: str, a: Array, b: Array, scale: float, experts: int, lengths: Array | None) -> Change:
-    """Torch's A and B of a module as the products that are added to its tensor."""
+    """Return the products of torch's A and B of a module that are added to its tensor."""
     wide_a, wide_b = np.asarray(a, np.float32), np.asarray(b, np.float32) * np.float32(scale)
     window = a.shape[2:]
     a2 = wide_a.reshape(experts, a.shape[0] // experts, -1)
     b2 = np.moveaxis(wide_b.reshape(b.shape[0], -1, experts), -1, 0)
-    turned = KINDS[kind][0].split().index("in") < KINDS[kind][0].split().index("out")
-    factors = [(a_.T, b_.T) if turned else (b_, a_) for a_, b_ in zip(a2, b2, strict=True)]
-    inner = (a.shape[1], b.shape[0]) if turned else (b.shape[0], a.shape[1])
-    shape = (*((experts,) if "expert" in KINDS[kind][0] else ()), *inner, *window)
+    axes = MODULE_KINDS[kind].axes.split()
+    inputs_first = axes.index("in") < axes.index("out")
+    factors = [(a_.T, b_.T) if inputs_first else (b_, a_) for a_, b_ in zip(a2, b2, strict=True)]
+    inner = (a.shape[1], b.shape[0]) if inputs_first else (b.shape[0], a.shape[1])
+    shape = (*((experts,) if "expert" in axes else ()), *inner, *window)
     return Change(factors, shape, None if lengths is None else np.asarray(lengths, np.float32))
 
 
@@ -191,7 +197,7 @@ def _change(kind: str, a: Array, b: Array, scale: float, experts: int, lengths: 
 def _check(
     source: Path, tensors: Mapping[str, Tensor], changes: Mapping[str, Change], whole: Mapping[str, Array]
 ) -> None:
-    """All of it before anything is written."""
+    """Raise, before anything is written, if a tensor is missing, quantised or of another shape."""
     shapes = {name: change.shape for name, change in changes.items()} | {n: a.shape for n, a in whole.items()}
     for name, shape in shapes.items():
         if name not in tensors:
@@ -219,9 +225,9 @@ def _write(
     whole: Mapping[str, Array],
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, float]:
-    """The files again, with sums and other tensors in their places; and the rounding loss of each sum.
+    """Write the files with the merged and replaced tensors, and return the rounding loss of each merged one.
 
-    The files are written in parts, several at a time: the sums of some while others are read and written.
+    The files are written in parts, several at a time: some are added while others are read and written.
     """
     parts: list[Part] = []
     for file in files:
@@ -245,7 +251,7 @@ def _write(
 def _parts(
     file: str, size: int, tensors: Mapping[str, Tensor], changes: Mapping[str, Change], whole: Mapping[str, Array]
 ) -> Iterator[Part]:
-    """All bytes of a file, in order."""
+    """Yield all bytes of a file in order."""
     at = 0
     touched = {n: t for n, t in tensors.items() if t.file == file and (n in changes or n in whole)}
     for name, tensor in sorted(touched.items(), key=lambda item: item[1].start):
@@ -260,12 +266,13 @@ def _parts(
 
 
 def _copied(file: str, start: int, end: int) -> Iterator[Part]:
+    """Yield bytes that do not change."""
     for at in range(start, end, BLOCK):
         yield Part(file, at, min(BLOCK, end - at))
 
 
 def _summed(file: str, tensor: Tensor, name: str, change: Change, base: Array | None) -> Iterator[Part]:
-    """Some rows of W + L R at a time; W is the file's, or `base`."""
+    """Yield some rows of W + L R at a time, where W is the file's, or `base`."""
     dtype: Any = np.dtype(DTYPES[tensor.dtype])
     flat = None if base is None else base.astype(dtype, copy=False).reshape(-1)
     done = 0  # entries
@@ -282,7 +289,7 @@ def _summed(file: str, tensor: Tensor, name: str, change: Change, base: Array | 
 
 
 def _write_part(source: Path, new: Path, part: Part) -> tuple[float, float]:
-    """Read and write some bytes of a file; the squared norms of what rounding took from them, and of what changed."""
+    """Read, change and write some bytes of a file; return the squared norms of rounding errors and of the change."""
     if part.base is None:
         with (source / part.file).open("rb") as old:
             old.seek(part.start)
@@ -306,7 +313,7 @@ def _write_part(source: Path, new: Path, part: Part) -> tuple[float, float]:
 
 
 def _rows(n: int, most: int) -> int:
-    """How many of n rows at a time: a divisor if there is a large one, so that one program serves all parts."""
+    """Return how many of n rows to add at a time: if possible a large divisor of n, which one program serves."""
     most = max(1, min(n, most))
     return next((rows for rows in range(most, most // 2, -1) if n % rows == 0), most)
 
@@ -315,14 +322,14 @@ def _rows(n: int, most: int) -> int:
 def _sum(
     w: jax.Array, left: jax.Array, right: jax.Array, lengths: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """W' rounded to W's dtype, and of each row the squared norms of what rounding took and, for DoRA, of W' - W.
+    """Return W' in W's dtype, and for each row the squared norms of the rounding errors and, for DoRA, of W' - W.
 
-    Without lengths, W' - W is L R, of which the norm is known from the factors.
+    Without lengths, W' - W is L R, whose norm follows from the factors.
     """
     wide = w.astype(jnp.float32)
     exact, changes = wide + jnp.matmul(left, right, precision="highest"), None
     if lengths is not None:
-        exact = exact * _gain(exact, lengths)[:, None]
+        exact = exact * _gain(jnp, exact, lengths)[:, None]
         changes = jnp.square(exact - wide).sum(-1)
     rounded = exact.astype(w.dtype)
     error = rounded.astype(jnp.float32) - exact
@@ -330,19 +337,18 @@ def _sum(
 
 
 def _sum_in_fp64(w: Array, left: Array, right: Array, lengths: Array | None) -> tuple[Array, float, Array | None]:
-    """The same for fp64, which JAX has only where that is asked for; nothing is lost that counts."""
+    """Return the same for fp64, which JAX has only where it is enabled; its rounding errors do not count."""
     exact = w + left.astype(np.float64) @ right
     if lengths is None:
         return exact, 0.0, None
-    norms = np.linalg.norm(exact, axis=-1)
-    exact *= np.where(norms == 0, 1.0, lengths / np.where(norms == 0, 1.0, norms))[:, None]
+    exact *= _gain(np, exact, lengths)[:, None]
     return exact, 0.0, np.square(exact - w).sum(-1)
 
 
-def _gain(rows: jax.Array, lengths: jax.Array) -> jax.Array:
-    """What gives each row its length; 1 for one that is zero, and stays so."""
-    norms = jnp.linalg.norm(rows, axis=-1)
-    return jnp.where(norms == 0, 1.0, lengths / jnp.where(norms == 0, 1.0, norms))
+def _gain(xp: Any, rows: Any, lengths: Any) -> Any:
+    """Return the factor that scales each row to its length, 1 for a row of zeros; `xp` is NumPy or jax.numpy."""
+    norms = xp.linalg.norm(rows, axis=-1)
+    return xp.where(norms == 0, 1.0, lengths / xp.where(norms == 0, 1.0, norms))
 
 
 def _total(squares: Any) -> float:
@@ -350,6 +356,6 @@ def _total(squares: Any) -> float:
 
 
 def _squared_norm(left: Array, right: Array) -> float:
-    """Of L R, as the trace of (L^T L)(R R^T)."""
+    """Return the squared norm of L R, which is the trace of (L^T L)(R R^T)."""
     left, right = left.astype(np.float64), right.astype(np.float64)
     return max(0.0, float(np.sum((left.T @ left) * (right @ right.T))))

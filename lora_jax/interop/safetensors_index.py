@@ -1,7 +1,7 @@
-"""Where the tensors of a published model are in its files: `model.safetensors`, or an index and its shards.
+"""Find the tensors of a published model in its files: `model.safetensors`, or an index and its shards.
 
-A file is only read where a tensor is asked for. Files come from anywhere: what they say is checked, and nothing in
-them is executed.
+Of a file, only the header and the tensors that are asked for are read. Files come from anywhere: what they say is
+checked, and nothing in them is executed.
 """
 
 import json
@@ -39,14 +39,14 @@ class Tensor(NamedTuple):
     """Where a tensor is in a file."""
 
     file: str
-    dtype: str
+    dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
-    start: int
+    start: int  # its first byte
     size: int  # bytes
 
 
 def tensors_in(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """All tensors of a model, in order, and the files that they are in.
+    """Return all tensors of a model, in order, and the files that they are in.
 
     Raises:
         LoraError: a file is missing or damaged; a tensor is in two files, or in none that the index names.
@@ -71,7 +71,7 @@ def tensors_in(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _indexed(path: Path) -> tuple[list[str], list[str]]:
-    """The files that an index names, which are names and no paths; and the tensors."""
+    """Return the files and the tensors that an index names; it may name files beside it and no other paths."""
     try:
         weights = json.loads(path.read_bytes())["weight_map"]
         files = sorted(dict.fromkeys(weights.values()))
@@ -84,7 +84,7 @@ def _indexed(path: Path) -> tuple[list[str], list[str]]:
 
 
 def header(path: Path) -> dict[str, Tensor]:
-    """Where the tensors of a file are. `safetensors` checks that they lie beside one another in the file."""
+    """Return where the tensors of a file are. `safetensors` checks that they are contiguous in the file."""
     from lora_jax.interop._safetensors import SafetensorError, safe_open
 
     try:
@@ -104,7 +104,7 @@ def header(path: Path) -> dict[str, Tensor]:
 
 
 def read(folder: Path, tensor: Tensor, dtype: Any) -> np.ndarray[Any, Any]:
-    """[n]: the bytes of a tensor as numbers of this dtype."""
+    """Return the bytes of a tensor as a flat array of this dtype."""
     with (folder / tensor.file).open("rb") as file:
         file.seek(tensor.start)
         data = file.read(tensor.size)

@@ -1,17 +1,17 @@
-"""Copies of an adapter, one for each part of the batch, so that their gradients meet once a step.
+"""Copies of an adapter, one for each part of the batch, so that gradients are summed over devices once a step.
 
 Over a mesh that splits the batch, the gradient of A is a sum over devices. Left to the compiler, that sum is taken
-wherever the product is: in every layer of a scan and for every microbatch. With a copy of A for each part of the batch
-no device's gradient has to do with another's, until the copies are added up at the end: one all-reduce.
+wherever the product is: in every layer of a scan and for every microbatch. With a copy of A for each part of the
+batch, the gradients of the copies stay apart until they are added up at the end: one all-reduce.
 
 All copies are equal, so it makes no difference to the result which rows meet which copy.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,141 +19,174 @@ import jax.numpy as jnp
 from jax import P
 from jax.sharding import NamedSharding
 
-from lora_jax.core.adapter import Adapter, Layout, is_adapter
+from lora_jax.core.adapter import Adapter, AdapterWrapper, is_adapter
 from lora_jax.core.axes import KernelAxes
+from lora_jax.core.operand import Operand, Wrapper
 from lora_jax.core.partition import names_of
 from lora_jax.core.products import Product
+
+Splits = tuple[tuple[int, int], ...]  # (axis of the batch, into how many parts), for the axes that are split
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Spread(Adapter):
-    """Copies of one adapter, in `counts[i]` parts along the i-th token axis of what the weight is multiplied with.
-
-    The copies are stacked axes of `inner`, the last ones: it is the adapter of a weight [*W, *counts].
-    """
+class PerShardCopies(AdapterWrapper):
+    """Equal copies of one adapter: every array of `inner` begins with an axis of copies for each split."""
 
     inner: Adapter
     axes: KernelAxes = field(metadata={"static": True})
-    counts: tuple[int, ...] = field(metadata={"static": True})
-
-    def one(self) -> Adapter:
-        """One of the copies."""
-        return _without_copies(self.inner, range(len(self.counts)), sum(map(len, self.axes)))
+    splits: Splits = field(metadata={"static": True})
 
     @property
-    def reads_weight(self) -> bool:  # type: ignore[override]
-        return self.inner.reads_weight
+    def asked(self) -> Adapter:
+        return _first_copy(self.inner, len(self.splits))
+
+    def kernel_shape(self) -> tuple[int, ...]:
+        k = len(self.splits)
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[k:], a.dtype), self.inner).kernel_shape()
+
+    def lower(self, w: Any) -> Operand | jax.Array:
+        """Lower every copy. Of an adapter that gives W' itself, one is enough."""
+        if self.forms_weight:
+            return self.asked.lower(w)
+        n, k = len(self.axes.stack), len(self.splits)
+
+        def lower(adapter: Adapter) -> Any:
+            return adapter.lower(w)
+
+        for _ in self.splits:
+            lower = jax.vmap(lower)
+        operand = lower(self.inner)
+        if not isinstance(operand, Operand):
+            return _first_copy(operand, k)
+        inner = operand.with_axes(
+            _with_copies(self.axes, k), lambda array, _: jnp.moveaxis(array, range(k), range(n, n + k))
+        )
+        return CopiesOperand(inner, self.axes, self.splits)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CopiesOperand(Wrapper):
+    """The operand of `PerShardCopies`.
+
+    The copies are stacked axes of `inner`, the last ones: it is the operand of a weight [*W, *copies].
+    """
+
+    inner: Operand
+    axes: KernelAxes = field(metadata={"static": True})
+    splits: Splits = field(metadata={"static": True})
+
+    layout = MappingProxyType({})
+
+    def around(self, inner: Operand) -> "CopiesOperand":
+        ndim = sum(map(len, inner.axes)) - len(self.splits)
+        axes = inner.axes
+        for axis in reversed(range(ndim, ndim + len(self.splits))):
+            axes = axes.drop(axis)
+        return dataclasses.replace(self, inner=inner, axes=axes)
+
+    def one(self) -> Operand:
+        """Return one of the copies."""
+        return self._without(range(len(self.splits)))
+
+    def _without(self, which: Sequence[int]) -> Operand:
+        """Return the operand inside with the first copy alone along these of its axes of copies."""
+        inner, ndim = self.inner, sum(map(len, self.axes))
+        for i in sorted(which, reverse=True):
+            inner = inner.replace_axes(ndim + i, 1, 0, _first_along)
+        return inner
 
     def merge(self, w: jax.Array) -> jax.Array:
         return self.one().merge(w)
 
-    def enter(self, w: jax.Array) -> Adapter | jax.Array:
-        """Each copy as it enters; an array has one copy only."""
-        n, k = len(self.axes.stack), len(self.counts)
-        whole = self.one().enter(w)
-        if not isinstance(whole, Adapter):
-            return whole
-
-        def change(adapter: Adapter) -> Any:
-            return adapter.enter(w)
-
-        for _ in range(k):
-            change = jax.vmap(change, in_axes=n, out_axes=n)
-        entered = change(self.inner.rebuild(self.axes, lambda array, _: array, stack_only=True))
-        inner = entered.rebuild(_with_copies(self.axes, k), lambda array, _: array, stack_only=True)
-        return dataclasses.replace(self, inner=inner)
-
     def apply(self, product: Product) -> jax.Array:
-        """Each part of the rows by its own copy; where the rows have no such parts, all of them by one."""
+        """Multiply each part of the rows by its own copy; all of them by one where the rows have no such parts."""
         rows = product.token_axes()
-        fits = [i < len(rows) and rows[i] % n == 0 for i, n in enumerate(self.counts)]
-        inner = _without_copies(self.inner, [i for i, fit in enumerate(fits) if not fit], sum(map(len, self.axes)))
+        fits = [i < len(rows) and rows[i] % n == 0 for i, n in self.splits]
+        inner = self._without([i for i, fit in enumerate(fits) if not fit])
         if not any(fits):
             return inner.apply(product)
-        counts = [n if fit else 1 for n, fit in zip(self.counts, fits, strict=True)]
+        parts = {i: n for (i, n), fit in zip(self.splits, fits, strict=True) if fit}
+        counts = [parts.get(i, 1) for i in range(len(rows))]
         return product.join(inner.apply(product.split(counts, inner.axes)), counts)
 
-    def explicit(self) -> "Spread":
-        return dataclasses.replace(self, inner=self.inner.explicit())
-
-    def transpose(self) -> "Spread":
-        return dataclasses.replace(self, inner=self.inner.transpose(), axes=self.axes.transpose())
-
-    def scale_by(self, factor: jax.Array) -> "Spread":
-        return dataclasses.replace(self, inner=self.inner.scale_by(factor))
-
-    def concatenate(self, parts: Sequence[Adapter | None], sizes: Sequence[int], axis: int) -> Adapter | None:
-        if any(p is not None and (not isinstance(p, Spread) or p.counts != self.counts) for p in parts):
+    def concatenate(self, parts: Sequence[Any], sizes: Sequence[int], axis: int) -> Operand | None:
+        if any(p is not None and (not isinstance(p, CopiesOperand) or p.splits != self.splits) for p in parts):
             return None
-        inner = self.inner.concatenate([p and p.inner for p in parts], sizes, axis)  # type: ignore[attr-defined]
-        return inner and dataclasses.replace(self, inner=inner)
-
-    def rebuild(
-        self, axes: KernelAxes, change: Callable[[jax.Array, Layout], Any], stack_only: bool = False
-    ) -> "Spread":
-        def with_copies(array: jax.Array, layout: Layout) -> Any:
-            return change(array, ("stack", *["copies"] * len(self.counts), *layout[1:]))
-
-        inner = self.inner.rebuild(_with_copies(axes, len(self.counts)), with_copies, stack_only)
-        return dataclasses.replace(self, inner=inner, axes=axes)
-
-    def rows(self, axis: int, n: int, fn: Callable[..., Any], stack: Sequence[int] = ()) -> Adapter:
-        """Rows that are looked up are few and thin: those of one copy."""
-        return self.one().rows(axis, n, fn, stack)
+        inner = self.inner.concatenate([p and p.inner for p in parts], sizes, axis)
+        return inner and self.around(inner)
 
     def kernel_shape(self) -> tuple[int, ...]:
-        return self.inner.kernel_shape()[: -len(self.counts)]
+        return self.inner.kernel_shape()[: -len(self.splits)]
 
-    def trainable(self) -> "Spread":
-        return dataclasses.replace(self, inner=self.inner.trainable())
+    def permute(self, permutation: tuple[int, ...]) -> Operand:
+        ndim = len(permutation)
+        return self.around(self.inner.permute((*permutation, *range(ndim, ndim + len(self.splits)))))
+
+    def specs(self, spec: jax.P) -> Operand:
+        ndim = sum(map(len, self.axes))
+        every = (*spec, *[None] * (ndim - len(spec) + len(self.splits)))
+        return dataclasses.replace(self, inner=self.inner.specs(P(*every)))
+
+    def rows(self, axis: int, n: int, fn: Callable[..., Any], stack: Sequence[int] = ()) -> Operand:
+        """Return rows of one copy: rows that are looked up are few and thin."""
+        return self.one().rows(axis, n, fn, stack)
+
+    def with_axes(self, axes: KernelAxes, change: Callable[..., Any]) -> Operand:
+        """Change the arrays of every copy: their axes of copies follow the stack, as axes of their own."""
+        own = ["copies"] * len(self.splits)
+        inner = self.inner.with_axes(
+            _with_copies(axes, len(own)), lambda array, layout: change(array, ("stack", *own, *layout[1:]))
+        )
+        return dataclasses.replace(self, inner=inner, axes=axes)
 
 
-def spread(tree: Any, batch: NamedSharding) -> Any:
-    """The tree with copies of each adapter in it, one for each part that a batch of this sharding comes in.
+def make_copies(tree: Any, batch: NamedSharding) -> Any:
+    """Return the tree with copies of each adapter in it, one for each part that a batch of this sharding comes in.
 
     The i-th entry of the sharding's spec splits the i-th axis of the batch, and is taken to split the i-th axis, among
     those that are not multiplied away, of whatever an adapted weight is multiplied with. Where that is not so the
     numbers are the same, and the communication is more.
     """
-    sizes = [math.prod(batch.mesh.shape[name] for name in names_of(entry)) for entry in batch.spec]
-    if math.prod(sizes) == 1 or jax.sharding.AxisType.Explicit in batch.mesh.axis_types:
+    splits = _splits(batch)
+    if not splits or jax.sharding.AxisType.Explicit in batch.mesh.axis_types:
         return tree  # explicit axes leave the compiler nothing to decide
+    counts, entries = [n for _, n in splits], [batch.spec[i] for i, _ in splits]
 
-    def copies(array: jax.Array, _: Layout, n: int) -> jax.Array:
-        shape = (*array.shape[:n], *sizes, *array.shape[n:])
-        free = P.UNCONSTRAINED
-        spec = P(*[free] * n, *batch.spec, *[free] * (array.ndim - n))
-        copied = jnp.broadcast_to(jnp.expand_dims(array, range(n, n + len(sizes))), shape)
-        return jax.lax.with_sharding_constraint(copied, NamedSharding(batch.mesh, spec))
+    def copied(array: jax.Array) -> jax.Array:
+        sharding = NamedSharding(batch.mesh, P(*entries, *[P.UNCONSTRAINED] * array.ndim))
+        return jax.lax.with_sharding_constraint(jnp.broadcast_to(array, (*counts, *array.shape)), sharding)
 
-    def spread_one(node: Any) -> Any:
-        if not is_adapter(node):
+    def copy(node: Any) -> Any:
+        if not is_adapter(node) or node.forms_weight:
             return node
-        axes, n = node.axes, len(node.axes.stack)
-        inner = node.rebuild(_with_copies(axes, len(sizes)), functools.partial(copies, n=n), stack_only=True)
-        return Spread(inner, axes, tuple(sizes))
+        return PerShardCopies(jax.tree.map(copied, node), node.axes, splits)
 
-    return jax.tree.map(spread_one, tree, is_leaf=is_adapter)
+    return jax.tree.map(copy, tree, is_leaf=is_adapter)
 
 
 def add_up(grads: Any, batch: NamedSharding) -> Any:
-    """The gradient of a tree, from that of its copies for a batch of this sharding: one reduction over all devices."""
-    names = tuple(name for entry in batch.spec for name in names_of(entry))
+    """Return the gradient of a tree, from that of its copies for this batch: one reduction over all devices."""
+    names = tuple(name for i, _ in _splits(batch) for name in names_of(batch.spec[i]))
 
-    def total(array: jax.Array, _: Layout, n: int, copies: int) -> jax.Array:
-        array = array.reshape(*array.shape[:n], -1, *array.shape[n + copies :])
-        free = P.UNCONSTRAINED
-        spec = P(*[free] * n, names, *[free] * (array.ndim - n - 1))
-        return jax.lax.with_sharding_constraint(array, NamedSharding(batch.mesh, spec)).sum(n)
+    def total(array: jax.Array, copies: int) -> jax.Array:
+        array = array.reshape(-1, *array.shape[copies:])
+        sharding = NamedSharding(batch.mesh, P(names, *[P.UNCONSTRAINED] * (array.ndim - 1)))
+        return jax.lax.with_sharding_constraint(array, sharding).sum(0)
 
-    def add_one(node: Any) -> Any:
-        if not isinstance(node, Spread):
+    def add(node: Any) -> Any:
+        if not isinstance(node, PerShardCopies):
             return node
-        n = len(node.axes.stack)
-        return node.inner.rebuild(node.axes, functools.partial(total, n=n, copies=len(node.counts)), stack_only=True)
+        return jax.tree.map(lambda array: total(array, len(node.splits)), node.inner)
 
-    return jax.tree.map(add_one, grads, is_leaf=is_adapter)
+    return jax.tree.map(add, grads, is_leaf=is_adapter)
+
+
+def _splits(batch: NamedSharding) -> Splits:
+    """Return which axes of a batch are split, and into how many parts. Mesh axes of size 1 split nothing."""
+    sizes = [math.prod(batch.mesh.shape[name] for name in names_of(entry)) for entry in batch.spec]
+    return tuple((i, n) for i, n in enumerate(sizes) if n > 1)
 
 
 def _with_copies(axes: KernelAxes, n: int) -> KernelAxes:
@@ -161,7 +194,9 @@ def _with_copies(axes: KernelAxes, n: int) -> KernelAxes:
     return axes._replace(stack=(*axes.stack, *range(ndim, ndim + n)))
 
 
-def _without_copies(inner: Adapter, which: Sequence[int], ndim: int) -> Adapter:
-    for i in sorted(which, reverse=True):
-        inner = inner.replace_axes(ndim + i, 1, 0, lambda array, at: jax.lax.index_in_dim(array, 0, at, keepdims=False))
-    return inner
+def _first_copy(tree: Any, copies: int) -> Any:
+    return jax.tree.map(lambda array: array[(0,) * copies], tree)
+
+
+def _first_along(array: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.index_in_dim(array, 0, axis, keepdims=False)

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import optax
 
-from lora_jax.core.adapter import Adapter, field_names, is_adapter
+from lora_jax.core.adapter import Adapter, is_adapter
 from lora_jax.core.errors import LoraError
+from lora_jax.core.layout import field_names
 from lora_jax.core.paths import flatten_with_names, nearest
 
 LearningRate = float | Callable[[Any], Any]  # or a schedule: steps taken -> rate

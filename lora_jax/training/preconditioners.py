@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax.adapters.lora import LoraAdapter, check_dtype
+from lora_jax.adapters.arguments import check_dtype
+from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.core.adapter import Adapter, is_adapter
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import flatten_with_names

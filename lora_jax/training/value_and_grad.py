@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from lora_jax.core._compat import vary
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.errors import LoraError
-from lora_jax.sharding.gradient_copies import add_up, spread
+from lora_jax.sharding.gradient_copies import add_up, make_copies
 
 Loss = Callable[..., Any]  # (trainable, params, *batch) -> loss, (loss, metrics) or (loss, metrics, weight)
 
@@ -40,7 +40,7 @@ def value_and_grad(
             keys in the batch go to each.
         axis_name: inside `jax.pmap` or `jax.shard_map`, the axes over which each device has a part of the batch.
         batch_sharding: under `jax.jit` over a mesh, where the batch is: adapters then add up their gradients over
-            devices once a step, also in scanned layers and with microbatches (`lora_jax.spread`).
+            devices once a step, also in scanned layers and with microbatches (`lora_jax.sharding.gradient_copies`).
 
     A keyword `key` of `f` reaches the loss as a random key of each part's own.
 
@@ -52,7 +52,7 @@ def value_and_grad(
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
 
     def run(trainable: Any, params: Any, *batch: Any, scale: Any = 1.0, key: jax.Array | None = None) -> Any:
-        copies = trainable if batch_sharding is None else spread(trainable, batch_sharding)
+        copies = trainable if batch_sharding is None else make_copies(trainable, batch_sharding)
         # In `shard_map`, what is the same everywhere would have its gradient summed at once, wherever it is used.
         copies = jax.tree.map(lambda array: vary(array, axes), copies)
         if key is not None:

@@ -1,4 +1,4 @@
-"""A weight on its way through a program: cast, transposed, sliced by a scan, and at last multiplied."""
+"""An adapted weight on its way through a program: cast, transposed, sliced by a scan, and at last multiplied."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,34 +10,27 @@ import jax
 from lora_jax.core._compat import JaxprEqn, describe
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.arrays import accumulator
+from lora_jax.core.operand import Operand
 from lora_jax.core.packed import is_packed, unpacked
-from lora_jax.transform.no_adapter import Frozen
+from lora_jax.transform.no_adapter import NoAdapter
 
-Fallback = Callable[["Kernel", str], None]
+Fallback = Callable[["AdaptedWeight", str], None]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Kernel:
-    """A frozen array and its adapter, standing for W' until they are multiplied.
+class AdaptedWeight:
+    """A frozen array and the operand of its adapter, in the place of W' until they are multiplied.
 
-    Both are kept as the program has them at this point: what it does to the array is done to the adapter too, so that
-    `adapter.merge(value)` always is what the program would hold. So no rule ever compares shapes to find an axis.
+    Both are kept as the program has them at this point: what it does to the array is done to the operand too, so that
+    `operand.merge(value)` is always what the program would hold. So no rule ever compares shapes to find an axis.
     """
 
     value: Any  # an array, or a packed weight
-    adapter: Adapter
+    operand: Operand
     paths: tuple[str, ...] = field(metadata={"static": True})  # of the weights that it is made of
     fallback: Fallback = field(metadata={"static": True})  # asked before W' is formed; refuses by raising
-    factor: jax.Array | None = None  # a scalar that the program multiplied all of it by: left for the product
-
-    @classmethod
-    def of(cls, w: Any, adapter: Adapter | None, path: str, fallback: Fallback) -> Any:
-        """What stands for W' where W comes into a program. What has no adapter and is not packed stands for itself."""
-        if adapter is None:
-            return cls(w, Frozen(), (path,), _may_be_formed) if is_packed(w) else w
-        entered = adapter.enter(unpacked(w) if adapter.reads_weight else w)
-        return cls(w, entered, (path,), fallback) if isinstance(entered, Adapter) else entered
+    factor: jax.Array | None = None  # a scalar that the program multiplied all of it by, which waits for the product
 
     @property
     def ndim(self) -> int:
@@ -47,35 +40,47 @@ class Kernel:
     def shape(self) -> tuple[int, ...]:
         return self.value.shape
 
-    def replace(self, value: Any, adapter: Adapter | None = None) -> Self:
-        return dataclasses.replace(self, value=value, adapter=self.adapter if adapter is None else adapter)
+    def replace(self, value: Any, operand: Operand | None = None) -> Self:
+        """Return the same with another value, and another operand if one is given."""
+        return dataclasses.replace(self, value=value, operand=self.operand if operand is None else operand)
 
     def merged(self) -> jax.Array:
-        """W' as a plain array: for what is thin, such as the rows of an embedding."""
-        kernel = self.scaled()
-        w = unpacked(kernel.value)
-        return kernel.adapter.merge(w.astype(accumulator(w.dtype))).astype(w.dtype)
+        """Return W' as a plain array: for what is thin, such as the rows of an embedding."""
+        weight = self.scaled()
+        w = unpacked(weight.value)
+        return weight.operand.merge(w.astype(accumulator(w.dtype))).astype(w.dtype)
 
     def scaled(self) -> Self:
-        """The same with the factor in both parts."""
+        """Return the same with the factor multiplied into the value and into the operand."""
         if self.factor is None:
             return self
-        value, adapter = unpacked(self.value), self.adapter.scale_by(self.factor)
+        value, operand = unpacked(self.value), self.operand.scale_by(self.factor)
         value = value * self.factor.astype(value.dtype)
-        return dataclasses.replace(self, value=value, adapter=adapter, factor=None)
+        return dataclasses.replace(self, value=value, operand=operand, factor=None)
 
     def dense(self, why: str) -> jax.Array:
-        """W' as a plain array, where the program cannot use a factored one. Refused unless it was asked for."""
+        """Return W' as a plain array, where the program cannot use a factored one. Refused unless it was asked for."""
         self.fallback(self, why)
         return self.merged()
 
 
-def _may_be_formed(kernel: Kernel, why: str) -> None:
-    """A packed weight without an adapter is an array wherever it has to be one."""
+def adapted(w: Any, adapter: Adapter | None, path: str, fallback: Fallback) -> Any:
+    """Put a weight and its adapter together where the weight enters a program.
+
+    An array without adapter stays as it is, and so does what an adapter itself turns into an array.
+    """
+    if adapter is None:
+        return AdaptedWeight(w, NoAdapter(), (path,), _allow) if is_packed(w) else w
+    operand = adapter.lower(unpacked(w) if adapter.reads_weight else w)
+    return AdaptedWeight(w, operand, (path,), fallback) if isinstance(operand, Operand) else operand
+
+
+def _allow(weight: AdaptedWeight, why: str) -> None:
+    """Allow a packed weight without an adapter to be an array wherever it has to be one."""
 
 
 def plain(value: Any, why: str, eqn: JaxprEqn | None = None) -> Any:
-    """What may be a kernel, as an array: because of `why`, which an equation does to it."""
-    if not isinstance(value, Kernel):
+    """Return what may be an adapted weight as an array; `why` says what an equation does to it that needs one."""
+    if not isinstance(value, AdaptedWeight):
         return value
     return value.dense(why if eqn is None else f"{describe(eqn)} {why}")

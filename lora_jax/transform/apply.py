@@ -12,14 +12,15 @@ from lora_jax.core.adapter import Adapter, check_adapters
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import flatten_with_names, is_array
-from lora_jax.transform.adapted_weight import Kernel
+from lora_jax.transform.adapted_weight import adapted
 from lora_jax.transform.interpreter import Interpreter
+from lora_jax.transform.leaked_tracers import describe_leak
 from lora_jax.transform.materialize import Materialize, Patterns
 from lora_jax.transform.tracing import tracer
 
 
 def lora_apply(fn: Callable[..., Any], *, materialize: Patterns = False) -> Callable[..., Any]:
-    """`fn(params, *args, **kwargs)` -> `apply(params, adapters, *args, **kwargs)`, for any traceable `fn`.
+    """Turn `fn(params, *args, **kwargs)` into `apply(params, adapters, *args, **kwargs)`, for any traceable `fn`.
 
     Every adapted weight W takes part in matrix products as W' = W + (alpha / r) A B, computed as
     x @ W + (alpha / r) (x @ A) @ B: neither W' nor A B is formed. `apply` is an ordinary JAX function of two pytrees:
@@ -63,43 +64,25 @@ def lora_apply(fn: Callable[..., Any], *, materialize: Patterns = False) -> Call
             return fn(params, *rest, **kwargs)
 
         def adapt(name: str, leaf: Any) -> Any:
-            return Kernel.of(leaf, adapters.get(name), name, fallback)
+            return adapted(leaf, adapters.get(name), name, fallback)
 
         try:
             program = trace(*_as_varying_as(adapters, (params, tuple(rest), kwargs)))
             return program.run(interpreter, program.arrays, adapt)
         except jax.errors.UnexpectedTracerError as error:
-            raise LoraError(_escaped(params, adapters, rest, kwargs)) from error
+            raise LoraError(describe_leak(params, adapters, rest, kwargs)) from error
 
     return _with_signature(apply, fn)
 
 
 def _as_varying_as(adapters: Any, args: Any) -> Any:
-    """In `shard_map`: with adapters of its own, all that a device computes may differ from what the others do."""
+    """Let arguments differ between the devices of a `shard_map` where the adapters do."""
     axes = sorted({axis for array in jax.tree.leaves(adapters) for axis in varying_axes(array)})
     return jax.tree.map(lambda leaf: vary(leaf, axes) if is_array(leaf) else leaf, args) if axes else args
 
 
-def _escaped(params: Any, adapters: Any, args: Any, kwargs: Any) -> str:
-    """Which argument is a value of a trace that has ended."""
-    names, leaves, _ = flatten_with_names({"params": params, "adapters": adapters, "args": args, "kwargs": kwargs})
-    for name, leaf in zip(names, leaves, strict=True):
-        try:
-            if isinstance(leaf, jax.core.Tracer):
-                _ = leaf + 0
-        except jax.errors.UnexpectedTracerError:
-            return (
-                f"{name!r} is a value from inside another jit, grad, vmap or scan, kept beyond its end: return it from "
-                "there, or pass the array that it was made from."
-            )
-    return (
-        "the function closes over a value from inside another jit, grad, vmap or scan, kept beyond its end: pass that "
-        "value to the function as an argument."
-    )
-
-
 def _with_signature(apply: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn`'s signature and one more argument, for whoever goes by names: `jax.jit(apply, static_argnames=...)`."""
+    """Give `apply` the signature of `fn` with one more argument, for `jax.jit(apply, static_argnames=...)`."""
     del apply.__wrapped__  # type: ignore[attr-defined]
     try:
         signature = inspect.signature(fn)

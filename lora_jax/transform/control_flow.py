@@ -1,7 +1,7 @@
-"""Calls and control flow that take a kernel, built again around its body: a scan stays a scan, a remat a remat.
+"""Calls and control flow that take an adapted weight, built again around it: a scan stays a scan, a remat a remat.
 
-Each function here takes `body(jaxpr, args)`, which evaluates an inner jaxpr, and an equation. Only what a kernel does
-in the body changes; settings, policies and shardings are the program's own.
+Each function here takes `body(jaxpr, args)`, which evaluates an inner jaxpr, and an equation. Only what an adapted
+weight does in the body changes; settings, policies and shardings are the program's own.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ from lora_jax.core._compat import (
     scan_groups,
 )
 from lora_jax.core.packed import is_packed
-from lora_jax.transform.adapted_weight import Kernel, plain
+from lora_jax.transform.adapted_weight import AdaptedWeight, plain
 
 Body = Callable[[Any, Sequence[Any]], list[Any]]
 Call = Callable[[Body, JaxprEqn, Sequence[Any]], list[Any]]
 
 
 def jit(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
-    """The caller keeps a jitted call jitted; the shardings that the program states hold inside."""
+    """Evaluate the body; the interpreter keeps it jitted. Shardings that the program states hold inside."""
     args = [_placed(arg, s) for arg, s in zip(args, eqn.params["in_shardings"], strict=True)]
     out = body(eqn.params["jaxpr"], args)
     return [_placed(o, s) for o, s in zip(out, eqn.params["out_shardings"], strict=True)]
@@ -39,7 +39,7 @@ def jit(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 def _placed(value: Any, sharding: Any) -> Any:
     if not isinstance(sharding, jax.sharding.Sharding):
         return value
-    if isinstance(value, Kernel):
+    if isinstance(value, AdaptedWeight):
         return value if is_packed(value.value) else value.replace(_placed(value.value, sharding))
     return lax.with_sharding_constraint(value, sharding)
 
@@ -51,15 +51,15 @@ def remat(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 
 
 def scan(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
-    """A scan over stacked layers slices the factors along with the weight."""
+    """Scan over stacked layers, which slices the operand along with the weight."""
     n_consts, n_carry = scan_groups(eqn)
     params = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     jaxpr = eqn.params["jaxpr"]
     sliced = {source: args[source] for source in range(n_consts + n_carry, len(args))}
-    stacks = {  # what the body gives out as it got it: stacked again, it is the kernel that the scan runs over
+    stacks = {  # what the body gives out as it got it: stacked again, it is the adapted weight that the scan runs over
         i: sliced[source]
         for i, source in enumerate(_forwarded(jaxpr))
-        if i >= n_carry and source in sliced and isinstance(sliced[source], Kernel)
+        if i >= n_carry and source in sliced and isinstance(sliced[source], AdaptedWeight)
     }
     args = [_repeated(arg, params["length"]) for arg in args]
     consts, carry, xs = args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
@@ -93,14 +93,14 @@ def while_loop(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 
 
 def cond(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
-    """`cond` and `switch`. A weight that every branch hands through stays a kernel."""
+    """Choose a branch. A weight that every branch returns unchanged stays an adapted weight."""
     index, *operands = args
     branches = eqn.params["branches"]
     sources = [_forwarded(branch) for branch in branches]
     kept = {
         i: operands[source]
         for i, source in enumerate(sources[0])
-        if source is not None and all(s[i] == source for s in sources) and isinstance(operands[source], Kernel)
+        if source is not None and all(s[i] == source for s in sources) and isinstance(operands[source], AdaptedWeight)
     }
 
     def run(branch: Any, *operands: Any) -> list[Any]:
@@ -113,10 +113,10 @@ def cond(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 
 
 def shard_map(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
-    """The factors are split over devices as the axes of the weight are that they share."""
+    """Map over devices. The operand's arrays are split as the axes of the weight are that they share."""
     args = [_divisible(arg, spec) for arg, spec in zip(args, eqn.params["in_specs"], strict=True)]
     specs = [
-        _specs(arg, spec) if isinstance(arg, Kernel) else spec
+        _specs(arg, spec) if isinstance(arg, AdaptedWeight) else spec
         for arg, spec in zip(args, eqn.params["in_specs"], strict=True)
     ]
 
@@ -136,46 +136,46 @@ def shard_map(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 
 
 def _divisible(value: Any, spec: Any) -> Any:
-    """A kernel in the form whose arrays are split along with the weight's matrices, if these are."""
-    if not isinstance(value, Kernel):
+    """Return the weight with explicit factors, if its matrices are split over devices."""
+    if not isinstance(value, AdaptedWeight):
         return value
     if is_packed(value.value) and any(spec[len(value.value.stack) :]):
         value = value.replace(value.value.dense())
-    axes = value.adapter.axes
+    axes = value.operand.axes
     splits = any(spec[axis] for axis in (*axes.inputs, *axes.outputs) if axis < len(spec))
-    return value.replace(value.value, value.adapter.explicit()) if splits else value
+    return value.replace(value.value, value.operand.to_lora()) if splits else value
 
 
-def _specs(kernel: Kernel, spec: Any) -> Any:
-    """The partition specs of a kernel's arrays, given its value's."""
-    every = jax.P(*spec, *[None] * (kernel.ndim - len(spec)))
+def _specs(weight: AdaptedWeight, spec: Any) -> Any:
+    """Return the partition specs of an adapted weight's arrays, given that of its value."""
+    every = jax.P(*spec, *[None] * (weight.ndim - len(spec)))
     of_value = spec
-    if is_packed(kernel.value):
-        of_value = kernel.value.on_stack(lambda leaf: jax.P(*spec[: len(kernel.value.stack)]))
-    specs = kernel.replace(of_value, kernel.adapter.specs(every))
-    return specs if kernel.factor is None else dataclasses.replace(specs, factor=jax.P())  # type: ignore[arg-type]
+    if is_packed(weight.value):
+        of_value = weight.value.on_stack(lambda leaf: jax.P(*spec[: len(weight.value.stack)]))
+    specs = weight.replace(of_value, weight.operand.specs(every))
+    return specs if weight.factor is None else dataclasses.replace(specs, factor=jax.P())  # type: ignore[arg-type]
 
 
 def _repeated(value: Any, times: int) -> Any:
-    return value.replace(value.value, value.adapter.repeat(times)) if isinstance(value, Kernel) else value
+    return value.replace(value.value, value.operand.repeat(times)) if isinstance(value, AdaptedWeight) else value
 
 
 def _sliced(eqn: JaxprEqn, value: Any) -> Any:
-    """What a scan runs over, as its body will see it; the arrays are not sliced yet."""
-    if not isinstance(value, Kernel):
+    """Return an operand of a scan with the axes that its body will see; the arrays are not sliced yet."""
+    if not isinstance(value, AdaptedWeight):
         return value
     value = value.scaled()
     if is_packed(value.value) and not value.value.stack:
         value = value.replace(value.value.dense())
-    if value.adapter.group(0) not in ("stack", "unknown"):
+    if value.operand.group(0) not in ("stack", "unknown"):
         return plain(value, "slices it along an axis that its adapter does not stack", eqn)
-    return value.replace(value.value, value.adapter.replace_axes(0, 1, 0, lambda array, _: array))
+    return value.replace(value.value, value.operand.replace_axes(0, 1, 0, lambda array, _: array))
 
 
 def _carried(eqn: JaxprEqn, jaxpr: Any, carry: Sequence[Any], n_consts: int) -> tuple[list[Any], dict[int, Any]]:
-    """What a loop changes, and the kernels that it hands from step to step unchanged."""
+    """Return what a loop changes, and the adapted weights that it hands from step to step unchanged."""
     sources = _forwarded(jaxpr)
-    kept = {i: c for i, c in enumerate(carry) if isinstance(c, Kernel) and sources[i] == n_consts + i}
+    kept = {i: c for i, c in enumerate(carry) if isinstance(c, AdaptedWeight) and sources[i] == n_consts + i}
     moving = [plain(c, "changes it from step to step", eqn) for i, c in enumerate(carry) if i not in kept]
     return moving, kept
 
@@ -186,7 +186,7 @@ def _with(kept: dict[int, Any], others: Sequence[Any], n: int) -> list[Any]:
 
 
 def _forwarded(jaxpr: Any) -> list[int | None]:
-    """For each output of a jaxpr, the input that it is, if it is one, seen through calls and loops."""
+    """Return for each output of a jaxpr the number of the input that it is, through calls and loops; else None."""
     jaxpr, _ = open_jaxpr(jaxpr)
     source: dict[Var, int] = {v: i for i, v in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
@@ -197,7 +197,7 @@ def _forwarded(jaxpr: Any) -> list[int | None]:
 
 
 def _passed_through(eqn: JaxprEqn) -> list[tuple[Var, Any]]:
-    """The results of an equation that are operands of it."""
+    """Return the results of an equation that are operands of it, each with that operand."""
     if eqn.primitive in (jit_p, remat_p):
         sources = _forwarded(eqn.params["jaxpr"])
         return [(v, eqn.invars[s]) for v, s in zip(eqn.outvars, sources, strict=True) if s is not None]
@@ -213,7 +213,7 @@ def _passed_through(eqn: JaxprEqn) -> list[tuple[Var, Any]]:
 
 
 def _strongly_typed(value: Any) -> Any:
-    """Branches are to agree also in whether Python's scalars made their results."""
+    """Return a value without weak type: branches have to agree in that too."""
     return lax.convert_element_type(value, value.dtype) if getattr(value, "weak_type", False) else value
 
 

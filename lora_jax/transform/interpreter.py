@@ -1,8 +1,8 @@
-"""Evaluate a jaxpr in which some values are kernels.
+"""Evaluate a jaxpr in which some values are adapted weights.
 
-The loop is the one of JAX's "Writing custom interpreters" guide. Equations that see no kernel run as they stand:
-whole scans, `custom_vjp` calls and nested jits among them, with the user's rules. Calls that do see one are built
-again around the same loop.
+The loop is the one of JAX's "Writing custom interpreters" guide. Equations that see no adapted weight run as they
+stand: whole scans, `custom_vjp` calls and nested jits among them, with the user's rules. Calls that do see one are
+built again around the same loop.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from lora_jax.core._compat import Jaxpr, JaxprEqn, Literal, Var, at_equation, bind, jit_p, open_jaxpr
-from lora_jax.transform.adapted_weight import Kernel
+from lora_jax.transform.adapted_weight import AdaptedWeight
 from lora_jax.transform.control_flow import CALLS, Call
 from lora_jax.transform.primitives import RULES, no_rule
 
@@ -21,7 +21,7 @@ OWN_DERIVATIVE = "has a derivative rule of its own, which is stated for the whol
 
 @dataclass(frozen=True)
 class Interpreter:
-    """Evaluates jaxprs, and keeps what it has built for their calls.
+    """Evaluate jaxprs, and keep what was built for their calls.
 
     With `rebuilt`, a second eager call finds its nested jits and loops already compiled. Without, each call of a body
     is traced by itself, so that a plan sees each.
@@ -30,7 +30,7 @@ class Interpreter:
     rebuilt: dict[int, tuple[JaxprEqn, Callable[..., Any]]] | None
 
     def evaluate(self, jaxpr: Jaxpr, consts: list[Any], args: Sequence[Any], inline: bool = False) -> list[Any]:
-        """The outputs of a jaxpr for these inputs; any input or output may be a `Kernel`.
+        """Return the outputs of a jaxpr for these inputs; any input or output may be an `AdaptedWeight`.
 
         With `inline`, the bodies of jitted calls among the jaxpr's own equations stand in their place.
         """
@@ -48,8 +48,8 @@ class Interpreter:
             with at_equation(eqn):
                 if inline and eqn.primitive is jit_p:
                     out = self._body(eqn.params["jaxpr"], values)
-                elif any(isinstance(value, Kernel) for value in values):
-                    out = self._with_kernels(eqn, values)
+                elif any(isinstance(value, AdaptedWeight) for value in values):
+                    out = self._with_adapted(eqn, values)
                 else:
                     out = bind(eqn, values)
             env.update(zip(eqn.outvars, out, strict=True))
@@ -58,7 +58,7 @@ class Interpreter:
                     env.pop(v, None)
         return [read(v) for v in jaxpr.outvars]
 
-    def _with_kernels(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
+    def _with_adapted(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
         name = eqn.primitive.name
         if name in CALLS:
             return self._kept(eqn, CALLS[name])(args)
@@ -71,7 +71,7 @@ class Interpreter:
         return self.evaluate(jaxpr, consts, args)
 
     def _kept(self, eqn: JaxprEqn, call: Call) -> Callable[..., Any]:
-        """The call under jit, the same one for the same equation (which is held, so that its id stays its own)."""
+        """Return the call under jit, the same for the same equation, which is kept so that its id is not used again."""
         if self.rebuilt is not None and id(eqn) in self.rebuilt:
             return self.rebuilt[id(eqn)][1]
 

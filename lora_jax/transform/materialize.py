@@ -1,18 +1,18 @@
-"""What happens where a program cannot use a weight in factored form: a refusal, or W' formed where it was asked for."""
+"""Where a program cannot use a weight in factored form: refuse, or form W' where the user allowed it."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_jax.core.errors import LoraError
-from lora_jax.transform.adapted_weight import Kernel
+from lora_jax.transform.adapted_weight import AdaptedWeight
 
 Patterns = bool | str | Sequence[str]
 
 
 @dataclass(frozen=True, eq=False)
 class Materialize:
-    """Allows W' to be formed for the weights of some paths, and refuses it for all others."""
+    """Allow W' to be formed for the weights of some paths, and refuse it for all others."""
 
     patterns: tuple[re.Pattern[str], ...]
 
@@ -35,8 +35,8 @@ class Materialize:
     def allows(self, path: str) -> bool:
         return any(pattern.fullmatch(path) for pattern in self.patterns)
 
-    def __call__(self, kernel: Kernel, why: str) -> None:
-        for path in kernel.paths:
+    def __call__(self, weight: AdaptedWeight, why: str) -> None:
+        for path in weight.paths:
             if not self.allows(path):
                 raise LoraError(
                     f"{path!r} cannot stay factored: {why}. "

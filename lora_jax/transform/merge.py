@@ -1,4 +1,4 @@
-"""Adapters into weights: the end of training, at no cost at inference."""
+"""Merge adapters into weights, so that they cost nothing at inference."""
 
 import functools
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from lora_jax.core.paths import flatten_with_names
 
 
 def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False) -> Any:
-    """W -> W' for each adapted weight: the same tree, dtypes and shardings, for the unchanged function.
+    """Return the parameters with W' in the place of each adapted W: same tree, dtypes and shardings.
 
     A packed weight that is adapted becomes an array; `lora.bases.merge` packs it again.
     Computed in fp32 (or better) and cast once to W's dtype. `params` are left as they are: keep them, and there is

@@ -1,4 +1,4 @@
-"""No adapter: what stands beside a packed weight that has none, so that it goes through a program packed."""
+"""The operand of a packed weight that has no adapter, so that it goes through a program packed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,14 +8,14 @@ from typing import Any
 import jax
 
 from lora_jax.core._compat import JaxprEqn
-from lora_jax.core.adapter import Adapter, Layout
 from lora_jax.core.axes import KernelAxes
+from lora_jax.core.operand import Leaf, Operand
 from lora_jax.core.products import Product
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Frozen(Adapter):
+class NoAdapter(Leaf):
     """W' = W, whatever is done to W and whichever axes a product has."""
 
     axes: KernelAxes = field(default=KernelAxes((), (), ()), metadata={"static": True})
@@ -28,34 +28,26 @@ class Frozen(Adapter):
     def apply(self, product: Product) -> jax.Array:
         return product.y
 
-    def transpose(self) -> "Frozen":
+    def transpose(self) -> "NoAdapter":
         return self
 
-    def scale_by(self, factor: jax.Array) -> "Frozen":
+    def scale_by(self, factor: jax.Array) -> "NoAdapter":
         return self
 
-    def concatenate(self, parts: Sequence[Adapter | None], sizes: Sequence[int], axis: int) -> None:
-        """What is joined is unpacked, and has no adapter to join."""
+    def concatenate(self, parts: Sequence[Operand | None], sizes: Sequence[int], axis: int) -> None:
+        """Return None: what is joined is unpacked, and has nothing to join."""
 
-    def rebuild(
-        self, axes: KernelAxes, change: Callable[[jax.Array, Layout], Any], stack_only: bool = False
-    ) -> "Frozen":
+    def permute(self, permutation: tuple[int, ...]) -> "NoAdapter":
         return self
 
-    def permute(self, permutation: tuple[int, ...]) -> "Frozen":
+    def insert_axis(self, axis: int, name: str = "stack") -> "NoAdapter":
         return self
 
-    def replace_axes(self, first: int, count: int, n: int, fn: Callable[[jax.Array, int], jax.Array]) -> "Frozen":
-        return self
-
-    def insert_axis(self, axis: int, name: str = "stack") -> "Frozen":
-        return self
-
-    def used_as(self, axes: KernelAxes, eqn: JaxprEqn) -> "Frozen":
-        return self
-
-    def specs(self, spec: jax.P) -> "Frozen":
+    def used_as(self, axes: KernelAxes, eqn: JaxprEqn) -> "NoAdapter":
         return self
 
     def group(self, axis: int) -> str:
         return "unknown"
+
+    def _replace(self, method: str, args: Any, first: int, count: int, n: int, fn: Callable[..., Any]) -> "NoAdapter":
+        return self

@@ -14,7 +14,7 @@ from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import flatten_with_names, is_array, nearest
 from lora_jax.core.targets import Plan, Target
-from lora_jax.transform.adapted_weight import Kernel
+from lora_jax.transform.adapted_weight import AdaptedWeight, adapted
 from lora_jax.transform.interpreter import Interpreter
 from lora_jax.transform.materialize import Materialize, Patterns
 from lora_jax.transform.probe import Log, Probe, probe
@@ -69,8 +69,8 @@ def plan(
     def follow(name: str, leaf: Any) -> Any:
         rule = chosen.get(name)
         if rule is None or rule.whole:
-            return Kernel.of(leaf, None, name, probe)
-        return Kernel(leaf, Probe.of(name, leaf.ndim, log), (name,), probe)
+            return adapted(leaf, None, name, probe)
+        return AdaptedWeight(leaf, Probe.of(name, leaf.ndim, log), (name,), probe)
 
     jax.eval_shape(lambda arrays: program.run(Interpreter(rebuilt=None), arrays, follow), program.arrays)
 
@@ -138,7 +138,7 @@ def _choose(rules: Mapping[str, Rule | None], names: list[str]) -> dict[str, Rul
 
 
 def _target(path: str, leaf: Any, rule: Rule, log: Log, materialize: bool) -> Target | str:
-    """What a matched weight is planned as, or why it cannot be adapted."""
+    """Return the target of a matched weight, or why it cannot be adapted."""
     if not is_array(leaf):
         return f"is a {type(leaf).__name__}, not an array"
     shape = f"{leaf.dtype}{list(leaf.shape)}"
@@ -165,7 +165,7 @@ def _target(path: str, leaf: Any, rule: Rule, log: Log, materialize: bool) -> Ta
 
 
 def _among(target: Target, targets: Mapping[str, Target]) -> Rule:
-    """The rule, told of all matrices that it is used for."""
+    """Return the rule, told of all matrices that it is used for."""
     same = (other for other in targets.values() if other.rule == target.rule)
     return target.rule.among(other.axes.fans(other.shape)[1:] for other in same)
 
@@ -175,16 +175,16 @@ def _is_matrix(leaf: Any) -> bool:
 
 
 def _try(program: Program, targets: Mapping[str, Target]) -> dict[str, list[str]]:
-    """What the program does with each weight that cannot stay factored, found by an abstract run with adapters."""
+    """Run the program abstractly with adapters; return what it does with each weight that cannot stay factored."""
     log = Log()
 
-    def note(kernel: Kernel, why: str) -> None:
-        for path in kernel.paths:
+    def note(weight: AdaptedWeight, why: str) -> None:
+        for path in weight.paths:
             log.obstacle(path, why)
 
     def run(arrays: Any, adapters: Any) -> Any:
         def adapt(name: str, leaf: Any) -> Any:
-            return Kernel.of(leaf, adapters.get(name), name, note)
+            return adapted(leaf, adapters.get(name), name, note)
 
         return program.run(Interpreter(rebuilt=None), arrays, adapt)
 

@@ -1,4 +1,4 @@
-"""An adapter that changes nothing and takes notes: how a plan finds out what the program does with a weight."""
+"""An operand that changes nothing and takes notes: how a plan finds out what the program does with a weight."""
 
 import dataclasses
 import math
@@ -10,17 +10,17 @@ from typing import Any, Self
 import jax
 
 from lora_jax.core._compat import JaxprEqn, describe
-from lora_jax.core.adapter import Adapter
 from lora_jax.core.axes import KernelAxes
+from lora_jax.core.operand import Leaf
 from lora_jax.core.products import Product
 from lora_jax.core.targets import Use
-from lora_jax.transform.adapted_weight import Kernel
+from lora_jax.transform.adapted_weight import AdaptedWeight
 
 STATIC = {"static": True}
 
 
 class Log:
-    """What the program was seen to do with each weight, and what it could not do with it in factored form."""
+    """Notes of what the program does with each weight, and of what it cannot do with it in factored form."""
 
     def __init__(self) -> None:
         self.uses: dict[str, list[Use]] = {}
@@ -48,12 +48,12 @@ class Member:
         return dataclasses.replace(self, origin=tuple(origin))
 
     def groups(self, axes: KernelAxes) -> KernelAxes | None:
-        """The axes of a product as axes of the stored weight, if they are those of a matrix."""
+        """Return the axes of a product as axes of the stored weight; None if they are not those of a matrix."""
         inputs, outputs = ({axis for i in group for axis in self.origin[i]} for group in (axes.inputs, axes.outputs))
         return None if not inputs or not outputs or inputs & outputs else self.matrix(inputs, outputs)
 
     def rows(self) -> KernelAxes | None:
-        """The axes of a lookup, if single rows were picked: the inputs are what they were picked along."""
+        """Return the axes of a lookup, whose inputs are what single rows were picked along; None if there was none."""
         inputs = set(self.looked_up)
         outputs = {axis for group in self.origin for axis in group} - inputs
         return self.matrix(inputs, outputs) if inputs and outputs else None
@@ -65,8 +65,8 @@ class Member:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Probe(Adapter):
-    """Follows weights by data flow. It has no groups of axes yet: finding them is what it is for."""
+class Probe(Leaf):
+    """Follow weights by data flow. There are no groups of axes yet: finding them is what a probe is for."""
 
     members: tuple[Member, ...] = field(metadata=STATIC)
     log: Log = field(metadata=STATIC)
@@ -76,7 +76,7 @@ class Probe(Adapter):
     axes: KernelAxes = field(default=KernelAxes((), (), ()), metadata=STATIC)
 
     layout = MappingProxyType({})
-    traced_once = False
+    shares_traces = False
 
     @classmethod
     def of(cls, path: str, ndim: int, log: Log) -> "Probe":
@@ -134,9 +134,9 @@ class Probe(Adapter):
     def stop(self) -> Self:
         return dataclasses.replace(self, stopped=True)
 
-    def note(self, kernel: Kernel, why: str) -> None:
-        """A plain array is needed: of rows that were looked up, that is what a product is; else it is an obstacle."""
-        rows = math.prod(n for i, n in enumerate(kernel.shape) if not any(m.origin[i] for m in self.members))
+    def note(self, weight: AdaptedWeight, why: str) -> None:
+        """Note that the program needs a plain array: a use, if these are rows that were looked up; else an obstacle."""
+        rows = math.prod(n for i, n in enumerate(weight.shape) if not any(m.origin[i] for m in self.members))
         for member in self.members:
             if axes := member.rows():
                 self._use(member, axes, (0, rows), why)
@@ -152,7 +152,7 @@ class Probe(Adapter):
         return dataclasses.replace(self, members=members)
 
 
-def probe(kernel: Kernel, why: str) -> None:
-    """The fallback of a kernel that is probed: it is never refused, only noted."""
-    assert isinstance(kernel.adapter, Probe)
-    kernel.adapter.note(kernel, why)
+def probe(weight: AdaptedWeight, why: str) -> None:
+    """Note what the fallback of an adapted weight is asked for; nothing is refused."""
+    assert isinstance(weight.operand, Probe)
+    weight.operand.note(weight, why)

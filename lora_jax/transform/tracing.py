@@ -1,4 +1,4 @@
-"""A function of parameters as a jaxpr, traced once for each set of shapes."""
+"""Trace a function of parameters to a jaxpr, once for each set of shapes."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 from jax.tree_util import PyTreeDef
 
 from lora_jax.core._compat import open_jaxpr
 from lora_jax.core.errors import LoraError
-from lora_jax.core.packed import Packed, is_packed
+from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import flatten_with_names, is_array
 from lora_jax.transform.adapted_weight import plain
 from lora_jax.transform.interpreter import Interpreter
+from lora_jax.transform.packed_inputs import as_constant, check_packed
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Program:
     out_tree: PyTreeDef
 
     def run(self, interpreter: Interpreter, arrays: Sequence[Any], adapt: Callable[[str, Any], Any]) -> Any:
-        """The function's result for these arrays, with `adapt(name, array)` for each parameter."""
+        """Return the function's result for these arrays, with `adapt(name, array)` in the place of each parameter."""
         n = len(self.names)
-        weights = [_constant(name, w) if is_packed(w) else w for name, w in zip(self.names, arrays[:n], strict=True)]
+        weights = [as_constant(name, w) if is_packed(w) else w for name, w in zip(self.names, arrays[:n], strict=True)]
         values = [*map(adapt, self.names, weights), *arrays[n:]]
         jaxpr, consts = open_jaxpr(self.jaxpr)
         out = interpreter.evaluate(jaxpr, consts, values, inline=True)
@@ -40,7 +40,7 @@ class Program:
 
 @dataclass(frozen=True)
 class _Static:
-    """All of the arguments but their arrays: what a trace holds for, beside shapes."""
+    """The arguments without their arrays. A trace is valid for equal ones and equal shapes."""
 
     trees: tuple[PyTreeDef, PyTreeDef]  # of the parameters, and of the rest
     key: tuple[Any, ...]  # of each leaf; None stands for an array
@@ -59,7 +59,7 @@ class _Static:
 
 
 def _key(leaf: Any) -> Any:
-    """Equal for leaves that are the same: 1, 1.0 and True are not, nor are 0.0 and -0.0, and NaN is itself."""
+    """Return a key that is equal for the same leaf only: 1, 1.0 and True differ, so do 0.0 and -0.0; NaN equals NaN."""
     if is_array(leaf):
         return None
     if isinstance(leaf, float | complex):
@@ -74,79 +74,32 @@ def _key(leaf: Any) -> Any:
     return type(leaf), leaf
 
 
-def _traced(array: Any) -> Any:
-    """What the function is traced with: it knows nothing of packed weights."""
+def _abstract(array: Any) -> Any:
+    """Return what the function is traced with: the shape of a packed weight, of which it knows nothing."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype) if is_packed(array) else array
 
 
-def _check_packed(name: str, packed: Packed) -> None:
-    arrays = packed.arrays()
-    leaves, tree = jax.tree.flatten(packed)
-    if problem := _misfit(tree, tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves)):
-        found = ", ".join(f"{part} {array.dtype}{list(array.shape)}" for part, array in arrays.items())
-        raise LoraError(
-            f"{name!r} is a {type(packed).__name__} of arrays that do not fit each other, {found}, for matrices of "
-            f"{list(packed.inner)}: {problem} Pack it again with lora.bases.quantize."
-        )
-
-
-@functools.cache
-def _misfit(tree: PyTreeDef, kinds: tuple[tuple[tuple[int, ...], Any], ...]) -> str:
-    """Why arrays of these shapes and dtypes cannot be unpacked, if they cannot."""
-    packed = tree.unflatten([jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in kinds])
-    try:
-        found, expected = jax.eval_shape(lambda packed: packed.dense(), packed).shape, packed.shape
-    except (TypeError, ValueError) as error:
-        return str(error).partition("\n")[0]
-    return "" if found == expected else f"they unpack to {list(found)}."
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _constant(name: str, packed: Packed) -> Packed:
-    """A packed weight as it is: some of its arrays are floats, and yet nothing is to be differentiated by them."""
-    return packed
-
-
-@functools.partial(_constant.defjvp, symbolic_zeros=True)
-def _derivative(name: str, primals: tuple[Packed], tangents: tuple[Any]) -> tuple[Packed, Any]:
-    changes = jax.tree.leaves(tangents, is_leaf=_is_zero)
-    if not all(map(_is_zero, changes)):
-        raise LoraError(
-            f"{name!r} is packed, and something differentiates with respect to it, of which only arrays are capable: "
-            "differentiate with respect to the adapters, as jax.grad(loss)(adapters, params) does, or unpack the "
-            "weight with lora.bases.dense."
-        )
-    return primals[0], tangents[0]
-
-
-def _is_zero(tangent: Any) -> bool:
-    return isinstance(tangent, SymbolicZero) or getattr(tangent, "dtype", None) == jax.dtypes.float0
-
-
 def tracer(fn: Callable[..., Any]) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Program]:
-    """`trace(params, args, kwargs) -> Program`. The trace is `jax.jit`'s own, and so is its cache."""
+    """Return `trace(params, args, kwargs) -> Program`. Tracing, and its cache, are those of `jax.jit`."""
 
     @functools.partial(jax.jit, static_argnums=0)
     def call(static: _Static, *arrays: Any) -> Any:
         params, args, kwargs = static.fill(arrays)
         return fn(params, *args, **kwargs)
 
+    make = jax.make_jaxpr(call, static_argnums=0, return_shape=True)
+
     def trace(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         names, weights, tree = flatten_with_names(params)
         for name, weight in zip(names, weights, strict=True):
             if is_packed(weight):
-                _check_packed(name, weight)
+                check_packed(name, weight)
         others, others_tree = jax.tree.flatten((args, kwargs))
         leaves = [*weights, *others]
         arrays = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves if is_array(leaf)]
-        make = jax.make_jaxpr(call, static_argnums=0, return_shape=True)
         with jax.disable_jit(False):  # the program is wanted as it is, scans and all
-            jaxpr, out = make(_Static.of(leaves, (tree, others_tree)), *map(_traced, arrays))
-        return Program(
-            jaxpr,
-            [n for n, leaf in zip(names, weights, strict=True) if is_array(leaf)],
-            arrays,
-            jax.tree.structure(out),
-        )
+            jaxpr, out = make(_Static.of(leaves, (tree, others_tree)), *map(_abstract, arrays))
+        of_arrays = [name for name, leaf in zip(names, weights, strict=True) if is_array(leaf)]
+        return Program(jaxpr, of_arrays, arrays, jax.tree.structure(out))
 
     return trace

@@ -114,21 +114,21 @@ def params_of(model):
     return params, names
 
 
-def adapted(placed):
+def adapted(matches):
     """The linear kernels that are adapted: those of the blocks."""
     return [
         path
-        for path, place in placed.items()
-        if place.entry.kind in ("linear", "conv1d", "experts") and "{i}" in place.entry.path and "/gate/" not in path
+        for path, match in matches.items()
+        if match.entry.kind in ("linear", "conv1d", "experts") and "{i}" in match.entry.path and "/gate/" not in path
     ]
 
 
-def random_adapters(placed):
+def random_adapters(matches):
     """Of rank 3, with alpha 5, all of it changing something."""
     found = {}
-    for i, path in enumerate(adapted(placed)):
-        place = placed[path]
-        fresh = lora.Lora(rank=3, alpha=5).factors(jax.random.key(i), place.shape, place.axes)
+    for i, path in enumerate(adapted(matches)):
+        match = matches[path]
+        fresh = lora.Lora(rank=3, alpha=5).factors(jax.random.key(i), match.shape, match.axes)
         found[path] = jax.tree.map(lambda a, i=i: jax.random.normal(jax.random.key(1000 + i), a.shape) / 3, fresh)
     return found
 
@@ -144,26 +144,26 @@ def loaded(model, folder):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_key_map_names_every_parameter(name):
     params, names = params_of(made(name))
-    placed = key_map_of(name).place({path: leaf.shape for path, leaf in params.items()})
-    assert {path: place.tensors()[()] for path, place in placed.items()} == names
-    for path, place in placed.items():
+    matches = key_map_of(name).match({path: leaf.shape for path, leaf in params.items()})
+    assert {path: match.tensors()[()] for path, match in matches.items()} == names
+    for path, match in matches.items():
         tensor = dict(made(name).named_parameters())[names[path]].detach().numpy()
-        np.testing.assert_array_equal(place.from_torch(tensor, ()), params[path])
-        np.testing.assert_array_equal(place.to_torch(np.asarray(params[path])), tensor)
+        np.testing.assert_array_equal(match.from_torch(tensor, ()), params[path])
+        np.testing.assert_array_equal(match.to_torch(np.asarray(params[path])), tensor)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_peft_reads_what_is_written_here(name, tmp_path):
     params, names = params_of(made(name))
     key_map = key_map_of(name)
-    adapters = random_adapters(key_map.place({path: leaf.shape for path, leaf in params.items()}))
+    adapters = random_adapters(key_map.match({path: leaf.shape for path, leaf in params.items()}))
     lora.save_peft(tmp_path, adapters, key_map)
     model = loaded(made(name), tmp_path)
     assert np.abs(outputs(model, name) - outputs(made(name), name)).max() > 1e-3, "the adapters change something"
     # The outputs are those of a model with the weights as they are merged here.
     merged, theirs = lora.merge(params, adapters), made(name)
-    placed = key_map.place({path: leaf.shape for path, leaf in params.items()})
-    state = {names[path]: torch.tensor(place.to_torch(np.asarray(merged[path]))) for path, place in placed.items()}
+    matches = key_map.match({path: leaf.shape for path, leaf in params.items()})
+    state = {names[path]: torch.tensor(match.to_torch(np.asarray(merged[path]))) for path, match in matches.items()}
     theirs.load_state_dict(state, strict=False)
     np.testing.assert_allclose(outputs(model, name), outputs(theirs, name), atol=1e-5, rtol=1e-5)
 
@@ -173,8 +173,8 @@ def test_what_peft_writes_is_read_here(name, tmp_path):
     """Saved by PEFT, read, written and read by PEFT again: the same outputs; and the same merged weights."""
     model = made(name)
     params, names = params_of(model)
-    placed = key_map_of(name).place({path: leaf.shape for path, leaf in params.items()})
-    targets = [names[path].removesuffix(".weight") for path in adapted(placed)]
+    matches = key_map_of(name).match({path: leaf.shape for path, leaf in params.items()})
+    targets = [names[path].removesuffix(".weight") for path in adapted(matches)]
     config = peft.LoraConfig(
         r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False, use_rslora=True,
         rank_pattern={targets[0]: 2}, fan_in_fan_out=name == "gpt2",
@@ -187,8 +187,8 @@ def test_what_peft_writes_is_read_here(name, tmp_path):
     lora.save_peft(tmp_path / "ours", adapters, key_map_of(name))
     np.testing.assert_allclose(outputs(loaded(made(name), tmp_path / "ours"), name), outputs(model, name), atol=1e-5)
     merged, state = lora.merge(params, adapters), model.merge_and_unload().state_dict()
-    for path, place in placed.items():
-        found = place.to_torch(np.asarray(merged[path]))
+    for path, match in matches.items():
+        found = match.to_torch(np.asarray(merged[path]))
         np.testing.assert_allclose(found, state[names[path]].numpy(), atol=1e-5, rtol=1e-5, err_msg=path)
 
 
@@ -238,8 +238,8 @@ def test_kinds_that_peft_writes_are_read_here(kind, name, tmp_path):
     """The same merged weights; and written again, the same tensors and outputs."""
     params, names = params_of(made(name))
     key_map = key_map_of(name)
-    placed = key_map.place({path: leaf.shape for path, leaf in params.items()})
-    targets = [names[path].removesuffix(".weight") for path in adapted(placed)]
+    matches = key_map.match({path: leaf.shape for path, leaf in params.items()})
+    targets = [names[path].removesuffix(".weight") for path in adapted(matches)]
     more = {} if name != "gpt2" else {"fan_in_fan_out": True}
     model = moved(peft.get_peft_model(made(name), OPTIONS[kind](target_modules=targets, **more)))
     model.save_pretrained(tmp_path / "theirs")
@@ -253,8 +253,8 @@ def test_kinds_that_peft_writes_are_read_here(kind, name, tmp_path):
     expected = outputs(model, name)
     np.testing.assert_allclose(outputs(loaded(made(name), tmp_path / "ours"), name), expected, atol=1e-5)
     merged, state = lora.merge(params, adapters), model.merge_and_unload().state_dict()
-    for path, place in placed.items():
-        found = place.to_torch(np.asarray(merged[path]))
+    for path, match in matches.items():
+        found = match.to_torch(np.asarray(merged[path]))
         np.testing.assert_allclose(found, state[names[path]].numpy(), atol=1e-5, rtol=1e-5, err_msg=path)
 
 
@@ -263,9 +263,9 @@ def test_peft_reads_the_kinds_that_are_written_here(kind, name, tmp_path):
     """Without a warning, and with the outputs of a model that has the weights as they are merged here."""
     params, names = params_of(made(name))
     key_map = key_map_of(name)
-    placed = key_map.place({path: leaf.shape for path, leaf in params.items()})
-    fans = [placed[path].axes.fans(placed[path].shape)[1:] for path in adapted(placed)]
-    rules = dict.fromkeys(adapted(placed), RULES[kind].among(fans))
+    matches = key_map.match({path: leaf.shape for path, leaf in params.items()})
+    fans = [matches[path].axes.fans(matches[path].shape)[1:] for path in adapted(matches)]
+    rules = dict.fromkeys(adapted(matches), RULES[kind].among(fans))
     if kind == "lora_bias":
         rules |= {path.replace("kernel", "bias"): lora.Full() for path in rules}
     if kind == "tokens":
@@ -276,7 +276,7 @@ def test_peft_reads_the_kinds_that_are_written_here(kind, name, tmp_path):
     keys = jax.random.split(jax.random.key(0), len(rules))
     adapters = {}
     for key, (path, rule) in zip(keys, rules.items(), strict=True):
-        fresh = rule.init(key, params[path], placed[path].axes)
+        fresh = rule.init(key, params[path], matches[path].axes)
         adapters[path] = jax.tree.map(lambda a, key=key: a + jax.random.normal(key, a.shape) / 3, fresh)
     lora.save_peft(tmp_path, adapters, key_map, params=params if kind == "full" else None)
     model = loaded(made(name), tmp_path)
@@ -285,7 +285,7 @@ def test_peft_reads_the_kinds_that_are_written_here(kind, name, tmp_path):
     assert (expected_type in peft.PeftType.__members__) == (model.peft_config["default"].peft_type != "LORA")
     assert np.abs(outputs(model, name) - outputs(made(name), name)).max() > 1e-3, "the adapters change something"
     merged, theirs = lora.merge(params, adapters), made(name)
-    state = {names[path]: torch.tensor(place.to_torch(np.asarray(merged[path]))) for path, place in placed.items()}
+    state = {names[path]: torch.tensor(match.to_torch(np.asarray(merged[path]))) for path, match in matches.items()}
     theirs.load_state_dict(state, strict=False)
     np.testing.assert_allclose(outputs(model, name), outputs(theirs, name), atol=1e-5, rtol=1e-5)
 
@@ -294,8 +294,8 @@ def test_peft_reads_the_kinds_that_are_written_here(kind, name, tmp_path):
 def test_starts_that_change_the_base(start, tmp_path):
     """Trained a little in PEFT: the base that is made here is the one that PEFT has, and PEFT's is made again."""
     params, names = params_of(made("llama"))
-    placed = key_maps.LLAMA.place({path: leaf.shape for path, leaf in params.items()})
-    targets = [names[path].removesuffix(".weight") for path in adapted(placed)]
+    matches = key_maps.LLAMA.match({path: leaf.shape for path, leaf in params.items()})
+    targets = [names[path].removesuffix(".weight") for path in adapted(matches)]
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=start)
     model = moved(peft.get_peft_model(made("llama"), config))
     model.save_pretrained(tmp_path / "theirs")
@@ -305,7 +305,7 @@ def test_starts_that_change_the_base(start, tmp_path):
     np.testing.assert_allclose(outputs(again, "llama"), outputs(model, "llama"), atol=1e-5)
     merged, state = lora.merge(params | others, adapters), model.merge_and_unload().state_dict()
     for path in adapters:
-        found = placed[path].to_torch(np.asarray(merged[path]))
+        found = matches[path].to_torch(np.asarray(merged[path]))
         np.testing.assert_allclose(found, state[names[path]].numpy(), atol=1e-5, rtol=1e-5, err_msg=path)
 
 
@@ -329,10 +329,10 @@ def test_pruned_adalora_in_peft(tmp_path):
     PEFT takes its own masks for patterns of names, and warns that these match none.
     """
     params, names = params_of(made("llama"))
-    placed = key_maps.LLAMA.place({path: leaf.shape for path, leaf in params.items()})
+    matches = key_maps.LLAMA.match({path: leaf.shape for path, leaf in params.items()})
     adapters = {}
-    for i, path in enumerate(adapted(placed)):
-        fresh = lora.AdaLora(1 + i % 3, 5 - i % 2).init(jax.random.key(i), params[path], placed[path].axes)
+    for i, path in enumerate(adapted(matches)):
+        fresh = lora.AdaLora(1 + i % 3, 5 - i % 2).init(jax.random.key(i), params[path], matches[path].axes)
         adapters[path] = jax.tree.map(lambda a, i=i: a + jax.random.normal(jax.random.key(i), a.shape), fresh)
     lora.save_peft(tmp_path, adapters, key_maps.LLAMA)
     with pytest.warns(RuntimeWarning, match="rank_pattern keys did not match any targeted module"):
@@ -340,7 +340,7 @@ def test_pruned_adalora_in_peft(tmp_path):
     assert model.peft_config["default"].peft_type == "ADALORA"
     merged, state = lora.merge(params, adapters), model.merge_and_unload().state_dict()
     for path in adapters:
-        found = placed[path].to_torch(np.asarray(merged[path]))
+        found = matches[path].to_torch(np.asarray(merged[path]))
         np.testing.assert_allclose(found, state[names[path]].numpy(), atol=2e-5, rtol=1e-5, err_msg=path)
 
 
@@ -363,16 +363,16 @@ def test_dora_of_tables_and_convolutions_in_peft(tmp_path):
         key_maps.embedding("emb", "emb"), *(key_maps.conv(name, name) for name in ("conv", "conv2"))
     )
     adapters = {}
-    for i, (path, place) in enumerate(key_map.place({path: w.shape for path, w in params.items()}).items()):
-        fresh = lora.Dora(2, 3).init(jax.random.key(i), params[path], place.axes)
+    for i, (path, match) in enumerate(key_map.match({path: w.shape for path, w in params.items()}).items()):
+        fresh = lora.Dora(2, 3).init(jax.random.key(i), params[path], match.axes)
         adapters[path] = jax.tree.map(lambda a, i=i: a + jax.random.normal(jax.random.key(i), a.shape) / 3, fresh)
     lora.save_peft(tmp_path, adapters, key_map)
     ids = torch.arange(10).reshape(2, 5)
     found = loaded(Model(), tmp_path)(ids).detach().numpy()
     merged = lora.merge(params, adapters)
     with torch.no_grad():
-        for path, place in key_map.place({path: w.shape for path, w in params.items()}).items():
-            layers[path].weight.copy_(torch.tensor(place.to_torch(np.asarray(merged[path]))))
+        for path, match in key_map.match({path: w.shape for path, w in params.items()}).items():
+            layers[path].weight.copy_(torch.tensor(match.to_torch(np.asarray(merged[path]))))
         np.testing.assert_allclose(found, Model()(ids).numpy(), atol=1e-5, rtol=1e-5)
 
 
@@ -464,7 +464,7 @@ def test_merged_files_load_in_transformers(name, tmp_path):
     assert (tmp_path / "base" / "model.safetensors.index.json").exists()
     params, _ = params_of(made(name))
     key_map = key_map_of(name)
-    adapters = random_adapters(key_map.place({path: leaf.shape for path, leaf in params.items()}))
+    adapters = random_adapters(key_map.match({path: leaf.shape for path, leaf in params.items()}))
     lora.save_peft(tmp_path / "peft", adapters, key_map)
     lora.merge_checkpoint(tmp_path / "base", tmp_path / "merged", adapters, key_map)
     lora.merge_checkpoint(tmp_path / "base", tmp_path / "again", tmp_path / "peft")

@@ -1,0 +1,16 @@
+"""Folders of HF PEFT: `adapter_config.json` beside `adapter_model.safetensors`, read and written.
+
+Start with `load`, whose `load_peft` calls these in turn:
+
+    config, options     1. the config: its format and its options
+    files               2. the tensors of the file
+    contents            3. modules: which tensors belong together, and what stands beside them
+    (key_map.KeyMap)    4. matches: the parameters that these are
+    from_modules        5. adapters of the modules; biases, token_rows, full_weights: of what stands beside them
+    residual_bases         and the bases of adapters that began as a part of the weights
+
+and go on with `save`, the way back: to_modules and module_parts (profiles for other readers), then the tensors and the
+config, then the folder. parameters, adapter_axes and experts are small helpers of both.
+
+What differs from one kind of adapter to the next is in `formats`, and only there.
+"""

@@ -1,7 +1,7 @@
-"""Bases of adapters that began as a part of the weights, which HF PEFT takes off again when it loads them."""
+"""Bases of adapters that began as a part of the weights, which HF PEFT takes out again when it loads them."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,65 +14,59 @@ from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import unpacked
 from lora_jax.core.paths import flatten_with_names, is_array
 from lora_jax.core.targets import Plan
-from lora_jax.initialization import starts
-from lora_jax.interop.key_map import Array, Placed
-from lora_jax.interop.peft.formats import Module
+from lora_jax.initialization.olora import olora
+from lora_jax.initialization.pissa import pissa
+from lora_jax.interop.key_map import Array, ParameterMatch, parts_by_tensor
+from lora_jax.interop.peft.formats.format import Module
 
-# Kinds of modules whose weight PEFT takes apart as the matrix [out, in] that it is.
-_FOR = {"pissa": ("linear", "conv1d"), "olora": ("linear",)}
+# The kinds of modules for which PEFT has each start: it decomposes the weight as the matrix [out, in] that it is.
+_MODULES = {"pissa": ("linear", "conv1d"), "olora": ("linear",)}
 
 
 def residuals(
-    start: str,
-    placed: Mapping[str, Placed],
-    groups: Mapping[str, Sequence[Placed]],
-    modules: Mapping[str, Module],
-    params: Any,
+    start: str, matches: Mapping[str, ParameterMatch], modules: Mapping[str, Module], params: Any
 ) -> dict[str, jax.Array]:
-    """`{path: W - s A0 B0}` of all adapted parameters, A0 and B0 being what their modules started with.
-
-    Args:
-        groups: the parameters that each tensor has the parts of.
+    """Return `{path: W - s A0 B0}` of all adapted parameters, where A0 and B0 are what their modules started with.
 
     Raises:
-        LoraError: there are shapes and no arrays; a module of a kind that has no such start; what the start raises.
+        LoraError: there are shapes and no arrays; PEFT has no such start for a module; what the start raises.
     """
-    weights = _arrays(start, params)
+    weights = _weights(start, params)
     array = functools.cache(lambda path: np.asarray(unpacked(weights[path])))
     bases: dict[str, Array] = {}
-    for name, parts in groups.items():
+    for name, parts in parts_by_tensor(matches).items():
         kind = parts[0].entry.kind
         module = name.removesuffix(parts[0].entry.suffix)
         if kind == "array" or module not in modules:
             continue
-        if kind not in _FOR[start]:
+        if kind not in _MODULES[start]:
             raise LoraError(f"{module} is of the kind {kind!r}, which PEFT does not start with {start!r}.")
         indices = {p.path: next(i for i, tensor in p.tensors().items() if tensor == name) for p in parts}
-        pieces = [place.to_torch(array(place.path)[place.where(indices[place.path])]) for place in parts]
+        pieces = [match.to_torch(array(match.path)[match.where(indices[match.path])]) for match in parts]
         whole = np.concatenate(pieces, axis=parts[0].output_axis(2))
         arrays, scale = modules[module]
-        rest = _rest(start, module, whole.T if kind == "linear" else whole, len(arrays["a"]), scale)
+        rest = _residual(start, module, whole.T if kind == "linear" else whole, len(arrays["a"]), scale)
         rest = rest.T if kind == "linear" else rest
-        begin = 0
-        for place in parts:
-            index = indices[place.path]
-            if place.path not in bases:
-                bases[place.path] = array(place.path).copy()
-            bases[place.path][place.where(index)] = place.from_torch(place.outputs_of(rest, begin), index)
-            begin += place.outputs
+        offset = 0
+        for match in parts:
+            index = indices[match.path]
+            if match.path not in bases:
+                bases[match.path] = array(match.path).copy()
+            bases[match.path][match.where(index)] = match.from_torch(match.outputs_of(rest, offset), index)
+            offset += match.outputs
     return {path: jnp.asarray(base) for path, base in bases.items()}
 
 
-def _rest(start: str, module: str, w: Array, rank: int, scale: float) -> Array:
-    """W [in, out] without the part that the start of this rank takes."""
+def _residual(start: str, module: str, w: Array, rank: int, scale: float) -> Array:
+    """Return W [in, out] without the part that the start of this rank takes."""
     a, b = jnp.zeros((w.shape[0], rank)), jnp.zeros((rank, w.shape[1]))
     fresh = {module: LoraAdapter(a, b, KernelAxes((), (0,), (1,)), scale)}
-    params, _ = (starts.pissa if start == "pissa" else starts.olora)({module: jnp.asarray(w)}, fresh)
+    params, _ = (pissa if start == "pissa" else olora)({module: jnp.asarray(w)}, fresh)
     return np.asarray(params[module])
 
 
-def _arrays(start: str, params: Any) -> dict[str, Any]:
-    """The parameters by their paths."""
+def _weights(start: str, params: Any) -> dict[str, Any]:
+    """Return the parameters by their paths, if all are arrays."""
     if not isinstance(params, Plan):
         names, leaves, _ = flatten_with_names(params)
         if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):

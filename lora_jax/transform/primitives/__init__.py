@@ -4,7 +4,7 @@ With `core/products.py`, all that knows dimension numbers. An operation that has
 plain array, which is refused unless the user allowed it.
 """
 
-from lora_jax.transform.primitives import contractions, indexing, shapes
+from lora_jax.transform.primitives import contractions, convolutions, indexing, shapes
 from lora_jax.transform.primitives.registry import RULES, no_rule
 
-__all__ = ["RULES", "contractions", "indexing", "no_rule", "shapes"]
+__all__ = ["RULES", "contractions", "convolutions", "indexing", "no_rule", "shapes"]

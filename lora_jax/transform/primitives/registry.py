@@ -1,4 +1,4 @@
-"""The table of rules: what each primitive does to a kernel."""
+"""The table of rules: what to do where a primitive meets an adapted weight."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from lora_jax.core._compat import JaxprEqn, bind
 from lora_jax.transform.adapted_weight import plain
 
-Rule = Callable[..., list[Any]]
-RULES: dict[str, Rule] = {}
+PrimitiveRule = Callable[..., list[Any]]  # (equation, *operands) -> results
+RULES: dict[str, PrimitiveRule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register the rule of the primitives of these names."""
+def rule(*names: str) -> Callable[[PrimitiveRule], PrimitiveRule]:
+    """Register a function as the rule of the primitives of these names."""
 
-    def register(fn: Rule) -> Rule:
+    def register(fn: PrimitiveRule) -> PrimitiveRule:
         RULES.update(dict.fromkeys(names, fn))
         return fn
 
@@ -21,5 +21,5 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def no_rule(eqn: JaxprEqn, *args: Any, why: str = "is not an operation that a weight in factored form can pass") -> Any:
-    """Any other operation: run as it stands, on plain arrays."""
+    """Run an operation without a rule as it stands, on plain arrays: `why` says what it does that needs them."""
     return bind(eqn, [plain(a, why, eqn) for a in args])

@@ -1,4 +1,4 @@
-"""Operations that carry a kernel along: run on the frozen array as they stand, and the adapter follows."""
+"""Operations that move or reshape an adapted weight: they run on the frozen array, and the operand follows."""
 
 import dataclasses
 import functools
@@ -15,59 +15,59 @@ from lora_jax.core._compat import JaxprEqn, bind, vary
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.deferred import blocks
 from lora_jax.core.packed import Packed, is_packed, unpacked
-from lora_jax.transform.adapted_weight import Kernel, plain
-from lora_jax.transform.no_adapter import Frozen
+from lora_jax.transform.adapted_weight import AdaptedWeight, plain
+from lora_jax.transform.no_adapter import NoAdapter
 from lora_jax.transform.primitives.registry import no_rule, rule
 
 
 @rule("copy", "sharding_constraint", "device_put", "reduce_precision", "optimization_barrier")
 def of_the_value(eqn: JaxprEqn, *args: Any) -> list[Any]:
-    """Where the array is, when, or how precise: the adapter is as it was.
+    """Run an operation on the frozen value alone, which changes where it is, when or how precise.
 
-    In a barrier it would cost: the derivative of one has a term for each operand, that of W's shape among them.
+    The operand's arrays stay out of a barrier: its derivative would have a term for W beside theirs.
     """
-    values = [a.value if isinstance(a, Kernel) else a for a in args]
+    values = [a.value if isinstance(a, AdaptedWeight) else a for a in args]
     if eqn.primitive.name == "reduce_precision":
         values = [unpacked(value) for value in values]
     arrays = [value for value in values if not is_packed(value)]  # what is packed stays as it is
     results = iter(bind(eqn, arrays) if arrays else [])
     out = [value if is_packed(value) else next(results) for value in values]
-    return [a.replace(o) if isinstance(a, Kernel) else o for a, o in zip(args, out, strict=True)]
+    return [a.replace(o) if isinstance(a, AdaptedWeight) else o for a, o in zip(args, out, strict=True)]
 
 
 @rule("stop_gradient")
-def stop_gradient(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
-    """No gradient passes W', so none passes any of its parts."""
-    stopped = kernel.replace(jax.tree.map(lax.stop_gradient, kernel.value), kernel.adapter.stop())
-    return [dataclasses.replace(stopped, factor=jax.tree.map(lax.stop_gradient, kernel.factor))]
+def stop_gradient(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
+    """Stop the gradient of the value, of the operand and of the factor."""
+    stopped = weight.replace(jax.tree.map(lax.stop_gradient, weight.value), weight.operand.stop())
+    return [dataclasses.replace(stopped, factor=jax.tree.map(lax.stop_gradient, weight.factor))]
 
 
 @rule("pvary")
-def pvary(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
-    """In `shard_map`: the arrays of the adapter differ between devices where the weight does, if not before."""
-    return [jax.tree.map(lambda array: vary(array, eqn.params["axes"]), kernel)]
+def pvary(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
+    """Let the operand's arrays differ between the devices of a `shard_map` where the weight does."""
+    return [jax.tree.map(lambda array: vary(array, eqn.params["axes"]), weight)]
 
 
 @rule("convert_element_type")
-def convert_element_type(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
-    """A cast moves the frozen value; the factors follow the product's dtype when they are used."""
+def convert_element_type(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
+    """Cast the frozen value; the factors are cast to the product's dtype when they are used."""
     dtype = eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
-        return no_rule(eqn, kernel, why=f"casts it to {jnp.dtype(dtype).name}, which rounds W' itself")
-    if is_packed(kernel.value):
-        return [kernel.replace(kernel.value.seen("cast", jnp.dtype(dtype)))]
-    return of_the_value(eqn, kernel)
+        return no_rule(eqn, weight, why=f"casts it to {jnp.dtype(dtype).name}, which rounds W' itself")
+    if is_packed(weight.value):
+        return [weight.replace(weight.value.seen("cast", jnp.dtype(dtype)))]
+    return of_the_value(eqn, weight)
 
 
 @rule("transpose")
-def transpose(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
+def transpose(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
     permutation = tuple(eqn.params["permutation"])
-    value = _transposed(kernel.value, permutation) if is_packed(kernel.value) else kernel.value.transpose(permutation)
-    return [kernel.replace(value, kernel.adapter.permute(permutation))]
+    value = _transposed(weight.value, permutation) if is_packed(weight.value) else weight.value.transpose(permutation)
+    return [weight.replace(value, weight.operand.permute(permutation))]
 
 
 def _transposed(packed: Packed, permutation: tuple[int, ...]) -> Packed | jax.Array:
-    """Each matrix is transposed after it is unpacked; the stack has to stay where it is."""
+    """Transpose each matrix when it is unpacked; the stack has to stay where it is."""
     n = len(packed.stack)
     if permutation[:n] != tuple(range(n)):
         return packed.dense().transpose(permutation)
@@ -75,7 +75,7 @@ def _transposed(packed: Packed, permutation: tuple[int, ...]) -> Packed | jax.Ar
 
 
 def _reshaped_packed(packed: Packed, shape: tuple[int, ...]) -> Packed | jax.Array:
-    """Each matrix is reshaped after it is unpacked; the axes of the stack have to stay apart from its own."""
+    """Reshape each matrix when it is unpacked; the axes of the stack have to stay apart from its own."""
     n = next((n for n in range(len(shape) + 1) if math.prod(shape[:n]) == math.prod(packed.stack)), None)
     if n is None:
         return packed.dense().reshape(shape)
@@ -84,36 +84,36 @@ def _reshaped_packed(packed: Packed, shape: tuple[int, ...]) -> Packed | jax.Arr
 
 
 @rule("reduce_sum")
-def reduce_sum(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
-    """Over axes of size 1, as `einsum` takes them away."""
-    if any(kernel.shape[axis] != 1 for axis in eqn.params["axes"]):
-        return no_rule(eqn, kernel)
-    return reshape(eqn, kernel)
+def reduce_sum(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
+    """Sum over axes of size 1, as `einsum` takes them away."""
+    if any(weight.shape[axis] != 1 for axis in eqn.params["axes"]):
+        return no_rule(eqn, weight)
+    return reshape(eqn, weight)
 
 
 @rule("reshape", "squeeze")
-def reshape(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
-    """Axes of one group are merged and split; axes of size 1 come and go."""
-    adapter, value = kernel.adapter, kernel.value
+def reshape(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
+    """Merge and split axes of one group; axes of size 1 come and go."""
+    operand, value = weight.operand, weight.value
     if is_packed(value):
         value = _reshaped_packed(value, eqn.outvars[0].aval.shape)  # type: ignore[attr-defined]
     else:
         [value] = bind(eqn, [value])
-    old, new = [n for n in kernel.shape if n != 1], [n for n in value.shape if n != 1]
-    if 0 in kernel.shape:
-        return no_rule(eqn, kernel)
-    for axis in reversed(range(kernel.ndim)):
-        if kernel.shape[axis] == 1:
-            adapter = adapter.replace_axes(axis, 1, 0, jnp.squeeze)
+    old, new = [n for n in weight.shape if n != 1], [n for n in value.shape if n != 1]
+    if 0 in weight.shape:
+        return no_rule(eqn, weight)
+    for axis in reversed(range(weight.ndim)):
+        if weight.shape[axis] == 1:
+            operand = operand.replace_axes(axis, 1, 0, jnp.squeeze)
     for start, count, sizes in reversed(list(blocks(old, new))):
-        if len({adapter.group(axis) for axis in range(start, start + count)}) > 1:
-            return no_rule(eqn, kernel, why="mixes its axes of inputs, outputs or stacked matrices")
+        if len({operand.group(axis) for axis in range(start, start + count)}) > 1:
+            return no_rule(eqn, weight, why="mixes its axes of inputs, outputs or stacked matrices")
         if (count, len(sizes)) != (1, 1):
-            adapter = adapter.replace_axes(start, count, len(sizes), _reshaped(count, sizes))
+            operand = operand.replace_axes(start, count, len(sizes), _reshaped(count, sizes))
     for axis, n in enumerate(value.shape):
         if n == 1:
-            adapter = adapter.insert_axis(axis)
-    return [kernel.replace(value, adapter)]
+            operand = operand.insert_axis(axis)
+    return [weight.replace(value, operand)]
 
 
 def _reshaped(count: int, sizes: tuple[int, ...]) -> Callable[[jax.Array, int], jax.Array]:
@@ -121,19 +121,19 @@ def _reshaped(count: int, sizes: tuple[int, ...]) -> Callable[[jax.Array, int], 
 
 
 @rule("broadcast_in_dim")
-def broadcast_in_dim(eqn: JaxprEqn, kernel: Kernel, *dynamic_shape: Any) -> list[Any]:
-    """New axes, and those that grow from size 1, stack the matrix with itself."""
-    adapter, kept = kernel.adapter, eqn.params["broadcast_dimensions"]
-    [value] = bind(eqn, [unpacked(kernel.value), *dynamic_shape])
+def broadcast_in_dim(eqn: JaxprEqn, weight: AdaptedWeight, *dynamic_shape: Any) -> list[Any]:
+    """Stack the matrix with itself along new axes, and along those that grow from size 1."""
+    operand, kept = weight.operand, eqn.params["broadcast_dimensions"]
+    [value] = bind(eqn, [unpacked(weight.value), *dynamic_shape])
     for axis, size in enumerate(value.shape):
-        grows = axis in kept and kernel.shape[kept.index(axis)] != size
+        grows = axis in kept and weight.shape[kept.index(axis)] != size
         if grows:
-            adapter = adapter.replace_axes(axis, 1, 0, jnp.squeeze)
+            operand = operand.replace_axes(axis, 1, 0, jnp.squeeze)
         if grows or axis not in kept:
-            adapter = adapter.insert_axis(axis)
+            operand = operand.insert_axis(axis)
             if size != 1:
-                adapter = adapter.replace_axes(axis, 1, 1, functools.partial(_repeated, n=size))
-    return [kernel.replace(value, adapter)]
+                operand = operand.replace_axes(axis, 1, 1, functools.partial(_repeated, n=size))
+    return [weight.replace(value, operand)]
 
 
 def _repeated(array: jax.Array, at: int, n: int) -> jax.Array:
@@ -141,21 +141,21 @@ def _repeated(array: jax.Array, at: int, n: int) -> jax.Array:
 
 
 @rule("rev")
-def rev(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
-    adapter = kernel.adapter
+def rev(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
+    operand = weight.operand
     for axis in eqn.params["dimensions"]:
-        adapter = adapter.replace_axes(axis, 1, 1, lambda array, at: lax.rev(array, (at,)))
-    return [kernel.replace(bind(eqn, [unpacked(kernel.value)])[0], adapter)]
+        operand = operand.replace_axes(axis, 1, 1, lambda array, at: lax.rev(array, (at,)))
+    return [weight.replace(bind(eqn, [unpacked(weight.value)])[0], operand)]
 
 
 @rule("pad")
-def pad(eqn: JaxprEqn, kernel: Any, value: Any) -> list[Any]:
-    """The padding is the program's; the change of it is zero."""
-    if not isinstance(kernel, Kernel):
-        return no_rule(eqn, kernel, value)
-    adapter = kernel.adapter
-    if not adapter.additive and not (isinstance(value, float | int | np.ndarray | np.generic) and value == 0):
-        return no_rule(eqn, kernel, value, why="pads it, and its adapter scales what it pads with")
+def pad(eqn: JaxprEqn, weight: Any, value: Any) -> list[Any]:
+    """Pad the value with what the program says, and the operand with zeros."""
+    if not isinstance(weight, AdaptedWeight):
+        return no_rule(eqn, weight, value)
+    operand = weight.operand
+    if not operand.is_additive and not (isinstance(value, float | int | np.ndarray | np.generic) and value == 0):
+        return no_rule(eqn, weight, value, why="pads it, and its adapter scales what it pads with")
     for axis, config in enumerate(eqn.params["padding_config"]):
         if any(config):
 
@@ -163,39 +163,39 @@ def pad(eqn: JaxprEqn, kernel: Any, value: Any) -> list[Any]:
                 configs = [config if i == at else (0, 0, 0) for i in range(array.ndim)]
                 return lax.pad(array, jnp.zeros((), array.dtype), configs)
 
-            adapter = adapter.replace_axes(axis, 1, 1, fn)
-    return [kernel.replace(bind(eqn, [unpacked(kernel.value), value])[0], adapter)]
+            operand = operand.replace_axes(axis, 1, 1, fn)
+    return [weight.replace(bind(eqn, [unpacked(weight.value), value])[0], operand)]
 
 
 @rule("all_gather", "all_gather_invariant")
-def all_gather(eqn: JaxprEqn, kernel: Kernel) -> list[Any]:
-    """A weight that is sharded within `shard_map`, gathered before it is used."""
+def all_gather(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
+    """Gather a weight that is sharded within `shard_map`, and the operand with it."""
     if not eqn.params["tiled"]:
-        return no_rule(eqn, kernel)
-    axis, adapter = eqn.params["all_gather_dimension"], kernel.adapter
+        return no_rule(eqn, weight)
+    axis, operand = eqn.params["all_gather_dimension"], weight.operand
 
     def fn(array: jax.Array, at: int) -> jax.Array:
         return bind(eqn.replace(params={**eqn.params, "all_gather_dimension": at}), [array])[0]
 
-    return [kernel.replace(fn(unpacked(kernel.value), axis), adapter.replace_axes(axis, 1, 1, fn))]
+    return [weight.replace(fn(unpacked(weight.value), axis), operand.replace_axes(axis, 1, 1, fn))]
 
 
 @rule("mul", "div", "neg")
 def scale(eqn: JaxprEqn, *args: Any) -> list[Any]:
-    """A scalar. A constant meets W and one thin factor; one that is computed waits for the product.
+    """Multiply by a scalar. A constant is multiplied into W and one factor; a computed one waits for the product.
 
     x @ (c W) = c (x @ W): else the derivative by c would multiply W with a matrix of its size.
     """
-    kernel, *others = args if isinstance(args[0], Kernel) else args[::-1]
+    weight, *others = args if isinstance(args[0], AdaptedWeight) else args[::-1]
     divides = eqn.primitive.name == "div"
-    if (divides and kernel is args[1]) or any(isinstance(other, Kernel) or jnp.ndim(other) for other in others):
+    if (divides and weight is args[1]) or any(isinstance(other, AdaptedWeight) or jnp.ndim(other) for other in others):
         return no_rule(eqn, *args, why="takes it with more than a scalar factor")
-    factor = jnp.asarray(others[0] if others else -1, accumulator(kernel.value.dtype))
+    factor = jnp.asarray(others[0] if others else -1, accumulator(weight.value.dtype))
     factor = 1 / factor if divides else factor
-    if is_packed(kernel.value) or (others and isinstance(others[0], jax.Array)):
-        return [dataclasses.replace(kernel, factor=factor if kernel.factor is None else kernel.factor * factor)]
-    [value] = bind(eqn, [a.value if isinstance(a, Kernel) else a for a in args])
-    return [kernel.replace(value, kernel.adapter.scale_by(factor))]
+    if is_packed(weight.value) or (others and isinstance(others[0], jax.Array)):
+        return [dataclasses.replace(weight, factor=factor if weight.factor is None else weight.factor * factor)]
+    [value] = bind(eqn, [a.value if isinstance(a, AdaptedWeight) else a for a in args])
+    return [weight.replace(value, weight.operand.scale_by(factor))]
 
 
 @rule("concatenate")
@@ -206,25 +206,30 @@ def concatenate(eqn: JaxprEqn, *args: Any) -> list[Any]:
 @rule("stack")
 def stack(eqn: JaxprEqn, *args: Any) -> list[Any]:
     axis = eqn.params["axis"]
-    return _concatenate(eqn, args, [_with_axis(a, axis) if isinstance(a, Kernel) else a[None] for a in args], axis)
+    parts = [_with_axis(a, axis) if isinstance(a, AdaptedWeight) else a[None] for a in args]
+    return _concatenate(eqn, args, parts, axis)
 
 
-def _with_axis(kernel: Kernel, axis: int) -> Kernel:
-    return kernel.replace(jnp.expand_dims(unpacked(kernel.value), axis), kernel.adapter.insert_axis(axis))
+def _with_axis(weight: AdaptedWeight, axis: int) -> AdaptedWeight:
+    return weight.replace(jnp.expand_dims(unpacked(weight.value), axis), weight.operand.insert_axis(axis))
+
+
+def _has_no_adapter(part: Any) -> bool:
+    return isinstance(part, AdaptedWeight) and isinstance(part.operand, NoAdapter)
 
 
 def _concatenate(eqn: JaxprEqn, args: Sequence[Any], parts: Sequence[Any], axis: int) -> list[Any]:
-    args, parts = ([a.scaled() if isinstance(a, Kernel) else a for a in group] for group in (args, parts))
-    parts = [unpacked(p.value) if isinstance(p, Kernel) and isinstance(p.adapter, Frozen) else p for p in parts]
-    kernels = [p for p in parts if isinstance(p, Kernel)]
-    if not kernels:
+    args, parts = ([a.scaled() if isinstance(a, AdaptedWeight) else a for a in group] for group in (args, parts))
+    parts = [unpacked(p.value) if _has_no_adapter(p) else p for p in parts]
+    weights = [p for p in parts if isinstance(p, AdaptedWeight)]
+    if not weights:
         return bind(eqn, [plain(a, "joins it", eqn) for a in args])
-    adapters = [p.adapter.explicit() if isinstance(p, Kernel) else None for p in parts]
-    sizes = [p.shape[axis] if isinstance(p, Kernel) or eqn.primitive.name == "concatenate" else 1 for p in parts]
-    first = next(a for a in adapters if a is not None)
-    adapter = first.concatenate(adapters, sizes, axis)
-    if adapter is None:
+    operands = [p.operand.to_lora() if isinstance(p, AdaptedWeight) else None for p in parts]
+    sizes = [p.shape[axis] if isinstance(p, AdaptedWeight) or eqn.primitive.name == "concatenate" else 1 for p in parts]
+    first = next(a for a in operands if a is not None)
+    operand = first.concatenate(operands, sizes, axis)
+    if operand is None:
         return no_rule(eqn, *args, why="joins it with weights whose adapters have no common form")
-    [value] = bind(eqn, [unpacked(a.value) if isinstance(a, Kernel) else a for a in args])
-    paths = tuple(dict.fromkeys(path for kernel in kernels for path in kernel.paths))
-    return [Kernel(value, adapter, paths, kernels[0].fallback)]
+    [value] = bind(eqn, [unpacked(a.value) if isinstance(a, AdaptedWeight) else a for a in args])
+    paths = tuple(dict.fromkeys(path for weight in weights for path in weight.paths))
+    return [AdaptedWeight(value, operand, paths, weights[0].fallback)]

@@ -1,0 +1,82 @@
+"""How commands print their results: tables, JSON, plots and progress bars."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from lora_jax.cli.summary import WeightSummary
+
+UNLIMITED = 10_000  # columns of a table that goes to a file or another program
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: int = 0) -> None:
+    """Print columns under their header, the last `right` of them aligned to the right.
+
+    In a terminal, long names are folded to its width; elsewhere, each row is one line of plain text.
+    """
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for i, name in enumerate(header):
+        numeric = i >= len(header) - right
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    Console(width=None if sys.stdout.isatty() else UNLIMITED).print(table)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON, which lacks NaN and infinities: they become null."""
+
+    def clean(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: clean(child) for key, child in node.items()}
+        if isinstance(node, list | tuple):
+            return [clean(child) for child in node]
+        return None if isinstance(node, float) and not np.isfinite(node) else node
+
+    print(json.dumps(clean(value), indent=2))
+
+
+@contextlib.contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on stderr, and yield a function that sets it to (bytes done, bytes in all)."""
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+def draw_spectra(rows: Sequence[WeightSummary], path: Path) -> None:
+    """Draw the norm and the effective rank of each weight's change as bars, into a PNG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.4 + 0.22 * len(rows)), sharey=True, layout="constrained")
+    names = [row.weight for row in rows]
+    left.barh(names, [row.spectrum.norm for row in rows], color="#1f6fb4")
+    right.barh(names, [row.rank for row in rows], color="#d8e4ef", label="rank")
+    right.barh(
+        names, [row.spectrum.effective_rank for row in rows], color="#c44e52", height=0.5, label="effective rank"
+    )
+    left.set(xlabel="norm of the change", ylim=(len(rows) - 0.4, -0.6))
+    right.set(xlabel="rank")
+    right.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+        axes.grid(axis="x", alpha=0.25)
+        axes.tick_params(axis="y", labelsize=8, length=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)

@@ -1,0 +1,29 @@
+"""The axes of an adapter, which may be those of the weight as it is used the other way round."""
+
+import dataclasses
+
+from lora_jax.adapters.full import FullAdapter
+from lora_jax.adapters.lora import LoraAdapter
+from lora_jax.adapters.token_rows import RowsAdapter
+from lora_jax.core.adapter import Adapter
+from lora_jax.core.axes import KernelAxes
+from lora_jax.core.errors import LoraError
+
+
+def with_axes(adapter: Adapter, axes: KernelAxes, path: str, source: str) -> Adapter:
+    """Return the adapter with these axes: a LoRA of a table that is used as a head is transposed.
+
+    Args:
+        source: where the axes are from, for the error: "the plan" or "the key map".
+
+    Raises:
+        LoraError: it has other axes, and cannot be transposed to these.
+    """
+    if isinstance(adapter, FullAdapter | RowsAdapter) and not axes.stack:
+        return dataclasses.replace(adapter, axes=axes)
+    for candidate in (adapter, adapter.transpose()) if isinstance(adapter, LoraAdapter) else (adapter,):
+        if candidate.axes == axes:
+            return candidate
+    raise LoraError(
+        f"{path!r} has {axes} by {source}, but its adapter has {adapter.axes}: mend its entry in the key map."
+    )

@@ -1,0 +1,61 @@
+"""The files of a folder that HF PEFT reads and writes.
+
+Files are not trusted: nothing in them is executed, and no name in them becomes a path.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.checkpoints.atomic_dir import written
+from lora_jax.core.errors import LoraError, short
+from lora_jax.interop.key_map import Array
+from lora_jax.interop.peft.formats.format import Format
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+LORALIB = "lora.safetensors"  # for loralib, which has no config
+PREFIX = "base_model.model."  # what the names of all tensors of modules begin with
+LONGEST = 1000  # characters of a name
+
+
+def read_tensors(path: Path, format: Format) -> dict[str, Array]:
+    """Return the tensors of a file by their names without the prefix. The header is checked before anything is read.
+
+    Raises:
+        LoraError: there is no such file, or it cannot be read; it holds a tensor that is not of floats, or whose name
+            no adapter of this format has.
+    """
+    from lora_jax.interop._safetensors import SafetensorError, load_file
+
+    if not path.is_file():
+        torch = path.with_name("adapter_model.bin")
+        hint = f" {torch.name} is a pickle, which may run any code: save it again as safetensors." * torch.is_file()
+        raise LoraError(f"there is no {path}.{hint}")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise LoraError(f"{path} cannot be read: {str(error)[:200]}.") from error
+    for name, tensor in tensors.items():
+        if not name.startswith(PREFIX) and name not in format.shared_tensors:
+            raise LoraError(f"{path} holds {short(name)}, expected names that begin with {PREFIX!r}.")
+        if len(name) > LONGEST:
+            raise LoraError(f"{path} holds a name of {len(name):,} characters, expected at most {LONGEST}.")
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise LoraError(f"{path}: {short(name)} is of {tensor.dtype}, expected a floating dtype.")
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def write_folder(folder: Path, name: str, tensors: Mapping[str, Array], config: Mapping[str, Any] | None) -> None:
+    """Write a folder with a file of tensors and, unless it is None, the config: all of it or nothing."""
+    from lora_jax.interop._safetensors import save_file
+
+    whole = {key: np.ascontiguousarray(tensor) for key, tensor in sorted(tensors.items())}
+    with written(folder) as new:
+        save_file(whole, new / name, metadata={"format": "pt"})
+        if config is not None:
+            (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
