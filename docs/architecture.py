@@ -30,6 +30,8 @@ READING = (
     "transform/adapted_weight.py",
     "transform/primitives/contractions.py",
     "core/products.py",
+    "core/operand.py",
+    "adapters/low_rank.py",
     "adapters/lora.py",
 )
 

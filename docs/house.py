@@ -241,7 +241,7 @@ def _fit(boxes: Sequence[Box]) -> None:
         columns, height = tallest.columns, tallest.height
         tallest.fit(columns + 1)
         wide = math.fsum(box.width for box in boxes) + APART * (len(boxes) - 1)
-        if tallest.height >= height or wide > (WIDEST if len(boxes) > 1 else 0.6 * WIDEST):
+        if tallest.height >= height or wide > (WIDEST if len(boxes) > 1 else 0.75 * WIDEST):
             tallest.fit(columns)
             break
     for box in boxes:
