@@ -217,7 +217,7 @@ class FloorPlan:
         return ports
 
     def _cost(self, x: Mapping[Item, float]) -> float:
-        """Return the length of all horizontal lines, so much more for each crossing, and half of the width."""
+        """Return the length of all horizontal lines, so much more for each crossing, and the width."""
         length, crossings = 0.0, 0
         for nets in self.nets(x).values():
             for _, above, below in nets:
@@ -229,7 +229,7 @@ class FloorPlan:
                     crossings += sum(low < p < high and tracks[t] > tracks[u] for p in [d])
                     crossings += sum(low < p < high and tracks[t] < tracks[u] for p in c)
         edges = [(x[i] - self.width(i) / 2, x[i] + self.width(i) / 2) for i in x]
-        return length + 120 * crossings + 0.5 * (max(e[1] for e in edges) - min(e[0] for e in edges))
+        return length + 120 * crossings + 3 * (max(e[1] for e in edges) - min(e[0] for e in edges))
 
 
 def _fit(boxes: Sequence[Box]) -> None:

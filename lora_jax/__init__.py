@@ -19,6 +19,7 @@ from lora_jax.core.adapter import Adapter, Rule, register_kind
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.targets import Plan
+from lora_jax.core.version import __version__ as __version__
 from lora_jax.flax_models import from_linen, from_nnx
 from lora_jax.initialization.init import init
 from lora_jax.initialization.rank_allocation import allocate_ranks, gradient_scores, input_scores
@@ -34,8 +35,6 @@ from lora_jax.training.value_and_grad import value_and_grad
 from lora_jax.transform.apply import lora_apply
 from lora_jax.transform.merge import merge
 from lora_jax.transform.plan import plan
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AdaLora",

@@ -19,6 +19,7 @@ from lora_jax.core.adapter import is_adapter
 from lora_jax.core.arrays import describe
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import flatten_with_names
+from lora_jax.core.version import __version__
 
 FORMAT = 1
 
@@ -95,7 +96,7 @@ def encode_state(
     leaves = state_arrays(state)
     facts = {
         "format": FORMAT,
-        "version": _version(),
+        "version": __version__,
         "step": step,
         "metrics": _scalars(metrics),
         "position": _encode_position(position),
@@ -161,9 +162,3 @@ def _scalars(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     """Return the metrics that are numbers or None, as Python's."""
     scalars = {name: value for name, value in metrics.items() if np.shape(value) == ()}
     return {name: None if value is None else float(value) for name, value in jax.device_get(scalars).items()}
-
-
-def _version() -> str:
-    from lora_jax import __version__  # not at the top, as that package imports this file
-
-    return __version__
