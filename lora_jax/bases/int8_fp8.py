@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from lora_jax.bases.format import Format
-from lora_jax.core.deferred import Size, View
+from lora_jax.core.deferred import Deferred, Size
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed
 
@@ -52,14 +52,14 @@ class EightBits(Packed):
     q: jax.Array  # [*s, *inputs, *outputs]
     scales: jax.Array  # fp32 [*s, *outputs]
     inner: tuple[int, ...] = field(metadata={"static": True})
-    unpacked: Any = field(metadata={"static": True})
-    view: View = field(default=(), metadata={"static": True})
-    used: NamedSharding | None = field(default=None, metadata={"static": True})
+    value_dtype: Any = field(metadata={"static": True})
+    deferred: Deferred = field(default=(), metadata={"static": True})
+    compute_sharding: NamedSharding | None = field(default=None, metadata={"static": True})
 
     parts = ("q", "scales")
 
     @property
-    def own_axes(self) -> int:
+    def array_ndim(self) -> int:
         return len(self.inner)
 
     @property
@@ -67,15 +67,15 @@ class EightBits(Packed):
         """How many axes of a matrix share one scale."""
         return self.q.ndim - self.scales.ndim
 
-    def unpack(self) -> jax.Array:
+    def dequantize(self) -> jax.Array:
         n = len(self.stack)
         return self.q.astype(jnp.float32) * jnp.expand_dims(self.scales, range(n, n + self.inputs))
 
     def repack(self, w: jax.Array) -> "EightBits":
         format = Int8 if self.q.dtype == jnp.int8 else Fp8
-        return format(inputs=self.inputs).pack(w, len(self.stack), self.unpacked)
+        return format(inputs=self.inputs).pack(w, len(self.stack), self.value_dtype)
 
-    def own_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
+    def array_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
         return {"q": tuple(spec), "scales": tuple(spec[self.inputs :])}
 
 

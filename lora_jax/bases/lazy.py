@@ -155,7 +155,7 @@ def _piece(
 def _turned(place: Placed, index: tuple[int, ...], dtype: Any, w: Any) -> Any:
     """A packed weight as our parameter: when it is unpacked, its axes are moved."""
     w = place.from_torch(_Axes(w), index).w  # type: ignore[arg-type, attr-defined]
-    return w if w.dtype == dtype else w.seen("cast", jnp.dtype(dtype))
+    return w if w.dtype == dtype else w.with_deferred("cast", jnp.dtype(dtype))
 
 
 class _Axes:
@@ -165,11 +165,11 @@ class _Axes:
         self.w, self.shape = w, w.shape
 
     def reshape(self, shape: tuple[int, ...]) -> "_Axes":
-        return self if tuple(shape) == self.shape else _Axes(self.w.seen("reshape", tuple(shape)))
+        return self if tuple(shape) == self.shape else _Axes(self.w.with_deferred("reshape", tuple(shape)))
 
     def transpose(self, order: Any) -> "_Axes":
         order = tuple(map(int, order))
-        return self if order == tuple(range(len(order))) else _Axes(self.w.seen("transpose", order))
+        return self if order == tuple(range(len(order))) else _Axes(self.w.with_deferred("transpose", order))
 
 
 def _stacked(place: Placed, pieces: Mapping[tuple[int, ...], Stored]) -> Stored:

@@ -79,7 +79,7 @@ def _merged(name: str, weight: Any, adapter: Adapter) -> tuple[Any, float]:
 
 def repacked(weight: Packed, w: jax.Array) -> Packed:
     """Another weight, packed as this one is, in the same places."""
-    return jax.tree.map(placed, weight.again(w), weight)
+    return jax.tree.map(placed, weight.repack_like(w), weight)
 
 
 def _delete(weight: Any) -> None:

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from lora_jax.bases import nf4_pallas
 from lora_jax.bases.format import Format
-from lora_jax.core.deferred import Size, View
+from lora_jax.core.deferred import Deferred, Size
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed
 
@@ -70,18 +70,18 @@ class Nf4Weight(Packed):
     outer: jax.Array | None  # fp32 [*s, scales / 256], the scales of scales
     mean: jax.Array | None  # fp32 [*s], which was taken off them
     inner: tuple[int, ...] = field(metadata={"static": True})
-    unpacked: Any = field(metadata={"static": True})
-    view: View = field(default=(), metadata={"static": True})
-    used: NamedSharding | None = field(default=None, metadata={"static": True})
+    value_dtype: Any = field(metadata={"static": True})
+    deferred: Deferred = field(default=(), metadata={"static": True})
+    compute_sharding: NamedSharding | None = field(default=None, metadata={"static": True})
     kernel: bool | None = field(default=None, metadata={"static": True})
 
     parts = ("codes", "scales", "outer", "mean")
 
     @property
-    def own_axes(self) -> int:
+    def array_ndim(self) -> int:
         return _whole(self.inner) + 1
 
-    def unpack(self) -> jax.Array:
+    def dequantize(self) -> jax.Array:
         high, low = self.codes >> 4, self.codes & 15
         values = _numbers(CODE, jnp.stack([high, low], axis=-1)).reshape(*self.codes.shape[:-1], -1)
         values = values * _for_each(self.wide_scales(), values)
@@ -98,15 +98,15 @@ class Nf4Weight(Packed):
         return scaled + jnp.expand_dims(self.mean, range(n, n + len(own)))
 
     def dot(self, x: jax.Array, inputs: tuple[int, ...], precision: Any) -> jax.Array | None:
-        """By a kernel, where W in its order is a matrix [d, k] of inputs and outputs, or of outputs and inputs."""
-        n, view = len(inputs), self.view
-        turned = len(self.inner) == 2 and view[:1] == (("transpose", (1, 0)),)
+        """Multiply by a kernel, if W as it is packed is one matrix [inputs, outputs] or [outputs, inputs]."""
+        n, deferred = len(inputs), self.deferred
+        transposed = len(self.inner) == 2 and deferred[:1] == (("transpose", (1, 0)),)
         first, last = inputs == tuple(range(n)), inputs == tuple(range(self.ndim - n, self.ndim))
-        moved = any(name == "transpose" for name, _ in (view[1:] if turned else view))
-        if moved or self.stack or self.used is not None or not (first or last) or x.dtype != self.dtype:
+        moved = any(name == "transpose" for name, _ in (deferred[1:] if transposed else deferred))
+        if moved or self.stack or self.compute_sharding is not None or not (first or last) or x.dtype != self.dtype:
             return None
         before, after = (math.prod(self.shape[: n if first else -n]), math.prod(self.shape[n if first else -n :]))
-        (d, k), forward = ((after, before), last) if turned else ((before, after), first)
+        (d, k), forward = ((after, before), last) if transposed else ((before, after), first)
         free, outputs = x.shape[: x.ndim - n], self.shape[n:] if first else self.shape[:-n]
         rows, sixteen = math.prod(free), x.dtype == jnp.bfloat16
         precision = None if sixteen else precision  # products of 16 bits are exact in sums of 32
@@ -114,7 +114,7 @@ class Nf4Weight(Packed):
         if platform is None:
             return None
         product = nf4_pallas.times if forward else nf4_pallas.times_transposed
-        dtypes = (self.unpacked, *(how for name, how in view if name == "cast"))
+        dtypes = (self.value_dtype, *(how for name, how in deferred if name == "cast"))
 
         def run(w: "Nf4Weight") -> jax.Array:
             scales = w.wide_scales().reshape(d, -1)
@@ -123,9 +123,9 @@ class Nf4Weight(Packed):
         return jax.checkpoint(run)(self).reshape(*free, *outputs)  # what is kept is packed
 
     def repack(self, w: jax.Array) -> "Nf4Weight":
-        return Nf4(double=self.outer is not None, kernel=self.kernel).pack(w, len(self.stack), self.unpacked)
+        return Nf4(double=self.outer is not None, kernel=self.kernel).pack(w, len(self.stack), self.value_dtype)
 
-    def own_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
+    def array_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
         """The last axis of codes and scales is that of several axes of W, of which the first may be split."""
         n = _whole(self.inner)
         last, *_ = spec[n:]
@@ -156,12 +156,12 @@ def from_flat(
     mean: jax.Array | None,
     inner: tuple[int, ...],
     dtype: Any,
-    view: View = (),
+    deferred: Deferred = (),
 ) -> Nf4Weight:
     """A weight of codes [*s, n / 2] and scales [*s, n / 64], as files have them, n padded to whole blocks."""
     n, stack = _whole(inner), codes.shape[:-1]
     codes, scales = (array.reshape(*stack, *inner[:n], -1) for array in (codes, scales))
-    return Nf4Weight(codes, scales, outer, mean, inner, dtype, view)
+    return Nf4Weight(codes, scales, outer, mean, inner, dtype, deferred)
 
 
 @functools.partial(jax.jit, static_argnums=1)

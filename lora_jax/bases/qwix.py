@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.tree_util import PyTreeDef
 
 from lora_jax.bases.nf4 import CODE
-from lora_jax.core.deferred import Size, View
+from lora_jax.core.deferred import Deferred, Size
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed
 from lora_jax.core.paths import READERS, Reader
@@ -31,19 +31,19 @@ class QwixWeight(Packed):
     scales: jax.Array  # [*s, *tiles], of W's dtype
     zero: jax.Array | None  # [*s, *tiles], of q's dtype
     inner: tuple[int, ...] = field(metadata={"static": True})
-    unpacked: Any = field(metadata={"static": True})
+    value_dtype: Any = field(metadata={"static": True})
     kind: str = field(metadata={"static": True})  # qwix's name of the numbers that are kept
     node: PyTreeDef = field(metadata={"static": True})  # that it came in
-    view: View = field(default=(), metadata={"static": True})
-    used: NamedSharding | None = field(default=None, metadata={"static": True})
+    deferred: Deferred = field(default=(), metadata={"static": True})
+    compute_sharding: NamedSharding | None = field(default=None, metadata={"static": True})
 
     parts = ("q", "scales", "zero")
 
     @property
-    def own_axes(self) -> int:
+    def array_ndim(self) -> int:
         return len(self.inner)
 
-    def unpack(self) -> jax.Array:
+    def dequantize(self) -> jax.Array:
         codes = jnp.asarray(CODE)[self.q] if self.kind == "nf4" else self.q
         w = codes.astype(self.scales.dtype).astype(jnp.float32)  # the codes are rounded, as qwix does it
         if self.zero is not None:
@@ -64,7 +64,7 @@ class QwixWeight(Packed):
             q = _each(jnp.add, q, zero.astype(jnp.float32))
         return dataclasses.replace(self, q=_rounded(q, self.q.dtype, self.kind), scales=scales, zero=zero)
 
-    def own_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
+    def array_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
         """Tiles that the mesh would cut through are whole, and so are scales of which there is but one."""
 
         def split(tiles: Sequence[int]) -> tuple[Any, ...]:
