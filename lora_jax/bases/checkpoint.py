@@ -114,15 +114,13 @@ def _rebuilt(described: Any, arrays: Any, path: str) -> Any:
         return arrays
     kind, fields, _ = described
     fields = {EARLIER_NAMES.get(name, name): value for name, value in fields.items()}
-    if kind not in PACKED_CLASSES or (
-        unknown := [name for name in fields if name not in _saved_fields(PACKED_CLASSES[kind])]
-    ):
-        found = repr(kind) if kind not in PACKED_CLASSES else f"{kind!r} with {', '.join(unknown)}"
-        raise LoraError(
-            f"{path!r} is packed as {found}; this version knows {', '.join(PACKED_CLASSES)}: update lora_jax."
-        )
-    parts = dict.fromkeys(PACKED_CLASSES[kind].parts) | arrays
-    w = PACKED_CLASSES[kind](**parts, **{name: _from_json(value) for name, value in fields.items()})
+    cls = PACKED_CLASSES.get(kind)
+    unknown = [name for name in fields if cls is not None and name not in _saved_fields(cls)]
+    if cls is None or unknown:
+        found = repr(kind) if cls is None else f"{kind!r} with {', '.join(unknown)}"
+        known = ", ".join(PACKED_CLASSES)
+        raise LoraError(f"{path!r} is packed as {found}; this version knows {known}: update lora_jax.")
+    w = cls(**dict.fromkeys(cls.parts) | arrays, **{name: _from_json(value) for name, value in fields.items()})
     if jax.eval_shape(lambda w: w.dense(), w).shape != w.shape:
         raise ValueError(f"the arrays of {path!r} do not fit what it says of them")
     return w
