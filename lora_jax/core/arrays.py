@@ -37,3 +37,8 @@ def concrete(array: Any) -> bool:
 def accumulator(*dtypes: Any) -> Any:
     """fp32, or what is wider if a dtype is. Floats of 8 bits promote to nothing by themselves; fp32 holds them."""
     return jnp.result_type(jnp.float32, *(dtype for dtype in dtypes if jnp.dtype(dtype).itemsize > 1))
+
+
+def matmul_highest(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Multiply matrices with products of full precision on every device, where the default may round to 16 bits."""
+    return jnp.matmul(x, y, precision="highest")
