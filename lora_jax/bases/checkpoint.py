@@ -15,7 +15,7 @@ from lora_jax.bases.int8_fp8 import EightBits
 from lora_jax.bases.nf4 import Nf4Weight
 from lora_jax.bases.placement import place
 from lora_jax.checkpoints import arrays as saving
-from lora_jax.core.arrays import describe_shape
+from lora_jax.core.arrays import describe
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed, is_packed
 from lora_jax.core.paths import flatten_with_names
@@ -87,7 +87,7 @@ def _described(node: Any, path: str) -> Any:
     if isinstance(node, Mapping):
         return {key: _described(child, f"{path}/{key}" if path else key) for key, child in node.items()}
     if not is_packed(node):
-        return describe_shape(node)
+        return describe(node)
     kind = next((name for name, cls in PACKED_CLASSES.items() if cls is type(node)), None)
     if kind is None:
         raise LoraError(
@@ -95,7 +95,7 @@ def _described(node: Any, path: str) -> Any:
         )
     defaults = _saved_fields(type(node))
     fields = {name: getattr(node, name) for name, default in defaults.items() if getattr(node, name) != default}
-    arrays = {name: describe_shape(array) for name, array in node.arrays().items()}
+    arrays = {name: describe(array) for name, array in node.arrays().items()}
     return [kind, {name: _as_json(value) for name, value in fields.items()}, arrays]
 
 
