@@ -26,9 +26,11 @@ from lora_jax.initialization.rank_allocation import allocate_ranks, gradient_sco
 from lora_jax.interop.merge_checkpoint import merge_checkpoint
 from lora_jax.interop.peft.load import load_peft
 from lora_jax.interop.peft.save import save_peft
-from lora_jax.sharding.adapters import adapter_shardings, adapter_specs, local_rows, shard_batch
+from lora_jax.sharding.adapters import adapter_shardings, adapter_specs
+from lora_jax.sharding.batches import local_rows, shard_batch
 from lora_jax.training.adalora_schedule import adapt_budget, prune
-from lora_jax.training.masks import decay_mask, freeze_base, labels, lora_plus, trainable_mask
+from lora_jax.training.lora_plus import lora_plus
+from lora_jax.training.masks import decay_mask, freeze_base, labels, trainable_mask
 from lora_jax.training.preconditioners import lora_fa, lora_fa_gradient, riemannian
 from lora_jax.training.step import LossScale, TrainState, jit_step, pmap_step, shard_map_step, train_step
 from lora_jax.training.value_and_grad import value_and_grad

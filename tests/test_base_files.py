@@ -483,7 +483,10 @@ def a_base():
     }
     base = bases.quantize(params, rules)
     return base | {
-        "wide": base["wide"].seen("transpose", (1, 0)).seen("reshape", (128, 4, 4)).seen("cast", jnp.bfloat16)
+        "wide": base["wide"]
+        .with_deferred("transpose", (1, 0))
+        .with_deferred("reshape", (128, 4, 4))
+        .with_deferred("cast", jnp.bfloat16)
     }
 
 
@@ -503,6 +506,58 @@ def test_a_base_comes_back_bit_by_bit(tmp_path):
     stored, _ = decoder_in_files(tmp_path / "in")
     base = bases.quantize(stored, {".*": None})
     bases.save(tmp_path / "base", base)
+    assert_same(bases.load(tmp_path / "base"), base)
+
+
+DESCRIPTION_OF_EARLIER_VERSIONS = {
+    "format": 1,
+    "params": {
+        "layers": {
+            "up": {
+                "kernel": [
+                    "nf4",
+                    {"inner": [32, 64], "unpacked": {"dtype": "float32"}},
+                    {
+                        "codes": "uint8[3, 32, 32]",
+                        "scales": "uint8[3, 32, 1]",
+                        "outer": "float32[3, 1]",
+                        "mean": "float32[3]",
+                    },
+                ]
+            },
+            "norm": "bfloat16[3]",
+        },
+        "odd/path.x": [
+            "eight_bits",
+            {"inner": [5, 7], "unpacked": {"dtype": "float32"}},
+            {"q": "int8[5, 7]", "scales": "float32[7]"},
+        ],
+        "eight": [
+            "eight_bits",
+            {"inner": [64, 7], "unpacked": {"dtype": "bfloat16"}},
+            {"q": "float8_e4m3fn[64, 7]", "scales": "float32[7]"},
+        ],
+        "wide": [
+            "nf4",
+            {
+                "inner": [16, 128],
+                "unpacked": {"dtype": "float32"},
+                "view": [["transpose", [1, 0]], ["reshape", [128, 4, 4]], ["cast", {"dtype": "bfloat16"}]],
+            },
+            {"codes": "uint8[16, 64]", "scales": "float32[16, 2]"},
+        ],
+        "ids": "int32[3]",
+        "scalar": "float32[]",
+        "small": "float8_e5m2[3]",
+    },
+}
+
+
+def test_folders_of_earlier_versions_are_read(tmp_path):
+    """Two fields of packed weights had other names."""
+    base = a_base()
+    bases.save(tmp_path / "base", base)
+    (tmp_path / "base" / "base" / "metadata").write_text(json.dumps(DESCRIPTION_OF_EARLIER_VERSIONS))
     assert_same(bases.load(tmp_path / "base"), base)
 
 
@@ -590,7 +645,7 @@ def cut_files(folder):
             edited(lambda d, p: p["eight"][1].update(inner=[3, 3, 3])),
             "cannot be loaded: the arrays of .eight. do not fit.* If it is damaged, save it again",
         ),
-        (edited(lambda d, p: p["eight"][1].update(unpacked={"dtype": "os.system"})), "is damaged"),
+        (edited(lambda d, p: p["eight"][1].update(value_dtype={"dtype": "os.system"})), "is damaged"),
         (edited(lambda d, p: p.update(ids="int32[4]")), "is damaged"),
         (edited(lambda d, p: p.update(other="int32[3]")), "is damaged"),
         (edited(lambda d, p: p.update(eight=[])), "is damaged"),

@@ -4,8 +4,10 @@ import functools
 import math
 
 import jax
+import placements
 import pytest
 
+import lora_jax as lora
 from benchmarks.collectives import (
     INNER,
     LAYERS,
@@ -118,3 +120,23 @@ def test_fsdp_gathers_the_base_once_for_each_use_and_adapters_never(name):
     tensor = PLACES[name].axes.get("tensor", 1)
     whole = {(WIDTH, INNER // tensor), (INNER // tensor, WIDTH)}
     assert {shape for c in gathers for shape in c.shapes} == whole
+
+
+@pytest.mark.parametrize("name", ["data and tensor", "data, fsdp and tensor"])
+def test_what_is_sent_does_not_depend_on_the_mesh_in_context(name):
+    """The operands' own types say that they are on a mesh: also under a plain `jax.jit` of placed arguments."""
+    place = next(place for place in placements.PLACEMENTS if place.name == name)
+    mesh = place.mesh()
+    params = place.params(mesh)
+    adapters = lora.init(jax.random.key(1), params, placements.plan())
+    batch = [jax.device_put(rows, jax.NamedSharding(mesh, place.batch)) for rows in placements.batch(0)]
+
+    def sent():
+        gradient = jax.jit(lambda a, p, *rows: jax.grad(lambda a: placements.loss(a, p, *rows)[0])(a))
+        found = collectives(gradient.lower(adapters, params, *batch).compile().as_text())
+        return sorted((c.kind, c.shapes, c.times) for c in found)
+
+    plain = sent()
+    with jax.set_mesh(mesh):
+        assert sent() == plain
+    assert {kind for kind, *_ in plain} >= {"all-reduce"}

@@ -91,13 +91,17 @@ def test_values_keep_their_dtype():
     assert losses["w"] == pytest.approx(lost(merged["w"].dense()), rel=1e-3)
 
 
-def test_a_weight_is_packed_again_from_before_it_was_viewed():
+def test_a_weight_is_packed_again_from_before_its_deferred_operations():
     w = normal((2, 32, 20))
     packed = bases.quantize({"w": w}, {"w": bases.Int8()})["w"]
-    viewed = packed.seen("transpose", (1, 0)).seen("reshape", (5, 4, 32)).seen("cast", jnp.dtype(jnp.bfloat16))
+    viewed = (
+        packed.with_deferred("transpose", (1, 0))
+        .with_deferred("reshape", (5, 4, 32))
+        .with_deferred("cast", jnp.dtype(jnp.bfloat16))
+    )
     change = adapter((2, 5, 4, 32), lora.KernelAxes((0,), (1, 2), (3,)), size=1.0)
     merged, losses = bases.merge({"w": viewed}, {"w": change})
-    assert (merged["w"].shape, merged["w"].inner, merged["w"].view) == ((2, 5, 4, 32), (32, 20), viewed.view)
+    assert (merged["w"].shape, merged["w"].inner, merged["w"].deferred) == ((2, 5, 4, 32), (32, 20), viewed.deferred)
     whole = lora.merge({"w": viewed}, {"w": change})["w"]
     np.testing.assert_allclose(
         np.asarray(merged["w"].dense(), np.float32), np.asarray(whole, np.float32), atol=0.02 * float(abs(whole).max())

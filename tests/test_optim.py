@@ -16,7 +16,8 @@ import twins
 from safetensors.numpy import load_file
 
 import lora_jax as lora
-from lora_jax.training.masks import decay_mask, freeze_base, labels, lora_plus, trainable_mask
+from lora_jax.training.lora_plus import lora_plus
+from lora_jax.training.masks import decay_mask, freeze_base, labels, trainable_mask
 from lora_jax.training.preconditioners import lora_fa, lora_fa_gradient, riemannian
 
 TRAIN = Path(__file__).parent / "data" / "peft" / "train"

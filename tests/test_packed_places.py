@@ -14,7 +14,7 @@ from placements import PLACEMENTS, batch, loss, optimizer, params, plan
 import lora_jax as lora
 from benchmarks.collectives import INNER, LAYERS, MICROBATCHES, PLACES, WIDTH, Setup
 from lora_jax import bases
-from lora_jax.core import deferred as views
+from lora_jax.core.deferred import apply_deferred, dtype_after, spec_after, spec_before, undo_deferred
 
 EIGHT = {"layers/router": None, "layers/o": bases.Int8(stack=1, inputs=2), "layers/experts": bases.Int8(stack=2)}
 EIGHT |= {"layers/.*": bases.Int8(stack=1, inputs=1)}
@@ -123,7 +123,7 @@ def test_what_cannot_be_split_is_whole():
 
 
 @pytest.mark.parametrize(
-    ("view", "spec", "seen"),
+    ("deferred", "spec", "after"),
     [
         ((("transpose", (1, 0)),), ("x", "y"), ("y", "x")),
         ((("reshape", (64, 4, 32)),), ("x", "y"), ("x", "y", None)),
@@ -133,15 +133,15 @@ def test_what_cannot_be_split_is_whole():
         ((("reshape", (64, 2, 64)),), ("x", "y"), ("x", None, None)),
     ],
 )
-def test_where_a_view_is(view, spec, seen):
+def test_specs_before_and_after_deferred_operations(deferred, spec, after):
     sizes = {None: 1, "x": 2, "y": 4}
-    assert views.viewed_spec(spec, (64, 128), view, sizes.__getitem__) == seen
-    back = views.unviewed_spec(seen, (64, 128), view, sizes.__getitem__)
-    assert back == (spec if seen.count(None) + 2 == len(seen) or "y" not in spec else ("x", None))
+    assert spec_after(spec, (64, 128), deferred, sizes.__getitem__) == after
+    back = spec_before(after, (64, 128), deferred, sizes.__getitem__)
+    assert back == (spec if after.count(None) + 2 == len(after) or "y" not in spec else ("x", None))
     w = jax.random.normal(jax.random.key(0), (3, 64, 128))
     np.testing.assert_array_equal(
-        views.unview_matrices(views.view_matrices(w, 1, view[-2:]), 1, (64, 128), view).astype(w.dtype),
-        w.astype(views.viewed_dtype(w.dtype, view)).astype(w.dtype),
+        undo_deferred(apply_deferred(w, 1, deferred[-2:]), 1, (64, 128), deferred).astype(w.dtype),
+        w.astype(dtype_after(w.dtype, deferred)).astype(w.dtype),
     )
 
 
@@ -211,4 +211,4 @@ def test_a_mesh_of_one_device_is_none():
     mesh = jax.make_mesh((1,), ("x",), (AxisType.Auto,), devices=jax.devices()[:1])
     base = bases.quantize({"b": jnp.ones((64, 64)), "a": jnp.ones(3)}, {"b": bases.Nf4()})
     there = {"a": NamedSharding(mesh, P()), "b": NamedSharding(mesh, P("x"))}
-    assert bases.place(base, there)["b"].used is None
+    assert bases.place(base, there)["b"].compute_sharding is None

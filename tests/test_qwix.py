@@ -237,7 +237,7 @@ def test_formats_with_scales_of_few_bits(kind, kept):
     w = jax.random.normal(jax.random.key(0), (64, 6)).at[:16].multiply(1e-4).at[16:32].set(0.0)
     node = QArray(jnp.zeros((64, 6), kept), jnp.ones((4, 6)), None, kind)
     _, [weight], _ = flatten_with_names({"w": node})
-    again = weight.again(w)
+    again = weight.repack_like(w)
     largest = np.abs(w).reshape(4, 16, 6).max(1) / float(jnp.finfo(kept).max)
     if kind == "mxfp8":
         np.testing.assert_array_equal(again.scales, 2.0 ** np.ceil(np.log2(np.where(largest, largest, 1))))

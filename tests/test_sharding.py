@@ -17,6 +17,7 @@ from placements import PLACEMENTS, batch, params, plan
 import lora_jax as lora
 from lora_jax import LoraError
 from lora_jax.core.paths import flatten_with_names
+from lora_jax.sharding.batches import combined_sharding
 from lora_jax.sharding.gradient_copies import PerShardCopies, add_up, make_copies
 from lora_jax.transform.merge import _in_place
 
@@ -263,6 +264,55 @@ def test_a_batch_that_does_not_fit(batch, rows, says):
 # JAX cannot differentiate a loop of unknown length; three programs have a mesh of their own.
 apart = ("while_loop", "tensor_parallel", "gathered_in_shard_map", "behind_a_barrier")
 spreadable = [case for case in MODELS if case.name not in apart]
+
+
+@pytest.mark.parametrize(
+    ("specs", "expected"),
+    [
+        ([], P()),
+        ([P(), P(None, None)], P()),
+        ([P("data", None)], P("data")),
+        ([P(None, "fsdp")], P(None, "fsdp")),
+        ([P("tensor"), P(None, "data"), P(("data", "fsdp"))], P(("data", "fsdp"))),  # the most parts
+        ([P("fsdp"), P("data")], P("fsdp")),  # of as many parts, the first
+        ([P("data"), P(None, "fsdp")], P("data", "fsdp")),
+        ([P(None, "fsdp"), P("data")], P("data", "fsdp")),
+        ([P("data"), P(None, "fsdp"), P(None, None, "tensor")], P("data", "fsdp", "tensor")),
+        ([P("data"), P("fsdp", "tensor")], P("fsdp", "tensor")),  # its second axis is not taken along with the first
+        ([P("data"), P("fsdp"), P(None, "tensor")], P("data", "tensor")),
+        ([P("data"), P(None, "data")], P("data")),  # no mesh axis twice
+        ([P("data"), P(None, ("data", "fsdp"))], P(None, ("data", "fsdp"))),
+        ([P(("data", "one"), "one2")], P("data")),
+        ([P("one", "one2"), P("one2", None, "fsdp")], P(None, None, "fsdp")),
+    ],
+)
+def test_one_sharding_for_all_arrays_of_a_batch(specs, expected):
+    mesh = make_mesh((2, 2, 2, 1, 1), ("data", "fsdp", "tensor", "one", "one2"))
+    rows = [jax.device_put(jnp.ones((8, 8, 8)), NamedSharding(mesh, spec)) for spec in specs]
+    found = combined_sharding({"a number": 3.0, "nowhere": jnp.ones(3), "rows": rows})
+    assert found == (NamedSharding(mesh, expected) if specs else None)
+
+
+def test_a_step_over_arrays_that_are_split_in_different_ways():
+    """One reduction over all mesh axes that split some of them; the numbers are those of one device."""
+    mesh = make_mesh((2, 4), ("data", "seq"))
+    case = next(case for case in MODELS if case.name == "two_layers")
+    apply, optimizer = lora.lora_apply(case.fn), optax.sgd(0.1)
+    base, adapters = case.params(), case.adapters(RULES["lora"])
+    x = jax.random.normal(jax.random.key(0), (4, 8, case.input().shape[-1]))
+
+    def loss(adapters, params, weight, x):
+        return jnp.mean(jnp.square(apply(params, adapters, x)) * weight[:, None, None])
+
+    weight = jnp.arange(4.0)
+    state = lora.TrainState.create(jax.tree.map(jnp.copy, adapters), optimizer)
+    expected, _ = lora.train_step(loss, optimizer, state, base, weight, x)
+    whole = NamedSharding(mesh, P())
+    state = lora.TrainState.create(jax.device_put(jax.tree.map(jnp.copy, adapters), whole), optimizer)
+    weight = jax.device_put(weight, NamedSharding(mesh, P("data")))
+    x = jax.device_put(x, NamedSharding(mesh, P(None, "seq")))
+    found, _ = lora.jit_step(loss, optimizer)(state, jax.device_put(base, whole), weight, x)
+    assert_trees_close(found.trainable, expected.trainable, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", spreadable, ids=lambda case: case.name)

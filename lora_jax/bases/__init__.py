@@ -1,4 +1,11 @@
-"""How frozen weights are kept in fewer bits."""
+"""Frozen weights of fewer bits: quantized formats, on a mesh, on disk and from files.
+
+Start with `format`: what a format is. `nf4` (its kernels in `nf4_pallas`), `int8_fp8` and `qwix` are the formats;
+`quantize` packs the weights of a tree, `placement` puts them on a mesh, `merge` merges adapters into them, `checkpoint`
+saves and loads them. `lazy` and `bitsandbytes` read weights from files one at a time.
+
+May import core, sharding, checkpoints' folders of arrays, and interop's key map and safetensors index.
+"""
 
 from lora_jax.bases.bitsandbytes import open_safetensors
 from lora_jax.bases.checkpoint import load, save

@@ -1,4 +1,4 @@
-"""Weights in safetensors, each read when it is asked for; and those that bitsandbytes has packed, as they are.
+"""Weights in safetensors files, each read when it is needed, among them weights that bitsandbytes packed as NF4.
 
 bitsandbytes keeps a weight W of NF4 in several tensors:
 
@@ -28,21 +28,21 @@ from lora_jax.interop.safetensors_index import DTYPES, Tensor, header, read, ten
 STATE = ".quant_state.bitsandbytes__"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 VALUES = {"float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
-ZEROS = 0x77  # a byte of two codes of 0
+ZEROS = 0x77  # a byte of two codes that stand for 0
 MEND = "Take the weights that it was made of, and pack them with lora.bases.quantize."
 
 
 def open_safetensors(path: str | Path) -> dict[str, Stored]:
-    """The tensors of a model, `{name: Stored}`, of which nothing is read but what they are.
+    """Return the tensors of a model as `{name: Stored}`. Only headers and descriptions of packed weights are read.
 
-    What bitsandbytes has packed as NF4 is a `Stored` packed weight, of the same bytes; its axes are torch's,
-    [out, in], until `lora.bases.from_torch` puts it in the place of a parameter.
+    A weight that bitsandbytes packed as NF4 is a `Stored` packed weight with the same bytes; its axes are torch's,
+    [out, in], until `lora.bases.from_torch` makes it a parameter.
 
     Args:
         path: a file, or a folder with `model.safetensors` or an index and its shards.
 
     Raises:
-        LoraError: a file is missing or damaged; a tensor is packed in another way, or does not fit what is said of it.
+        LoraError: a file is missing or damaged; a tensor is packed in another format, or does not fit its description.
     """
     path = Path(path).absolute()
     folder = path.parent if path.is_file() else path
@@ -68,6 +68,7 @@ def _read_array(folder: Path, tensor: Tensor) -> np.ndarray[Any, Any]:
 
 
 def _refuse_other_formats(name: str, tensor: Tensor, folder: Path) -> None:
+    """Raise if a tensor is packed in a format other than NF4, or has an unknown dtype."""
     module, _, last = name.rpartition(".")
     if last == "SCB":
         raise LoraError(f"{module!r} in {folder} is packed by bitsandbytes as int8, expected nf4. {MEND}")
@@ -82,30 +83,32 @@ def _refuse_other_formats(name: str, tensor: Tensor, folder: Path) -> None:
 
 
 class _State(NamedTuple):
-    """What the JSON says."""
+    """The contents of the JSON."""
 
     shape: tuple[int, ...]
     dtype: Any
-    mean: Any  # fp32 [], of scales that are packed too
+    mean: Any  # fp32 [], of the scales, with double quantization; else None
 
     @property
     def blocks(self) -> int:
+        """Return the number of blocks."""
         return -(-math.prod(self.shape) // BLOCK)
 
     @property
     def sizes(self) -> dict[str, tuple[str, int]]:
-        """The dtype and the size of each tensor beside the codes."""
+        """Return the dtype and the size that each tensor beside the codes must have."""
         sizes = {"absmax": ("F32" if self.mean is None else "U8", self.blocks), "quant_map": ("F32", len(CODE))}
         if self.mean is not None:
             sizes |= {"nested_absmax": ("F32", -(-self.blocks // SCALES)), "nested_quant_map": ("F32", SCALES)}
         return sizes
 
     def weight(self, codes: Any, scales: Any, outer: Any = None) -> Nf4Weight:
+        """Return the packed weight of these arrays."""
         return from_flat(codes, scales, outer, self.mean, self.shape, self.dtype)
 
 
 def _packed(folder: Path, name: str, tensors: Mapping[str, Tensor], key: str) -> Stored:
-    """A weight that bitsandbytes has packed, if all that belongs to it fits together."""
+    """Return a weight that bitsandbytes packed, after a check that its tensors fit each other."""
     where = f"{name!r} in {folder}"
     state = _state(where, read(folder, tensors[key], np.uint8).tobytes())
     parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
@@ -133,7 +136,7 @@ def _packed(folder: Path, name: str, tensors: Mapping[str, Tensor], key: str) ->
 
 
 def _read_packed(folder: Path, name: str, arrays: Sequence[Tensor], state: _State) -> Nf4Weight:
-    """The same bytes, codes of zero added up to whole blocks."""
+    """Read a packed weight, and pad its codes with zeros to whole blocks."""
     codes = np.full(state.blocks * BLOCK // 2, ZEROS, np.uint8)
     codes[: arrays[0].size] = read(folder, arrays[0], np.uint8)
     scales = [read(folder, tensor, DTYPES[tensor.dtype]) for tensor in arrays[1:]]
@@ -143,6 +146,7 @@ def _read_packed(folder: Path, name: str, arrays: Sequence[Tensor], state: _Stat
 
 
 def _state(where: str, text: bytes) -> _State:
+    """Parse and check the JSON."""
     try:
         facts = json.loads(text)
     except (ValueError, RecursionError) as error:

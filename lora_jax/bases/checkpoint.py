@@ -1,6 +1,6 @@
-"""A packed base on disk, with orbax: its arrays, and beside them what each packed weight is, as JSON.
+"""Save and load a packed base with orbax: its arrays, and beside them a description of each packed weight as JSON.
 
-Nothing in a saved folder is executed: a kind of packed weights is found by its name in a table.
+Nothing in a saved folder is executed: the class of a packed weight is looked up by name in `PACKED_CLASSES`.
 """
 
 import dataclasses
@@ -22,22 +22,23 @@ from lora_jax.core.paths import flatten_with_names
 
 FORMAT = 1
 WHAT = "base"
-KINDS: dict[str, type[Packed]] = {"nf4": Nf4Weight, "eight_bits": EightBits}
+PACKED_CLASSES: dict[str, type[Packed]] = {"nf4": Nf4Weight, "eight_bits": EightBits}  # by their names in descriptions
+EARLIER_NAMES = {"unpacked": "value_dtype", "view": "deferred"}  # of fields, in folders of earlier versions
 
 
 def save(folder: str | Path, params: Any) -> None:
-    """Write parameters, packed or not, as one folder, which `load` gives back bit by bit.
+    """Write parameters, packed or not, to one folder, from which `load` reads them back bit by bit.
 
-    The folder is written under a hidden name and renamed when complete, so a run that is killed leaves the one that
-    was there before. Where on a mesh a weight was is not written.
+    The folder is written under a hidden name and renamed when complete, so a run that is killed leaves the folder that
+    was there before. Shardings are not written.
 
     Args:
-        folder: where; replaced if it holds a saved base.
+        folder: where to write; replaced if it holds a saved base.
         params: nested dicts of arrays and packed weights.
 
     Raises:
-        LoraError: the folder exists and holds something else; `params` hold something else, or what is spread over
-            several hosts. Nothing is written.
+        LoraError: the folder exists and holds something else; `params` hold a leaf that cannot be saved, or an array
+            that is spread over several hosts. Nothing is written.
     """
     folder = Path(folder).absolute()
     saving.refuse_other_things(folder, WHAT, "base")
@@ -52,14 +53,17 @@ def save(folder: str | Path, params: Any) -> None:
 
 
 def load(folder: str | Path, shardings: Any = None) -> Any:
-    """The parameters that `save` wrote: nested dicts of arrays and packed weights.
+    """Read the parameters that `save` wrote: nested dicts of arrays and packed weights.
+
+    The arrays are read into the host's memory first.
 
     Args:
-        shardings: as of `lora.bases.place`; without, the arrays are tied to no device. They are on the host at first.
+        folder: a folder that `save` wrote.
+        shardings: as in `lora.bases.place`; without it, the arrays are committed to no device.
 
     Raises:
-        LoraError: no such folder; not written by `save`, or by a newer version; damaged; a kind of packed weights
-            that is not known; `shardings` of other parameters.
+        LoraError: there is no such folder; it was not written by `save`, or by a newer version; it is damaged; a packed
+            weight is of an unknown class; `shardings` do not have the paths of the parameters.
     """
     folder = Path(folder).absolute()
     if not saving.holds(folder, WHAT):
@@ -69,68 +73,77 @@ def load(folder: str | Path, shardings: Any = None) -> Any:
         params = _rebuilt(described, saving.read_arrays(folder, _shapes(described)), "")
     except LoraError:
         raise
-    except Exception as error:  # whatever a damaged file makes of it
+    except Exception as error:  # a damaged file may raise anything
         raise LoraError(f"{folder} cannot be loaded: {str(error)[:300]}. If it is damaged, save it again.") from error
     return jax.tree.map(jnp.asarray, params) if shardings is None else place(params, shardings)
 
 
-# In the description, a dict is one of ours, a string an array, a list a packed weight: its kind, facts and arrays -----
+# A description is nested as the parameters are: a dict for a dict, a string for an array ("float32[384, 8]"), and for a
+# packed weight a list of three: the name of its class, its static fields, and the descriptions of its arrays.
 
 
 def _described(node: Any, path: str) -> Any:
+    """Return the description of a tree of parameters."""
     if isinstance(node, Mapping):
         return {key: _described(child, f"{path}/{key}" if path else key) for key, child in node.items()}
     if not is_packed(node):
         return describe(node)
-    kind = next((name for name, cls in KINDS.items() if cls is type(node)), None)
+    kind = next((name for name, cls in PACKED_CLASSES.items() if cls is type(node)), None)
     if kind is None:
-        raise LoraError(f"{path!r} is a {type(node).__name__}; those that can be saved are {', '.join(KINDS)}.")
-    facts = {
-        name: getattr(node, name) for name, default in _facts(type(node)).items() if getattr(node, name) != default
-    }
+        raise LoraError(
+            f"{path!r} is a {type(node).__name__}; those that can be saved are {', '.join(PACKED_CLASSES)}."
+        )
+    defaults = _saved_fields(type(node))
+    fields = {name: getattr(node, name) for name, default in defaults.items() if getattr(node, name) != default}
     arrays = {name: describe(array) for name, array in node.arrays().items()}
-    return [kind, {name: _as_json(fact) for name, fact in facts.items()}, arrays]
+    return [kind, {name: _as_json(value) for name, value in fields.items()}, arrays]
 
 
 def _shapes(described: Any) -> Any:
-    """The tree of the arrays."""
+    """Return the tree of the arrays' descriptions."""
     if isinstance(described, dict):
         return {key: _shapes(child) for key, child in described.items()}
     return described if isinstance(described, str) else described[2]
 
 
 def _rebuilt(described: Any, arrays: Any, path: str) -> Any:
+    """Return the parameters, from their description and arrays."""
     if isinstance(described, dict):
         return {key: _rebuilt(child, arrays[key], f"{path}/{key}" if path else key) for key, child in described.items()}
     if isinstance(described, str):
         return arrays
-    kind, facts, _ = described
-    if kind not in KINDS or (unknown := [name for name in facts if name not in _facts(KINDS[kind])]):
-        found = repr(kind) if kind not in KINDS else f"{kind!r} with {', '.join(unknown)}"
-        raise LoraError(f"{path!r} is packed as {found}; this version knows {', '.join(KINDS)}: update lora_jax.")
-    parts = dict.fromkeys(KINDS[kind].parts) | arrays
-    w = KINDS[kind](**parts, **{name: _from_json(fact) for name, fact in facts.items()})
+    kind, fields, _ = described
+    fields = {EARLIER_NAMES.get(name, name): value for name, value in fields.items()}
+    cls = PACKED_CLASSES.get(kind)
+    unknown = [name for name in fields if cls is not None and name not in _saved_fields(cls)]
+    if cls is None or unknown:
+        found = repr(kind) if cls is None else f"{kind!r} with {', '.join(unknown)}"
+        known = ", ".join(PACKED_CLASSES)
+        raise LoraError(f"{path!r} is packed as {found}; this version knows {known}: update lora_jax.")
+    w = cls(**dict.fromkeys(cls.parts) | arrays, **{name: _from_json(value) for name, value in fields.items()})
     if jax.eval_shape(lambda w: w.dense(), w).shape != w.shape:
         raise ValueError(f"the arrays of {path!r} do not fit what it says of them")
     return w
 
 
-def _facts(kind: type[Packed]) -> dict[str, Any]:
-    """The fields that say what a weight is, and not where, with their defaults."""
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    return {field.name: field.default for field in fields if field.metadata.get("static") and field.name != "used"}
+def _saved_fields(cls: type[Packed]) -> dict[str, Any]:
+    """Return the static fields of a class and their defaults, without the sharding."""
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    static = [field for field in fields if field.metadata.get("static")]
+    return {field.name: field.default for field in static if field.name != "compute_sharding"}
 
 
-def _as_json(fact: Any) -> Any:
-    """Tuples are lists; a dtype is a dict with its name."""
-    if isinstance(fact, tuple | list):
-        return [_as_json(part) for part in fact]
-    if fact is None or isinstance(fact, bool | int | float | str):
-        return fact
-    return {"dtype": str(jnp.dtype(fact))}
+def _as_json(value: Any) -> Any:
+    """Encode a static field: tuples as lists, a dtype as a dict with its name."""
+    if isinstance(value, tuple | list):
+        return [_as_json(part) for part in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return {"dtype": str(jnp.dtype(value))}
 
 
-def _from_json(fact: Any) -> Any:
-    if isinstance(fact, list):
-        return tuple(_from_json(part) for part in fact)
-    return jnp.dtype(fact["dtype"]) if isinstance(fact, dict) else fact
+def _from_json(value: Any) -> Any:
+    """Invert `_as_json`."""
+    if isinstance(value, list):
+        return tuple(_from_json(part) for part in value)
+    return jnp.dtype(value["dtype"]) if isinstance(value, dict) else value

@@ -1,7 +1,8 @@
-"""What every format of packed weights can do.
+"""The interface of a format of packed weights.
 
-A format is two classes in one file: what the user writes in rules (`Nf4()`), and the node, which holds the packed
-arrays of one weight. The node's `unpack` is its definition. Nothing trains a packed weight; adapters train beside it.
+A format is two classes in one file: a `Format`, which the user writes in rules (`Nf4()`), and a `Packed` node, which
+holds the packed arrays of one weight. The node's `dequantize` defines the format. A packed weight is never trained;
+adapters are trained beside it.
 """
 
 import abc
@@ -18,12 +19,11 @@ from lora_jax.core.paths import flatten_with_names, is_array
 
 @dataclass(frozen=True)
 class Format(abc.ABC):
-    """How to pack the weights that a pattern matches.
+    """The format in which the weights that a pattern matches are packed.
 
     Args:
-        stack: how many leading axes are stacked matrices, as of scanned layers or experts; all but the last two, where
-            it is not given.
-        dtype: of the values once they are unpacked; W's own, where it is not given.
+        stack: how many leading axes are stack axes, as of scanned layers or experts; by default all but the last two.
+        dtype: of the dequantized values; by default that of the weight.
     """
 
     stack: int | None = None
@@ -31,20 +31,21 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def pack(self, w: jax.Array, stack: int, dtype: Any) -> "Packed":
-        """A finite weight in this format."""
+        """Pack a finite weight with this many stack axes; `dtype` is that of the dequantized values."""
 
 
 def dense(params: Any) -> Any:
-    """The same tree with every packed weight as an array."""
+    """Return the same tree with every packed weight dequantized to an array."""
     _, leaves, treedef = flatten_with_names(params)
     return treedef.unflatten(map(unpacked, leaves))
 
 
 def check_weight(path: str, w: Any, stack: int | None) -> int:
-    """The number of its stack axes.
+    """Check that a weight can be packed, and return the number of its stack axes.
 
     Raises:
-        LoraError: it is no array of floats of at least two axes, or has too few of them.
+        LoraError: it is packed already, empty, no array of floats of at least two axes, or has too few axes for
+            `stack`.
     """
     if is_packed(w):
         raise LoraError(f"{path!r} is packed already: give it None, or unpack it first with lora.bases.dense.")

@@ -14,18 +14,19 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from lora_jax.bases.format import Format
-from lora_jax.core.deferred import Size, View
+from lora_jax.core.deferred import Deferred, Size
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed
 
 
 @dataclass(frozen=True)
 class Int8(Format):
-    """Integers of 8 bits, and a scale in fp32 for each output of a matrix.
+    """Integers of 8 bits, with one fp32 scale for each output of a matrix.
 
     Args:
-        inputs: how many axes of a matrix are its inputs, the first ones; all but the last, where it is not given. With
-            1, a kernel [d, heads, head_dim] has a scale for each entry of each head.
+        stack, dtype: as of every `Format`.
+        inputs: how many of a matrix's axes, the first ones, are inputs; by default all but the last. With 1, a kernel
+            [d, heads, head_dim] has a scale for each entry of each head.
     """
 
     inputs: int | None = None
@@ -36,7 +37,7 @@ class Int8(Format):
 
 @dataclass(frozen=True)
 class Fp8(Format):
-    """Floats of 8 bits, and a scale in fp32 for each output of a matrix; `inputs` as of `Int8`."""
+    """Floats of 8 bits (e4m3), with one fp32 scale for each output of a matrix; arguments as of `Int8`."""
 
     inputs: int | None = None
 
@@ -47,51 +48,53 @@ class Fp8(Format):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EightBits(Packed):
-    """A weight of 8 bits a number."""
+    """A weight of `Int8` or `Fp8`."""
 
-    q: jax.Array  # [*s, *inputs, *outputs]
+    q: jax.Array  # int8 or float8_e4m3fn [*s, *inputs, *outputs]
     scales: jax.Array  # fp32 [*s, *outputs]
     inner: tuple[int, ...] = field(metadata={"static": True})
-    unpacked: Any = field(metadata={"static": True})
-    view: View = field(default=(), metadata={"static": True})
-    used: NamedSharding | None = field(default=None, metadata={"static": True})
+    value_dtype: Any = field(metadata={"static": True})
+    deferred: Deferred = field(default=(), metadata={"static": True})
+    compute_sharding: NamedSharding | None = field(default=None, metadata={"static": True})
 
     parts = ("q", "scales")
 
     @property
-    def own_axes(self) -> int:
+    def array_ndim(self) -> int:
         return len(self.inner)
 
     @property
     def inputs(self) -> int:
-        """How many axes of a matrix share one scale."""
+        """Return how many axes of a matrix share one scale."""
         return self.q.ndim - self.scales.ndim
 
-    def unpack(self) -> jax.Array:
+    def dequantize(self) -> jax.Array:
         n = len(self.stack)
         return self.q.astype(jnp.float32) * jnp.expand_dims(self.scales, range(n, n + self.inputs))
 
     def repack(self, w: jax.Array) -> "EightBits":
         format = Int8 if self.q.dtype == jnp.int8 else Fp8
-        return format(inputs=self.inputs).pack(w, len(self.stack), self.unpacked)
+        return format(inputs=self.inputs).pack(w, len(self.stack), self.value_dtype)
 
-    def own_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
+    def array_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
         return {"q": tuple(spec), "scales": tuple(spec[self.inputs :])}
 
 
 def _pack(w: jax.Array, stack: int, inputs: int | None, dtype: Any, to: Any, largest: float) -> EightBits:
+    """Pack a weight as numbers of the dtype `to`, of which `largest` is the largest."""
     n = w.ndim - stack - 1 if inputs is None else inputs
     if not 0 < n < w.ndim - stack:
         raise LoraError(
             f"a matrix of shape {list(w.shape[stack:])} has no {n} axes of inputs beside one of outputs: give another "
             "number for `inputs`, or for `stack`."
         )
-    q, scales = _quantised(w, tuple(range(stack, stack + n)), to, largest)
+    q, scales = _quantized(w, tuple(range(stack, stack + n)), to, largest)
     return EightBits(q, scales, w.shape[stack:], dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _quantised(w: jax.Array, inputs: tuple[int, ...], to: Any, largest: float) -> tuple[jax.Array, jax.Array]:
+def _quantized(w: jax.Array, inputs: tuple[int, ...], to: Any, largest: float) -> tuple[jax.Array, jax.Array]:
+    """Return q and the scales of a weight whose axes `inputs` share a scale."""
     w = w.astype(jnp.float32)
     scales = jnp.max(jnp.abs(w), axis=inputs) / largest
     q = jnp.clip(w / jnp.expand_dims(jnp.where(scales == 0, 1.0, scales), inputs), -largest, largest)

@@ -1,4 +1,4 @@
-"""Weights that are elsewhere until their turn comes, such as in a file: so a model larger than the memory is packed."""
+"""Weights that are read when they are needed, so that a model larger than the memory can be packed from files."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -19,11 +19,11 @@ from lora_jax.interop.key_map import KeyMap, ParameterMatch, output_offsets, par
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight that is read when its turn comes: a leaf for `lora.bases.quantize`, where an array would be.
+    """A weight that is read when it is needed: a leaf for `lora.bases.quantize` in the place of an array.
 
     Args:
-        like: its shape and dtype, as a `jax.ShapeDtypeStruct`; of a packed weight a `Packed` with such leaves.
-        read: gives the array (NumPy's or JAX's) or the packed weight, each time anew.
+        like: its shape and dtype, as a `jax.ShapeDtypeStruct`; of a packed weight, a `Packed` with such leaves.
+        read: reads the array (of NumPy or JAX) or the packed weight, again at each call.
     """
 
     like: Any
@@ -39,15 +39,15 @@ class Stored:
 
 
 def like(leaf: Any) -> Any:
-    """The leaf; of what is stored, what stands for it."""
+    """Return a leaf; of a `Stored` one, its shape and dtype."""
     return leaf.like if isinstance(leaf, Stored) else leaf
 
 
 def read(path: str, leaf: Any) -> Any:
-    """The leaf; what is stored is read.
+    """Return a leaf; a `Stored` one is read.
 
     Raises:
-        LoraError: it is not what it was said to be.
+        LoraError: what was read has another shape, dtype or format than `like`.
     """
     if not isinstance(leaf, Stored):
         return leaf
@@ -58,21 +58,21 @@ def read(path: str, leaf: Any) -> Any:
 
 
 def from_torch(tensors: Mapping[str, Any], params: Any, key_map: KeyMap, *, ignore: str = "") -> Any:
-    """The tree `params`, with what reads each of its arrays from torch's tensors: transposed, reshaped, stacked.
+    """Return the tree `params` of `Stored` leaves, which read torch's tensors and transpose, reshape and stack them.
 
     Args:
         tensors: `{name: Stored}` as of `lora.bases.open_safetensors`, or `{name: array}`.
-        params: says the shapes and dtypes; arrays, or `jax.eval_shape(init, key)`, for which none is made.
-        key_map: which tensor each path is, such as `lora.key_maps.LLAMA`.
-        ignore: a regular expression for the names of tensors that the model has no place for.
+        params: the shapes and dtypes: arrays, or `jax.eval_shape(init, key)`, which allocates nothing.
+        key_map: maps each path to its tensor, such as `lora.key_maps.LLAMA`.
+        ignore: a regular expression for the names of tensors that are no parameters of the model.
 
     Returns:
-        A tree of `Stored` for `lora.bases.quantize`. A weight that is packed already keeps its bytes: what has to
-        be done to its axes is done when it is unpacked.
+        A tree of `Stored` for `lora.bases.quantize`. A weight that is packed already keeps its bytes: operations on its
+        axes are deferred until it is dequantized.
 
     Raises:
-        LoraError: a path or a tensor has no counterpart, or one of another shape; layers that are stacked are packed
-            in different ways; a packed tensor is several parameters.
+        LoraError: a path or a tensor has no counterpart, or one of another shape; stacked layers are packed in
+            different ways; a packed tensor holds several parameters.
 
     >>> import jax.numpy as jnp, numpy as np, lora_jax as lora
     >>> key_map = lora.key_maps.KeyMap(lora.key_maps.linear("kernel", "layers.{i}", "i in out"))
@@ -101,6 +101,7 @@ def from_torch(tensors: Mapping[str, Any], params: Any, key_map: KeyMap, *, igno
 
 
 def _kept(array: Any) -> Stored:
+    """Return an array as a `Stored` leaf."""
     return Stored(jax.ShapeDtypeStruct(array.shape, array.dtype), lambda: array)
 
 
@@ -155,21 +156,21 @@ def _piece(
 def _turned(match: ParameterMatch, index: tuple[int, ...], dtype: Any, w: Any) -> Any:
     """A packed weight as our parameter: when it is unpacked, its axes are moved."""
     w = match.from_torch(_Axes(w), index).w  # type: ignore[arg-type, attr-defined]
-    return w if w.dtype == dtype else w.seen("cast", jnp.dtype(dtype))
+    return w if w.dtype == dtype else w.with_deferred("cast", jnp.dtype(dtype))
 
 
 class _Axes:
-    """A packed weight for what transposes and reshapes arrays."""
+    """A packed weight with an array's `transpose` and `reshape`, which are deferred."""
 
     def __init__(self, w: Any) -> None:
         self.w, self.shape = w, w.shape
 
     def reshape(self, shape: tuple[int, ...]) -> "_Axes":
-        return self if tuple(shape) == self.shape else _Axes(self.w.seen("reshape", tuple(shape)))
+        return self if tuple(shape) == self.shape else _Axes(self.w.with_deferred("reshape", tuple(shape)))
 
     def transpose(self, order: Any) -> "_Axes":
         order = tuple(map(int, order))
-        return self if order == tuple(range(len(order))) else _Axes(self.w.seen("transpose", order))
+        return self if order == tuple(range(len(order))) else _Axes(self.w.with_deferred("transpose", order))
 
 
 def _stacked(match: ParameterMatch, pieces: Mapping[tuple[int, ...], Stored]) -> Stored:
@@ -207,5 +208,5 @@ def _read_stacked(match: ParameterMatch, like: Any, pieces: Mapping[tuple[int, .
 
 
 def _outline(w: Any) -> Any:
-    """What tells one array or packed weight from another but its numbers."""
+    """Return the structure, shapes and dtypes of an array or packed weight, to compare two."""
     return jax.tree.structure(w), [describe(leaf) for leaf in jax.tree.leaves(w)]

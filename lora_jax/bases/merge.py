@@ -1,4 +1,4 @@
-"""Adapters into packed weights, which stay packed."""
+"""Merge adapters into packed weights, and pack the result again."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,22 +14,24 @@ from lora_jax.core.paths import flatten_with_names
 
 
 def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False) -> tuple[Any, dict[str, float]]:
-    """W -> pack(W') for each adapted weight, in its own format: the same tree, for the unchanged function.
+    """Replace each adapted weight W by pack(W'), in its own format, for use with the unchanged function.
 
-    One weight after the other is unpacked, changed in fp32 and packed again; what is dense stays dense, and a weight
-    that its adapter leaves as it is stays as it is. `lora.merge` keeps W' as an array instead.
+    Weights are dequantized, merged in fp32 and packed again one after the other. Arrays stay arrays, and a weight that
+    its adapter does not change stays as it is. `lora.merge` keeps W' as an array instead.
 
-    Packing rounds W' as a whole, and W itself is on the grid: where an adapter changes numbers by less than half the
-    step between codes, they fall back to what they were. After a short training that is most of them, in 8 bits too,
-    so look at the second result. If it is near 1, keep the adapter beside the base, or merge into the weights as they
-    were before they were packed, and pack the result.
+    Packing rounds W', and all values of W are values of the format already: where an adapter changes a value by less
+    than half the step between codes, the value is rounded back to what it was. After a short training that is most of
+    them, in 8 bits too, so look at the second result. If it is near 1, keep the adapter beside the base, or merge into
+    the weights as they were before they were packed, and pack the result.
 
     Args:
-        donate: the arrays of each adapted weight are deleted as soon as the next ones are there.
+        params: a tree of arrays and packed weights.
+        adapters: `{path: adapter}`.
+        donate: delete the arrays of each adapted weight as soon as the merged ones are computed.
 
     Returns:
-        The parameters, and for each adapted weight |pack(W') - W'| / |W' - W|, of norms, as of `lora.merge_checkpoint`:
-        1 is what it would be if W had stayed as it was, and 0 is said where there is no change.
+        The parameters, and for each adapted weight the loss |pack(W') - W'| / |W' - W|, of Frobenius norms, as of
+        `lora.merge_checkpoint`: 1 is the loss if W had not been changed at all. It is 0 where W' = W.
 
     Raises:
         LoraError: an adapter has no weight, or does not fit it; arrays are traced; a merged weight is not finite.
@@ -63,7 +65,7 @@ def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False)
 
 
 def _merged(name: str, weight: Any, adapter: Adapter) -> tuple[Any, float]:
-    """W' as W is kept, and what that loses."""
+    """Return W' in the format of W, and the loss."""
     old = jnp.asarray(unpacked(weight))
     w = old.astype(accumulator(old.dtype))
     exact = adapter.merge(w)
@@ -78,8 +80,8 @@ def _merged(name: str, weight: Any, adapter: Adapter) -> tuple[Any, float]:
 
 
 def repacked(weight: Packed, w: jax.Array) -> Packed:
-    """Another weight, packed as this one is, in the same places."""
-    return jax.tree.map(placed, weight.again(w), weight)
+    """Pack another weight as this one is packed, with the same shardings."""
+    return jax.tree.map(placed, weight.repack_like(w), weight)
 
 
 def _delete(weight: Any) -> None:

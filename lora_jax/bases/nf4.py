@@ -1,10 +1,10 @@
-"""NF4: 4 bits a number, the quantiles of a normal distribution, in blocks of 64 with a scale each.
+"""NF4: 4 bits a number, the quantiles of a normal distribution, in blocks of 64 with one scale each.
 
-Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314. With double quantisation the
-scales are of 8 bits, in blocks of 256: 4 + 8/64 + 32/(64*256) = 4.127 bits a number. Bytes and values are those of
-bitsandbytes, for a weight of the same order of axes.
+Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314. With double quantization the
+scales have 8 bits, in blocks of 256: 4 + 8/64 + 32/(64*256) = 4.127 bits a number. Bytes and values are those of
+bitsandbytes, for a weight with the same order of axes.
 
-Axes: s stacked matrices; w the first axes of a matrix, that no block crosses; m numbers along its other axes.
+Axes: s stacked matrices; w the first axes of a matrix, which no block crosses; m the product of its other axes.
 """
 
 import functools
@@ -20,11 +20,11 @@ from jax.sharding import AxisType, NamedSharding
 
 from lora_jax.bases import nf4_pallas
 from lora_jax.bases.format import Format
-from lora_jax.core.deferred import Size, View
+from lora_jax.core.deferred import Deferred, Size
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed
 
-BLOCK, SCALES = 64, 256  # numbers with one scale, and scales with one scale of their own
+BLOCK, SCALES = 64, 256  # numbers in a block, and scales in a block of scales
 
 CODE = np.array(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -38,9 +38,11 @@ class Nf4(Format):
     """4 bits a number: W = code[q] * scale, the nearest of 16 codes to W / scale, which is a block's largest |W|.
 
     Args:
-        double: whether the scales are packed too: 0.516 bytes a number instead of 0.5625.
-        kernel: whether products unpack W tile by tile, in a kernel for TPU or GPU. None: on one such device, for few
-            rows of x, as of generation, where a trial finds that it works. It has no forward-mode derivative.
+        stack, dtype: as of every `Format`.
+        double: whether the scales are quantized too: 0.516 bytes a number instead of 0.5625.
+        kernel: whether products dequantize W tile by tile, in a Pallas kernel for TPU or GPU. None: on one such device,
+            for few rows of x, as in generation, if a trial shows that it works. The kernel has no forward-mode
+            derivative.
     """
 
     double: bool = True
@@ -56,40 +58,40 @@ class Nf4(Format):
 
 
 def _whole(inner: tuple[int, ...]) -> int:
-    """How many of a matrix's first axes no block crosses. Where blocks fit nowhere, the matrix is one padded row."""
+    """Return how many of a matrix's first axes no block crosses; 0 if the matrix is flattened and padded."""
     return next((n for n in reversed(range(len(inner))) if math.prod(inner[n:]) % BLOCK == 0), 0)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Nf4Weight(Packed):
-    """A weight of NF4: two codes a byte, the first in the high half, and what the scales are made of."""
+    """A weight in NF4: two codes a byte, the first in the high half, and their scales."""
 
     codes: jax.Array  # uint8 [*s, *w, m / 2], m padded to whole blocks
-    scales: jax.Array  # fp32 [*s, *w, m / 64]; uint8, where they are packed too
-    outer: jax.Array | None  # fp32 [*s, scales / 256], the scales of scales
-    mean: jax.Array | None  # fp32 [*s], which was taken off them
+    scales: jax.Array  # fp32 [*s, *w, m / 64], or with double quantization uint8
+    outer: jax.Array | None  # fp32 [*s, scales / 256], with double quantization: the scales of the scales
+    mean: jax.Array | None  # fp32 [*s], with double quantization: the mean, which is subtracted from the scales
     inner: tuple[int, ...] = field(metadata={"static": True})
-    unpacked: Any = field(metadata={"static": True})
-    view: View = field(default=(), metadata={"static": True})
-    used: NamedSharding | None = field(default=None, metadata={"static": True})
+    value_dtype: Any = field(metadata={"static": True})
+    deferred: Deferred = field(default=(), metadata={"static": True})
+    compute_sharding: NamedSharding | None = field(default=None, metadata={"static": True})
     kernel: bool | None = field(default=None, metadata={"static": True})
 
     parts = ("codes", "scales", "outer", "mean")
 
     @property
-    def own_axes(self) -> int:
+    def array_ndim(self) -> int:
         return _whole(self.inner) + 1
 
-    def unpack(self) -> jax.Array:
+    def dequantize(self) -> jax.Array:
         high, low = self.codes >> 4, self.codes & 15
         values = _numbers(CODE, jnp.stack([high, low], axis=-1)).reshape(*self.codes.shape[:-1], -1)
-        values = values * _for_each(self.wide_scales(), values)
+        values = values * _for_each(self.fp32_scales(), values)
         n = math.prod(self.inner[_whole(self.inner) :])
         return values[..., :n].reshape(*self.stack, *self.inner)
 
-    def wide_scales(self) -> jax.Array:
-        """In fp32 [*s, *w, m / 64]."""
+    def fp32_scales(self) -> jax.Array:
+        """Return the scales in fp32 [*s, *w, m / 64]."""
         if self.outer is None or self.mean is None:
             return self.scales
         n, own = len(self.stack), self.scales.shape[len(self.stack) :]
@@ -98,35 +100,35 @@ class Nf4Weight(Packed):
         return scaled + jnp.expand_dims(self.mean, range(n, n + len(own)))
 
     def dot(self, x: jax.Array, inputs: tuple[int, ...], precision: Any) -> jax.Array | None:
-        """By a kernel, where W in its order is a matrix [d, k] of inputs and outputs, or of outputs and inputs."""
-        n, view = len(inputs), self.view
-        turned = len(self.inner) == 2 and view[:1] == (("transpose", (1, 0)),)
+        """Multiply by a kernel, if W as it is packed is one matrix [inputs, outputs] or [outputs, inputs]."""
+        n, deferred = len(inputs), self.deferred
+        transposed = len(self.inner) == 2 and deferred[:1] == (("transpose", (1, 0)),)
         first, last = inputs == tuple(range(n)), inputs == tuple(range(self.ndim - n, self.ndim))
-        moved = any(name == "transpose" for name, _ in (view[1:] if turned else view))
-        if moved or self.stack or self.used is not None or not (first or last) or x.dtype != self.dtype:
+        moved = any(name == "transpose" for name, _ in (deferred[1:] if transposed else deferred))
+        if moved or self.stack or self.compute_sharding is not None or not (first or last) or x.dtype != self.dtype:
             return None
         before, after = (math.prod(self.shape[: n if first else -n]), math.prod(self.shape[n if first else -n :]))
-        (d, k), forward = ((after, before), last) if turned else ((before, after), first)
+        (d, k), forward = ((after, before), last) if transposed else ((before, after), first)
         free, outputs = x.shape[: x.ndim - n], self.shape[n:] if first else self.shape[:-n]
         rows, sixteen = math.prod(free), x.dtype == jnp.bfloat16
-        precision = None if sixteen else precision  # products of 16 bits are exact in sums of 32
+        precision = None if sixteen else precision  # products of bf16 numbers are exact in fp32
         platform = nf4_pallas.platform_for(self.kernel, rows, d, k, x.dtype, precision) if k % BLOCK == 0 else None
         if platform is None:
             return None
         product = nf4_pallas.times if forward else nf4_pallas.times_transposed
-        dtypes = (self.unpacked, *(how for name, how in view if name == "cast"))
+        dtypes = (self.value_dtype, *(how for name, how in deferred if name == "cast"))
 
         def run(w: "Nf4Weight") -> jax.Array:
-            scales = w.wide_scales().reshape(d, -1)
+            scales = w.fp32_scales().reshape(d, -1)
             return product(x.reshape(rows, -1), w.codes.reshape(d, -1), scales, _CODE, dtypes, precision, platform)
 
-        return jax.checkpoint(run)(self).reshape(*free, *outputs)  # what is kept is packed
+        return jax.checkpoint(run)(self).reshape(*free, *outputs)  # the residual is the packed weight
 
     def repack(self, w: jax.Array) -> "Nf4Weight":
-        return Nf4(double=self.outer is not None, kernel=self.kernel).pack(w, len(self.stack), self.unpacked)
+        return Nf4(double=self.outer is not None, kernel=self.kernel).pack(w, len(self.stack), self.value_dtype)
 
-    def own_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
-        """The last axis of codes and scales is that of several axes of W, of which the first may be split."""
+    def array_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
+        """Split the last axis of codes and scales, which holds several axes of W, as the first of these is split."""
         n = _whole(self.inner)
         last, *_ = spec[n:]
         parts, m = size(last), math.prod(self.inner[n:])
@@ -137,13 +139,13 @@ class Nf4Weight(Packed):
 
 
 def _numbers(table: Any, codes: jax.Array) -> jax.Array:
-    """What codes stand for; on a mesh of explicit axes, where the codes are."""
+    """Return the numbers that codes stand for; on a mesh of explicit axes, sharded as the codes are."""
     where, table = jax.typeof(codes).sharding, jnp.asarray(table)
     return table[codes] if AxisType.Explicit not in where.mesh.axis_types else table.at[codes].get(out_sharding=where)
 
 
 def _for_each(scales: jax.Array, values: jax.Array) -> jax.Array:
-    """The scales [..., m / 64] of values [..., m], one for each; on a mesh of explicit axes, where the values are."""
+    """Repeat scales [..., m / 64] for values [..., m]; on a mesh of explicit axes, sharded as the values are."""
     wide = jnp.broadcast_to(scales[..., None], (*scales.shape, BLOCK)).reshape(*scales.shape[:-1], -1)
     where = jax.typeof(values).sharding
     return jax.sharding.reshard(wide, where) if AxisType.Explicit in where.mesh.axis_types else wide
@@ -156,17 +158,17 @@ def from_flat(
     mean: jax.Array | None,
     inner: tuple[int, ...],
     dtype: Any,
-    view: View = (),
+    deferred: Deferred = (),
 ) -> Nf4Weight:
-    """A weight of codes [*s, n / 2] and scales [*s, n / 64], as files have them, n padded to whole blocks."""
+    """Return a weight of codes [*s, n / 2] and scales [*s, n / 64], as in files, with n padded to whole blocks."""
     n, stack = _whole(inner), codes.shape[:-1]
     codes, scales = (array.reshape(*stack, *inner[:n], -1) for array in (codes, scales))
-    return Nf4Weight(codes, scales, outer, mean, inner, dtype, view)
+    return Nf4Weight(codes, scales, outer, mean, inner, dtype, deferred)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _pack(w: jax.Array, axes: int) -> tuple[jax.Array, jax.Array]:
-    """[*axes, ...] -> codes [*axes, m / 2], scales [*axes, m / 64]"""
+    """Quantize w [*axes, ...] to codes [*axes, m / 2] and scales [*axes, m / 64]."""
     w = w.reshape(*w.shape[:axes], -1)
     blocks = _blocks(w.astype(jnp.float32), BLOCK)
     scales = jnp.max(jnp.abs(blocks), axis=-1)
@@ -180,7 +182,7 @@ def _pack(w: jax.Array, axes: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _pack_scales(scales: jax.Array, stack: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[*s, ...] -> uint8 [*s, ...], their scales [*s, n / 256], and the mean [*s] that was taken off."""
+    """Quantize scales [*s, ...] to uint8 [*s, ...], with scales [*s, n / 256] and the mean [*s] that was subtracted."""
     if isinstance(scales, jax.core.Tracer):
         raise LoraError("Nf4() packs scales by looking at them: quantize outside jax.jit, or with Nf4(double=False).")
     exact = np.asarray(_everywhere(scales))
@@ -196,7 +198,7 @@ def _pack_scales(scales: jax.Array, stack: int) -> tuple[jax.Array, jax.Array, j
 
 
 def _everywhere(array: jax.Array) -> jax.Array:
-    """Of a mesh with several processes, each of them has but a part."""
+    """Return an array that every process holds as a whole, from one that is spread over several processes."""
     if array.is_fully_addressable:
         return array
     whole = NamedSharding(array.sharding.mesh, jax.P())  # type: ignore[attr-defined]
@@ -204,17 +206,18 @@ def _everywhere(array: jax.Array) -> jax.Array:
 
 
 def _blocks(x: Any, size: int) -> Any:
-    """[*s, n] -> [*s, blocks, size], padded with zeros."""
+    """Reshape x [*s, n] to [*s, blocks, size], padded with zeros."""
     padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
     return jnp.pad(x, padding).reshape(*x.shape[:-1], -1, size)
 
 
 @functools.cache
 def scale_code() -> np.ndarray:
-    """The 256 numbers of 8 bits that scales are kept as: seven decades, with twice as many in each as in the last.
+    """Return the 256 values that 8-bit scales can have: seven decades, each with twice as many as the one below.
 
-    The middles of 2^i intervals of [0.1, 1], times 10^(i - 6), for i from 0 to 6, with both signs; 0 and 1. Dettmers et
-    al. 2022, "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861. In fp32, rounded as torch does.
+    They are the midpoints of 2^i intervals of [0.1, 1], times 10^(i - 6), for i from 0 to 6, with both signs; 0 and 1.
+    Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861. In fp32, rounded as torch
+    does.
     """
     one, tenth = np.float32(1), np.float32(0.1)
     found = [0.0, 1.0]

@@ -1,12 +1,12 @@
-"""Products with an NF4 matrix that unpack it tile by tile: nothing of its size is ever written as numbers.
+"""Pallas kernels for products with an NF4 matrix, which dequantize it tile by tile: W is never written to memory.
 
     y = x @ W      x [T, d], W [d, k]        and for the derivative       x = y @ W^T
 
-A byte of codes has two neighbours along k. Unpacked, the first and the second ones are two matrices [d, k / 2]; so y's
-even and odd columns are two products, and nothing is shuffled within a tile.
+A byte holds the codes of two neighbours along k. Dequantized, the first and the second of each byte are two matrices
+[d, k / 2]: y's even and odd columns are two products, and no tile has to be interleaved.
 
-Kernels for TPU (Mosaic) and GPU (Triton), in Pallas; elsewhere they are interpreted, for tests. They are for one
-device: a compiler that spreads a program over a mesh cannot split them.
+The kernels are for TPU (Mosaic) and GPU (Triton); elsewhere they are interpreted, for tests. They run on one device:
+the partitioner of a program over a mesh cannot split them.
 """
 
 import functools
@@ -20,19 +20,19 @@ import numpy as np
 from jax import lax
 
 Tile = tuple[int, int, int]  # rows of x, rows of W, columns of W
-HALF = 32  # bytes of a block
+HALF = 32  # bytes of codes in a block of 64 numbers
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def times(x: Any, codes: Any, scales: Any, code: Any, dtypes: Any, precision: Any, platform: str) -> jax.Array:
-    """x @ W [T, k].
+    """Return x @ W [T, k].
 
     Args:
         x: [T, d].
         codes: uint8 [d, k / 2].
         scales: fp32 [d, k / 64].
         code: the sixteen numbers that codes stand for.
-        dtypes: that W's values are rounded to, one after the other.
+        dtypes: to which W's values are rounded, one after the other.
         precision: of the product.
         platform: "tpu" or "gpu", or "interpreted tpu" and "interpreted gpu".
     """
@@ -44,14 +44,14 @@ def times(x: Any, codes: Any, scales: Any, code: Any, dtypes: Any, precision: An
 def times_transposed(
     y: Any, codes: Any, scales: Any, code: Any, dtypes: Any, precision: Any, platform: str
 ) -> jax.Array:
-    """y @ W^T [T, d], for y [T, k]; the rest as of `times`."""
+    """Return y @ W^T [T, d], for y [T, k]; other arguments as of `times`."""
     pairs = y.reshape(len(y), -1, 2)
     [x] = _call(_backward, [pairs[..., 0], pairs[..., 1]], codes, scales, code, dtypes, precision, platform)
     return x
 
 
 def _derivatives(product: Any, transposed: Any) -> None:
-    """The residual of a product is the packed matrix."""
+    """Define the reverse-mode derivative of a product by the other product. The residual is the packed matrix."""
 
     def forward(x: Any, codes: Any, scales: Any, *how: Any) -> tuple[jax.Array, Any]:
         return product(x, codes, scales, *how), (codes, scales)
@@ -71,14 +71,14 @@ _derivatives(times_transposed, times)
 
 
 def _unpack(codes: jax.Array, scales: jax.Array, code: Any, dtypes: Any) -> list[jax.Array]:
-    """uint8 [d, n], fp32 [d, n] -> the first and the second numbers [d, n]."""
+    """Dequantize codes uint8 [d, n] with scales fp32 [d, n] to the first and the second numbers of each byte [d, n]."""
     wide = codes.astype(jnp.int32)
     values = [_look_up(q, code) * scales for q in (wide >> 4, wide & 15)]
     return [functools.reduce(lambda w, dtype: w.astype(dtype), dtypes, w) for w in values]
 
 
 def _look_up(q: jax.Array, code: Any) -> Any:
-    """code[q], bit by bit from the highest: what tensor units have no gather for."""
+    """Return code[q] by selections on each bit of q, from the highest: kernels have no gather."""
     if len(code) == 1:
         return jnp.float32(code[0])
     half = len(code) // 2
@@ -86,7 +86,7 @@ def _look_up(q: jax.Array, code: Any) -> Any:
 
 
 def _dot(x: jax.Array, w: jax.Array, precision: Any, transposed: bool) -> jax.Array:
-    """In fp32; x @ w, or x @ w^T."""
+    """Return x @ w, or x @ w^T, in fp32."""
     dims = (((1,), (1 if transposed else 0,)), ((), ()))
     return lax.dot_general(x, w.astype(x.dtype), dims, precision=precision, preferred_element_type=jnp.float32)
 
@@ -103,7 +103,7 @@ def _backward(ys: Any, codes: Any, scales: Any, code: Any, dtypes: Any, precisio
 
 
 def tile(rows: int, d: int, k: int, platform: str) -> Tile | None:
-    """What is computed at once; None where the matrix cannot be cut evenly into what fits."""
+    """Return the size of a tile; None if the matrix cannot be divided evenly into tiles that fit."""
     for_tpu = "tpu" in platform
     sizes, columns, most = ((512, 256, 128), (512, 256), 1024) if for_tpu else ((64, 32, 16), (128, 64), 0)
     bd = next((n for n in sizes if d % n == 0), d if d <= most else 0)
@@ -113,14 +113,14 @@ def tile(rows: int, d: int, k: int, platform: str) -> Tile | None:
 
 
 def row_tile(platform: str) -> int:
-    """The most rows that are computed at once."""
+    """Return the largest number of rows of a tile."""
     return 256 if "tpu" in platform else 64
 
 
 def _call(
     of_tile: Callable[..., Any], xs: Any, codes: Any, scales: Any, code: Any, dtypes: Any, precision: Any, platform: str
 ) -> Any:
-    """Every tile; rows are padded to whole ones."""
+    """Run a kernel on every tile, with the rows of x padded to whole tiles."""
     rows, (d, half) = len(xs[0]), codes.shape
     sizes = tile(rows, d, 2 * half, platform)
     assert sizes is not None, "callers ask `tile` first"
@@ -132,7 +132,7 @@ def _call(
 
 
 def _sides(sizes: Tile, codes: Any, transposed: bool) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """How wide x and the result are in a tile and in all; and how many results there are: even and odd columns."""
+    """Return the widths (x, result) of a tile and in total, and the number of results: even and odd columns are two."""
     (_, bd, bk), (d, half) = sizes, codes.shape
     return ((bk // 2, bd), (half, d), 1) if transposed else ((bd, bk // 2), (d, half), 2)
 
@@ -140,7 +140,7 @@ def _sides(sizes: Tile, codes: Any, transposed: bool) -> tuple[tuple[int, int], 
 def _on_tpu(
     on_tile: Any, xs: Any, codes: Any, scales: Any, sizes: Tile, transposed: bool, interpret: bool
 ) -> list[jax.Array]:
-    """The grid's last axis is the one that is summed over, one step after the other, in fp32."""
+    """Run a kernel whose grid has the contracted axis last, with sums over its steps in fp32."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
@@ -190,7 +190,7 @@ def _on_tpu(
 def _on_gpu(
     on_tile: Any, xs: Any, codes: Any, scales: Any, sizes: Tile, transposed: bool, interpret: bool
 ) -> list[jax.Array]:
-    """One program for each tile of the result, which runs along the axis that is summed over."""
+    """Run a kernel with one program for each tile of the result, which loops over the contracted axis."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
@@ -237,11 +237,14 @@ PRECISIONS = (None, lax.Precision.DEFAULT, lax.Precision.HIGHEST)
 
 
 def platform_for(kernel: bool | None, rows: int, d: int, k: int, dtype: Any, precision: Any) -> str | None:
-    """Where a kernel is to run. None: the plain product is used.
+    """Return the platform to run a kernel on; None if the plain product is to be used.
 
     Args:
-        kernel: None for the accelerator's kernel, on one device, where it is found to work and x has so few rows that
-            each tile of W is unpacked once; True for the kernel wherever there is one, False for the plain product.
+        kernel: True for the kernel wherever there is one, False for the plain product. None for the kernel on a single
+            accelerator, if a trial shows that it works and x has so few rows that each tile of W is dequantized once.
+        rows, d, k: of x [rows, d] and W [d, k].
+        dtype: of x.
+        precision: of the product.
     """
     backend = jax.default_backend()
     on_accelerator = backend in ("tpu", "gpu")
@@ -258,7 +261,7 @@ def platform_for(kernel: bool | None, rows: int, d: int, k: int, dtype: Any, pre
 
 @functools.cache
 def works(platform: str, dtype: Any, precision: Any, sizes: Tile) -> bool:
-    """Whether the kernels compile there for such a tile, and give the plain product. Tried once in a process."""
+    """Return whether the kernels compile for this tile and agree with the plain product. Tried once in a process."""
     rng = np.random.default_rng(0)
     rows, d, k = sizes
     x, y = (rng.standard_normal((rows, n)).astype(dtype) for n in (d, k))
@@ -275,7 +278,7 @@ def works(platform: str, dtype: Any, precision: Any, sizes: Tile) -> bool:
                 off = np.abs(found - expected).max() / np.abs(expected).max()
                 if not off < 0.03:
                     raise ValueError(f"a product is off by {off:.3f} of its largest number")
-    except Exception as error:  # whatever a compiler says: the plain product is right everywhere
+    except Exception as error:  # a compiler may raise anything; the plain product works everywhere
         warnings.warn(f"NF4 products are computed without kernels on this {platform}: {error}", stacklevel=2)
         return False
     return True

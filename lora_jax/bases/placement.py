@@ -1,4 +1,4 @@
-"""Packed weights over a mesh: split as the weights that they stand for, and gathered packed."""
+"""Packed weights on a mesh: sharded as the weights that they stand for, and gathered in packed form."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,18 +14,23 @@ from lora_jax.core.paths import flatten_with_names
 
 
 def place(params: Any, shardings: Any, *, batch_axes: Sequence[str] = BATCH_AXES) -> Any:
-    """Parameters on a mesh, packed weights among them: `jax.device_put` that knows what is packed.
+    """Move parameters to a mesh, packed weights among them, as `jax.device_put` does for arrays.
 
-    Packed arrays are split where the weight is to be, as far as no block of a format is cut. The axes of the mesh that
-    split the batch as well (fsdp) come together when the weight is used: what is sent is packed.
-    `quantize` does this by itself to weights that are on a mesh.
+    The packed arrays are split as the weight would be, as far as no block of a format is cut. Over mesh axes that also
+    split the batch (fsdp), they are gathered when the weight is used: what is sent is packed. `quantize` does all this
+    for weights that are on a mesh.
 
     Args:
-        shardings: a `NamedSharding` for each parameter, as of the dense ones.
+        params: a tree of arrays and packed weights.
+        shardings: a `NamedSharding` for each parameter, as for a base of arrays.
         batch_axes: the names of the mesh axes that split the batch.
 
+    Returns:
+        The same tree on the mesh.
+
     Raises:
-        LoraError: the trees have other paths; a packed weight has no `NamedSharding`, or one that cannot be its.
+        LoraError: the trees have different paths; a packed weight has no `NamedSharding`, or one that splits an axis
+            unevenly or does not fit its shape.
     """
     names, leaves, treedef = flatten_with_names(params)
     there, places, _ = flatten_with_names(shardings, is_leaf=lambda node: isinstance(node, jax.sharding.Sharding))
@@ -46,13 +51,13 @@ def place(params: Any, shardings: Any, *, batch_axes: Sequence[str] = BATCH_AXES
 
 
 def pack_there(format: Format, w: Any, stack: int, dtype: Any) -> Packed:
-    """A packed weight where the array is that it is made of."""
+    """Pack an array, and shard the packed weight as the array is sharded."""
     sharding = None if isinstance(w, jax.core.Tracer) else w.sharding
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return format.pack(w, stack, dtype)
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return format.pack(w, stack, dtype).placed(sharding, BATCH_AXES)
-    auto = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)  # a format does not say what is where on the way
+    auto = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)  # formats state no shardings of what they compute
     with jax.set_mesh(auto):
         packed = format.pack(jax.device_put(w, NamedSharding(auto, sharding.spec)), stack, dtype)
     return packed.placed(sharding, BATCH_AXES)

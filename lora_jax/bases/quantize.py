@@ -1,6 +1,5 @@
-"""Parameters with some of their weights packed."""
+"""Pack the weights of a tree of parameters that rules select."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,27 +10,30 @@ from lora_jax.bases.format import Format, check_weight
 from lora_jax.bases.lazy import Stored, like, read
 from lora_jax.bases.placement import pack_there
 from lora_jax.core.errors import LoraError
-from lora_jax.core.paths import flatten_with_names, nearest
+from lora_jax.core.paths import flatten_with_names
+from lora_jax.core.patterns import first_match
 
 
 def quantize(params: Any, rules: Mapping[str, Format | None], *, donate: bool = False) -> Any:
-    """The same tree, with a packed weight in the place of each array that a rule matches.
+    """Return the parameters with a packed weight in the place of each array that a rule matches.
 
-    One weight is packed after the other, and what is `Stored` is read when its turn comes: of a model in files, one
+    Weights are packed one after the other, and a `Stored` leaf is read when its turn comes: of a model in files, one
     weight at a time is in memory before it is packed. `lora.plan`, `lora.lora_apply` and `lora.merge` take the result
-    as they take parameters; `lora.bases.dense` gives arrays again.
+    in the place of parameters; `lora.bases.dense` turns it back into arrays.
 
     Args:
-        rules: `{pattern: format}`, as `{".*/kernel": lora.bases.Nf4()}`; a pattern is a regular expression for a whole
-            path, and the first that matches decides. None leaves arrays as they are.
-        donate: each array is deleted as soon as it is packed.
+        params: a tree of arrays, `Stored` leaves, and weights that are packed already.
+        rules: `{pattern: format}`, as in `{".*/kernel": lora.bases.Nf4()}`; a pattern is a regular expression for a
+            whole path, and the first that matches decides. None leaves arrays as they are.
+        donate: delete each array as soon as it is packed.
 
     Returns:
-        The tree, in which nothing is stored any more: what no rule matches is an array, or packed as it was stored.
+        The tree without `Stored` leaves: what no rule matches is an array, or packed as it was stored.
 
     Raises:
-        LoraError: before anything is packed, that a pattern is no regular expression or matches nothing, or that a
-            matched leaf is no array of floats of at least two axes; and that a weight holds what is not finite.
+        LoraError: before anything is packed: a pattern is no regular expression, matches no path (the nearest are
+            listed), or only paths that earlier rules took; a matched leaf is no array of floats of at least two axes.
+            Later: a weight holds NaN or infinity.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> params = {"kernel": jnp.ones((64, 128)), "bias": jnp.ones(128)}
@@ -56,7 +58,7 @@ def quantize(params: Any, rules: Mapping[str, Format | None], *, donate: bool = 
             raise LoraError(f"{name!r} holds NaN or infinity, which no packed format has: mend the weight first.")
         packed = pack_there(format, w, stacks[name], jnp.dtype(format.dtype or w.dtype))
         if isinstance(leaf, Stored):
-            jax.block_until_ready(packed)  # the next one is read when this one is gone
+            jax.block_until_ready(packed)  # read the next one only when this one can be freed
         elif donate and isinstance(leaf, jax.Array):
             jax.block_until_ready(packed)
             leaf.delete()
@@ -66,19 +68,10 @@ def quantize(params: Any, rules: Mapping[str, Format | None], *, donate: bool = 
 
 
 def _choose(rules: Mapping[str, Format | None], names: list[str]) -> dict[str, Format | None]:
+    """Return the format of each path that a rule matches."""
     if not isinstance(rules, Mapping) or not rules:
         raise LoraError(f"rules are a dict such as {{'.*/kernel': lora.bases.Nf4()}}, found {rules!r}.")
-    chosen: dict[str, Format | None] = {}
     for pattern, format in rules.items():
         if format is not None and not isinstance(format, Format):
             raise LoraError(f"the rule for {pattern!r} is {format!r}, expected a format such as lora.bases.Nf4().")
-        try:
-            matched = [name for name in names if re.fullmatch(pattern, name)]
-        except (re.error, TypeError) as error:
-            raise LoraError(f"the pattern {pattern!r} is not a regular expression: {error}.") from None
-        if not matched:
-            near = ", ".join(map(repr, nearest(pattern, names)))
-            raise LoraError(f"the rule {pattern!r} matches no parameter; the nearest paths are {near}.")
-        for name in matched:
-            chosen.setdefault(name, format)
-    return chosen
+    return first_match(rules, names)

@@ -1,7 +1,7 @@
-"""Weights that qwix has packed, a `QArray` each, as they come from that library: W = (code[q] - zero) * scale.
+"""Weights that the library qwix has packed, each a `QArray`: W = (code[q] - zero) * scale.
 
-Codes have the shape of W. Scales and zero points have its axes, and along each of them one entry for a tile of the
-codes. The library is not imported: its nodes are known by the names of their classes.
+Codes have the shape of W. Scales and zero points have as many axes, and along each axis one entry for each tile of
+codes. qwix is not imported: its nodes are recognized by the names of their classes.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.tree_util import PyTreeDef
 
 from lora_jax.bases.nf4 import CODE
-from lora_jax.core.deferred import Size, View
+from lora_jax.core.deferred import Deferred, Size
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed
 from lora_jax.core.paths import READERS, Reader
@@ -25,37 +25,37 @@ from lora_jax.core.paths import READERS, Reader
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QwixWeight(Packed):
-    """A weight of qwix. Its leading axes are stacked matrices where each of these has scales of its own."""
+    """A weight of qwix. Its leading axes are stack axes as far as each index along them has scales of its own."""
 
     q: jax.Array  # [*s, *inner], of 8 bits or less
     scales: jax.Array  # [*s, *tiles], of W's dtype
     zero: jax.Array | None  # [*s, *tiles], of q's dtype
     inner: tuple[int, ...] = field(metadata={"static": True})
-    unpacked: Any = field(metadata={"static": True})
-    kind: str = field(metadata={"static": True})  # qwix's name of the numbers that are kept
-    node: PyTreeDef = field(metadata={"static": True})  # that it came in
-    view: View = field(default=(), metadata={"static": True})
-    used: NamedSharding | None = field(default=None, metadata={"static": True})
+    value_dtype: Any = field(metadata={"static": True})
+    kind: str = field(metadata={"static": True})  # qwix's name of the format of the codes
+    node: PyTreeDef = field(metadata={"static": True})  # qwix's node, without its arrays
+    deferred: Deferred = field(default=(), metadata={"static": True})
+    compute_sharding: NamedSharding | None = field(default=None, metadata={"static": True})
 
     parts = ("q", "scales", "zero")
 
     @property
-    def own_axes(self) -> int:
+    def array_ndim(self) -> int:
         return len(self.inner)
 
-    def unpack(self) -> jax.Array:
+    def dequantize(self) -> jax.Array:
         codes = jnp.asarray(CODE)[self.q] if self.kind == "nf4" else self.q
-        w = codes.astype(self.scales.dtype).astype(jnp.float32)  # the codes are rounded, as qwix does it
+        w = codes.astype(self.scales.dtype).astype(jnp.float32)  # qwix rounds the codes to this dtype
         if self.zero is not None:
             w = _each(jnp.subtract, w, self.zero.astype(jnp.float32))
         return _each(jnp.multiply, w, self.scales.astype(jnp.float32))
 
     def as_given(self) -> Any:
-        """As a node of qwix again."""
+        """Return the weight as a node of qwix."""
         return jax.tree.unflatten(self.node, self.arrays().values())
 
     def repack(self, w: jax.Array) -> "QwixWeight":
-        """From the largest |W| of each tile, or from its smallest and largest W where there are zero points."""
+        """Quantize with scales from the largest |W| of each tile; with zero points, from its smallest and largest W."""
         w = w.astype(jnp.float32)
         scales, zero = _calibrated(w, self.scales.shape, self.q.dtype, self.kind, self.zero is not None)
         scales = _allowed(scales, self.kind).astype(self.scales.dtype)
@@ -64,8 +64,8 @@ class QwixWeight(Packed):
             q = _each(jnp.add, q, zero.astype(jnp.float32))
         return dataclasses.replace(self, q=_rounded(q, self.q.dtype, self.kind), scales=scales, zero=zero)
 
-    def own_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
-        """Tiles that the mesh would cut through are whole, and so are scales of which there is but one."""
+    def array_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
+        """Split codes as W, and scales likewise along axes with several tiles that the mesh divides evenly."""
 
         def split(tiles: Sequence[int]) -> tuple[Any, ...]:
             return tuple(
@@ -77,7 +77,7 @@ class QwixWeight(Packed):
 
 
 def knows(node: Any) -> bool:
-    """Whether it is a `QArray`, or the box that qwix keeps one in together with how it was made."""
+    """Return whether a node is a `QArray`, or qwix's box `WithAux` around one."""
     kind = type(node)
     if kind.__module__.partition(".")[0] != "qwix":
         return False
@@ -85,10 +85,10 @@ def knows(node: Any) -> bool:
 
 
 def read(node: Any) -> QwixWeight:
-    """The same weight as a node of this library.
+    """Convert a node of qwix to a packed weight of this library.
 
     Raises:
-        LoraError: what it holds are no arrays that fit each other.
+        LoraError: it does not hold arrays, or their shapes do not fit each other.
     """
     array = getattr(node, "array", node)
     q, scales, zero = array.qvalue, array.scale, array.zero_point
@@ -113,24 +113,25 @@ READERS.append(Reader(knows, read))
 
 
 def _remainder(n: int, parts: int) -> int:
+    """Return n modulo parts; n itself for no parts, which do not divide it."""
     return n % parts if parts else n
 
 
 def _each(fn: Callable[[jax.Array, jax.Array], jax.Array], w: jax.Array, tiles: jax.Array) -> jax.Array:
-    """A function of each number and what its tile has."""
+    """Apply a function of two arguments to each number of w and the entry of `tiles` for its tile."""
     one = tiles.reshape([size for n in tiles.shape for size in (n, 1)])
     return fn(_in_tiles(w, tiles.shape), one).reshape(w.shape)
 
 
 def _in_tiles(w: jax.Array, tiles: Sequence[int]) -> jax.Array:
-    """Each axis as two: which tile, and where in it."""
+    """Reshape each axis to two: the tile, and the position within it."""
     return w.reshape([size for n, m in zip(w.shape, tiles, strict=True) for size in (m, n // m)])
 
 
 def _calibrated(
     w: jax.Array, tiles: Sequence[int], dtype: Any, kind: str, asymmetric: bool
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The scale of each tile, and its zero point."""
+    """Return the scale of each tile, and its zero point if the format is asymmetric."""
     parts, within = _in_tiles(w, tiles), tuple(range(1, 2 * w.ndim, 2))
     if not asymmetric:
         return _not_tiny(jnp.max(jnp.abs(parts), axis=within) / _largest(dtype, kind)), None
@@ -141,7 +142,7 @@ def _calibrated(
 
 
 def _allowed(scales: jax.Array, kind: str) -> jax.Array:
-    """The scales that a format has: powers of 2, or floats of 8 bits; of others, any."""
+    """Round scales to those that a format can store: powers of 2 (mx...), or floats of 8 bits (nvfp4)."""
     if kind.startswith("mx"):
         return 2.0 ** jnp.ceil(jnp.log2(scales))
     if kind != "nvfp4":
@@ -152,18 +153,19 @@ def _allowed(scales: jax.Array, kind: str) -> jax.Array:
 
 
 def _largest(dtype: Any, kind: str) -> float:
-    """The |code| that the largest |W| of a tile has; integers use half a step beyond the last one too."""
+    """Return the code of the largest |W| of a tile; for integers half a step above the largest integer."""
     if kind == "nf4":
         return 1.0
     return 2 ** (_bits(dtype, kind) - 1) - 0.5 if jnp.issubdtype(dtype, jnp.integer) else float(jnp.finfo(dtype).max)
 
 
 def _bits(dtype: Any, kind: str) -> int:
-    """Of integers, which may be kept in a wider dtype than theirs."""
+    """Return the number of bits of integer codes, which may be stored in a wider dtype."""
     return int(kind[3:]) if kind.startswith("int") else jnp.iinfo(dtype).bits
 
 
 def _rounded(q: jax.Array, dtype: Any, kind: str) -> jax.Array:
+    """Round scaled numbers to codes."""
     if kind == "nf4":
         return jnp.searchsorted((CODE[:-1] + CODE[1:]) / 2, q).astype(dtype)
     if not jnp.issubdtype(dtype, jnp.integer):
@@ -174,4 +176,5 @@ def _rounded(q: jax.Array, dtype: Any, kind: str) -> jax.Array:
 
 
 def _not_tiny(scales: jax.Array) -> jax.Array:
+    """Replace scales by 1 where a division by them could overflow."""
     return jnp.where(scales < math.sqrt(jnp.finfo(scales.dtype).tiny), 1.0, scales)

@@ -32,3 +32,8 @@ def concrete(array: Any) -> bool:
 def accumulator(*dtypes: Any) -> Any:
     """Return fp32, or a wider dtype if one of these is. JAX does not promote floats of 8 bits; fp32 holds them."""
     return jnp.result_type(jnp.float32, *(dtype for dtype in dtypes if jnp.dtype(dtype).itemsize > 1))
+
+
+def matmul_highest(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Multiply matrices with products of full precision on every device, where the default may round to 16 bits."""
+    return jnp.matmul(x, y, precision="highest")

@@ -1,6 +1,10 @@
-"""What a program did to each matrix of a packed weight, which is done to the values once they are unpacked.
+"""The operations that a program applies to a packed weight, deferred until the weight is dequantized.
 
-Axes: s stacked matrices; of a matrix, its own axes. A spec has an entry for each of these: the mesh axes that split it.
+A program may transpose, reshape and cast each matrix of a packed weight on its way to a product. The packed arrays stay
+as they are; the operations are recorded, and applied to the values of the dequantized matrices.
+
+Axes: s stacked matrices, then the axes of one matrix. A spec has one entry for each axis of a matrix: the mesh axes
+that split it.
 """
 
 import math
@@ -9,12 +13,13 @@ from typing import Any
 
 import jax
 
-View = tuple[tuple[str, Any], ...]  # ("transpose", permutation), ("reshape", shape) and ("cast", dtype), in their order
+Deferred = tuple[tuple[str, Any], ...]  # ("transpose", permutation), ("reshape", shape), ("cast", dtype), in this order
 Size = Callable[[Any], int]  # into how many parts an entry of a spec splits an axis
 
 
-def viewed_shape(shape: tuple[int, ...], view: View) -> tuple[int, ...]:
-    for name, how in view:
+def shape_after(shape: tuple[int, ...], deferred: Deferred) -> tuple[int, ...]:
+    """Return the shape of a matrix once the operations are applied."""
+    for name, how in deferred:
         if name == "transpose":
             shape = tuple(shape[axis] for axis in how)
         elif name == "reshape":
@@ -22,13 +27,14 @@ def viewed_shape(shape: tuple[int, ...], view: View) -> tuple[int, ...]:
     return shape
 
 
-def viewed_dtype(dtype: Any, view: View) -> Any:
-    return next((how for name, how in reversed(view) if name == "cast"), dtype)
+def dtype_after(dtype: Any, deferred: Deferred) -> Any:
+    """Return the dtype of a matrix once the operations are applied."""
+    return next((how for name, how in reversed(deferred) if name == "cast"), dtype)
 
 
-def view_matrices(w: jax.Array, stack: int, view: View) -> jax.Array:
-    """[*s, ...], each matrix transposed, reshaped and cast."""
-    for name, how in view:
+def apply_deferred(w: jax.Array, stack: int, deferred: Deferred) -> jax.Array:
+    """Transpose, reshape and cast each matrix of w [*s, ...], which has `stack` stack axes."""
+    for name, how in deferred:
         if name == "cast":
             w = w.astype(how)
         elif name == "transpose":
@@ -38,33 +44,39 @@ def view_matrices(w: jax.Array, stack: int, view: View) -> jax.Array:
     return w
 
 
-def unview_matrices(w: jax.Array, stack: int, shape: tuple[int, ...], view: View) -> jax.Array:
-    """The other way round: [*s, *shape], whose view is w; its dtype is left as it is."""
-    for i, (name, how) in reversed(list(enumerate(view))):
+def undo_deferred(w: jax.Array, stack: int, shape: tuple[int, ...], deferred: Deferred) -> jax.Array:
+    """Invert `apply_deferred`: return the matrices [*s, *shape] that it maps to w. Casts are not undone."""
+    for i, (name, how) in reversed(list(enumerate(deferred))):
         if name == "transpose":
             w = w.transpose(*range(stack), *(stack + axis for axis in _inverse(how)))
         elif name == "reshape":
-            w = w.reshape(*w.shape[:stack], *viewed_shape(shape, view[:i]))
+            w = w.reshape(*w.shape[:stack], *shape_after(shape, deferred[:i]))
     return w
 
 
-def viewed_spec(spec: Sequence[Any], shape: tuple[int, ...], view: View, size: Size) -> tuple[Any, ...]:
-    """Where a matrix's view is; an axis that a reshape takes apart otherwise than the mesh does is whole."""
-    for i, (name, how) in enumerate(view):
+def spec_after(spec: Sequence[Any], shape: tuple[int, ...], deferred: Deferred, size: Size) -> tuple[Any, ...]:
+    """Return the spec of a matrix once the operations are applied, from its spec and shape before them.
+
+    An axis that a reshape divides in a way that the mesh does not is whole (None) in the result.
+    """
+    for i, (name, how) in enumerate(deferred):
         if name == "transpose":
             spec = [spec[axis] for axis in how]
         elif name == "reshape":
-            spec = _reshaped_spec(spec, viewed_shape(shape, view[:i]), how, size)
+            spec = _reshaped_spec(spec, shape_after(shape, deferred[:i]), how, size)
     return tuple(spec)
 
 
-def unviewed_spec(spec: Sequence[Any], shape: tuple[int, ...], view: View, size: Size) -> tuple[Any, ...]:
-    """The other way round: where a matrix is whose view is there."""
-    for i, (name, how) in reversed(list(enumerate(view))):
+def spec_before(spec: Sequence[Any], shape: tuple[int, ...], deferred: Deferred, size: Size) -> tuple[Any, ...]:
+    """Invert `spec_after`: return the spec of a matrix before the operations, from its spec after them.
+
+    `shape` is the shape before the operations.
+    """
+    for i, (name, how) in reversed(list(enumerate(deferred))):
         if name == "transpose":
             spec = [spec[axis] for axis in _inverse(how)]
         elif name == "reshape":
-            spec = _reshaped_spec(spec, how, viewed_shape(shape, view[:i]), size)
+            spec = _reshaped_spec(spec, how, shape_after(shape, deferred[:i]), size)
     return tuple(spec)
 
 
@@ -73,7 +85,10 @@ def _inverse(permutation: Sequence[int]) -> list[int]:
 
 
 def _reshaped_spec(spec: Sequence[Any], old: Sequence[int], new: Sequence[int], size: Size) -> list[Any]:
-    """Of axes that are merged or split, the first one may be split over the mesh."""
+    """Return the spec after a reshape from `old` to `new`.
+
+    Of axes that are merged into one, or that one is split into, only the first may be split over the mesh.
+    """
     entries = iter([entry for entry, n in zip(spec, old, strict=True) if n != 1])
     out: list[Any] = []
     for _, count, sizes in blocks([n for n in old if n != 1], [n for n in new if n != 1]):
@@ -84,7 +99,10 @@ def _reshaped_spec(spec: Sequence[Any], old: Sequence[int], new: Sequence[int], 
 
 
 def blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """The shortest runs of axes of equal size on both sides of a reshape: start, count, new sizes."""
+    """Yield the shortest runs of axes with equal products on both sides of a reshape.
+
+    Each run is (its first axis in `old`, how many axes of `old` it has, its sizes in `new`).
+    """
     i = j = 0
     while i < len(old):
         start, first = i, j

@@ -1,4 +1,4 @@
-"""A frozen weight in fewer bits than an array's: a pytree node in the place of the array.
+"""The interface of a packed weight: a frozen weight of fewer bits, as a pytree node in the place of an array.
 
 The formats are in `bases/`. Axes: s stacked matrices, each packed by itself, so that a scan slices the packed arrays.
 """
@@ -12,119 +12,139 @@ from typing import Any, ClassVar, Self
 import jax
 from jax.sharding import AxisType, NamedSharding
 
-from lora_jax.core import deferred as views
-from lora_jax.core.deferred import Size, View
+from lora_jax.core.deferred import (
+    Deferred,
+    Size,
+    apply_deferred,
+    dtype_after,
+    shape_after,
+    spec_after,
+    spec_before,
+    undo_deferred,
+)
+from lora_jax.core.partition import names_of, size_of
 
 
 class Packed(abc.ABC):
-    """A frozen weight, as arrays that begin with its stack axes.
+    """A frozen weight, stored as packed arrays that begin with its stack axes.
 
-    `view` is what a program did to each matrix on its way to a product: that is done when it is unpacked.
+    What a program does to each matrix before it multiplies by it is recorded in `deferred`, and applied to the
+    dequantized values. `shape` and `dtype` are those after it.
     """
 
     inner: tuple[int, ...]  # the shape of one matrix as it was packed
-    unpacked: Any  # the dtype of its values
-    view: View
-    used: NamedSharding | None  # where a matrix is, as it was packed, while something is multiplied by it
-    parts: ClassVar[tuple[str, ...]]  # the names of the packed arrays
+    value_dtype: Any  # the dtype that dequantized values are rounded to
+    deferred: Deferred  # what is done to each matrix after that
+    compute_sharding: NamedSharding | None  # of one matrix, as it was packed, while something is multiplied by it
+    parts: ClassVar[tuple[str, ...]]  # the names of the fields that hold packed arrays
 
     @abc.abstractmethod
-    def unpack(self) -> jax.Array:
-        """[*s, *inner] in fp32."""
+    def dequantize(self) -> jax.Array:
+        """Return the matrices as they were packed, [*s, *inner], in fp32. This defines the format."""
 
     @abc.abstractmethod
     def repack(self, w: jax.Array) -> Self:
-        """Other matrices [*s, *inner], packed in the same way."""
+        """Pack other matrices [*s, *inner] in the same way."""
 
     @property
     @abc.abstractmethod
-    def own_axes(self) -> int:
-        """Of the first packed array, beside the stack: they follow the first axes of a matrix."""
+    def array_ndim(self) -> int:
+        """Return how many axes the first packed array has after the stack axes.
+
+        They follow the first axes of a matrix.
+        """
 
     @abc.abstractmethod
-    def own_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
-        """How the packed arrays' axes beside the stack are split where `spec` splits a matrix.
+    def array_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
+        """Return the spec of each packed array, without its stack axes, for the spec of one matrix.
 
-        What cannot be split in that way, because it would cut through blocks, is whole.
+        An axis that cannot be split in that way, because a block would be cut, is whole.
         """
 
     @property
     def stack(self) -> tuple[int, ...]:
-        return getattr(self, self.parts[0]).shape[: -self.own_axes]
+        """Return the sizes of the stack axes."""
+        return getattr(self, self.parts[0]).shape[: -self.array_ndim]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.stack, *views.viewed_shape(self.inner, self.view))
+        """Return the shape of the weight that this stands for."""
+        return (*self.stack, *shape_after(self.inner, self.deferred))
 
     @property
     def dtype(self) -> Any:
-        return views.viewed_dtype(self.unpacked, self.view)
+        """Return the dtype of the weight that this stands for."""
+        return dtype_after(self.value_dtype, self.deferred)
 
     @property
     def ndim(self) -> int:
+        """Return the number of axes of the weight."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
+        """Return the number of entries of the weight."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Of all that is kept."""
+        """Return the bytes of all packed arrays."""
         return sum(array.nbytes for array in self.arrays().values())
 
     def arrays(self) -> dict[str, jax.Array]:
-        """The packed arrays by name."""
+        """Return the packed arrays by name."""
         found = {name: getattr(self, name) for name in self.parts}
         return {name: array for name, array in found.items() if array is not None}
 
     def dense(self) -> jax.Array:
-        """The weight as an array."""
-        return views.view_matrices(self.unpack().astype(self.unpacked), len(self.stack), self.view)
+        """Return the weight as an array."""
+        return apply_deferred(self.dequantize().astype(self.value_dtype), len(self.stack), self.deferred)
 
     def dot(self, x: jax.Array, inputs: tuple[int, ...], precision: Any) -> jax.Array | None:
-        """x @ W [*T, *outputs] over these axes of W, for x [*T, *inputs], without an array of W's size.
+        """Multiply x [*T, *inputs] by W over these axes of W -> [*T, *outputs], without an array of W's size.
 
-        None where a format has no way to do that, for this product or on this device.
+        None where a format has no kernel for this product, or none on this device.
         """
         return None
 
-    def again(self, w: jax.Array) -> Self:
-        """Another weight of this shape, packed in the same way."""
-        packed = self.repack(views.unview_matrices(w, len(self.stack), self.inner, self.view))
-        return dataclasses.replace(packed, view=self.view, used=self.used)  # type: ignore[type-var]
+    def repack_like(self, w: jax.Array) -> Self:
+        """Pack another weight of this shape in the same way, with the same deferred operations."""
+        packed = self.repack(undo_deferred(w, len(self.stack), self.inner, self.deferred))
+        return dataclasses.replace(packed, deferred=self.deferred, compute_sharding=self.compute_sharding)  # type: ignore[type-var]
 
-    def seen(self, name: str, how: Any) -> Self:
-        """The same weight, each matrix transposed, reshaped or cast."""
-        return dataclasses.replace(self, view=(*self.view, (name, how)))  # type: ignore[type-var]
+    def with_deferred(self, name: str, how: Any) -> Self:
+        """Return the weight with one more deferred operation: "transpose", "reshape" or "cast"."""
+        return dataclasses.replace(self, deferred=(*self.deferred, (name, how)))  # type: ignore[type-var]
 
     def on_stack(self, fn: Callable[[jax.Array], Any]) -> Self:
-        """The same function of every packed array, which does something to the stack axes."""
+        """Apply a function that changes only the stack axes to every packed array."""
         return jax.tree.map(fn, self)
 
     def as_given(self) -> Any:
-        """The node that the weight was read from; itself, if it is this library's own."""
+        """Return the node of another library that the weight was read from; itself, if it is this library's own."""
         return self
 
     @property
     def sharding(self) -> Any:
-        """Where the weight is, from where its first packed array is."""
+        """Return the sharding of the weight, computed from that of its first packed array."""
         own, n = getattr(self, self.parts[0]).sharding, len(self.stack)
         if not isinstance(own, NamedSharding):
             return own
         entries = [*own.spec, *[None] * (n + len(self.inner) - len(own.spec))]
-        spec = views.viewed_spec(entries[n:], self.inner, self.view, _parts(own.mesh))
+        spec = spec_after(entries[n:], self.inner, self.deferred, _parts(own.mesh))
         return NamedSharding(own.mesh, jax.P(*entries[:n], *spec))
 
     def placed(self, sharding: NamedSharding, gathered: Sequence[str] = ()) -> Self:
-        """The same weight on a mesh, each packed array where the weight is to be.
+        """Move the packed arrays to where the weight is to be, and return the weight there.
 
-        Over the `gathered` axes of the mesh, the packed arrays come together whenever something is multiplied by them.
+        Args:
+            sharding: of the weight.
+            gathered: mesh axes over which the packed arrays are gathered whenever something is multiplied by them.
         """
         n, size = len(self.stack), _parts(sharding.mesh)
         entries = [*sharding.spec, *[None] * (self.ndim - len(sharding.spec))]
-        spec = views.unviewed_spec(entries[n:], self.inner, self.view, size)
-        own = self.own_specs(spec, size)
+        spec = spec_before(entries[n:], self.inner, self.deferred, size)
+        own = self.array_specs(spec, size)
         arrays = {
             name: jax.device_put(
                 array,
@@ -132,31 +152,29 @@ class Packed(abc.ABC):
             )
             for name, array in self.arrays().items()
         }
-        left = [tuple(name for name in views.names_of(entry) if name not in gathered) or None for entry in spec]
-        used = NamedSharding(sharding.mesh, jax.P(*left)) if sharding.mesh.size > 1 else None
-        return dataclasses.replace(self, **arrays, used=used)  # type: ignore[type-var]
+        left = [tuple(name for name in names_of(entry) if name not in gathered) or None for entry in spec]
+        while_used = NamedSharding(sharding.mesh, jax.P(*left)) if sharding.mesh.size > 1 else None
+        return dataclasses.replace(self, **arrays, compute_sharding=while_used)  # type: ignore[type-var]
 
     def gathered(self) -> Self:
-        """For a product: in a program over a mesh, the packed arrays where they are used."""
-        if self.used is None:
+        """Constrain the packed arrays to `compute_sharding`, in a program over a mesh, before a product."""
+        if self.compute_sharding is None:
             return self
-        own = self.own_specs(tuple(self.used.spec), _parts(self.used.mesh))
-        arrays = {
-            name: _constrained(array, self.used.mesh, len(self.stack), own[name])
-            for name, array in self.arrays().items()
-        }
+        mesh = self.compute_sharding.mesh
+        own = self.array_specs(tuple(self.compute_sharding.spec), _parts(mesh))
+        arrays = {name: _constrained(array, mesh, len(self.stack), own[name]) for name, array in self.arrays().items()}
         return dataclasses.replace(self, **arrays)  # type: ignore[type-var]
 
 
 def _constrained(array: Any, mesh: Any, stack: int, own: tuple[Any, ...]) -> jax.Array:
-    """In a program over this mesh: an array whose axes beside the stack are split like that, and no others."""
+    """Constrain a traced array to the spec `own` along its axes after the stack axes, which stay as they are."""
     here = jax.sharding.get_abstract_mesh()
     if not isinstance(array, jax.core.Tracer) or set(here.manual_axes) & set(mesh.axis_names):
         return array  # in a shard_map, it is the program that says what is where
     kinds = dict(zip(here.axis_names, here.axis_types, strict=True))
 
     def only(kind: Any, entry: Any) -> Any:
-        return tuple(name for name in views.names_of(entry) if kinds.get(name, AxisType.Auto) == kind) or None
+        return tuple(name for name in names_of(entry) if kinds.get(name, AxisType.Auto) == kind) or None
 
     if AxisType.Explicit in kinds.values():
         kept = jax.typeof(array).sharding.spec[:stack]
@@ -169,19 +187,19 @@ def _constrained(array: Any, mesh: Any, stack: int, own: tuple[Any, ...]) -> jax
 
 
 def _parts(mesh: Any) -> Size:
-    return lambda entry: views.size_of(entry, mesh)
+    return lambda entry: size_of(entry, mesh)
 
 
 def is_packed(leaf: Any) -> bool:
-    """Whether a node of a tree of parameters is a packed weight."""
+    """Return whether a node of a tree of parameters is a packed weight."""
     return isinstance(leaf, Packed)
 
 
 def unpacked(leaf: Any) -> Any:
-    """What may be packed, as an array."""
+    """Return a packed weight as an array, and all else as it is."""
     return leaf.dense() if is_packed(leaf) else leaf
 
 
 def as_given(leaf: Any) -> Any:
-    """A packed weight of another library as that library's node again; all else as it is."""
+    """Return a packed weight of another library as that library's node again, and all else as it is."""
     return leaf.as_given() if is_packed(leaf) else leaf

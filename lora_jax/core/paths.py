@@ -1,7 +1,7 @@
-"""Names for the leaves of any pytree: `layers_0/query/kernel`.
+"""Names ("paths") for the leaves of any pytree: `layers_0/query/kernel`.
 
-The same name serves rules, adapters, errors and files. Flax's NNX keeps each array one level down, under `value`;
-that level is left out, so that a model has the same names in Linen and in NNX.
+Rules, adapters, messages and files use the same names. Flax's NNX keeps each array one level down, under `value`; that
+level is left out, so that a model has the same names in Linen and in NNX.
 """
 
 import difflib
@@ -19,32 +19,33 @@ from lora_jax.core.packed import Packed, is_packed
 
 
 class Reader(NamedTuple):
-    """How nodes of another library are read as packed weights."""
+    """Reads the packed weights of another library."""
 
-    knows: Callable[[Any], bool]
+    knows: Callable[[Any], bool]  # whether a node of a tree is one
     read: Callable[[Any], Packed]
 
 
-READERS: list[Reader] = []  # `bases` fills it
+READERS: list[Reader] = []  # filled by the formats in `bases`
 
 
 def flatten_with_names(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[str], list[Any], PyTreeDef]:
-    """The leaves of a pytree, their names, and the tree to put them back with. A packed weight is one leaf.
+    """Return the names and the leaves of a pytree, and its treedef.
 
-    One of another library is read as one of this library's.
+    A packed weight is one leaf; one of another library is converted to this library's.
 
     >>> flatten_with_names({"b": 1, "a": [2, 3]})[:2]
     (['a/0', 'a/1', 'b'], [2, 3, 1])
 
     Raises:
-        LoraError: two leaves have one name, as in `{"a/b": x, "a": {"b": y}}`; a packed weight is in pieces.
+        LoraError: two leaves have the same name, as in `{"a/b": x, "a": {"b": y}}`; a packed weight of another library
+            cannot be read.
     """
     keyed, treedef = tree_flatten_with_path(
         tree, is_leaf=lambda node: is_packed(node) or _reader(node) is not None or bool(is_leaf and is_leaf(node))
     )
-    below: dict[tuple[Any, ...], int] = {}  # how many leaves each node has
+    below: dict[tuple[Any, ...], int] = {}  # the number of leaves below each node
     for path, _ in keyed:
         for depth in range(len(path)):
             below[path[:depth]] = below.get(path[:depth], 0) + 1
@@ -60,11 +61,12 @@ def flatten_with_names(
 
 
 def _reader(node: Any) -> Callable[[Any], Packed] | None:
+    """Return the function that reads a packed weight of another library; None for all else."""
     return next((reader.read for reader in READERS if reader.knows(node)), None)
 
 
 def _own(name: str, leaf: Any) -> Any:
-    """A leaf of this library."""
+    """Return a leaf, converted if it is a packed weight of another library."""
     read = _reader(leaf)
     if read is None:
         return leaf
@@ -75,27 +77,26 @@ def _own(name: str, leaf: Any) -> Any:
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 5) -> list[str]:
-    """The candidates most like a path or a pattern, best first, for error messages.
+    """Return the n candidates that are most like a path or a pattern, best first, for error messages.
 
     >>> nearest(".*/qeury/kernel", ["a/query/kernel", "a/query/bias", "norm/scale"], n=1)
     ['a/query/kernel']
     """
     plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", "", name).strip("/")
-    scored = [(-difflib.SequenceMatcher(None, plain, c).ratio(), c) for c in candidates]
-    return [candidate for _, candidate in sorted(scored)[:n]]
+    return sorted(candidates, key=lambda name: -difflib.SequenceMatcher(None, plain, name).ratio())[:n]
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is traced (an array, or the shape of one) rather than kept as it is (a flag, a string)."""
+    """Return whether a leaf is an array or the shape of one, which is traced, unlike a flag or a string."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | Packed)
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:
-    """The random key of a path: the same on every host, and whatever other paths there are."""
+    """Return the random key of a path: the same on every host, whatever other paths there are."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def _name(path: tuple[Any, ...], below: dict[tuple[Any, ...], int]) -> str:
     if len(path) > 1 and path[-1] == GetAttrKey("value") and below[path[:-1]] == 1:
-        path = path[:-1]  # NNX's own level; a field called value has others beside it
+        path = path[:-1]  # NNX's own level; a field that a user calls value has others beside it
     return keystr(path, simple=True, separator="/")

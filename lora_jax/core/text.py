@@ -1,11 +1,11 @@
-"""Numbers and tables as plain text."""
+"""Numbers, lists and tables as plain text."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: int = 0) -> str:
-    """Columns under their header, the last `right` of them aligned to the right.
+    """Format columns under their header, the last `right` of them aligned to the right.
 
     >>> print(format_table(["name", "n"], [["a", 10], ["bc", 5]], right=1))
     name   n
@@ -34,7 +34,7 @@ def listed(lines: Sequence[str], most: int = 8) -> str:
 
 
 def size(nbytes: int) -> str:
-    """Bytes in decimal units.
+    """Format a number of bytes in decimal units.
 
     >>> size(295_424)
     '295.4 kB'
@@ -43,7 +43,7 @@ def size(nbytes: int) -> str:
 
 
 def count(n: int) -> str:
-    """A large number with its SI prefix.
+    """Format a large number with an SI prefix.
 
     >>> count(1_234_567_890)
     '1.2 G'

@@ -9,7 +9,8 @@ from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import unpacked
 from lora_jax.core.paths import flatten_with_names, path_key
 from lora_jax.core.targets import Plan
-from lora_jax.sharding.adapters import adapter_shardings, on_mesh
+from lora_jax.sharding.adapters import adapter_shardings
+from lora_jax.sharding.devices import on_mesh
 
 
 def init(key: jax.Array, params: Any, plan: Plan, shardings: Any = None) -> dict[str, Adapter]:

@@ -1,4 +1,4 @@
-"""AdaLoRA's budget: while training goes on, the entries of e that matter least, over all weights, are set to zero.
+"""AdaLoRA's budget: during training, the least important entries of e, over all weights, are set to zero.
 
 Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512.
 """
@@ -19,13 +19,13 @@ from lora_jax.core.errors import LoraError
 
 
 class BudgetState(NamedTuple):
-    """What `adapt_budget` keeps beside the optimizer's own state: one entry for each adapter, of fixed shapes."""
+    """The state of `adapt_budget`. Lists have one item for each AdaLoRA adapter; shapes never change."""
 
-    inner: Any
-    step: jax.Array
+    inner: Any  # the state of the optimizer
+    step: jax.Array  # i32, steps taken
     sensitivity: list[Any]  # I of each array
-    uncertainty: list[Any]  # U
-    kept: list[jax.Array]  # [*stack, r]: which entries of e are left
+    uncertainty: list[Any]  # U of each array
+    kept: list[jax.Array]  # bool [*stack, r]: which entries of e are kept
 
 
 def adapt_budget(
@@ -39,25 +39,28 @@ def adapt_budget(
     beta1: float = 0.85,
     beta2: float = 0.85,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer, and after its step e_k <- 0 for the k that matter least, until `target_rank` a matrix are left.
+    """Take the optimizer's step, then set e_k <- 0 for the least important k, until `target_rank` a matrix are left.
 
     I <- beta1 I + (1 - beta1) |p g|,  U <- beta2 U + (1 - beta2) ||p g| - I|,  s = I U of each number p and gradient g;
     S_k = s(e_k) + mean s(A[:, k]) + mean s(B[k, :]). The budget b(t) = target + (start - target) (1 - x)^3 falls from
-    step `warmup` (x = 0) to `total_steps - final` (x = 1), where it is reached exactly; the b entries of largest S over
-    all weights are kept. What was set to zero goes on being trained and may come back before that, and not after.
+    step `warmup` (x = 0) to `total_steps - final` (x = 1), where the target is reached exactly; the b entries of
+    largest S over all weights are kept. Entries that were set to zero are still trained and may be kept again later, up
+    to step `total_steps - final`; from then on they stay zero.
 
-    Use it outermost, around whatever masks or partitions: it looks at gradients, parameters and updates of one step.
-    Shapes stay the same; `prune` makes them smaller at the end.
+    Use it as the outermost transformation, around masks and partitions: it reads the gradients, parameters and updates
+    of a step. Shapes stay the same; `prune` removes the zero entries at the end.
 
     Args:
-        target_rank: the mean of the ranks that are left.
-        total_steps: of the training; warmup + final must leave some between them.
-        warmup, final: steps at the start with all entries, and at the end with the final ones.
-        interval: steps from one choice to the next.
-        beta1, beta2: decays of the means I and U.
+        optimizer: any optax transformation.
+        target_rank: the mean rank of all matrices at the end.
+        total_steps: of the training; above warmup + final.
+        warmup, final: the number of steps at the start that keep all entries, and at the end that choose no more.
+        interval: the number of steps from one choice to the next.
+        beta1, beta2: decay rates of the means I and U.
 
     Raises:
-        LoraError: a schedule that leaves no steps, a rank below 1 or above the adapters' own, no AdaLoRA adapter.
+        LoraError: the schedule leaves no steps; a number is below 1; (when initialized) there is no AdaLoRA adapter, or
+            the target rank is above the adapters' own.
     """
     numbers = {"target_rank": target_rank, "total_steps": total_steps, "interval": interval}
     for name, value in numbers.items():
@@ -74,9 +77,9 @@ def adapt_budget(
         nodes = _nodes(params)
         if not nodes:
             raise LoraError("adapt_budget found no adapter of the rule lora.AdaLora in what it is to train.")
-        _budgets(nodes, target_rank, warmup, last)  # checks the ranks
+        _budgets(nodes, target_rank, warmup, last)  # raises if the target rank is too high
 
-        def zeros() -> list[Any]:  # anew each time: a step that donates its state may not meet an array twice
+        def zeros() -> list[Any]:  # new arrays each time: a step cannot donate one array twice
             return [jax.tree.map(jnp.zeros_like, node) for node in nodes]
 
         kept = [jnp.ones(node.e.shape, bool) for node in nodes]
@@ -121,16 +124,24 @@ def adapt_budget(
 
 
 def prune(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """The adapters without the rows and columns whose e is zero: smaller arrays, the same W'.
+    """Remove the columns of A and rows of B whose e is zero: smaller arrays, the same W'.
 
-    Matrices of a stack keep as many as the one that needs most. Runs outside `jax.jit`.
+    All matrices of a stack keep the same rank, that of the one with the most entries that are not zero. Cannot be
+    called under `jax.jit`.
+
+    Args:
+        adapters: `{path: adapter}`; those of other kinds are returned as they are.
+
+    Returns:
+        `{path: adapter}`.
     """
     return {path: _pruned(a) if isinstance(a, AdaLoraAdapter) else a for path, a in adapters.items()}
 
 
 def _pruned(adapter: AdaLoraAdapter) -> AdaLoraAdapter:
+    """Return one adapter without its zero entries."""
     n = len(adapter.axes.stack)
-    order = jnp.argsort(adapter.e == 0, axis=-1, stable=True)  # those that are left first
+    order = jnp.argsort(adapter.e == 0, axis=-1, stable=True)  # the entries that are not zero first
     order = order[..., : max(1, int(jnp.max(jnp.sum(adapter.e != 0, axis=-1))))]
 
     def take(array: jax.Array, axis: int) -> jax.Array:
@@ -143,15 +154,17 @@ def _pruned(adapter: AdaLoraAdapter) -> AdaLoraAdapter:
 
 
 def _nodes(tree: Any) -> list[AdaLoraAdapter]:
+    """Return the AdaLoRA adapters of a tree."""
     return [node for node in jax.tree.leaves(tree, is_leaf=is_adapter) if isinstance(node, AdaLoraAdapter)]
 
 
 def _pick(pair: Any, like: AdaLoraAdapter, i: int) -> AdaLoraAdapter:
+    """Return an adapter of the i-th items, from an adapter whose arrays are pairs."""
     return dataclasses.replace(like, a=pair.a[i], e=pair.e[i], b=pair.b[i])
 
 
 def _scores(sensitivity: AdaLoraAdapter, uncertainty: AdaLoraAdapter) -> jax.Array:
-    """S [*stack, r]."""
+    """Return the importance S [*stack, r] of each entry of e."""
     s = jax.tree.map(jnp.multiply, sensitivity, uncertainty)
     n, r = len(s.axes.stack), s.e.shape[-1]
     of_a = s.a.reshape(*s.a.shape[:n], -1, r).mean(-2)
@@ -160,7 +173,7 @@ def _scores(sensitivity: AdaLoraAdapter, uncertainty: AdaLoraAdapter) -> jax.Arr
 
 
 def _budgets(nodes: list[AdaLoraAdapter], target_rank: int, warmup: int, last: int) -> jax.Array:
-    """How many entries are left after each step, up to the last choice."""
+    """Return the budget b(t), the number of entries that are kept after step t, for t = 0 ... `last`."""
     start = sum(math.prod(node.e.shape) for node in nodes)
     target = target_rank * sum(math.prod(node.e.shape[:-1]) for node in nodes)
     if target > start:
@@ -173,7 +186,7 @@ def _budgets(nodes: list[AdaLoraAdapter], target_rank: int, warmup: int, last: i
 
 
 def _largest(scores: list[jax.Array], budget: jax.Array) -> list[jax.Array]:
-    """Which scores are among the `budget` largest of all; of equal ones the first."""
+    """Return booleans: which scores are among the `budget` largest of all; of equal ones the first are."""
     every = jnp.concatenate([s.reshape(-1) for s in scores])
     place = jnp.argsort(jnp.argsort(-every, stable=True), stable=True)
     kept, ends = place < budget, np.cumsum([s.size for s in scores])[:-1]

@@ -1,27 +1,25 @@
-"""Which leaves an optimizer may move, which of them it decays, and how fast each learns."""
+"""Masks and labels of trees for optax: which arrays are trained, which decay, and which optimizer each one has."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from lora_jax.core.adapter import Adapter, is_adapter
 from lora_jax.core.errors import LoraError
 from lora_jax.core.layout import field_names
-from lora_jax.core.paths import flatten_with_names, nearest
-
-LearningRate = float | Callable[[Any], Any]  # or a schedule: steps taken -> rate
+from lora_jax.core.paths import flatten_with_names
+from lora_jax.core.patterns import first_match
+from lora_jax.core.text import listed
 
 
 def trainable_mask(tree: Any) -> Any:
-    """The same tree of booleans: True at the trained arrays of adapters, False at everything else.
+    """Return the same tree of booleans: True at the trained arrays of adapters, False at everything else.
 
-    The one truth for optimizer masks and counts. Adapters may stand anywhere in the tree, also beside the base.
+    Optimizer masks and parameter counts all use this mask. Adapters may be anywhere in the tree, also beside the base.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"w": jnp.ones((4, 4))}
@@ -36,9 +34,9 @@ def trainable_mask(tree: Any) -> Any:
 def freeze_base(
     optimizer: optax.GradientTransformation, mask: Any | Callable[[Any], Any] = trainable_mask
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer for what `mask` marks, and no update at all, nor any state, for the rest.
+    """Apply an optimizer to the arrays that `mask` marks; the others get zero updates and have no optimizer state.
 
-    `optax.masked` alone would hand the gradients of the rest through as updates.
+    `optax.masked` alone would pass on the gradients of the others as their updates.
 
     Args:
         optimizer: any optax transformation.
@@ -53,7 +51,7 @@ def freeze_base(
 
 
 def labels(tree: Any, rules: Mapping[str, str], default: str | None = None) -> Any:
-    """The same tree of labels, for `optax.partition`: each array has that of the first pattern which matches its path.
+    """Return the same tree of labels, for `optax.partition`: that of the first pattern that matches an array's path.
 
     Arrays that an adapter never trains are labelled "freeze", whatever the patterns say.
 
@@ -64,8 +62,8 @@ def labels(tree: Any, rules: Mapping[str, str], default: str | None = None) -> A
         default: the label of trained arrays that no pattern matches; without it they are an error.
 
     Raises:
-        LoraError: a pattern is no regular expression, or matches no trained array (the nearest are listed), or only
-            ones that earlier patterns took; no pattern matches some trained array.
+        LoraError: a pattern is no regular expression, matches no trained array (the nearest are listed), or only
+            arrays that earlier patterns took; no pattern matches some trained array.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
@@ -79,50 +77,24 @@ def labels(tree: Any, rules: Mapping[str, str], default: str | None = None) -> A
     names, _, treedef = flatten_with_names(tree)
     is_trained = jax.tree.leaves(mark(tree, lambda *_: True, lambda _: True, frozen=False))
     trained = [name for name, moves in zip(names, is_trained, strict=True) if moves]
-    chosen: dict[str, str] = {}
-    for pattern, label in rules.items():
-        matched = _matches(pattern, trained)
-        fresh = [name for name in matched if name not in chosen]
-        if not fresh:
-            raise LoraError(
-                f"labels: the pattern {pattern!r} is never reached: all {len(matched)} arrays that it matches, "
-                f"{matched[0]!r} first, are taken by earlier ones. Put it before them, or drop it."
-            )
-        chosen |= dict.fromkeys(fresh, label)
+    hint = "A pattern stands for a whole path, that of an adapter and the field; the nearest are"
+    chosen = first_match(rules, trained, call="labels: ", one="trained array", many="arrays", hint=hint)
     missing = [name for name in trained if name not in chosen]
     if missing and default is None:
         raise LoraError(
-            f"labels: no pattern matches {len(missing)} trained array(s):{_listed(missing)}\nGive a pattern for them, "
+            f"labels: no pattern matches {len(missing)} trained array(s):\n{listed(missing)}\nGive a pattern for them, "
             f"such as {{{re.escape(missing[0])!r}: 'freeze'}}, or a label for all the rest: default='freeze'."
         )
     everything = dict.fromkeys(names, "freeze") | dict.fromkeys(missing, default) | chosen
     return treedef.unflatten([everything[name] for name in names])
 
 
-def _matches(pattern: str, names: list[str]) -> list[str]:
-    try:
-        matched = [name for name in names if re.fullmatch(pattern, name)]
-    except (re.error, TypeError) as error:
-        raise LoraError(f"labels: the pattern {pattern!r} is not a regular expression: {error}.") from None
-    if not matched:
-        raise LoraError(
-            f"labels: the pattern {pattern!r} matches no trained array. A pattern stands for a whole path, that of an "
-            f"adapter and the field; the nearest are{_listed(nearest(pattern, names))}"
-        )
-    return matched
-
-
-def _listed(names: list[str]) -> str:
-    more = f"\n  and {len(names) - 8} more" if len(names) > 8 else ""
-    return "".join(f"\n  {name}" for name in names[:8]) + more
-
-
 def decay_mask(tree: Any) -> Any:
-    """The same tree of booleans: True at matrices, which weight decay may shrink, False at vectors and frozen arrays.
+    """Return the same tree of booleans: True at matrices, which weight decay may shrink, False at all else.
 
-    Of an adapter, the factors are matrices: arrays of two groups of axes. Magnitudes, gains, biases and scales are
-    vectors, for which zero is no neutral value. Beside adapters, arrays of two axes or more count as
-    matrices.
+    Of an adapter, the matrices are its factors: arrays with two groups of axes (inputs, outputs, rank) beside the
+    stack. Magnitudes, gains, biases and scales are vectors, whose neutral value is not zero. Beside adapters, arrays of
+    two axes or more count as matrices. Arrays that an adapter never trains are False.
 
     >>> import jax.numpy as jnp, optax, lora_jax as lora
     >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
@@ -136,55 +108,18 @@ def decay_mask(tree: Any) -> Any:
     def is_factor(adapter: Adapter, name: str) -> bool:
         return len([group for group in adapter.layout[name] if group != "stack"]) > 1
 
-    return mark(tree, is_factor, _is_matrix, frozen=False)
-
-
-def lora_plus(
-    optimizer: Callable[[Any], optax.GradientTransformation], learning_rate: LearningRate, ratio: float = 16.0
-) -> optax.GradientTransformationExtraArgs:
-    """LoRA+: B learns `ratio` times faster than A, lr_B = ratio * lr_A.
-
-    A's sum over all d inputs makes the output move d times as much as A's entries do; B's sum is over r only. What has
-    outputs and no inputs moves the output as B does, and learns as fast: B itself, and vectors of one entry per output,
-    such as DoRA's magnitudes. Beside adapters these are the arrays of at most one axis, such as biases. All else that
-    is trained learns at `learning_rate`, also A of an embedding table (HF PEFT trains both of its factors at 1e-6).
-    Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv 2402.12354.
-
-    Each of the two groups has an optimizer of its own: whatever looks at all gradients at once goes before, as in
-    `optax.chain(optax.clip_by_global_norm(1.0), lora.lora_plus(optax.adam, 1e-4))`. AdamW multiplies its decay by the
-    learning rate, so that it also decays B faster.
-
-    Args:
-        optimizer: makes an optax transformation from a learning rate: `optax.adamw`, or
-            `lambda rate: optax.adamw(rate, weight_decay=0.1, mask=lora.decay_mask)`.
-        learning_rate: of A; a number, or a schedule.
-        ratio: above 0, usually above 1; the paper's advice for most models is about 16.
-
-    Raises:
-        LoraError: the ratio is not a number above 0.
-
-    >>> optimizer = lora_plus(optax.adamw, optax.cosine_decay_schedule(1e-4, 1000), ratio=16.0)
-    """
-    check_positive("lora_plus", "ratio", ratio, 16.0)
-
-    def groups(tree: Any) -> Any:
-        def group(adapter: Adapter, name: str) -> str:
-            layout = adapter.layout[name]
-            return "fast" if "outputs" in layout and "inputs" not in layout else "slow"
-
-        return mark(tree, group, lambda leaf: "slow" if _is_matrix(leaf) else "fast", frozen="freeze")
-
-    def faster(count: Any) -> Any:
-        return learning_rate(count) * ratio  # type: ignore[operator]
-
-    fast = optimizer(faster if callable(learning_rate) else learning_rate * ratio)
-    return optax.partition({"slow": optimizer(learning_rate), "fast": fast, "freeze": optax.set_to_zero()}, groups)
+    return mark(tree, is_factor, is_matrix, frozen=False)
 
 
 def mark(tree: Any, array: Callable[[Adapter, str], Any], other: Callable[[Any], Any], frozen: Any) -> Any:
-    """The same tree with `array(adapter, field)` at trained arrays of adapters, and `other(leaf)` beside adapters.
+    """Return the same tree with a mark in the place of each array.
 
-    Arrays that an adapter never trains become `frozen`. What optax has masked has no leaves, and stays as it is.
+    Masked nodes of optax have no leaves, and stay as they are.
+
+    Args:
+        array: gives the mark of a trained array, from its adapter and the name of its field.
+        other: gives the mark of an array beside adapters.
+        frozen: the mark of arrays that an adapter never trains.
     """
 
     def node(at: Any) -> Any:
@@ -199,10 +134,6 @@ def mark(tree: Any, array: Callable[[Adapter, str], Any], other: Callable[[Any],
     return jax.tree.map(node, tree, is_leaf=is_adapter)
 
 
-def check_positive(call: str, name: str, value: Any, usual: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value < math.inf:
-        raise LoraError(f"{call}({name}={value!r}): expected a number above 0, such as {name}={usual}.")
-
-
-def _is_matrix(leaf: Any) -> bool:
+def is_matrix(leaf: Any) -> bool:
+    """Return whether a leaf has two axes or more."""
     return getattr(leaf, "ndim", 0) > 1

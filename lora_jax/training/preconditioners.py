@@ -1,7 +1,7 @@
-"""Gradients of A and B, each multiplied by the inverse of what the other factor makes of it.
+"""Preconditioners for A and B: each gradient is multiplied by the inverse Gram matrix [r, r] of a factor.
 
-Transformations of gradients for `optax.chain`. They act on `LoraAdapter`s and leave all else as it is. Below, A [d, r]
-and B [r, k] are one matrix of a stack, with several inputs or outputs taken as one axis.
+They are gradient transformations for `optax.chain`, which act on `LoraAdapter`s and leave all else as it is. Below,
+A [d, r] and B [r, k] are one matrix of a stack, with several axes of inputs or outputs flattened to one.
 """
 
 import dataclasses
@@ -15,23 +15,25 @@ import optax
 from lora_jax.adapters.arguments import check_dtype
 from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.core.adapter import Adapter, is_adapter
+from lora_jax.core.arrays import matmul_highest
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import flatten_with_names
-from lora_jax.training.masks import LearningRate, check_positive, decay_mask, mark
+from lora_jax.training.hyperparameters import LearningRate, check_positive
+from lora_jax.training.masks import decay_mask, mark
 
 Factors = tuple[jax.Array, jax.Array]  # A [*s, d, r] and B [*s, r, k], or their gradients
 
-DAMPING = 1e-8  # of A^T A in LoRA-FA, as in HF PEFT
+DAMPING = 1e-8  # added to A^T A in LoRA-FA, as in HF PEFT
 
 
 def riemannian(reg: float = 1e-2) -> optax.GradientTransformation:
-    """Riemannian preconditioning: g_A <- g_A (B B^T + reg I)^-1 [d, r], g_B <- (A^T A + reg I)^-1 g_B [r, k].
+    """Precondition both gradients: g_A <- g_A (B B^T + reg I)^-1 [d, r], g_B <- (A^T A + reg I)^-1 g_B [r, k].
 
-    The change of A B that a step makes then no longer depends on how A and B share its size between them. In fp32.
+    The change of A B in a step then does not depend on how its norm is divided between A and B. Computed in fp32.
     Zhang and Pilanci 2024, "Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models", arXiv 2402.02347.
 
     Args:
-        reg: keeps the inverse finite where a factor is zero, as B is at the start.
+        reg: a positive multiple of I that keeps the Gram matrices invertible where a factor is zero, as B is at first.
 
     Raises:
         LoraError: `reg` is not a number above 0; `update` is called without parameters, or with one factor masked.
@@ -42,20 +44,20 @@ def riemannian(reg: float = 1e-2) -> optax.GradientTransformation:
 
     def precondition(gradients: Factors, factors: Factors, scale: float) -> Factors:
         (grad_a, grad_b), (a, b) = gradients, factors
-        for_a, for_b = _inverse(_matmul(b, b.mT), reg), _inverse(_matmul(a.mT, a), reg)
-        return _matmul(grad_a, for_a), _matmul(for_b, grad_b)
+        for_a, for_b = _inverse(matmul_highest(b, b.mT), reg), _inverse(matmul_highest(a.mT, a), reg)
+        return matmul_highest(grad_a, for_a), matmul_highest(for_b, grad_b)
 
     return _on_pairs("riemannian", precondition)
 
 
 def lora_fa_gradient(dtype: Any = jnp.float32) -> optax.GradientTransformation:
-    """LoRA-FA's gradient for a frozen A: g_A <- 0 [d, r], g_B <- (A^T A + 1e-8 I)^-1 g_B / s^2 [r, k].
+    """Precondition B's gradient for a frozen A: g_A <- 0 [d, r], g_B <- (A^T A + 1e-8 I)^-1 g_B / s^2 [r, k].
 
-    It is the X that brings s A X nearest to the gradient of W, and so undoes A's own scale and correlations.
-    A frozen A is that of Zhang et al. 2023, "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
-    Fine-tuning", arXiv 2308.03303; this gradient is the one of HF PEFT's version.
+    The new g_B is the X for which s A X is nearest to the gradient of W, so that it does not depend on the scale of A
+    and the correlations of its columns. The frozen A is that of Zhang et al. 2023, "LoRA-FA: Memory-efficient Low-rank
+    Adaptation for Large Language Models Fine-tuning", arXiv 2308.03303; this gradient is the one of HF PEFT's version.
 
-    Before any optimizer, with A kept from its weight decay too:
+    It goes before any optimizer, whose weight decay must not reach A:
 
     >>> import lora_jax as lora
     >>> optimizer = optax.chain(
@@ -67,9 +69,9 @@ def lora_fa_gradient(dtype: Any = jnp.float32) -> optax.GradientTransformation:
     ... )
 
     Args:
-        dtype: of the product of the inverse and g_B. HF PEFT has it in bf16, also where all else is fp32; with
-            `jnp.bfloat16` five steps of a small model end 4e-7 from PEFT's, and with fp32, which is nearer to the
-            formula, 1e-4.
+        dtype: of the product of the inverse and g_B. HF PEFT computes it in bf16, also where all else is fp32: with
+            `jnp.bfloat16`, five steps of a small model end 4e-7 from PEFT's; with fp32, which is nearer to the formula,
+            1e-4.
 
     Raises:
         LoraError: `dtype` is no floating one; `update` is called without parameters, or with one factor masked.
@@ -77,13 +79,13 @@ def lora_fa_gradient(dtype: Any = jnp.float32) -> optax.GradientTransformation:
     check_dtype("lora_fa_gradient", dtype)
     bits = jnp.finfo(dtype)
 
-    def rounded(x: jax.Array) -> jax.Array:  # a compiler may leave out a cast to and fro, but not this
+    def rounded(x: jax.Array) -> jax.Array:  # a compiler may remove a cast there and back, but not this
         return jax.lax.reduce_precision(x, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
 
     def precondition(gradients: Factors, factors: Factors, scale: float) -> Factors:
         (grad_a, grad_b), (a, _) = gradients, factors
-        inverse = _inverse(_matmul(a.mT, a), DAMPING)
-        projected = rounded(_matmul(rounded(inverse), rounded(grad_b)))
+        inverse = _inverse(matmul_highest(a.mT, a), DAMPING)
+        projected = rounded(matmul_highest(rounded(inverse), rounded(grad_b)))
         return jnp.zeros_like(grad_a), projected / scale**2
 
     return _on_pairs("lora_fa_gradient", precondition)
@@ -97,13 +99,13 @@ def lora_fa(
     weight_decay: float = 0.0,
     dtype: Any = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
-    """LoRA-FA: A frozen, and Adam on the gradient of `lora_fa_gradient` for B, as in HF PEFT.
+    """Train B by Adam on the gradient of `lora_fa_gradient`, and keep A frozen: LoRA-FA, as in HF PEFT.
 
-    PEFT's Adam is m sqrt(1 - b2^t) / ((1 - b1^t) (sqrt(v) + eps)), with eps added before v is corrected; that is
-    optax's with eps / sqrt(1 - b2^t). It decays what the step has left, at what `decay_mask` marks:
-    B <- (1 - lr weight_decay) (B - lr step). Whatever else is trained gets the same Adam.
+    PEFT's Adam is m sqrt(1 - b2^t) / ((1 - b1^t) (sqrt(v) + eps)), with eps added before the bias correction of v; this
+    is optax's with eps / sqrt(1 - b2^t). Weight decay is applied after the step, to what `decay_mask` marks:
+    B <- (1 - lr weight_decay) (B - lr step). All else that is trained gets the same Adam.
 
-    Under `jax.jit` A's gradient is not even computed, unless something reads it, as the norm in `lora.train_step` does.
+    Under `jax.jit`, A's gradient is computed only if something reads it, as the norm in `lora.train_step` does.
 
     Args:
         learning_rate: a number, or a schedule.
@@ -137,7 +139,7 @@ def lora_fa(
 
 
 def _on_pairs(call: str, precondition: Callable[[Factors, Factors, float], Factors]) -> optax.GradientTransformation:
-    """`precondition(gradients, factors, scale)` at every pair of factors in a tree, in fp32."""
+    """Make a transformation that maps `precondition(gradients, factors, scale)` over every pair of factors, in fp32."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
@@ -155,8 +157,9 @@ def _on_pairs(call: str, precondition: Callable[[Factors, Factors, float], Facto
 def _update(
     call: str, precondition: Callable[[Factors, Factors, float], Factors], path: str, gradient: Any, adapter: Any
 ) -> Any:
+    """Return the preconditioned gradient of one leaf; of what is no pair of factors, its gradient as it is."""
     arrays = jax.tree.leaves((gradient.a, gradient.b)) if isinstance(adapter, LoraAdapter) else []
-    if not arrays:  # not a pair of factors, or one that optax has masked
+    if not arrays:  # no pair of factors, or masked by optax
         return gradient
     if len(arrays) < 2:
         raise LoraError(
@@ -173,17 +176,14 @@ def _update(
 
 
 def _matrices(adapter: LoraAdapter) -> Factors:
+    """Return A [*s, d, r] and B [*s, r, k] in fp32."""
     a, b, n = adapter.a.astype(jnp.float32), adapter.b.astype(jnp.float32), len(adapter.axes.stack)
     return a.reshape(*a.shape[:n], -1, a.shape[-1]), b.reshape(*b.shape[: n + 1], -1)
 
 
-def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.matmul(x, y, precision="highest")
-
-
 def _inverse(gram: jax.Array, reg: float) -> jax.Array:
-    """(G + reg I)^-1 [*s, r, r] for G = X^T X [*s, r, r]."""
-    # Anything below the rounding of G itself is lost in the sum, and G may have no inverse.
+    """Return (G + reg I)^-1 [*s, r, r] for a Gram matrix G = X^T X [*s, r, r]."""
+    # A reg below the rounding error of G would be lost in the sum, and G itself may be singular.
     least = jnp.finfo(gram.dtype).eps * jnp.trace(gram, axis1=-2, axis2=-1)
     eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
     return jnp.linalg.inv(gram + jnp.maximum(reg, least)[..., None, None] * eye)

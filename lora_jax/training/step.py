@@ -1,4 +1,4 @@
-"""One training step, pure; and the same under `jax.jit`, `jax.pmap` and `jax.shard_map`."""
+"""One training step as a pure function, and the same under `jax.jit`, `jax.pmap` and `jax.shard_map`."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from lora_jax.core.errors import LoraError
 from lora_jax.core.partition import names_of
-from lora_jax.sharding.adapters import check_together, on_mesh
+from lora_jax.sharding.batches import combined_sharding
+from lora_jax.sharding.devices import check_together, on_mesh
 from lora_jax.training.value_and_grad import Loss, value_and_grad
 
 Step = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
@@ -22,21 +23,23 @@ Step = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LossScale:
-    """What the loss is multiplied by before its gradient is taken in fp16, and the gradient divided by after.
+    """Dynamic loss scaling for fp16: the loss is multiplied by a scale, and its gradient divided by it.
 
-    Halved after a gradient that was not finite, doubled after `interval` ones that were. Micikevicius et al. 2018,
-    "Mixed Precision Training", arXiv 1710.03740.
+    The scale is halved after a gradient that is not finite, and doubled after `interval` finite ones in a row.
+    Micikevicius et al. 2018, "Mixed Precision Training", arXiv 1710.03740.
     """
 
-    value: jax.Array  # f32
-    finite: jax.Array  # i32, gradients since it last changed
+    value: jax.Array  # f32, the scale
+    finite: jax.Array  # i32, finite gradients since the scale last changed
     interval: int = field(default=2000, metadata={"static": True})
 
     @classmethod
     def create(cls, value: float = 2.0**15, interval: int = 2000) -> "LossScale":
+        """Return the scale before the first step."""
         return cls(jnp.float32(value), jnp.zeros((), jnp.int32), interval)
 
     def update(self, is_finite: jax.Array) -> "LossScale":
+        """Return the scale after a gradient that was or was not finite."""
         grows = self.finite + 1 >= self.interval
         value = jnp.where(is_finite, jnp.where(grows, self.value * 2, self.value), jnp.maximum(self.value / 2, 1.0))
         return LossScale(value, jnp.where(is_finite & ~grows, self.finite + 1, 0), self.interval)
@@ -45,13 +48,13 @@ class LossScale:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that training moves: hand it to the step, and go on with the one that comes back."""
+    """All that a training step changes. A step takes the state and returns the next one."""
 
     step: jax.Array  # i32, steps taken
     trainable: Any  # adapters, or a tree that holds them beside whatever else is trained
     opt_state: Any
-    skipped: jax.Array  # i32, of these, those whose gradient was not finite: they changed nothing
-    key: jax.Array | None = None  # of all randomness; the loss gets one of its own for every step
+    skipped: jax.Array  # i32, the number of steps taken whose gradient was not finite, which changed nothing
+    key: jax.Array | None = None  # random key, from which the loss gets a new one at each step
     loss_scale: LossScale | None = None  # for fp16
 
     @classmethod
@@ -62,7 +65,14 @@ class TrainState:
         key: jax.Array | None = None,
         loss_scale: LossScale | None = None,
     ) -> "TrainState":
-        """The state before the first step; on the mesh that the trainable arrays are on."""
+        """Return the state before the first step, on the mesh of the trainable arrays.
+
+        Args:
+            trainable: adapters, or a tree that holds them.
+            optimizer: any optax transformation.
+            key: a random key, if the loss takes one.
+            loss_scale: `LossScale.create()`, to train in fp16.
+        """
         zero = jnp.zeros((), jnp.int32)
         state = cls(zero, trainable, optimizer.init(trainable), zero.copy(), key, loss_scale)
         mesh = on_mesh(trainable)
@@ -82,19 +92,28 @@ def train_step(
     axis_name: str | tuple[str, ...] | None = None,
     batch_sharding: NamedSharding | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The next state, and metrics: the loss, the norm of its gradient, the steps skipped, and what the loss reports.
+    """Take one step, and return the next state and the metrics.
 
-    The gradient is that of `state.trainable` alone: its tree is theirs, and nothing of the base's size is formed. If it
-    is not finite, the step is counted in `skipped` and changes nothing else.
+    The gradient is taken with respect to `state.trainable` alone: nothing of the base's size is formed. If it is not
+    finite, the step is counted in `skipped` and changes nothing else.
 
     Args:
         loss: `loss(trainable, params, *batch)` -> a scalar, `(scalar, {name: array})` to report more, or
-            `(scalar, {name: array}, weight)`; see `value_and_grad`, which also says what the last three arguments are.
-            If the state has a random key, the loss is called with a keyword `key`, a new one for each step.
-        optimizer: any optax transformation; `lora.freeze_base` where adapters hold frozen arrays. To clip, put
-            `optax.clip_by_global_norm` before it: the gradient that it sees is that of the whole batch.
+            `(scalar, {name: array}, weight)`, as for `value_and_grad`. If the state has a random key, the loss is
+            called with a keyword `key`, a new one for each step.
+        optimizer: any optax transformation; `lora.freeze_base` where adapters hold frozen arrays. To clip, chain
+            `optax.clip_by_global_norm` before it: it gets the gradient of the whole batch.
         state: as `TrainState.create` makes it.
         params: the frozen base.
+        batch: further arguments of the loss, pytrees of arrays `[rows, ...]`.
+        microbatches, axis_name, batch_sharding: as for `value_and_grad`.
+
+    Returns:
+        The next state, and the metrics `loss`, `grad_norm`, `skipped`, with a loss scale `loss_scale`, and those that
+        the loss reports.
+
+    Raises:
+        LoraError: as `value_and_grad`.
     """
     gradient = value_and_grad(loss, microbatches=microbatches, axis_name=axis_name, batch_sharding=batch_sharding)
     key = None if state.key is None else jax.random.fold_in(state.key, state.step)
@@ -117,20 +136,25 @@ def train_step(
 
 
 def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatches: int = 1) -> Step:
-    """`step(state, params, *batch)`: `train_step` under `jax.jit`, on one device or over a mesh.
+    """Return `step(state, params, *batch)`: `train_step` under `jax.jit`, on one device or over a mesh.
 
-    Where things are decides how it runs: the base wherever its arrays are, the state where it was, the adapters'
-    gradients added up once over the mesh axes that the batch is split over. The state's buffers are donated, never the
-    base's: go on with `state.trainable`, not with the first adapters.
+    The shardings of the arguments decide how it runs: the base is used where its arrays are, the next state is where
+    the state was, and the adapters' gradients are summed once over the mesh axes that split the batch. The state's
+    buffers are donated, never the base's: use the adapters in the returned state, not those the first state was made
+    from.
 
-    `step.lower(state, params, *batch)` is that of the jitted function.
+    `step.lower(state, params, *batch)` lowers the jitted function.
+
+    Args:
+        loss, optimizer: as for `train_step`.
+        microbatches: as for `value_and_grad`.
     """
 
-    steps: dict[Any, Any] = {}  # by where the batch and the state are
+    steps: dict[Any, Any] = {}  # jitted steps, by the shardings of the batch and the state
 
     def placed(state: TrainState, params: Any, batch: Any) -> Any:
         places = on_mesh(state.trainable) and jax.tree.map(lambda leaf: leaf.sharding, state)
-        where = places and _longest(batch), tuple(jax.tree.leaves(places)), jax.tree.structure(places)
+        where = places and combined_sharding(batch), tuple(jax.tree.leaves(places)), jax.tree.structure(places)
         if where not in steps:
             check_together(state.trainable, params)
             steps[where] = compiled(where[0], places)
@@ -149,12 +173,6 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
     return step
 
 
-def _longest(batch: Any) -> NamedSharding | None:
-    """The sharding of a batch: that of its array with most axes split."""
-    found = [leaf.sharding for leaf in jax.tree.leaves(batch) if on_mesh(leaf) is not None]
-    return max(found, key=lambda sharding: len(sharding.spec), default=None)
-
-
 def pmap_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
@@ -163,13 +181,14 @@ def pmap_step(
     microbatches: int = 1,
     replicated: bool = True,
 ) -> Step:
-    """`step(state, params, *batch)`: `train_step` under `jax.pmap`, each array of the batch `[devices, rows, ...]`.
+    """Return `step(state, params, *batch)`: `train_step` under `jax.pmap`, for a batch of `[devices, rows, ...]`.
 
     Args:
+        loss, optimizer: as for `train_step`.
         axis_name: the name of the axis of devices, should the loss need it.
         microbatches: for each device.
-        replicated: whether state and parameters come with a leading axis of devices, as `flax.jax_utils.replicate`
-            makes it, and the state and metrics go out with one; else neither has it. The state is donated.
+        replicated: whether state, parameters and the returned state and metrics have a leading axis of devices, as
+            `flax.jax_utils.replicate` makes it; then the state is donated.
     """
     axis = 0 if replicated else None
 
@@ -188,11 +207,20 @@ def shard_map_step(
     *,
     microbatches: int = 1,
 ) -> Step:
-    """`step(state, params, *batch)`: `train_step` under `jax.shard_map` over the axes that split the batch.
+    """Return `step(state, params, *batch)`: `train_step` under `jax.shard_map` over the axes that split the batch.
 
-    Each device sees its own rows, as under `pmap`, and one `psum` adds up gradients, loss and metrics. Over its other
-    axes the mesh is the compiler's, as under `jax.jit`. State and parameters must not be split over the batch's axes
-    (fsdp): `jit_step` is for those. The state is donated.
+    Each device computes on its own rows, as under `pmap`, and one `psum` sums gradients, loss and metrics. The other
+    axes of the mesh are left to the compiler, as under `jax.jit`. State and parameters must not be split over the
+    batch's axes (fsdp): use `jit_step` for that. The state is donated.
+
+    Args:
+        loss, optimizer: as for `train_step`.
+        mesh: the devices.
+        batch: the spec of the batch's arrays, such as `P("data")`.
+        microbatches: for each device.
+
+    Raises:
+        LoraError: the spec names an axis that the mesh lacks, or splits the batch over no axis.
     """
     names = tuple(name for entry in batch for name in names_of(entry))
     if missing := [name for name in names if name not in mesh.shape]:

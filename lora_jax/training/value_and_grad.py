@@ -1,7 +1,7 @@
-"""The gradient of a batch: in microbatches, over devices, with one reduction.
+"""The gradient of a loss over a batch, in microbatches and over devices, with one reduction.
 
-Whatever parts the batch is cut into, the result is that of sum_i w_i L_i / sum_i w_i, where part i says its own loss
-L_i and weight w_i.
+However the batch is cut into parts, the result is the gradient of sum_i w_i L_i / sum_i w_i, where the loss returns L_i
+and the weight w_i for part i.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,8 @@ from lora_jax.core.arrays import accumulator
 from lora_jax.core.errors import LoraError
 from lora_jax.sharding.gradient_copies import add_up, make_copies
 
+RESERVED = {"loss", "grad_norm", "skipped", "loss_scale"}  # metrics of the step itself
+
 Loss = Callable[..., Any]  # (trainable, params, *batch) -> loss, (loss, metrics) or (loss, metrics, weight)
 
 
@@ -27,25 +29,29 @@ def value_and_grad(
     axis_name: str | tuple[str, ...] | None = None,
     batch_sharding: NamedSharding | None = None,
 ) -> Callable[..., tuple[tuple[jax.Array, dict[str, Any]], Any]]:
-    """`jax.value_and_grad` for training: `f(trainable, params, *batch) -> ((loss, metrics), gradient)`.
+    """Return `f(trainable, params, *batch) -> ((loss, metrics), gradient)`, as `jax.value_and_grad` does for one batch.
 
-    The gradient is that of `trainable` alone. It is summed over microbatches by a scan, and over devices once.
+    The gradient is taken with respect to `trainable` alone. It is summed over microbatches by a scan, and over devices
+    once.
 
     Args:
         loss: `loss(trainable, params, *batch)` -> a mean over the batch; `(mean, metrics)` to report more; or
-            `(mean, metrics, weight)` where parts of a batch may count differently, as when the mean is over the tokens
-            that are no padding: the weight is then their number. Metrics are averaged as the loss is.
-        microbatches: how many parts the rows of the batch are cut into, one after the other: the activations of one
-            part are in memory at a time. Part i has the rows i, i + microbatches, and so on. Scalars and single random
-            keys in the batch go to each.
+            `(mean, metrics, weight)` where parts of a batch may have different weights, as when the mean is over the
+            tokens that are not padding: the weight is then their number. Metrics are averaged as the loss is.
+        microbatches: how many parts the rows of the batch are cut into. They run one after the other, so that the
+            activations of one part are in memory at a time. Part i has the rows i, i + microbatches, and so on. Scalars
+            and single random keys in the batch go to each part.
         axis_name: inside `jax.pmap` or `jax.shard_map`, the axes over which each device has a part of the batch.
-        batch_sharding: under `jax.jit` over a mesh, where the batch is: adapters then add up their gradients over
-            devices once a step, also in scanned layers and with microbatches (`lora_jax.sharding.gradient_copies`).
+        batch_sharding: under `jax.jit` over a mesh, the sharding of the batch: the gradients of adapters are then
+            summed over devices once a step, also in scanned layers and with microbatches.
 
-    A keyword `key` of `f` reaches the loss as a random key of each part's own.
+    Returns:
+        `f`. With a keyword `key`, a random key, it calls the loss with a keyword `key` too, another one for each part.
+        With a keyword `scale`, the loss is multiplied by it and the gradient divided by it.
 
     Raises:
-        LoraError: rows that microbatches do not divide; a loss that returns something else.
+        LoraError: `microbatches` is no whole number above 0; (when `f` is called) it does not divide the rows; the loss
+            returns something else, or reports a metric with one of the step's own names.
     """
     if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
         raise LoraError(f"microbatches is {microbatches!r}, expected a whole number of at least 1.")
@@ -53,7 +59,7 @@ def value_and_grad(
 
     def run(trainable: Any, params: Any, *batch: Any, scale: Any = 1.0, key: jax.Array | None = None) -> Any:
         copies = trainable if batch_sharding is None else make_copies(trainable, batch_sharding)
-        # In `shard_map`, what is the same everywhere would have its gradient summed at once, wherever it is used.
+        # In `shard_map`, the gradient of an array that does not vary over devices would be summed at each of its uses.
         copies = jax.tree.map(lambda array: vary(array, axes), copies)
         if key is not None:
             for name in axes:
@@ -86,7 +92,7 @@ def value_and_grad(
 def _sums(
     loss: Loss, trainable: Any, params: Any, batch: Sequence[Any], key: dict[str, Any], scale: Any, weigh: bool
 ) -> Any:
-    """One part's gradient, (loss, metrics) and weight, the first two times the weight."""
+    """Return the gradient, (loss, metrics) and the weight of one part, the first two multiplied by the weight."""
 
     def weighted(trainable: Any) -> Any:
         value, metrics, weight = _parts(loss(trainable, params, *batch, **key))
@@ -101,6 +107,7 @@ def _sums(
 
 
 def _parts(out: Any) -> tuple[jax.Array, dict[str, Any], jax.Array | None]:
+    """Return the loss, the metrics and the weight (None if there is none) that a loss function returned."""
     parts = out if isinstance(out, tuple) else (out,)
     value, metrics, weight = (*parts, *({}, None)[len(parts) - 1 :]) if 1 <= len(parts) <= 3 else (None, None, None)
     if getattr(value, "shape", None) != () or not isinstance(metrics, dict):
@@ -113,19 +120,16 @@ def _parts(out: Any) -> tuple[jax.Array, dict[str, Any], jax.Array | None]:
     return value.astype(accumulator(value.dtype)), metrics, None if weight is None else jnp.asarray(weight)
 
 
-RESERVED = {"loss", "grad_norm", "skipped", "loss_scale"}
-
-
 def _accumulate(
     part: Callable[..., Any], batch: Sequence[Any], key: jax.Array | None, n: int, axes: Sequence[str]
 ) -> Any:
-    """The sums of `part` over n microbatches."""
+    """Sum `part` over n microbatches."""
     leaves, tree = jax.tree.flatten(batch)
     rows = [leaf.ndim > 0 for leaf in leaves]
     for leaf in leaves:
         if leaf.ndim and len(leaf) % n:
             raise LoraError(f"a batch of shape {list(leaf.shape)} cannot be cut into {n} microbatches of equal size.")
-    # Every n-th row: on a mesh that splits the rows, each device keeps its own.
+    # Every n-th row, so that on a mesh that splits the rows each device keeps its own.
     cut = [leaf.reshape(-1, n, *leaf.shape[1:]).swapaxes(0, 1) for leaf in leaves if leaf.ndim]
 
     def one(i: jax.Array, cut: Sequence[jax.Array]) -> Any:

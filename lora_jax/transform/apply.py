@@ -60,6 +60,7 @@ def lora_apply(fn: Callable[..., Any], *, materialize: Patterns = False) -> Call
         params, adapters, *rest = args
         names, leaves, _ = flatten_with_names(params)
         check_adapters(adapters, names, leaves)
+        fallback.check(names)
         if not adapters and not any(map(is_packed, leaves)):
             return fn(params, *rest, **kwargs)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_jax.core.errors import LoraError
+from lora_jax.core.patterns import first_match
 from lora_jax.transform.adapted_weight import AdaptedWeight
 
 Patterns = bool | str | Sequence[str]
@@ -32,7 +33,17 @@ class Materialize:
                 f"such as '.*/norm/kernel': {error}."
             ) from None
 
+    def check(self, names: Sequence[str]) -> None:
+        """Check that each pattern allows a parameter that no earlier pattern allows; `True` and ".*" always do.
+
+        Raises:
+            LoraError: a pattern matches no parameter path (the nearest are listed), or only such as earlier ones match.
+        """
+        if self.patterns != (re.compile(".*"),):
+            first_match({pattern.pattern: True for pattern in self.patterns}, names, call="materialize: ")
+
     def allows(self, path: str) -> bool:
+        """Return whether W' may be formed for the weight of this path."""
         return any(pattern.fullmatch(path) for pattern in self.patterns)
 
     def __call__(self, weight: AdaptedWeight, why: str) -> None:

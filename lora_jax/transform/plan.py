@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from lora_jax.core.adapter import Rule
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
-from lora_jax.core.paths import flatten_with_names, is_array, nearest
+from lora_jax.core.paths import flatten_with_names, is_array
+from lora_jax.core.patterns import first_match
 from lora_jax.core.targets import Plan, Target
 from lora_jax.transform.adapted_weight import AdaptedWeight, adapted
 from lora_jax.transform.interpreter import Interpreter
@@ -65,6 +66,7 @@ def plan(
     program = tracer(fn)(params, args, kwargs)
     weights = dict(zip(names, leaves, strict=True))
     allowed, log = Materialize.of(materialize), Log()
+    allowed.check(names)
 
     def follow(name: str, leaf: Any) -> Any:
         rule = chosen.get(name)
@@ -104,37 +106,15 @@ def plan(
 
 
 def _choose(rules: Mapping[str, Rule | None], names: list[str]) -> dict[str, Rule | None]:
-    """The first rule that matches each path, in the order of the paths."""
+    """Return the rule of each path that a pattern matches, in the order of the paths."""
     if not isinstance(rules, Mapping) or not rules:
         raise LoraError(f"rules are a dict such as {{'.*/kernel': lora.Lora(rank=8)}}, found {rules!r}.")
-    patterns: list[tuple[str, re.Pattern[str]]] = []
     for pattern, rule in rules.items():
         if rule is not None and not isinstance(rule, Rule):
             raise LoraError(
                 f"the rule for {pattern!r} is {rule!r}, expected a rule such as lora.Lora(rank=8), or None."
             )
-        try:
-            patterns.append((pattern, re.compile(pattern)))
-        except (re.error, TypeError) as error:
-            raise LoraError(f"the pattern {pattern!r} is not a regular expression: {error}.") from None
-
-    chosen: dict[str, Rule | None] = {}
-    matched = {pattern: [name for name in names if compiled.fullmatch(name)] for pattern, compiled in patterns}
-    for pattern, found in matched.items():
-        fresh = [name for name in found if name not in chosen]
-        if not found:
-            near = "\n".join(f"  {name}" for name in nearest(pattern, names))
-            raise LoraError(
-                f"the rule {pattern!r} matches no parameter. A pattern stands for a whole path; "
-                f"the nearest paths are\n{near}"
-            )
-        if not fresh:
-            raise LoraError(
-                f"the rule {pattern!r} is never reached: all {len(found)} paths that it matches, {found[0]!r} first, "
-                "are taken by earlier rules. Put it before them, or drop it."
-            )
-        chosen |= dict.fromkeys(fresh, rules[pattern])
-    return {name: chosen[name] for name in names if name in chosen}
+    return first_match(rules, names)
 
 
 def _target(path: str, leaf: Any, rule: Rule, log: Log, materialize: bool) -> Target | str:

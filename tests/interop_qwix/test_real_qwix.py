@@ -59,7 +59,7 @@ def test_values_are_those_of_qwix(qtype, way, dtype):
 )
 def test_a_weight_is_packed_again_as_qwix_packs_it(qtype, way, method):
     w, array = packed(qtype, way, calibration_method=method)
-    again = ours(jax.tree.map(jnp.zeros_like, array)).again(w)
+    again = ours(jax.tree.map(jnp.zeros_like, array)).repack_like(w)
     found, expected = jax.tree.leaves(again), jax.tree.leaves(array)
     assert len(found) == (3 if method == "minmax" else 2)
     for one, other in zip(found, expected, strict=True):

@@ -55,7 +55,7 @@ def convert_element_type(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
     if not jnp.issubdtype(dtype, jnp.floating):
         return no_rule(eqn, weight, why=f"casts it to {jnp.dtype(dtype).name}, which rounds W' itself")
     if is_packed(weight.value):
-        return [weight.replace(weight.value.seen("cast", jnp.dtype(dtype)))]
+        return [weight.replace(weight.value.with_deferred("cast", jnp.dtype(dtype)))]
     return of_the_value(eqn, weight)
 
 
@@ -71,7 +71,7 @@ def _transposed(packed: Packed, permutation: tuple[int, ...]) -> Packed | jax.Ar
     n = len(packed.stack)
     if permutation[:n] != tuple(range(n)):
         return packed.dense().transpose(permutation)
-    return packed.seen("transpose", tuple(axis - n for axis in permutation[n:]))
+    return packed.with_deferred("transpose", tuple(axis - n for axis in permutation[n:]))
 
 
 def _reshaped_packed(packed: Packed, shape: tuple[int, ...]) -> Packed | jax.Array:
@@ -80,7 +80,7 @@ def _reshaped_packed(packed: Packed, shape: tuple[int, ...]) -> Packed | jax.Arr
     if n is None:
         return packed.dense().reshape(shape)
     stack, old = shape[:n], len(packed.stack)
-    return packed.on_stack(lambda leaf: leaf.reshape(*stack, *leaf.shape[old:])).seen("reshape", shape[n:])
+    return packed.on_stack(lambda leaf: leaf.reshape(*stack, *leaf.shape[old:])).with_deferred("reshape", shape[n:])
 
 
 @rule("reduce_sum")

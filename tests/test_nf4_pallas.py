@@ -143,7 +143,7 @@ def test_values_are_rounded_as_the_program_rounds_them(cast):
 def test_a_weight_of_torch_is_the_other_product():
     """What bitsandbytes packed has its outputs first, and is turned."""
     w = bases.quantize({"w": jax.random.normal(jax.random.key(0), (128, 64))}, {"w": bases.Nf4(kernel=True)})["w"]
-    turned, x = w.seen("transpose", (1, 0)).seen("reshape", (64, 2, 64)), jnp.ones((3, 64))
+    turned, x = w.with_deferred("transpose", (1, 0)).with_deferred("reshape", (64, 2, 64)), jnp.ones((3, 64))
     found = turned.dot(x, (0,), jax.lax.Precision.HIGHEST)
     np.testing.assert_allclose(found, jnp.tensordot(x, turned.dense(), 1), rtol=1e-4, atol=1e-4)
     back = turned.dot(jnp.ones((3, 2, 64)), (1, 2), jax.lax.Precision.HIGHEST)

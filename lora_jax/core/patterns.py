@@ -1,0 +1,60 @@
+"""Rules over names: of the patterns that match a name, the first one decides."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from lora_jax.core.errors import LoraError
+from lora_jax.core.paths import nearest
+from lora_jax.core.text import listed
+
+T = TypeVar("T")
+
+
+def first_match(
+    rules: Mapping[str, T],
+    names: Sequence[str],
+    *,
+    call: str = "",
+    one: str = "parameter",
+    many: str = "paths",
+    hint: str = "A pattern stands for a whole path; the nearest paths are",
+) -> dict[str, T]:
+    """Return, for each name that some pattern matches, the value of the first pattern that does.
+
+    Args:
+        rules: `{pattern: value}`; a pattern is a regular expression for a whole name.
+        names: what the patterns are matched with; the result has their order.
+        call, one, many, hint: words for the messages: what they begin with, what a name stands for, in the singular and
+            in the plural, and what comes before the nearest names.
+
+    Raises:
+        LoraError: a pattern is no regular expression, matches no name (the nearest are listed), or matches only names
+            that earlier patterns match.
+
+    >>> first_match({".*/kernel": 8, "head/.*": 4}, ["head/bias", "head/kernel", "scale"])
+    {'head/bias': 4, 'head/kernel': 8}
+    """
+    matched = {pattern: _matching(pattern, names, call) for pattern in rules}
+    chosen: dict[str, T] = {}
+    for pattern, found in matched.items():
+        fresh = [name for name in found if name not in chosen]
+        if not found:
+            near = listed(nearest(pattern, names))
+            raise LoraError(f"{call}the pattern {pattern!r} matches no {one}. {hint}\n{near}")
+        if not fresh:
+            raise LoraError(
+                f"{call}the pattern {pattern!r} is never reached: all {len(found)} {many} that it matches, "
+                f"{found[0]!r} first, are taken by earlier ones. Put it before them, or drop it."
+            )
+        chosen |= dict.fromkeys(fresh, rules[pattern])
+    return {name: chosen[name] for name in names if name in chosen}
+
+
+def _matching(pattern: str, names: Sequence[str], call: str) -> list[str]:
+    """Return the names that a pattern matches as a whole."""
+    try:
+        compiled = re.compile(pattern)
+        return [name for name in names if compiled.fullmatch(name)]
+    except (re.error, TypeError) as error:
+        raise LoraError(f"{call}the pattern {pattern!r} is not a regular expression: {error}.") from None
