@@ -53,10 +53,8 @@ class Gain(lora.Adapter):
     def merge(self, w):
         return w * (1 + self.gain)[None] + self.table @ self.b
 
-    def apply(self, product):
-        raise NotImplementedError
-
-    transpose = scale_by = concatenate = apply
+    def lower(self, w):
+        return self.merge(w)
 
 
 def low_rank(shape, axes, key, dtype=jnp.float32, rank=2, scale=1.5):
