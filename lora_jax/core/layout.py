@@ -6,6 +6,7 @@ weight, the partition specs of the arrays, and what becomes of them when a progr
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,9 +39,14 @@ def weight_shape(arrays: Mapping[str, Any], layouts: Mapping[str, Layout], axes:
     Raises:
         LoraError: the arrays do not fit one another.
     """
+    shapes = tuple((name, tuple(arrays[name].shape), layout) for name, layout in layouts.items())
+    return _weight_shape(shapes, axes)
+
+
+@functools.lru_cache(maxsize=4096)  # asked of every adapter in every call
+def _weight_shape(arrays: tuple[tuple[str, tuple[int, ...], Layout], ...], axes: KernelAxes) -> tuple[int, ...]:
     sizes: dict[Any, dict[str, int]] = {}  # by the weight's axes, and by the names of axes of the arrays' own
-    for name, layout in layouts.items():
-        shape = arrays[name].shape
+    for name, shape, layout in arrays:
         expected = sum(len(group) for *_, group in spans(layout, axes))
         if len(shape) != expected:
             raise LoraError(

@@ -29,11 +29,8 @@ class Interpreter:
 
     rebuilt: dict[int, tuple[JaxprEqn, Callable[..., Any]]] | None
 
-    def evaluate(self, jaxpr: Jaxpr, consts: list[Any], args: Sequence[Any], inline: bool = False) -> list[Any]:
-        """Return the outputs of a jaxpr for these inputs; any input or output may be an `AdaptedWeight`.
-
-        With `inline`, the bodies of jitted calls among the jaxpr's own equations stand in their place.
-        """
+    def evaluate(self, jaxpr: Jaxpr, consts: list[Any], args: Sequence[Any]) -> list[Any]:
+        """Return the outputs of a jaxpr for these inputs; any input or output may be an `AdaptedWeight`."""
         env: dict[Var, Any] = {}
         last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, Literal)}
         last_use |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, Literal)}
@@ -46,9 +43,7 @@ class Interpreter:
         for i, eqn in enumerate(jaxpr.eqns):
             values = [read(v) for v in eqn.invars]
             with at_equation(eqn):
-                if inline and eqn.primitive is jit_p:
-                    out = self._body(eqn.params["jaxpr"], values)
-                elif any(isinstance(value, AdaptedWeight) for value in values):
+                if any(isinstance(value, AdaptedWeight) for value in values):
                     out = self._with_adapted(eqn, values)
                 else:
                     out = bind(eqn, values)

@@ -24,6 +24,7 @@ class Program:
     """A traced function, and the arrays that it was traced for."""
 
     jaxpr: Any
+    closed_over: list[Any]  # its first arguments
     names: list[str]  # of the parameters
     arrays: list[Any]  # the parameters, then the other arguments; what is no array was kept as it is
     out_tree: PyTreeDef
@@ -32,9 +33,9 @@ class Program:
         """Return the function's result for these arrays, with `adapt(name, array)` in the place of each parameter."""
         n = len(self.names)
         weights = [as_constant(name, w) if is_packed(w) else w for name, w in zip(self.names, arrays[:n], strict=True)]
-        values = [*map(adapt, self.names, weights), *arrays[n:]]
+        values = [*self.closed_over, *map(adapt, self.names, weights), *arrays[n:]]
         jaxpr, consts = open_jaxpr(self.jaxpr)
-        out = interpreter.evaluate(jaxpr, consts, values, inline=True)
+        out = interpreter.evaluate(jaxpr, consts, values)
         return jax.tree.unflatten(self.out_tree, [plain(o, "the function returns it") for o in out])
 
 
@@ -87,8 +88,6 @@ def tracer(fn: Callable[..., Any]) -> Callable[[Any, tuple[Any, ...], dict[str, 
         params, args, kwargs = static.fill(arrays)
         return fn(params, *args, **kwargs)
 
-    make = jax.make_jaxpr(call, static_argnums=0, return_shape=True)
-
     def trace(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         names, weights, tree = flatten_with_names(params)
         for name, weight in zip(names, weights, strict=True):
@@ -98,8 +97,12 @@ def tracer(fn: Callable[..., Any]) -> Callable[[Any, tuple[Any, ...], dict[str, 
         leaves = [*weights, *others]
         arrays = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves if is_array(leaf)]
         with jax.disable_jit(False):  # the program is wanted as it is, scans and all
-            jaxpr, out = make(_Static.of(leaves, (tree, others_tree)), *map(_abstract, arrays))
+            static, shapes = _Static.of(leaves, (tree, others_tree)), list(map(_abstract, arrays))
+            traced = call.trace(static, *shapes)
+            # Values of an outer trace that `fn` closes over have become the first arguments.
+            lifted = len(traced.jaxpr.in_avals) - len(arrays)
+            closed_over = open_jaxpr(jax.make_jaxpr(call, static_argnums=0)(static, *shapes))[1] if lifted else []
         of_arrays = [name for name, leaf in zip(names, weights, strict=True) if is_array(leaf)]
-        return Program(jaxpr, of_arrays, arrays, jax.tree.structure(out))
+        return Program(traced.jaxpr, closed_over, of_arrays, arrays, jax.tree.structure(traced.out_info))
 
     return trace

@@ -3,6 +3,7 @@
 Convolutions and products of ragged groups are in `convolutions.py`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,26 +98,42 @@ def _dot(dot: Operation, axes: KernelAxes, w: Any, x: jax.Array, on_left: bool) 
     XLA orders the result as [batch, free of lhs, free of rhs]. Each axis of it gets a label, ("w", axis of the weight)
     or ("x", axis of x), and the canonical order is stated in the same labels.
     """
-    contract, batch = dot.params["dimension_numbers"]
+    of_x, to_canonical, to_result, inputs = _orders(dot.params["dimension_numbers"], axes, x.ndim, on_left)
+    rows = _transposed(x, of_x)
+    y = _packed_dot(dot, w, rows, inputs) if is_packed(w) and not axes.stack else None
+    if y is None:
+        y = frozen_product(lambda w: dot.bind(w, x)[0] if on_left else dot.bind(x, w)[0], w)
+        y = _transposed(y, to_canonical)
+    dtype = product_dtype(x.dtype, w.dtype)
+    rows = rows if rows.dtype == dtype else rows.astype(dtype)
+    product = Matmul(axes, rows, y, factor_precision(dot.params["precision"], on_left))
+    return product, lambda y: _transposed(y, to_result)
+
+
+Order = tuple[int, ...] | None  # a permutation; None for the one that changes nothing
+
+
+@functools.lru_cache(maxsize=4096)
+def _orders(dimensions: Any, axes: KernelAxes, x_ndim: int, on_left: bool) -> tuple[Order, Order, Order, Any]:
+    """Return the permutations of x, of the result to the canonical order and back, and the weight's contracted axes."""
+    contract, batch = dimensions
     (w_contract, x_contract), (w_batch, x_batch) = (contract, batch) if on_left else (contract[::-1], batch[::-1])
-    x_free = [i for i in range(x.ndim) if i not in (*x_contract, *x_batch)]
+    x_free = [i for i in range(x_ndim) if i not in (*x_contract, *x_batch)]
     stack, inputs = sorted(zip(w_batch, x_batch, strict=True)), sorted(zip(w_contract, x_contract, strict=True))
     w_labels, x_labels = [("w", i) for i in axes.outputs], [("x", i) for i in x_free]
     result = [("w", i) for i in w_batch] + (w_labels + x_labels if on_left else x_labels + w_labels)
     canonical = [("w", w) for w, _ in stack] + x_labels + w_labels
-
-    rows = _transposed(x, [i for _, i in stack] + x_free + [i for _, i in inputs])
-    y = _packed_dot(dot, w, rows, tuple(i for i, _ in inputs)) if is_packed(w) and not stack else None
-    if y is None:
-        y = frozen_product(lambda w: dot.bind(w, x)[0] if on_left else dot.bind(x, w)[0], w)
-        y = _transposed(y, [result.index(label) for label in canonical])
-    rows = rows.astype(product_dtype(x.dtype, w.dtype))
-    product = Matmul(axes, rows, y, factor_precision(dot.params["precision"], on_left))
-    return product, lambda y: _transposed(y, [canonical.index(label) for label in result])
+    orders = (
+        [i for _, i in stack] + x_free + [i for _, i in inputs],
+        [result.index(label) for label in canonical],
+        [canonical.index(label) for label in result],
+    )
+    of_x, to_canonical, to_result = (None if order == sorted(order) else tuple(order) for order in orders)
+    return of_x, to_canonical, to_result, tuple(i for i, _ in inputs)
 
 
-def _transposed(array: jax.Array, order: list[int]) -> jax.Array:
-    return array if order == sorted(order) else array.transpose(order)
+def _transposed(array: jax.Array, order: Order) -> jax.Array:
+    return array if order is None else array.transpose(order)
 
 
 def _packed_dot(dot: Operation, w: Any, rows: jax.Array, inputs: tuple[int, ...]) -> jax.Array | None:
