@@ -6,6 +6,7 @@ floor is what adapters are added to: the frozen model's forward pass and the gra
 
     python benchmarks/train_step.py                       # the table, docs/train_step.png, docs/benchmarks.md
     python benchmarks/train_step.py --trace --rounds 5    # time to trace 24 layers, over hand-written LoRA
+    python benchmarks/train_step.py --eager               # an eager call, over the model's own
     python benchmarks/train_step.py --scan                # memory of a scanned stack, over hand-written LoRA
 
 Axes: B sequences, T tokens, D width, H heads, V vocabulary; d inputs, k outputs, r rank of an adapted weight.
@@ -53,6 +54,7 @@ class Config:
 
     rounds: int = 15  # how often each program is run, in turn with the others
     trace: bool = False  # measure the time to trace 24 layers instead
+    eager: bool = False  # measure eager calls of a small model, and of the same one adapted, instead
     scan: bool = False  # measure the memory of a scanned stack of layers instead
     only: str = ""  # programs whose name matches this regular expression, and the floor
     write: bool = True  # the picture and the table in docs
@@ -559,6 +561,21 @@ def trace_times(c: Config) -> dict[str, float]:
     return {name: min(times) for name, times in seconds.items()}
 
 
+def eager_times(c: Config) -> dict[str, float]:
+    """Median seconds of an eager call of 4 small layers, and of the same ones with all linears adapted, in turn."""
+    s = setting(replace(c, layers=4, width=64, heads=4, inner=128, vocabulary=64, batch=1, tokens=16, rank=4))
+    base, adapted = model(s.config), lora.lora_apply(model(s.config))
+    calls = {"model": lambda: base(s.params, s.ids), "lora_jax": lambda: adapted(s.params, s.adapters, s.ids)}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(10 * c.rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if i:  # the first one compiles
+                seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(times)) for name, times in seconds.items()}
+
+
 def scan_temporaries(c: Config) -> dict[str, int]:
     """Bytes of temporaries of the compiled gradient of a scan over stacked layers."""
     s = setting(c)
@@ -605,6 +622,11 @@ def main() -> None:
         times = trace_times(c)
         print("trace of 24 layers: " + ", ".join(f"{name} {1e3 * t:.0f} ms" for name, t in times.items()))
         print(f"lora_jax takes {times['lora_jax'] / times['hand-written']:.2f} of hand-written (bound 1.20)")
+        return
+    if c.eager:
+        times = eager_times(c)
+        print("an eager call of 4 layers: " + ", ".join(f"{name} {1e3 * t:.2f} ms" for name, t in times.items()))
+        print(f"lora_jax takes {times['lora_jax'] / times['model']:.2f} of the model alone")
         return
     if c.scan:
         sizes = scan_temporaries(c)
