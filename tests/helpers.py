@@ -548,6 +548,19 @@ RULES = {
     "gaussian lora": lora.Lora(rank=3, alpha=-0.5, init_a=lora.initializers.gaussian),
 }
 
+KINDS = {
+    "rslora": lora.RsLora(rank=2, alpha=3),
+    "lora_fa": lora.LoraFa(rank=2, alpha=3),
+    "dora": lora.Dora(rank=2, alpha=3),
+    "loha": lora.Loha(rank=2, alpha=3),
+    "adalora": lora.AdaLora(rank=2, alpha=3),
+    "lokr": lora.Lokr(rank=2, alpha=3),
+    "lokr_whole": lora.Lokr(rank=9, alpha=3),
+    "vera": lora.Vera(rank=2),
+    "ia3": lora.Ia3(),
+    "full": lora.Full(),
+}
+
 
 def total(out: Any) -> jax.Array:
     """A scalar that every entry of the output has its own weight in, so that no error can cancel."""

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import (
+    KINDS,
     MODELS,
     Case,
     assert_trees_close,
@@ -28,18 +29,6 @@ from lora_jax.key_maps import KeyMap, linear
 
 DATA = Path(__file__).parent / "data" / "peft"
 
-KINDS = {
-    "rslora": lora.RsLora(rank=2, alpha=3),
-    "lora_fa": lora.LoraFa(rank=2, alpha=3),
-    "dora": lora.Dora(rank=2, alpha=3),
-    "loha": lora.Loha(rank=2, alpha=3),
-    "adalora": lora.AdaLora(rank=2, alpha=3),
-    "lokr": lora.Lokr(rank=2, alpha=3),
-    "lokr_whole": lora.Lokr(rank=9, alpha=3),
-    "vera": lora.Vera(rank=2),
-    "ia3": lora.Ia3(),
-    "full": lora.Full(),
-}
 NAMES = ["two_layers", "attention_kernels", "scan_over_remat", "experts", "embedding", "convolution", "ragged"]
 CASES = [next(c for c in MODELS if c.name == name) for name in NAMES]
 kinds = pytest.mark.parametrize("kind", KINDS)

@@ -7,6 +7,7 @@ table, and every way in which a batch may be split.
 import abc
 import dataclasses
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,17 +20,9 @@ import lora_jax as lora
 from lora_jax.core.operand import Operand, Wrapper, check_delegation
 from lora_jax.sharding.gradient_copies import add_up, make_copies
 
-KINDS = {
-    "lora": lora.Lora(rank=2, alpha=3),
-    "lora_fa": lora.LoraFa(rank=2, alpha=3),
-    "dora": lora.Dora(rank=2, alpha=3),
-    "loha": lora.Loha(rank=2, alpha=3),
-    "adalora": lora.AdaLora(rank=2, alpha=3),
-    "lokr": lora.Lokr(rank=2, alpha=3),
-    "vera": lora.Vera(rank=2),
-    "ia3": lora.Ia3(),
-    "full": lora.Full(),
-}
+KINDS = {"lora": helpers.RULES["lora"], **helpers.KINDS}
+for name in ("rslora", "lokr_whole"):  # nothing that a wrapper would meet in another way
+    KINDS.pop(name)
 OF_ONE_SIZE = ("gathered_experts", "embedding", "tied_embedding", "one_hot")  # programs for a batch of 5 only
 # Every spec over mesh axes of sizes 1, 2, 4 and, together, 8: of the rows, of the sequence, and of both.
 SPLITS = [

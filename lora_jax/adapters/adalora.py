@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from lora_jax.adapters.factored import Factored
 from lora_jax.adapters.lora import Lora, LoraAdapter
 from lora_jax.core.adapter import Adapter, register_kind
+from lora_jax.core.arrays import matmul_highest
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 
@@ -77,5 +78,5 @@ def orthogonality(adapters: Mapping[str, Adapter]) -> jax.Array:
 
 def _distance(rows: jax.Array) -> jax.Array:
     """Return |M M^T - I| of each M [s, r, n]."""
-    gram = jnp.matmul(rows, rows.swapaxes(1, 2), precision="highest")
+    gram = matmul_highest(rows, rows.swapaxes(1, 2))
     return jnp.linalg.norm(gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)[None], axis=(1, 2))

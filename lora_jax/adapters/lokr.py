@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lora_jax.adapters.factored import Compact
 from lora_jax.adapters.lora import Lora, LoraAdapter
 from lora_jax.core.adapter import Adapter, register_kind
-from lora_jax.core.arrays import accumulator
+from lora_jax.core.arrays import accumulator, matmul_highest
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.products import Matmul, Product, matmul
@@ -99,7 +99,7 @@ class LokrAdapter(Compact):
         return LoraAdapter(a, b, self.axes, self.scale)
 
     def merge(self, w: jax.Array) -> jax.Array:
-        w2 = self.a if self.b is None else jnp.matmul(self.a, self.b, precision="highest")
+        w2 = self.a if self.b is None else matmul_highest(self.a, self.b)
         delta = self.scale * self.w1[..., :, None, :, None] * w2[..., None, :, None, :]
         delta = delta.reshape(*self.w1.shape[:-2], *self.inputs, *self.outputs)
         return w + delta.transpose(self.axes.from_canonical()).astype(w.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.arrays import accumulator
+from lora_jax.core.arrays import accumulator, matmul_highest
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.operand import Leaf, Operand
 from lora_jax.core.products import Product, lowrank
@@ -93,7 +93,7 @@ def add_low_rank(w: jax.Array, a: jax.Array, b: jax.Array, axes: KernelAxes, sca
     n = len(axes.stack)
     a = a.reshape(*a.shape[:n], -1, a.shape[-1])
     b = b.reshape(*b.shape[: n + 1], -1)
-    delta = jnp.matmul(a.astype(w.dtype), b.astype(w.dtype), precision="highest") * scale
+    delta = matmul_highest(a.astype(w.dtype), b.astype(w.dtype)) * scale
     stack, inputs, outputs = axes.sizes(w.shape)
     return w + delta.reshape(stack + inputs + outputs).transpose(axes.from_canonical())
 

@@ -106,7 +106,7 @@ def _kept(array: Any) -> Stored:
 
 
 def _check_names(matches: Mapping[str, ParameterMatch], stored: Mapping[str, Stored], ignore: str) -> None:
-    """Each parameter has its tensors, and each tensor its parameter."""
+    """Check that each parameter has its tensors, and each tensor its parameter."""
     paths = {name: path for path, match in matches.items() for name in match.tensors().values()}
     for name, path in paths.items():
         if name not in stored:
@@ -132,7 +132,7 @@ def _check_names(matches: Mapping[str, ParameterMatch], stored: Mapping[str, Sto
 def _piece(
     match: ParameterMatch, index: tuple[int, ...], dtype: Any, name: str, tensor: Stored, start: int, outputs: int
 ) -> Stored:
-    """A parameter's part of one tensor, in our layout."""
+    """Return a parameter's part of one tensor, in our layout."""
     whole = match.entry.part is None
     if not whole and (outputs != tensor.shape[match.output_axis(len(tensor.shape))] or is_packed(tensor.like)):
         why = f"those given have {outputs} outputs together: give all of them"
@@ -143,7 +143,8 @@ def _piece(
         raise LoraError(f"{name!r} is {describe(tensor.like)}, but {match.path!r} has numbers of {jnp.dtype(dtype)}.")
     if is_packed(tensor.like):
         return Stored(
-            _turned(match, index, dtype, tensor.like), lambda: _turned(match, index, dtype, read(name, tensor))
+            _as_parameter(match, index, dtype, tensor.like),
+            lambda: _as_parameter(match, index, dtype, read(name, tensor)),
         )
 
     def piece(array: Any) -> Any:
@@ -153,8 +154,8 @@ def _piece(
     return Stored(jax.eval_shape(piece, of_this_shape), lambda: piece(np.asarray(read(name, tensor))))
 
 
-def _turned(match: ParameterMatch, index: tuple[int, ...], dtype: Any, w: Any) -> Any:
-    """A packed weight as our parameter: when it is unpacked, its axes are moved."""
+def _as_parameter(match: ParameterMatch, index: tuple[int, ...], dtype: Any, w: Any) -> Any:
+    """Return a packed weight as our parameter: moving its axes is deferred until it is dequantized."""
     w = match.from_torch(_Axes(w), index).w  # type: ignore[arg-type, attr-defined]
     return w if w.dtype == dtype else w.with_deferred("cast", jnp.dtype(dtype))
 
@@ -174,7 +175,7 @@ class _Axes:
 
 
 def _stacked(match: ParameterMatch, pieces: Mapping[tuple[int, ...], Stored]) -> Stored:
-    """One parameter of the pieces along its stacked axes, if there are some."""
+    """Stack the pieces of a parameter along its stacked axes, if it has some."""
     first = next(iter(pieces.values()))
     if not match.unstacked:
         return first
@@ -198,7 +199,7 @@ def _stacked(match: ParameterMatch, pieces: Mapping[tuple[int, ...], Stored]) ->
 
 
 def _read_stacked(match: ParameterMatch, like: Any, pieces: Mapping[tuple[int, ...], Stored]) -> Any:
-    """One piece after the other."""
+    """Read one piece after the other into the whole parameter."""
     whole = jax.tree.map(lambda array: np.empty(array.shape, array.dtype), like)
     for index, piece in pieces.items():
         where = index if is_packed(like) else match.where(index)

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.lora import LoraAdapter
+from lora_jax.core.arrays import matmul_highest
 from lora_jax.core.errors import LoraError
 from lora_jax.initialization.checks import check_choice, check_data, check_weights
 from lora_jax.initialization.rebase import Adapters, rebase
-from lora_jax.initialization.svd import Factors, balanced_factors, flatten_stack, matmul, svd
+from lora_jax.initialization.svd import Factors, balanced_factors, flatten_stack, svd
 
 MODES = ("instruction", "knowledge")
 
@@ -56,8 +57,8 @@ def corda(
         c, inverse = damp(path, cs[path])
         rank, count = adapter.a.shape[-1], min(w.shape[1:])
         which = slice(rank) if mode == "instruction" else slice(count - rank, count)
-        u, values, vt = svd(matmul(c, w), which)
-        return balanced_factors(matmul(inverse, u), values, vt, adapter.scale)
+        u, values, vt = svd(matmul_highest(c, w), which)
+        return balanced_factors(matmul_highest(inverse, u), values, vt, adapter.scale)
 
     return rebase(params, weights, adapters, factors)
 
@@ -74,7 +75,7 @@ def damp(path: str, c: jax.Array) -> tuple[jax.Array, jax.Array]:
     for _ in range(64):  # by then the damping outweighs C
         damped = c + (damping * mean)[:, None, None] * eye
         inverse = jnp.linalg.inv(damped)
-        inverted = jnp.linalg.norm(matmul(damped, inverse) - eye, axis=(-2, -1)) < 0.05
+        inverted = jnp.linalg.norm(matmul_highest(damped, inverse) - eye, axis=(-2, -1)) < 0.05
         if inverted.all():
             return damped, inverse
         damping = jnp.where(inverted, damping, 2 * damping)

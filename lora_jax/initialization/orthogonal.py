@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.lora import LoraAdapter
+from lora_jax.core.arrays import matmul_highest
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import path_key
 from lora_jax.initialization.checks import check_fresh
 from lora_jax.initialization.rebase import Adapters, with_factors
-from lora_jax.initialization.svd import matmul
 
 
 def orthogonal(key: jax.Array, adapters: Adapters) -> dict[str, LoraAdapter]:
@@ -41,6 +41,6 @@ def orthogonal(key: jax.Array, adapters: Adapters) -> dict[str, LoraAdapter]:
         for_q, for_x, for_y = jax.random.split(path_key(key, path), 3)
         q, _ = jnp.linalg.qr(jax.random.normal(for_q, (n, rank, rank)))
         x, y = jax.random.normal(for_x, (n, d, rank // 2)), jax.random.normal(for_y, (n, rank // 2, k))
-        return with_factors(path, adapter, matmul(x, q[:, ::2]) / 10, matmul(q[:, 1::2].mT, y) / 10)
+        return with_factors(path, adapter, matmul_highest(x, q[:, ::2]) / 10, matmul_highest(q[:, 1::2].mT, y) / 10)
 
     return {path: start(path, adapter) for path, adapter in adapters.items()}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core.arrays import accumulator
+from lora_jax.core.arrays import accumulator, matmul_highest
 from lora_jax.core.axes import KernelAxes
 
 Factors = tuple[jax.Array, jax.Array]  # A [n, d, r] and B [n, r, k], n being the number of stacked matrices
@@ -32,11 +32,6 @@ def to_matrices(w: jax.Array, axes: KernelAxes) -> jax.Array:
 def flatten_stack(arrays: jax.Array) -> jax.Array:
     """Reshape [*stack, rows, columns] to [n, rows, columns] in fp32 or wider."""
     return to_fp32(arrays.reshape(-1, *arrays.shape[-2:]))
-
-
-def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiply in full precision on every device."""
-    return jnp.matmul(a, b, precision="highest")
 
 
 def svd(w: Any, which: Any) -> tuple[Any, Any, Any]:
@@ -72,13 +67,13 @@ def randomised_svd(key: jax.Array, w: jax.Array, rank: int, iterations: int) -> 
     """
     n, d, k = w.shape
     columns = min(rank + OVERSAMPLING, d, k)
-    q, _ = jnp.linalg.qr(matmul(w, jax.random.normal(key, (n, k, columns), w.dtype)))
+    q, _ = jnp.linalg.qr(matmul_highest(w, jax.random.normal(key, (n, k, columns), w.dtype)))
     for _ in range(iterations):
         # Without an orthonormal basis after each product, all columns would soon be the first singular vector.
-        p, _ = jnp.linalg.qr(matmul(w.mT, q))
-        q, _ = jnp.linalg.qr(matmul(w, p))
-    u, values, vt = svd(matmul(q.mT, w), slice(rank))
-    return matmul(q, u), values, vt
+        p, _ = jnp.linalg.qr(matmul_highest(w.mT, q))
+        q, _ = jnp.linalg.qr(matmul_highest(w, p))
+    u, values, vt = svd(matmul_highest(q.mT, w), slice(rank))
+    return matmul_highest(q, u), values, vt
 
 
 def balanced_factors(u: Any, values: Any, vt: Any, scale: float) -> tuple[Any, Any]:

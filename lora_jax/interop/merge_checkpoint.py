@@ -19,6 +19,7 @@ import numpy as np
 
 from lora_jax.checkpoints.atomic_dir import refuse_to_replace, written
 from lora_jax.core.adapter import Adapter
+from lora_jax.core.arrays import matmul_highest
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
 from lora_jax.interop import safetensors_index
@@ -327,7 +328,7 @@ def _sum(
     Without lengths, W' - W is L R, whose norm follows from the factors.
     """
     wide = w.astype(jnp.float32)
-    exact, changes = wide + jnp.matmul(left, right, precision="highest"), None
+    exact, changes = wide + matmul_highest(left, right), None
     if lengths is not None:
         exact = exact * _gain(jnp, exact, lengths)[:, None]
         changes = jnp.square(exact - wide).sum(-1)
