@@ -60,3 +60,13 @@ def test_each_rule_can_be_broken(tmp_path, file, text, problem):
         path.write_text(source)
     found = architecture.problems(tmp_path / "house")
     assert not found if problem is None else any(problem in one for one in found), found
+
+
+def test_the_core_is_read_in_one_sitting():
+    """950 lines without the vocabulary of operands, and at most 20 nouns to learn."""
+    core = [architecture.PACKAGE / name for name in architecture.READING if name != "core/operand.py"]
+    assert len(core) == 8
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in core) <= 950
+    page = (architecture.ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    nouns = page[page.index("## The nouns") : page.index("## Two calls")]
+    assert 10 < nouns.count("\n| ") - 1 <= 20
