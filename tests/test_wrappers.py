@@ -264,3 +264,48 @@ def test_a_wrapper_that_forgets_a_method_does_not_import():
 
     with pytest.raises(TypeError, match=r"Wrapper has to hand Longer\.added_later on"):
         check_delegation(Wrapper, of=Longer, own=())
+
+
+# What a loss sees are its adapters, and not their copies -------------------------------------------------------------
+
+
+def scaled_down(adapters):
+    return jax.tree.map(lambda array: array / jnp.linalg.norm(array), adapters)
+
+
+LOSSES = {
+    "penalty": lambda apply, a, p, x: apply(p, a, x).mean() + sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(a)),
+    "norm": lambda apply, a, p, x: jnp.mean(apply(p, a, x) ** 2) + optax.tree.norm(a),
+    "size": lambda apply, a, p, x: jnp.mean(apply(p, a, x) ** 2) / sum(leaf.size for leaf in jax.tree.leaves(a)),
+    "field": lambda apply, a, p, x: jnp.mean(apply(p, a, x) ** 2) + jnp.sum(a["head"].b ** 2),
+    "orthogonality": lambda apply, a, p, x: jnp.mean(apply(p, a, x) ** 2) + lora.orthogonality(a),
+    "normed": lambda apply, a, p, x: jnp.mean(apply(p, scaled_down(a), x) ** 2),
+    "merged": lambda apply, a, p, x: jnp.mean(stacked_layers(lora.merge(p, a), x) ** 2),
+    "jitted": lambda apply, a, p, x: jnp.mean(jax.jit(apply)(p, a, x) ** 2),
+    "ensemble": lambda apply, a, p, x: jnp.mean(
+        jax.vmap(apply, in_axes=(None, 0, None))(p, jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), a), x)[0] ** 2
+    ),
+}
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_sees_its_adapters_and_not_their_copies(name, microbatches):
+    rule = lora.AdaLora(rank=2) if name == "orthogonality" else lora.Lora(rank=2)
+    x = jax.random.normal(jax.random.key(2), (16, 16, 12))
+    plan = lora.plan(stacked_layers, PARAMS, x, rules={".*": rule})
+    adapters = trained(lora.init(jax.random.key(3), PARAMS, plan), 4)
+    apply, optimizer = lora.lora_apply(stacked_layers), optax.sgd(0.01)
+
+    def loss(adapters, params, x):
+        return LOSSES[name](apply, adapters, params, x)
+
+    state = lora.TrainState.create(jax.tree.map(jnp.copy, adapters), optimizer)
+    expected, there = lora.jit_step(loss, optimizer, microbatches=microbatches)(state, PARAMS, x)
+    here = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole = NamedSharding(here, P())
+    state = lora.TrainState.create(jax.device_put(adapters, whole), optimizer)
+    step = lora.jit_step(loss, optimizer, microbatches=microbatches)
+    found, metrics = step(state, jax.device_put(PARAMS, whole), jax.device_put(x, NamedSharding(here, P("data"))))
+    np.testing.assert_allclose(metrics["loss"], there["loss"], rtol=1e-5)
+    assert_trees_close(found.trainable, expected.trainable, rtol=1e-4, atol=1e-5)

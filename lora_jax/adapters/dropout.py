@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.adapter import Adapter, AdapterWrapper
+from lora_jax.core.adapter import Adapter, AdapterWrapper, lower
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.operand import Operand, Wrapper
@@ -67,7 +67,7 @@ class DropoutAdapter(AdapterWrapper):
     rate: float = field(metadata={"static": True})
 
     def lower(self, w: Any) -> Operand | jax.Array:
-        operand = self.inner.lower(w)
+        operand = lower(self.inner, w)
         return DropoutOperand(operand, self.keys, self.axes, self.rate) if isinstance(operand, Operand) else operand
 
 

@@ -8,8 +8,10 @@ Axes: s stacked matrices, T rows of x, d inputs and k outputs of one matrix, r r
 """
 
 import abc
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -242,6 +244,37 @@ def kind_name(adapter: Adapter) -> str:
     raise LoraError(
         f"{type(adapter).__name__} is no registered kind of adapter: write @lora.register_kind(name) over its class."
     )
+
+
+# Lowering, with other adapters in the place of some ------------------------------------------------------------------
+
+_stand_ins: contextvars.ContextVar[dict[Any, Adapter]] = contextvars.ContextVar("stand-ins", default={})  # noqa: B039
+
+
+@contextlib.contextmanager
+def stand_ins(pairs: Iterable[tuple[Adapter, Adapter]]) -> Iterator[None]:
+    """Lower, inside, the second adapter of each pair in the place of the first.
+
+    The first is known by its very arrays. A program that computes something of them, and applies that, applies what it
+    computed; and a program that only looks at them finds them as they are.
+    """
+    known = [(*_identity(adapter), adapter, other) for adapter, other in pairs]  # held, so that ids stay their own
+    token = _stand_ins.set({(tree, ids): other for tree, ids, _, other in known})
+    try:
+        yield
+    finally:
+        _stand_ins.reset(token)
+
+
+def lower(adapter: Adapter, w: Any) -> Operand | jax.Array:
+    """Lower an adapter, or the one that stands in for it."""
+    others = _stand_ins.get()
+    return (others.get(_identity(adapter), adapter) if others else adapter).lower(w)
+
+
+def _identity(adapter: Adapter) -> tuple[Any, tuple[int, ...]]:
+    leaves, tree = jax.tree.flatten(adapter)
+    return tree, tuple(map(id, leaves))
 
 
 # Adapters beside parameters -------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ batch, the gradients of the copies stay apart until they are added up at the end
 All copies are equal, so it makes no difference to the result which rows meet which copy.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jax import P
 from jax.sharding import NamedSharding
 
-from lora_jax.core.adapter import Adapter, AdapterWrapper, is_adapter
+from lora_jax.core.adapter import Adapter, AdapterWrapper, is_adapter, stand_ins
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.operand import Operand, Wrapper
 from lora_jax.core.partition import names_of
@@ -164,6 +165,17 @@ def make_copies(tree: Any, batch: NamedSharding) -> Any:
         return PerShardCopies(jax.tree.map(copied, node), node.axes, splits)
 
     return jax.tree.map(copy, tree, is_leaf=is_adapter)
+
+
+def in_the_place_of(tree: Any, copies: Any) -> contextlib.AbstractContextManager[None]:
+    """Apply the copies, inside, wherever a program applies the adapters of this tree.
+
+    The program goes on seeing the adapters themselves: whatever else it does with them, penalties and ensembles among
+    that, means the same as without copies.
+    """
+    nodes, others = (jax.tree.leaves(of, is_leaf=is_adapter) for of in (tree, copies))
+    pairs = zip(nodes, others, strict=True)
+    return stand_ins([(node, other) for node, other in pairs if isinstance(other, PerShardCopies)])
 
 
 def add_up(grads: Any, batch: NamedSharding) -> Any:

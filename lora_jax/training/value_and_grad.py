@@ -4,6 +4,7 @@ However the batch is cut into parts, the result is the gradient of sum_i w_i L_i
 and the weight w_i for part i.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from jax.sharding import NamedSharding
 from lora_jax.core._compat import vary
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.errors import LoraError
-from lora_jax.sharding.gradient_copies import add_up, make_copies
+from lora_jax.sharding.gradient_copies import add_up, in_the_place_of, make_copies
 
 RESERVED = {"loss", "grad_norm", "skipped", "loss_scale"}  # metrics of the step itself
 
@@ -58,9 +59,9 @@ def value_and_grad(
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
 
     def run(trainable: Any, params: Any, *batch: Any, scale: Any = 1.0, key: jax.Array | None = None) -> Any:
-        copies = trainable if batch_sharding is None else make_copies(trainable, batch_sharding)
         # In `shard_map`, the gradient of an array that does not vary over devices would be summed at each of its uses.
-        copies = jax.tree.map(lambda array: vary(array, axes), copies)
+        trainable = jax.tree.map(lambda array: vary(array, axes), trainable)
+        copies = None if batch_sharding is None else make_copies(trainable, batch_sharding)
         if key is not None:
             for name in axes:
                 key = jax.random.fold_in(key, lax.axis_index(name))
@@ -68,14 +69,16 @@ def value_and_grad(
         whole = microbatches == 1 and not axes
 
         def part(batch: Sequence[Any], key: jax.Array | None) -> Any:
-            return _sums(loss, copies, params, batch, {} if key is None else {"key": key}, scale, weigh=not whole)
+            keys = {} if key is None else {"key": key}
+            return _sums(loss, trainable, copies, params, batch, keys, scale, weigh=not whole)
 
         sums = part(batch, key) if microbatches == 1 else _accumulate(part, batch, key, microbatches, axes)
         if axes:
             sums = lax.psum(jax.tree.map(lambda array: vary(array, axes), sums), axes)
         grads, values, weight = sums
+        grads, of_copies = grads
         if batch_sharding is not None:
-            grads = add_up(grads, batch_sharding)
+            grads = jax.tree.map(jnp.add, grads, add_up(of_copies, batch_sharding))
         if not whole:
             values, scale = jax.tree.map(lambda value: value / weight, values), weight * scale
         return values, jax.tree.map(lambda g: (g / scale).astype(g.dtype), grads)
@@ -90,19 +93,31 @@ def value_and_grad(
 
 
 def _sums(
-    loss: Loss, trainable: Any, params: Any, batch: Sequence[Any], key: dict[str, Any], scale: Any, weigh: bool
+    loss: Loss,
+    trainable: Any,
+    copies: Any,
+    params: Any,
+    batch: Sequence[Any],
+    key: dict[str, Any],
+    scale: Any,
+    weigh: bool,
 ) -> Any:
-    """Return the gradient, (loss, metrics) and the weight of one part, the first two multiplied by the weight."""
+    """Return the gradients, (loss, metrics) and the weight of one part, the first two multiplied by the weight.
 
-    def weighted(trainable: Any) -> Any:
-        value, metrics, weight = _parts(loss(trainable, params, *batch, **key))
+    The gradients are those of `trainable` and of `copies`. The loss sees the former alone, so that penalties and
+    ensembles mean what they say; the latter are what is applied.
+    """
+
+    def weighted(trainable: Any, copies: Any) -> Any:
+        with contextlib.nullcontext() if copies is None else in_the_place_of(trainable, copies):
+            value, metrics, weight = _parts(loss(trainable, params, *batch, **key))
         if weight is None or not weigh:
             return value * scale, ((value, metrics), jnp.ones((), value.dtype))
         weight = lax.stop_gradient(weight).astype(value.dtype)
         values = jax.tree.map(lambda m: m.astype(accumulator(m.dtype)) * weight, (value, metrics))
         return value * weight * scale, (values, weight)
 
-    grads, (values, weight) = jax.grad(weighted, has_aux=True)(trainable)
+    grads, (values, weight) = jax.grad(weighted, argnums=(0, 1), has_aux=True)(trainable, copies)
     return grads, values, weight
 
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import jax
 
 from lora_jax.core._compat import JaxprEqn, describe
-from lora_jax.core.adapter import Adapter
+from lora_jax.core.adapter import Adapter, lower
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.operand import Operand
 from lora_jax.core.packed import is_packed, unpacked
@@ -71,7 +71,7 @@ def adapted(w: Any, adapter: Adapter | None, path: str, fallback: Fallback) -> A
     """
     if adapter is None:
         return AdaptedWeight(w, NoAdapter(), (path,), _allow) if is_packed(w) else w
-    operand = adapter.lower(unpacked(w) if adapter.reads_weight else w)
+    operand = lower(adapter, unpacked(w) if adapter.reads_weight else w)
     return AdaptedWeight(w, operand, (path,), fallback) if isinstance(operand, Operand) else operand
 
 
