@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from safetensors.numpy import load_file
 
 import lora_jax as lora
 from lora_jax.adapters.vera import shared_projections
+from lora_jax.core.adapter import KINDS as KINDS_BY_NAME
 from lora_jax.key_maps import KeyMap, linear
 
 DATA = Path(__file__).parent / "data" / "peft"
@@ -463,3 +465,92 @@ def test_orthogonality_is_the_mean_distance():
     np.testing.assert_allclose(lora.orthogonality(adapters), (0 + 3 * np.sqrt(2)) / 2, rtol=1e-6)
     with pytest.raises(lora.LoraError, match="AdaLora"):
         lora.orthogonality({})
+
+
+# A kind of one's own --------------------------------------------------------------------------------------------------
+
+
+def own_kind(register=True, **members):
+    """A class such as a user may write it: W' = W + A B, changed in some way."""
+    layout = {"a": ("stack", "inputs", "rank"), "b": ("stack", "rank", "outputs")}
+    annotations = {"a": jax.Array, "b": jax.Array, "axes": lora.KernelAxes} | members.pop("annotations", {})
+    body = {
+        "__annotations__": annotations,
+        "axes": dataclasses.field(metadata={"static": True}),
+        "layout": MappingProxyType(layout),
+        "to_lora": lambda self: lora.LoraAdapter(self.a, self.b, self.axes, 1.0),
+        "__module__": __name__,
+    }
+    body = {name: value for name, value in (body | members).items() if value is not None}
+    kind = dataclasses.dataclass(frozen=True)(type("OwnAdapter", (lora.Factored,), body))
+    return lora.register_kind("own")(kind) if register else kind
+
+
+@pytest.mark.parametrize(
+    ("members", "says"),
+    [
+        ({"layout": None}, "layout is None, expected a tuple of groups"),
+        ({"layout": {"a": ["inputs", "rank"], "b": ["rank", "outputs"]}}, "expected a tuple of groups of axes"),
+        ({"layout": {"a": ("stack", "inputs", "rank")}}, "has the arrays .* and a layout of .*'a'"),
+        ({"layout": {"a": ("stack", "input", "rank"), "b": ("stack", "rank", "outputs")}}, "none along the inputs or"),
+        ({"frozen": ("A",)}, r"frozen is \('A',\), expected a tuple of some of its arrays"),
+        ({"frozen": "ba"}, "frozen is 'ba', expected a tuple"),
+        (
+            {"annotations": {"kind": str}, "kind": dataclasses.field(default="x", metadata={"static": True})},
+            "`axes` among them and none `kind`",
+        ),
+    ],
+)
+def test_a_kind_that_cannot_be_registered(members, says):
+    with pytest.raises(lora.LoraError, match=says):
+        own_kind(**members)
+    assert "own" not in KINDS_BY_NAME
+
+
+def test_registering_says_what_is_wrong():
+    with pytest.raises(lora.LoraError, match="give the name of the kind"):
+        lora.register_kind(own_kind(register=False))
+    with pytest.raises(lora.LoraError, match="LoraAdapter has that name already"):
+        lora.register_kind("lora")(own_kind(register=False))
+    with pytest.raises(lora.LoraError, match=r"is for a dataclass of lora\.Adapter"):
+        lora.register_kind("own")(object)
+
+
+def test_a_kind_that_is_not_registered_or_was_defined_again(tmp_path):
+    axes = lora.KernelAxes((), (0,), (1,))
+
+    def rule_of(kind):
+        class Own(lora.Lora):
+            def init(self, key, w, axes):
+                return kind(jnp.ones((w.shape[0], 1)), jnp.ones((1, w.shape[1])), axes)
+
+        return Own(rank=1)
+
+    params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+    unknown = own_kind(register=False)
+    with pytest.raises(lora.LoraError, match="OwnAdapter is no registered kind of adapter"):
+        lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": rule_of(unknown)})
+    with pytest.raises(lora.LoraError, match="OwnAdapter is no registered kind of adapter"):
+        lora.lora_apply(lambda p, x: x @ p["w"])(params, {"w": unknown(jnp.ones((4, 1)), jnp.ones((1, 3)), axes)}, x)
+    try:
+        old = own_kind()(jnp.ones((4, 1)), jnp.ones((1, 3)), axes)
+        own_kind()
+        with pytest.raises(lora.LoraError, match="defined again since this adapter was made"):
+            lora.checkpoint.save(tmp_path / "adapters", {"w": old})
+    finally:
+        KINDS_BY_NAME.pop("own", None)
+    dropped = lora.with_dropout({"w": lora.LoraAdapter(old.a, old.b, axes, 1.0)}, jax.random.key(0))
+    with pytest.raises(lora.LoraError, match="take the adapters as they were before"):
+        lora.checkpoint.save(tmp_path / "adapters", dropped)
+
+
+def test_sums_are_of_all_that_is_lora():
+    case = next(c for c in MODELS if c.name == "two_layers")
+    params = case.params()
+    one, two = case.adapters(KINDS["adalora"]), case.adapters(KINDS["lora_fa"])
+    both = lora.merge(params, lora.combine([(one, 1.0), (two, 1.0)]))
+    each = [lora.merge(params, a) for a in (one, two)]
+    expected = jax.tree.map(lambda w, a, b: a + b - w, params, *each)
+    assert_trees_close(both, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(lora.LoraError, match="is a Ia3Adapter; sums are of what is LoRA in some form"):
+        lora.combine([(case.adapters(KINDS["ia3"]), 1.0)])

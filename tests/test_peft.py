@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lora
 from lora_jax import key_maps
 from lora_jax.interop.peft.config import read_config
-from lora_jax.interop.peft.options import first_match
+from lora_jax.interop.peft.options import value_of_module
 from lora_jax.key_maps import KeyMap, array, conv, conv1d, embedding, experts, linear
 
 DATA = Path(__file__).parent / "data" / "peft"
@@ -463,22 +463,22 @@ def test_thin_dtypes(dtype, tmp_path):
     ],
 )
 def test_patterns_match_as_in_peft(pattern, module, matches):
-    assert first_match({pattern: 1}, module, 0) == matches
+    assert value_of_module({pattern: 1}, module, 0) == matches
 
 
 def test_a_pattern_cannot_hang():
     start = time.perf_counter()
-    assert first_match({"(a+)+b": 1, "(.*)*(.*)*(.*)*x": 2}, "a" * 900, 0) == 0
+    assert value_of_module({"(a+)+b": 1, "(.*)*(.*)*(.*)*x": 2}, "a" * 900, 0) == 0
     assert time.perf_counter() - start < 5
 
 
 def test_patterns_without_re2(monkeypatch):
     monkeypatch.setitem(sys.modules, "re2", None)
-    assert first_match({"^model.layers-1": 1}, "model.layers-1", 0) == 1
+    assert value_of_module({"^model.layers-1": 1}, "model.layers-1", 0) == 1
     with pytest.raises(
         lora.LoraError, match=r"the regular expression 'a\+', for which RE2 is needed: pip install google-re2"
     ):
-        first_match({"a+": 1}, "a", 0)
+        value_of_module({"a+": 1}, "a", 0)
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def combine(parts: Sequence[tuple[Mapping[str, Adapter], float]]) -> dict[str, A
         parts: `[(adapters, weight), ...]`. A path that a part lacks is one that it does not change.
 
     Raises:
-        LoraError: there are none; a weight is not finite; an adapter is not of plain LoRA; two of a path do not fit.
+        LoraError: there are none; a weight is not finite; an adapter is no LoRA in any form; two of a path do not fit.
 
     >>> import jax, lora_jax as lora
     >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
@@ -38,9 +38,10 @@ def combine(parts: Sequence[tuple[Mapping[str, Adapter], float]]) -> dict[str, A
         if not math.isfinite(weight):
             raise LoraError(f"combine: a weight is {weight}, expected a finite number.")
         for path, adapter in adapters.items():
-            if not isinstance(adapter, LoraAdapter):
-                raise LoraError(f"{path!r} is a {type(adapter).__name__}; sums are of LoraAdapter.")
-            found.setdefault(path, []).append(dataclasses.replace(adapter, scale=adapter.scale * weight))
+            factors = adapter.to_lora() if isinstance(adapter, Adapter) else None
+            if not isinstance(factors, LoraAdapter):
+                raise LoraError(f"{path!r} is a {type(adapter).__name__}; sums are of what is LoRA in some form.")
+            found.setdefault(path, []).append(dataclasses.replace(factors, scale=factors.scale * weight))
     return {path: _sum(path, adapters) for path, adapters in found.items()}
 
 

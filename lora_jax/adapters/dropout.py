@@ -29,8 +29,9 @@ def with_dropout(adapters: Mapping[str, Adapter], key: jax.Array, rate: float = 
 
     The masks depend on the key, the path and the layer alone: they are the same on every host, for any sharding and
     under remat. A weight that one call uses several times, as a recurrent one, has one mask for all uses of one shape.
-    The frozen product sees all of x. Rows of embeddings, and weights that are materialized, have no x to drop. For
-    several sets of adapters at once, call it inside the function that is vmapped.
+    The frozen product sees all of x, and `Ia3`, which scales it, has no x of its own to drop. Neither have rows of
+    embeddings, and weights that are materialized. For several sets of adapters at once, call it inside the function
+    that is vmapped.
 
     Args:
         key: a `jax.random.key` (or an old-style `PRNGKey`).

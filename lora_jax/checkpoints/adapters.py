@@ -3,6 +3,7 @@
 A saved folder is loaded without a plan or rules, and nothing in it is executed.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,15 @@ def load(folder: str | Path) -> tuple[dict[str, Adapter], dict[str, Any]]:
 
 def describe_adapter(adapter: Adapter) -> dict[str, Any]:
     """Return the kind of an adapter and its static fields, for JSON."""
-    return {"kind": kind_name(adapter), **{name: getattr(adapter, name) for name in field_names(adapter, static=True)}}
+    facts = {name: getattr(adapter, name) for name in field_names(adapter, static=True)}
+    try:
+        json.dumps(facts)
+    except TypeError as error:
+        raise LoraError(
+            f"{type(adapter).__name__} has a static field that is no JSON, {error}: keep numbers, strings "
+            "and tuples of these there."
+        ) from None
+    return {"kind": kind_name(adapter), **facts}
 
 
 def _rebuild(path: str, facts: dict[str, Any], arrays: dict[str, jax.Array]) -> Adapter:
@@ -91,7 +100,7 @@ def _rebuild(path: str, facts: dict[str, Any], arrays: dict[str, jax.Array]) -> 
             f"{path!r} is an adapter of kind {kind!r}; this version knows {known}: update lora_jax, or import the "
             "module that registers the kind."
         )
-    static = {name: facts[name] for name in field_names(KINDS[kind], static=True)}
+    static = {name: facts[name] for name in field_names(KINDS[kind], static=True) if name in facts}
     static = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in static.items()}
     static["axes"] = KernelAxes(*map(tuple, static["axes"]))
     return KINDS[kind](**arrays, **static)

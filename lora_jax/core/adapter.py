@@ -214,22 +214,59 @@ def register_kind(name: str) -> Callable[[Kind], Kind]:
     ...         return lora.LoraAdapter(self.a, self.b, self.axes, 0.5)
     """
 
+    if not isinstance(name, str):
+        raise LoraError(f"register_kind({name!r}): give the name of the kind, @lora.register_kind('my_kind').")
+
     def register(kind: Kind) -> Kind:
-        if not (isinstance(kind, type) and issubclass(kind, Adapter) and "__dataclass_fields__" in vars(kind)):
-            raise LoraError(f"register_kind({name!r}) is for a dataclass of lora.Adapter, found {kind!r}.")
-        taken = KINDS.get(name)
-        if taken is not None and (taken.__module__, taken.__qualname__) != (kind.__module__, kind.__qualname__):
-            raise LoraError(f"register_kind({name!r}): {taken.__name__} has that name already, take another one.")
-        arrays = field_names(kind, static=False)
-        if "axes" not in field_names(kind, static=True) or sorted(arrays) != sorted(kind.layout):
+        _check_kind(name, kind)
+        try:
+            KINDS[name] = jax.tree_util.register_dataclass(kind)
+        except ValueError as error:
             raise LoraError(
-                f"{kind.__name__} has the arrays {arrays} and a layout of {list(kind.layout)}: a kind has a layout for "
-                'each of its arrays, and every other field, `axes` among them, is field(metadata={"static": True}).'
-            )
-        KINDS[name] = jax.tree_util.register_dataclass(kind)
+                f"{kind.__name__} is a pytree already: register_kind makes it one. Register it once, under one name."
+            ) from error
         return kind
 
     return register
+
+
+def _check_kind(name: str, kind: Any) -> None:
+    if not (isinstance(kind, type) and issubclass(kind, Adapter) and "__dataclass_fields__" in vars(kind)):
+        raise LoraError(f"register_kind({name!r}) is for a dataclass of lora.Adapter, found {kind!r}.")
+    taken = KINDS.get(name)
+    if taken is not None and not _is_same_class(taken, kind):
+        raise LoraError(f"register_kind({name!r}): {taken.__name__} has that name already, take another one.")
+    arrays, facts, layouts = field_names(kind, static=False), field_names(kind, static=True), dict(_layouts(kind))
+    if "axes" not in facts or "kind" in facts or sorted(arrays) != sorted(layouts):
+        raise LoraError(
+            f"{kind.__name__} has the arrays {arrays} and a layout of {list(layouts)}: a kind has a layout for each of "
+            'its arrays, and every other field is field(metadata={"static": True}), `axes` among them and none `kind`.'
+        )
+    if not isinstance(kind.frozen, tuple) or any(array not in arrays for array in kind.frozen):
+        raise LoraError(f"{kind.__name__}.frozen is {kind.frozen!r}, expected a tuple of some of its arrays, {arrays}.")
+    parts = [part for layout in layouts.values() for part in layout]
+    tells_shape = kind.kernel_shape is not Adapter.kernel_shape or kind.forms_weight
+    if not tells_shape and not {"inputs", "outputs"} <= {*parts}:
+        raise LoraError(
+            f"{kind.__name__} has arrays along {', '.join(dict.fromkeys(parts))}, and none along the inputs or the "
+            "outputs of its weight: mend its layout, or let it define `kernel_shape`."
+        )
+
+
+def _layouts(kind: Any) -> Iterator[tuple[str, Layout]]:
+    layout = getattr(kind, "layout", None)
+    for array, parts in layout.items() if isinstance(layout, Mapping) else [("", None)]:
+        if not isinstance(parts, tuple) or not all(isinstance(part, str) for part in parts):
+            raise LoraError(
+                f"{kind.__name__}.layout is {layout!r}, expected a tuple of groups of axes for each array, such as "
+                '{"a": ("stack", "inputs", "rank"), "b": ("stack", "rank", "outputs")}.'
+            )
+        yield array, parts
+
+
+def _is_same_class(one: type, other: type) -> bool:
+    """Return whether a class is another one defined again, as in a notebook."""
+    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
 def kind_name(adapter: Adapter) -> str:
@@ -238,12 +275,23 @@ def kind_name(adapter: Adapter) -> str:
     Raises:
         LoraError: it is not registered.
     """
-    for name, kind in KINDS.items():
-        if kind is type(adapter):
-            return name
+    kind = type(adapter)
+    name = next((name for name, known in KINDS.items() if known is kind), None)
+    if name is not None:
+        return name
+    if isinstance(adapter, AdapterWrapper):
+        raise LoraError(f"{kind.__name__} is no kind of its own: take the adapters as they were before, without it.")
+    if any(_is_same_class(kind, known) for known in KINDS.values()):
+        raise LoraError(f"{kind.__name__} was defined again since this adapter was made: make the adapter again too.")
     raise LoraError(
-        f"{type(adapter).__name__} is no registered kind of adapter: write @lora.register_kind(name) over its class."
+        f"{kind.__name__} is no registered kind of adapter: write @lora.register_kind(name) over its class."
     )
+
+
+def check_registered(adapter: Any) -> None:
+    """Raise if an adapter is of a class that JAX does not know as a pytree."""
+    if jax.tree_util.all_leaves([adapter]):
+        kind_name(adapter)
 
 
 # Lowering, with other adapters in the place of some ------------------------------------------------------------------
@@ -302,6 +350,7 @@ def check_adapters(adapters: Mapping[str, Adapter], names: list[str], leaves: li
             raise LoraError(
                 f"adapters[{path!r}] is a {type(adapter).__name__}, expected an adapter as lora.init makes it."
             )
+        check_registered(adapter)
         if path not in weights:
             near = ", ".join(map(repr, nearest(path, names)))
             raise LoraError(

@@ -29,7 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def structural(method: F) -> F:
-    """Mark a method of `Operand` that a wrapper inherits, because it reaches the operand inside by itself."""
+    """Mark a method of `Operand` that a wrapper inherits: it is about axes, or reaches the operand inside itself."""
     method.__dict__["is_structural"] = True
     return method
 

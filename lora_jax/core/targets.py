@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.core.adapter import Adapter, Rule
+from lora_jax.core.adapter import Adapter, Rule, check_registered
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.text import count, format_table, size
 
@@ -38,7 +38,13 @@ class Target:
     def abstract(self) -> Adapter:
         """Return the adapter with shapes in the place of arrays."""
         weight = jax.ShapeDtypeStruct(self.shape, self.dtype)
-        return jax.eval_shape(lambda key, w: self.rule.init(key, w, self.axes), jax.random.key(0), weight)
+
+        def init(key: jax.Array, w: Any) -> Adapter:
+            adapter = self.rule.init(key, w, self.axes)
+            check_registered(adapter)
+            return adapter
+
+        return jax.eval_shape(init, jax.random.key(0), weight)
 
     def flops(self) -> int:
         """Return the FLOPs that the adapter adds to a forward pass of the planned batch, a third of a gradient's."""

@@ -47,9 +47,7 @@ class PerShardCopies(AdapterWrapper):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[k:], a.dtype), self.inner).kernel_shape()
 
     def lower(self, w: Any) -> Operand | jax.Array:
-        """Lower every copy. Of an adapter that gives W' itself, one is enough."""
-        if self.forms_weight:
-            return self.asked.lower(w)
+        """Lower every copy."""
         n, k = len(self.axes.stack), len(self.splits)
 
         def lower(adapter: Adapter) -> Any:
@@ -134,14 +132,6 @@ class CopiesOperand(Wrapper):
         """Return rows of one copy: rows that are looked up are few and thin."""
         return self.one().rows(axis, n, fn, stack)
 
-    def with_axes(self, axes: KernelAxes, change: Callable[..., Any]) -> Operand:
-        """Change the arrays of every copy: their axes of copies follow the stack, as axes of their own."""
-        own = ["copies"] * len(self.splits)
-        inner = self.inner.with_axes(
-            _with_copies(axes, len(own)), lambda array, layout: change(array, ("stack", *own, *layout[1:]))
-        )
-        return dataclasses.replace(self, inner=inner, axes=axes)
-
 
 def make_copies(tree: Any, batch: NamedSharding) -> Any:
     """Return the tree with copies of each adapter in it, one for each part that a batch of this sharding comes in.
@@ -160,7 +150,7 @@ def make_copies(tree: Any, batch: NamedSharding) -> Any:
         return jax.lax.with_sharding_constraint(jnp.broadcast_to(array, (*counts, *array.shape)), sharding)
 
     def copy(node: Any) -> Any:
-        if not is_adapter(node) or node.forms_weight:
+        if not is_adapter(node) or node.forms_weight or isinstance(node, PerShardCopies):
             return node
         return PerShardCopies(jax.tree.map(copied, node), node.axes, splits)
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from lora_jax.core.adapter import Adapter, is_adapter
+from lora_jax.core.adapter import Adapter, AdapterWrapper, is_adapter
 from lora_jax.core.errors import LoraError
 from lora_jax.core.layout import field_names
 from lora_jax.core.paths import flatten_with_names
@@ -125,6 +125,9 @@ def mark(tree: Any, array: Callable[[Adapter, str], Any], other: Callable[[Any],
     def node(at: Any) -> Any:
         if not is_adapter(at):
             return other(at)
+        if isinstance(at, AdapterWrapper):
+            own = {name: frozen for name in field_names(at, static=False) if name != "inner"}
+            return dataclasses.replace(at, inner=node(at.inner), **own)  # type: ignore[type-var]
         trained, marks = at.trainable(), {}
         for name in field_names(at, static=False):
             value = array(at, name) if getattr(trained, name) else frozen

@@ -47,7 +47,7 @@ def lora_apply(fn: Callable[..., Any], *, materialize: Patterns = False) -> Call
     >>> bool(jnp.all(apply(params, adapters, x) == model(params, x)))      # a fresh adapter changes nothing
     True
     """
-    trace, interpreter, fallback = tracer(fn), Interpreter(rebuilt={}), Materialize.of(materialize)
+    trace, interpreter, fallback = tracer(fn), Interpreter(jitted_calls={}), Materialize.of(materialize)
 
     @functools.wraps(fn)
     def apply(*args: Any, **kwargs: Any) -> Any:

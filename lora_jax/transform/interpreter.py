@@ -23,11 +23,11 @@ OWN_DERIVATIVE = "has a derivative rule of its own, which is stated for the whol
 class Interpreter:
     """Evaluate jaxprs, and keep what was built for their calls.
 
-    With `rebuilt`, a second eager call finds its nested jits and loops already compiled. Without, each call of a body
-    is traced by itself, so that a plan sees each.
+    With `jitted_calls`, a second eager call finds its nested jits and loops already compiled. Without, each call of a
+    body is traced by itself, so that a plan sees each.
     """
 
-    rebuilt: dict[int, tuple[JaxprEqn, Callable[..., Any]]] | None
+    jitted_calls: dict[int, tuple[JaxprEqn, Callable[..., Any]]] | None
 
     def evaluate(self, jaxpr: Jaxpr, consts: list[Any], args: Sequence[Any]) -> list[Any]:
         """Return the outputs of a jaxpr for these inputs; any input or output may be an `AdaptedWeight`."""
@@ -67,14 +67,14 @@ class Interpreter:
 
     def _kept(self, eqn: JaxprEqn, call: Call) -> Callable[..., Any]:
         """Return the call under jit, the same for the same equation, which is kept so that its id is not used again."""
-        if self.rebuilt is not None and id(eqn) in self.rebuilt:
-            return self.rebuilt[id(eqn)][1]
+        if self.jitted_calls is not None and id(eqn) in self.jitted_calls:
+            return self.jitted_calls[id(eqn)][1]
 
         def run(args: list[Any]) -> list[Any]:
             return call(self._body, eqn, args)
 
         run.__name__ = run.__qualname__ = str(eqn.params.get("name", eqn.primitive.name))
         jitted = jax.jit(run, inline=eqn.primitive is not jit_p or eqn.params["inline"])
-        if self.rebuilt is not None:
-            self.rebuilt[id(eqn)] = eqn, jitted
+        if self.jitted_calls is not None:
+            self.jitted_calls[id(eqn)] = eqn, jitted
         return jitted

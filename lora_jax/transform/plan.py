@@ -74,7 +74,7 @@ def plan(
             return adapted(leaf, None, name, probe)
         return AdaptedWeight(leaf, Probe.of(name, leaf.ndim, log), (name,), probe)
 
-    jax.eval_shape(lambda arrays: program.run(Interpreter(rebuilt=None), arrays, follow), program.arrays)
+    jax.eval_shape(lambda arrays: program.run(Interpreter(jitted_calls=None), arrays, follow), program.arrays)
 
     targets, problems = {}, {}
     for path, rule in chosen.items():
@@ -166,7 +166,7 @@ def _try(program: Program, targets: Mapping[str, Target]) -> dict[str, list[str]
         def adapt(name: str, leaf: Any) -> Any:
             return adapted(leaf, adapters.get(name), name, note)
 
-        return program.run(Interpreter(rebuilt=None), arrays, adapt)
+        return program.run(Interpreter(jitted_calls=None), arrays, adapt)
 
     jax.eval_shape(run, program.arrays, {path: target.abstract() for path, target in targets.items()})
     return log.obstacles

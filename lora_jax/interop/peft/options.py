@@ -98,7 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
     return entries
 
 
-def first_match(patterns: Mapping[str, T], module: str, default: T) -> T:
+def value_of_module(patterns: Mapping[str, T], module: str, default: T) -> T:
     """Return the value of the first pattern that matches the module's name, whole or from one of its dots on."""
     for pattern, value in patterns.items():
         if _compile("a pattern", pattern).match(module):

@@ -1,4 +1,4 @@
-"""Matrix products with an adapted weight, reduced to y = x @ W: all that an operand sees of a program.
+"""Reduce matrix products with an adapted weight to y = x @ W, and let its operand add what is missing.
 
 Convolutions and products of ragged groups are in `convolutions.py`.
 """

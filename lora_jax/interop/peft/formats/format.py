@@ -16,7 +16,7 @@ from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
 from lora_jax.core.layout import field_names
 from lora_jax.interop.key_map import Array, ParameterMatch
-from lora_jax.interop.peft.options import Options, first_match
+from lora_jax.interop.peft.options import Options, value_of_module
 
 Arrays = dict[str, Array]
 Modules = dict[str, "Module"]  # by the names of torch's modules
@@ -149,11 +149,11 @@ class Format(abc.ABC):
 
     def rank_in(self, config: Config, module: str) -> int:
         """Return the rank of a module by the config."""
-        return first_match(config.rank_pattern, module, config.rank)
+        return value_of_module(config.rank_pattern, module, config.rank)
 
     def scale_in(self, config: Config, module: str) -> float:
         """Return the scale of a module by the config, alpha / r."""
-        return first_match(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
+        return value_of_module(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
 
     @abc.abstractmethod
     def entries(self, modules: Mapping[str, Module], matches: Matches, bias: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from lora_jax.core.errors import LoraError
 from lora_jax.interop.key_map import ParameterMatch
 from lora_jax.interop.peft.formats.format import COMMON_OPTIONS, Arrays, Config, Format, Matches, Module
 from lora_jax.interop.peft.formats.ranks import alpha_of, ranks_and_alphas
-from lora_jax.interop.peft.options import Options, first_match
+from lora_jax.interop.peft.options import Options, value_of_module
 
 # The options that LoRA, DoRA and AdaLoRA share.
 _SHARED = """
@@ -57,7 +57,7 @@ class LoraFormat(Format):
 
     def scale_in(self, config: Config, module: str) -> float:
         """Return alpha / r, or alpha / sqrt(r) of rank-stabilised LoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
-        rank, alpha = config.rank_of(module), first_match(config.alpha_pattern, module, config.alpha)
+        rank, alpha = config.rank_of(module), value_of_module(config.alpha_pattern, module, config.alpha)
         return alpha / math.sqrt(rank) if config.rslora else alpha / rank
 
     def entries(self, modules: Mapping[str, Module], matches: Matches, bias: str) -> dict[str, Any]:
