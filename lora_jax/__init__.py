@@ -15,9 +15,10 @@ from lora_jax.adapters.lora_fa import LoraFa, LoraFaAdapter
 from lora_jax.adapters.token_rows import Rows, RowsAdapter
 from lora_jax.adapters.vera import Vera, VeraAdapter
 from lora_jax.checkpoints.manager import Checkpoints
-from lora_jax.core.adapter import Adapter, Rule, register_kind
+from lora_jax.core.adapter import Adapter, Rule
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
+from lora_jax.core.kinds import register_kind
 from lora_jax.core.targets import Plan
 from lora_jax.core.version import __version__ as __version__
 from lora_jax.flax_models import from_linen, from_nnx

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 
 import lora_jax as lora
 from lora_jax.adapters.vera import shared_projections
-from lora_jax.core.adapter import KINDS as KINDS_BY_NAME
+from lora_jax.core.kinds import KINDS as KINDS_BY_NAME
 from lora_jax.key_maps import KeyMap, linear
 
 DATA = Path(__file__).parent / "data" / "peft"

@@ -18,9 +18,10 @@ from jax import lax
 from lora_jax.adapters.lora import Lora
 from lora_jax.adapters.low_rank import LowRank, add_low_rank
 from lora_jax.adapters.output_scaled import OutputScaled, along_outputs
-from lora_jax.core.adapter import Adapter, register_kind
+from lora_jax.core.adapter import Adapter
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
+from lora_jax.core.kinds import register_kind
 
 
 @dataclass(frozen=True)

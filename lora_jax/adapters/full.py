@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.arguments import check_dtype
-from lora_jax.core.adapter import Adapter, Rule, register_kind
+from lora_jax.core.adapter import Adapter, Rule
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
+from lora_jax.core.kinds import register_kind
 
 
 @dataclass(frozen=True)

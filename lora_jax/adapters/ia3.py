@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from lora_jax.adapters.arguments import check_dtype
 from lora_jax.adapters.low_rank import LowRank
 from lora_jax.adapters.output_scaled import OutputScaled, along_outputs
-from lora_jax.core.adapter import Adapter, Rule, register_kind
+from lora_jax.core.adapter import Adapter, Rule
 from lora_jax.core.axes import KernelAxes
+from lora_jax.core.kinds import register_kind
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Factored
 from lora_jax.adapters.lora import Lora, LoraAdapter
-from lora_jax.core.adapter import Adapter, register_kind
+from lora_jax.core.adapter import Adapter
 from lora_jax.core.axes import KernelAxes
+from lora_jax.core.kinds import register_kind
 
 
 @dataclass(frozen=True)

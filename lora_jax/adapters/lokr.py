@@ -16,10 +16,11 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Compact
 from lora_jax.adapters.lora import Lora, LoraAdapter
-from lora_jax.core.adapter import Adapter, register_kind
+from lora_jax.core.adapter import Adapter
 from lora_jax.core.arrays import accumulator, matmul_highest
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
+from lora_jax.core.kinds import register_kind
 from lora_jax.core.products import Matmul, Product, matmul
 
 

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from lora_jax.adapters import initializers
 from lora_jax.adapters.arguments import check_dtype, check_rank, is_usable_alpha, rank_above
 from lora_jax.adapters.low_rank import LowRank, add_low_rank
-from lora_jax.core.adapter import Adapter, Rule, register_kind
+from lora_jax.core.adapter import Adapter, Rule
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
+from lora_jax.core.kinds import register_kind
 
 Rank = int | Callable[[str, tuple[int, ...]], int]
 

@@ -11,8 +11,8 @@ import jax
 
 from lora_jax.adapters.lora import Lora, LoraAdapter
 from lora_jax.adapters.low_rank import LowRank
-from lora_jax.core.adapter import register_kind
 from lora_jax.core.axes import KernelAxes
+from lora_jax.core.kinds import register_kind
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ import numpy as np
 
 from lora_jax.adapters.arguments import check_dtype
 from lora_jax.adapters.low_rank import LowRank
-from lora_jax.core.adapter import Adapter, Rule, register_kind
+from lora_jax.core.adapter import Adapter, Rule
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
+from lora_jax.core.kinds import register_kind
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ import numpy as np
 from lora_jax.adapters.arguments import check_dtype, check_rank
 from lora_jax.adapters.factored import Compact
 from lora_jax.adapters.lora import LoraAdapter
-from lora_jax.core.adapter import Adapter, Rule, register_kind
+from lora_jax.core.adapter import Adapter, Rule
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
+from lora_jax.core.kinds import register_kind
 
 
 @dataclass(frozen=True)

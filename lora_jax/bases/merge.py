@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.adapter import Adapter, check_adapters
+from lora_jax.core.adapter import Adapter
+from lora_jax.core.adapter_checks import check_adapters
 from lora_jax.core.arrays import accumulator, concrete, placed
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed, as_given, is_packed, unpacked

@@ -21,10 +21,11 @@ from lora_jax.checkpoints.arrays import (
     refuse_other_things,
     write,
 )
-from lora_jax.core.adapter import KINDS, Adapter, kind_name
+from lora_jax.core.adapter import Adapter
 from lora_jax.core.arrays import describe
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
+from lora_jax.core.kinds import KINDS, kind_name
 from lora_jax.core.layout import field_names
 
 FORMAT = 1

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
-from lora_jax.core.adapter import Adapter, Rule, check_registered
+from lora_jax.core.adapter import Adapter, Rule
 from lora_jax.core.axes import KernelAxes
+from lora_jax.core.kinds import check_registered
 from lora_jax.core.text import count, format_table, size
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.arguments import rank_above
 from lora_jax.adapters.lora import LoraAdapter
-from lora_jax.core.adapter import check_adapters
+from lora_jax.core.adapter_checks import check_adapters
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import is_packed, unpacked

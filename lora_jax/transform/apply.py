@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from lora_jax.core._compat import vary, varying_axes
-from lora_jax.core.adapter import Adapter, check_adapters
+from lora_jax.core.adapter import Adapter
+from lora_jax.core.adapter_checks import check_adapters
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import flatten_with_names, is_array

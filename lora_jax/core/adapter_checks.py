@@ -1,0 +1,62 @@
+"""Whether adapters are those of the parameters beside them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core.adapter import Adapter
+from lora_jax.core.errors import LoraError
+from lora_jax.core.kinds import check_registered
+from lora_jax.core.paths import is_array, nearest
+
+
+def check_adapters(adapters: Mapping[str, Adapter], names: list[str], leaves: list[Any]) -> None:
+    """Check that every adapter has its weight and fits it.
+
+    Raises:
+        LoraError: the adapters are no `{path: adapter}`; a path is not among the parameters, or is no array of floats
+            there; shapes differ.
+    """
+    if not isinstance(adapters, Mapping):
+        raise LoraError(
+            f"adapters are a dict {{path: adapter}} as lora.init makes it, found {type(adapters).__name__}."
+        )
+    weights = dict(zip(names, leaves, strict=True))
+    for path, adapter in adapters.items():
+        if not isinstance(adapter, Adapter):
+            raise LoraError(
+                f"adapters[{path!r}] is a {type(adapter).__name__}, expected an adapter as lora.init makes it."
+            )
+        check_registered(adapter)
+        if path not in weights:
+            near = ", ".join(map(repr, nearest(path, names)))
+            raise LoraError(
+                f"there is an adapter for {path!r}, but the parameters have no such path; the nearest are {near}. "
+                "These adapters belong to another model: make new ones with lora.plan and lora.init."
+            )
+        weight = weights[path]
+        if not (is_array(weight) and jnp.issubdtype(weight.dtype, jnp.floating)):
+            found = weight.dtype if is_array(weight) else type(weight).__name__
+            raise LoraError(f"there is an adapter for {path!r}, but that is {found}, expected an array of floats.")
+        dtypes = sorted({str(a.dtype) for a in jax.tree.leaves(adapter) if _is_counted(a.dtype)})
+        if dtypes:
+            raise LoraError(
+                f"the adapter for {path!r} holds {', '.join(dtypes)} arrays, expected floats: cast them back with "
+                "jax.tree.map(lambda array: array.astype(jnp.float32), adapters)."
+            )
+        try:
+            found, expected = adapter.kernel_shape(), tuple(weight.shape)
+        except LoraError as error:
+            raise LoraError(f"the adapter for {path!r} {error} lora.init makes one that fits.") from None
+        if found != expected:
+            raise LoraError(
+                f"the adapter for {path!r} fits a weight of shape {list(found)}, "
+                f"but the parameter has {list(expected)}. "
+                "These adapters belong to another model: make new ones with lora.plan and lora.init."
+            )
+
+
+def _is_counted(dtype: Any) -> bool:
+    return not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jax.dtypes.prng_key))
