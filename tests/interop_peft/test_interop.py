@@ -165,7 +165,8 @@ def test_peft_reads_what_is_written_here(name, tmp_path):
     matches = key_map.match({path: leaf.shape for path, leaf in params.items()})
     state = {names[path]: torch.tensor(match.to_torch(np.asarray(merged[path]))) for path, match in matches.items()}
     theirs.load_state_dict(state, strict=False)
-    np.testing.assert_allclose(outputs(model, name), outputs(theirs, name), atol=1e-5, rtol=1e-5)
+    # Two ways of torch to the same sums in fp32, whose rounding depends on the machine: 1.3e-5 was seen.
+    np.testing.assert_allclose(outputs(model, name), outputs(theirs, name), atol=3e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen3moe"])
