@@ -288,7 +288,8 @@ def test_peft_reads_the_kinds_that_are_written_here(kind, name, tmp_path):
     merged, theirs = lora.merge(params, adapters), made(name)
     state = {names[path]: torch.tensor(match.to_torch(np.asarray(merged[path]))) for path, match in matches.items()}
     theirs.load_state_dict(state, strict=False)
-    np.testing.assert_allclose(outputs(model, name), outputs(theirs, name), atol=1e-5, rtol=1e-5)
+    # As above: rounding of two ways to the same sums in torch.
+    np.testing.assert_allclose(outputs(model, name), outputs(theirs, name), atol=3e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
