@@ -2,6 +2,7 @@
 
 import gc
 import os
+import zlib
 from importlib.metadata import version
 
 os.environ["XLA_FLAGS"] = (
@@ -29,10 +30,14 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: run with --slow, as CI does"))
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow, as CI does"))
+        elif sampled and zlib.crc32(item.nodeid.encode()) % sampled.args[0]:
+            item.add_marker(pytest.mark.skip(reason=f"one in {sampled.args[0]} is run here, all with --slow, as in CI"))
 
 
 def pytest_runtest_teardown(item):

@@ -86,6 +86,7 @@ def test_packed_bases_add_no_communication(name):
 @pytest.mark.parametrize(
     "spec", [P(), P("x"), P(None, "x"), P(None, None, "y"), P(None, "x", "y"), P(None, ("x", "y"))]
 )
+@pytest.mark.sampled(2)
 def test_each_device_has_its_part(format, spec):
     mesh = jax.make_mesh((2, 4), ("x", "y"), (AxisType.Auto,) * 2)
     w = jax.device_put(jax.random.normal(jax.random.key(0), (2, 64, 512)), NamedSharding(mesh, spec))

@@ -84,6 +84,7 @@ BASE_STAYS = ("orthogonal", "eva")
 
 @pytest.mark.parametrize("scale", [1.5, -0.5])
 @pytest.mark.parametrize("name", STARTS)
+@pytest.mark.sampled(2)
 def test_starting_changes_nothing(name, scale):
     params, adapters = model(scale=scale)
     base, started = STARTS[name](params, adapters)
