@@ -35,6 +35,10 @@ _TENSOR_OF_AN_ADAPTER = re.compile(
     r"(.*\.)?(lora_(magnitude_vector|[AB](\.(weight|bias))?|E|embedding_[AB]|diag|velora.*|arrow.*|monteclora.*)"
     r"|token_adapter\..+|(hada|lokr)_\w+|vera_\w+)"
 )
+# The same as they are called in a model in memory, with the name of the adapter.
+_WITH_ADAPTERS_NAME = re.compile(
+    r".+\.(?:lora_[ABE]|lora_embedding_[AB]|lora_magnitude_vector|hada_w\w+|lokr_w\w+|vera_lambda_[bd])\.(\w+)(?:\.\w+)?"
+)
 
 
 class Module(NamedTuple):
@@ -181,6 +185,11 @@ class Format(abc.ABC):
                 raise LoraError(f"of a form of {self.name} that this version does not have: train it with {option}")
         if _TENSOR_OF_AN_ADAPTER.fullmatch(tensor):
             raise LoraError(f"which is not of {self.name}, the kind that its config says")
+        if (named := _WITH_ADAPTERS_NAME.fullmatch(tensor)) is not None:
+            raise LoraError(
+                f"with {named[1]!r} in it, the name of an adapter, which files of PEFT do not have: save it with "
+                "save_pretrained of PEFT"
+            )
         return None
 
     def problem(self, arrays: Arrays) -> str | None:
