@@ -183,7 +183,7 @@ def compose(output: Folder, parts: Annotated[tuple[str, ...], tyro.conf.Position
         folder, weight = _weighted(part)
         adapters, others, own = load_by_module(folder)
         if others:
-            raise LoraError(f"{folder} also holds {next(iter(others))} whole, which no sum of adapters expresses.")
+            raise LoraError(f"{folder} also holds {next(iter(others))!r} whole, which no sum of adapters expresses.")
         sums.append(({path: adapter.to_lora() or adapter for path, adapter in adapters.items()}, weight))
         table += own
     combined = combine(sums)
@@ -208,7 +208,7 @@ def plan(base: Folder, /, modules: str, rank: int = 8, json: bool = False) -> in
         shape = places[f"{module}.weight"].shape
         if rank > min(shape):
             raise LoraError(
-                f"{module} of shape {list(shape)}: rank {rank} is above {min(shape)}, give it at most that."
+                f"{printable(module)} of shape {list(shape)}: rank {rank} is above {min(shape)}, give it at most that."
             )
         rows.append(
             {"module": module, "shape": list(shape), "parameters": rank * sum(shape), "flops": 2 * rank * sum(shape)}

@@ -27,6 +27,7 @@ import numpy as np
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
+from lora_jax.core.text import printable
 from lora_jax.interop.name_templates import NameTable, fill, placeholders
 
 Array = np.ndarray[Any, Any]
@@ -289,8 +290,8 @@ class ParameterMatch(NamedTuple):
         fits = b.shape[0] == n if self.entry.part is None else b.shape[0] >= start + n
         if a.shape != expected or not fits or b.size != b.shape[0] * rank * count:
             raise LoraError(
-                f"{next(iter(self.names.values()))} has factors {list(a.shape)} and {list(b.shape)}, which do not fit "
-                f"{self.path!r} of shape {list(self.shape)}: another model, or another key map."
+                f"{printable(next(iter(self.names.values())))} has factors {list(a.shape)} and {list(b.shape)}, which "
+                f"do not fit {self.path!r} of shape {list(self.shape)}: another model, or another key map."
             )
         a = a.reshape(*experts, rank, *(sizes[i] for i in inputs))
         e = len(experts)
@@ -340,7 +341,7 @@ class ParameterMatch(NamedTuple):
         expected = _flattened([words[i] for i in order], moved)
         if tensor.shape != expected:
             raise LoraError(
-                f"{self.tensors()[index]} has shape {list(tensor.shape)}, but {self.path!r} of shape "
+                f"{printable(self.tensors()[index])} has shape {list(tensor.shape)}, but {self.path!r} of shape "
                 f"{list(self.shape)} needs {list(expected)}: another model, or another key map."
             )
         return tensor.reshape(moved).transpose(np.argsort(order))

@@ -15,6 +15,7 @@ import numpy as np
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
 from lora_jax.core.layout import field_names
+from lora_jax.core.text import printable
 from lora_jax.interop.key_map import Array, ParameterMatch
 from lora_jax.interop.peft.options import Options, value_of_module
 
@@ -147,7 +148,7 @@ class Format(abc.ABC):
             tokens=options.rows("trainable_token_indices"),
         )
 
-    def read_ranks(self, options: Options) -> dict[str, int]:
+    def read_ranks(self, options: Options) -> Mapping[str, int]:
         """Return the ranks that differ from the config's one, by what `rank_in` looks them up with."""
         return options.patterns("rank_pattern", whole=True)
 
@@ -365,6 +366,6 @@ def does_not_fit(match: ParameterMatch, arrays: Arrays) -> LoraError:
     """Return the error that arrays of a module do not have the shapes of a parameter's."""
     shapes = " and ".join(str(list(array.shape)) for array in arrays.values())
     return LoraError(
-        f"{next(iter(match.names.values()))} has {shapes}, which do not fit {match.path!r} of shape "
+        f"{printable(next(iter(match.names.values())))} has {shapes}, which do not fit {match.path!r} of shape "
         f"{list(match.shape)}: another model, or another key map."
     )
