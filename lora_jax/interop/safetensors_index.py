@@ -6,7 +6,6 @@ checked, and nothing in them is executed.
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,6 @@ AXES = 32  # of a tensor, as many as any version of NumPy has
 # Entries that the other axes of empty tensors span together. AdaLoRA leaves nothing of some modules, whose tensors
 # still have their inputs and outputs, some 70,000 for each module of the largest models.
 BESIDE_EMPTY = 2**26
-_FILE = re.compile(r"[^/\\\0]+\.safetensors")
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
@@ -88,7 +86,7 @@ def tensors_in(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
 def _indexed(path: Path) -> tuple[list[str], list[str]]:
     """Return the files and the tensors that an index names; it may name files beside it and no other paths."""
     try:
-        entries = read_json(path, LARGEST_INDEX, "index of safetensors", values=4 * TENSORS)
+        entries = read_json(path, LARGEST_INDEX, "index of safetensors", values=LARGEST_INDEX // 32)
     except LoraError as error:
         raise LoraError(f"{path} is no index of safetensors: {error}") from None
     weights = entries.get("weight_map") if isinstance(entries, dict) else None
@@ -96,9 +94,15 @@ def _indexed(path: Path) -> tuple[list[str], list[str]]:
         raise LoraError(f"{path} is no index of safetensors: it has no weight_map.")
     _check_count(path, len(weights))
     for file in weights.values():
-        if not isinstance(file, str) or not _FILE.fullmatch(file) or len(file.encode()) > LONGEST_FILE:
+        if not isinstance(file, str) or not _is_name_of_a_file(file):
             raise LoraError(f"{path} names {short(file)}, expected names of safetensors files beside it.")
     return sorted(dict.fromkeys(weights.values())), list(weights)
+
+
+def _is_name_of_a_file(file: str) -> bool:
+    """Return whether a name is one of a file beside the index, and no path."""
+    plain = file.isprintable() and not any(c in file for c in "/\\")
+    return plain and file.endswith(".safetensors") and not file.startswith(".") and len(file.encode()) <= LONGEST_FILE
 
 
 def _check_count(where: Path, tensors: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from lora_jax.core.errors import LoraError, short
 
 MOST = 2**16  # patterns; a model of many experts has some ten thousand modules
-LONGEST = 2**14  # characters of a pattern; all modules of a layer beside one another have some hundred
+LONGEST = 2**16  # characters of a pattern; the names of a thousand modules beside one another have half as many
 # Instructions of all regular expressions together: those that people write have some hundred each.
 INSTRUCTIONS = 2**17
 MEMORY = 2**10  # bytes for each character of an expression, which is room for ten instructions

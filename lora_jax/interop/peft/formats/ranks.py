@@ -23,17 +23,16 @@ def ranks_and_alphas(ranks: Mapping[str, int], alphas: Mapping[str, float], alph
 def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """Return patterns for the modules that do not have the default.
 
-    These are their names, if all modules get their own values by them. Where a name ends with another one, or has
-    characters with a meaning in patterns, they are expressions that match these names alone.
+    These are their names, if all modules get their own values by them, of which the first that matches counts in the
+    order of a file, where they are sorted. Where one name ends with another, or has characters with a meaning in
+    patterns, they are expressions that match these names alone.
     """
-    longest = sorted(values, key=lambda name: (-len(name), name))  # the first pattern that matches counts
-    others = [name for name in longest if values[name] != default]
-    plain = {name: values[name] for name in others}
-    if all(re.fullmatch(r"[\w.-]+", name) for name in others):
+    plain = {name: values[name] for name in sorted(values) if values[name] != default}
+    if all(re.fullmatch(r"[\w.-]+", name) for name in plain):
         table = ModulePatterns(plain)
         if all(table.value_of(name, default) == value for name, value in values.items()):
             return plain
-    return {f"^{re.escape(name)}": values[name] for name in others}
+    return {f"^{re.escape(name)}": value for name, value in plain.items()}
 
 
 def alpha_of(scale: float, rank: float) -> int | float:
