@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lora_jax.core.errors import LoraError
+from lora_jax.core.text import printable
 
 NESTED = 16  # levels of a JSON file; configs of adapters and of models have five at most
 # Values of a JSON file. Each takes up to a hundred bytes of memory. Masks of AdaLoRA, a list for each module, are some
@@ -106,7 +107,7 @@ def _check(node: Any, where: str, name: str, depth: int, finite: bool) -> None:
     elif isinstance(node, str):
         _check_text(node, where)
     elif finite and isinstance(node, float) and not math.isfinite(node):
-        raise LoraError(f"{where}: {name[:100]} is {node}, expected a finite number.")
+        raise LoraError(f"{where}: {printable(name[:100])} is {node}, expected a finite number.")
 
 
 def _check_text(text: str, where: str) -> None:
