@@ -244,6 +244,23 @@ def test_nothing_of_huge_axes_is_padded(tmp_path):
     assert adapters["m"].kernel_shape() == (8, 4)
 
 
+def test_products_that_no_memory_holds(tmp_path, monkeypatch):
+    """Factors of some kilobytes can stand for a matrix of any size, or for as much padding."""
+    folder = peft_folder(tmp_path / "in", ["q"])
+    (folder / "adapter_config.json").write_text('{"peft_type": "LOKR"}')
+    ones = np.ones((2**11, 2), np.float32)
+    save_file({f"{P}q.lokr_w1": ones, f"{P}q.lokr_w2": ones}, folder / "adapter_model.safetensors")
+    with pytest.raises(LoraError, match=r"and as LoRA 17,592,202,821,632 entries, expected at most 4,294,967,296"):
+        load_by_module(folder)
+    monkeypatch.setattr("lora_jax.interop.peft.profiles.ALWAYS", 100)
+    monkeypatch.setattr("lora_jax.interop.peft.profiles.GROWTH", 2)
+    adapters = {"a": factors(1, 1.0), "b": factors(1, 1.0), "c": factors(1, 1.0)}
+    key_map = KeyMap(*(linear(name, name) for name in "abc"))
+    lora.save_peft(tmp_path / "out", adapters, key_map, profile="vllm")
+    with pytest.raises(LoraError, match="largest one, 40, the factors would have 960 entries in the place of 336"):
+        lora.save_peft(tmp_path / "out", adapters | {"a": factors(40, 1.0)}, key_map, profile="vllm")
+
+
 def test_lists_of_a_config(tmp_path):
     folder = peft_folder(tmp_path / "in", ["q"], target_modules=["q"])
     for targets, says in [

@@ -31,7 +31,7 @@ STATE = ".quant_state.bitsandbytes__"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 VALUES = {"float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
 ZEROS = 0x77  # a byte of two codes that stand for 0
-LARGEST_STATE = 2**16  # bytes of the JSON, which is one line
+LARGEST_STATE = 2**20  # bytes of the JSON, which has some hundred
 MEND = "Take the weights that it was made of, and pack them with lora.bases.quantize."
 
 
@@ -152,7 +152,7 @@ def _read_packed(folder: Path, name: str, arrays: Sequence[Tensor], state: _Stat
 
 def _state(where: str, text: bytes) -> _State:
     """Parse and check the JSON."""
-    facts = parse_json(text, f"{where}: what says how it is packed")
+    facts = parse_json(text, f"{where}: what says how it is packed", finite=False)
     if not isinstance(facts, dict):
         raise LoraError(f"{where}: what says how it is packed is a {type(facts).__name__}, expected a dict.")
     fixed = {"quant_type": "nf4", "blocksize": BLOCK}
