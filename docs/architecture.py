@@ -54,7 +54,13 @@ _ROOMS = (
     Room(
         "interop",
         "Names and files of torch models.",
-        ("interop.key_map", "interop.architectures", "interop.safetensors_index", "interop._safetensors"),
+        (
+            "interop.key_map",
+            "interop.name_templates",
+            "interop.architectures",
+            "interop.safetensors_index",
+            "interop._safetensors",
+        ),
         ("core",),
     ),
     Room("sharding", "Where adapters and batches are on a mesh.", ("sharding",), ("core", "transform")),

@@ -9,8 +9,8 @@ bitsandbytes keeps a weight W of NF4 in several tensors:
     W.quant_state.bitsandbytes__nf4        JSON: the shape, the dtype, the sizes of blocks, the mean of the scales
 """
 
-import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,15 @@ import numpy as np
 from lora_jax.bases.lazy import Stored
 from lora_jax.bases.nf4 import BLOCK, CODE, SCALES, Nf4Weight, from_flat, scale_code
 from lora_jax.core.errors import LoraError, short
-from lora_jax.interop.safetensors_index import DTYPES, Tensor, header, read, tensors_in
+from lora_jax.core.text import printable
+from lora_jax.core.untrusted import parse_json
+from lora_jax.interop.safetensors_index import AXES, DTYPES, Tensor, header, read, tensors_in
 
 STATE = ".quant_state.bitsandbytes__"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 VALUES = {"float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
 ZEROS = 0x77  # a byte of two codes that stand for 0
+LARGEST_STATE = 2**20  # bytes of the JSON, which has some hundred
 MEND = "Take the weights that it was made of, and pack them with lora.bases.quantize."
 
 
@@ -45,8 +48,8 @@ def open_safetensors(path: str | Path) -> dict[str, Stored]:
         LoraError: a file is missing or damaged; a tensor is packed in another format, or does not fit its description.
     """
     path = Path(path).absolute()
-    folder = path.parent if path.is_file() else path
-    tensors = header(path) if path.is_file() else tensors_in(path)[0]
+    folder = path.parent if os.path.isfile(path) else path
+    tensors = header(path) if os.path.isfile(path) else tensors_in(path)[0]
     for name, tensor in tensors.items():
         _refuse_other_formats(name, tensor, folder)
     packed = {name.rpartition(STATE)[0]: name for name in tensors if STATE in name}
@@ -74,7 +77,7 @@ def _refuse_other_formats(name: str, tensor: Tensor, folder: Path) -> None:
         raise LoraError(f"{module!r} in {folder} is packed by bitsandbytes as int8, expected nf4. {MEND}")
     if STATE in name and not name.endswith(f"{STATE}nf4"):
         weight, _, kind = name.rpartition(STATE)
-        raise LoraError(f"{weight!r} in {folder} is packed by bitsandbytes as {kind}, expected nf4. {MEND}")
+        raise LoraError(f"{weight!r} in {folder} is packed by bitsandbytes as {printable(kind)}, expected nf4. {MEND}")
     if tensor.dtype not in DTYPES:
         raise LoraError(f"{name!r} in {folder} is of {tensor.dtype}, expected one of {', '.join(DTYPES)}.")
 
@@ -110,6 +113,8 @@ class _State(NamedTuple):
 def _packed(folder: Path, name: str, tensors: Mapping[str, Tensor], key: str) -> Stored:
     """Return a weight that bitsandbytes packed, after a check that its tensors fit each other."""
     where = f"{name!r} in {folder}"
+    if tensors[key].size > LARGEST_STATE:
+        raise LoraError(f"{where} is described in {tensors[key].size:,} bytes, expected at most {LARGEST_STATE:,}.")
     state = _state(where, read(folder, tensors[key], np.uint8).tobytes())
     parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
     if list(parts) != list(state.sizes):
@@ -147,10 +152,7 @@ def _read_packed(folder: Path, name: str, arrays: Sequence[Tensor], state: _Stat
 
 def _state(where: str, text: bytes) -> _State:
     """Parse and check the JSON."""
-    try:
-        facts = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise LoraError(f"{where}: what says how it is packed is no JSON: {str(error)[:200]}.") from error
+    facts = parse_json(text, f"{where}: what says how it is packed", finite=False)
     if not isinstance(facts, dict):
         raise LoraError(f"{where}: what says how it is packed is a {type(facts).__name__}, expected a dict.")
     fixed = {"quant_type": "nf4", "blocksize": BLOCK}
@@ -161,10 +163,11 @@ def _state(where: str, text: bytes) -> _State:
         if facts.get(fact) != expected:
             raise LoraError(f"{where} is packed with {fact} {short(facts.get(fact))}, expected {expected!r}. {MEND}")
     shape, dtype, mean = facts.get("shape"), facts.get("dtype"), facts.get("nested_offset", 0.0)
-    if not isinstance(shape, list) or not shape or not all(type(n) is int and 0 < n < 2**31 for n in shape):
+    sizes = shape if isinstance(shape, list) and len(shape) <= AXES else []
+    if not sizes or not all(type(n) is int and 0 < n < 2**31 for n in sizes):
         raise LoraError(f"{where} is packed with the shape {short(shape)}, expected numbers above 0.")
     if not isinstance(dtype, str) or dtype not in VALUES:
         raise LoraError(f"{where} is packed with the dtype {short(dtype)}, expected one of {', '.join(VALUES)}.")
     if type(mean) not in (int, float) or not abs(mean) < 3e38:
         raise LoraError(f"{where} is packed with nested_offset {short(mean)}, expected a finite number.")
-    return _State(tuple(shape), jnp.dtype(VALUES[dtype]), np.array(mean, np.float32) if double else None)
+    return _State(tuple(sizes), jnp.dtype(VALUES[dtype]), np.array(mean, np.float32) if double else None)

@@ -9,7 +9,7 @@ lora-jax plan SmolLM2-135M --modules ".*self_attn.*" --rank 16
 lora-jax diff base tuned adapters --energy 0.95
 """
 
-import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -29,9 +29,11 @@ from lora_jax.core.adapter import Adapter
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
-from lora_jax.core.text import count, size
+from lora_jax.core.text import count, printable, size
+from lora_jax.core.untrusted import read_json
 from lora_jax.interop.key_map import Entry, KeyMap
 from lora_jax.interop.merge_checkpoint import check_checkpoint, merge_checkpoint, read_tensors
+from lora_jax.interop.name_templates import literal
 from lora_jax.interop.peft.load import CONFIG, load_by_module
 from lora_jax.interop.peft.save import save_peft
 from lora_jax.interop.safetensors_index import Tensor
@@ -39,11 +41,12 @@ from lora_jax.interop.safetensors_index import Tensor
 try:
     import tyro
 
-    from lora_jax.cli.output import draw_spectra, print_json, print_table, progress_bar
+    from lora_jax.cli.output import draw_spectra, print_json, print_table, progress_bar, say
 except ImportError as error:
     sys.exit(f"error: {error.name} is not installed, which the command line needs: pip install 'lora_jax[cli]'")
 
 Folder = Annotated[Path, tyro.conf.Positional]
+LARGEST_CONFIG = 2**23  # bytes of a model's config.json; with the names of many classes it has some hundred thousand
 
 
 def inspect(adapters: Folder, /, plot: Path | None = None, json: bool = False) -> int:
@@ -69,7 +72,7 @@ def inspect(adapters: Folder, /, plot: Path | None = None, json: bool = False) -
         for r in rows
     ]  # fmt: skip
     print_table(header, cells, right=5)
-    print(f"{len(rows)} weights adapted, {sum(r.parameters for r in rows):,} parameters.")
+    say(f"{len(rows)} weights adapted, {sum(r.parameters for r in rows):,} parameters.")
     return 0
 
 
@@ -84,7 +87,9 @@ def verify(adapters: Folder, /, base: Path | None = None, json: bool = False) ->
         json: print JSON instead of text.
     """
     problems = [
-        f"{row.weight}: {'does not change anything' if row.spectrum.finite else 'holds a NaN or an infinity'}"
+        printable(
+            f"{row.weight}: {'does not change anything' if row.spectrum.finite else 'holds a NaN or an infinity'}"
+        )
         for row in summarize(adapters)
         if not row.spectrum.norm > 0
     ]
@@ -96,7 +101,7 @@ def verify(adapters: Folder, /, base: Path | None = None, json: bool = False) ->
     if json:
         print_json({"sound": not problems, "problems": problems})
     else:
-        print("\n".join(problems) or f"{adapters} is sound.")
+        print("\n".join(problems) or printable(f"{adapters} is sound."))
     return 1 if problems else 0
 
 
@@ -118,7 +123,7 @@ def merge(base: Folder, adapters: Folder, output: Folder, /, json: bool = False)
         return 0
     worst = sorted(losses.items(), key=lambda item: (-item[1], item[0]))[:5]
     print_table(["most is lost to rounding in", "of the change"], [[n, f"{x:.2%}"] for n, x in worst], right=1)
-    print(f"{len(losses)} tensors merged into {output}.")
+    say(f"{len(losses)} tensors merged into {output}.")
     return 0
 
 
@@ -178,7 +183,7 @@ def compose(output: Folder, parts: Annotated[tuple[str, ...], tyro.conf.Position
         folder, weight = _weighted(part)
         adapters, others, own = load_by_module(folder)
         if others:
-            raise LoraError(f"{folder} also holds {next(iter(others))} whole, which no sum of adapters expresses.")
+            raise LoraError(f"{folder} also holds {next(iter(others))!r} whole, which no sum of adapters expresses.")
         sums.append(({path: adapter.to_lora() or adapter for path, adapter in adapters.items()}, weight))
         table += own
     combined = combine(sums)
@@ -203,7 +208,7 @@ def plan(base: Folder, /, modules: str, rank: int = 8, json: bool = False) -> in
         shape = places[f"{module}.weight"].shape
         if rank > min(shape):
             raise LoraError(
-                f"{module} of shape {list(shape)}: rank {rank} is above {min(shape)}, give it at most that."
+                f"{printable(module)} of shape {list(shape)}: rank {rank} is above {min(shape)}, give it at most that."
             )
         rows.append(
             {"module": module, "shape": list(shape), "parameters": rank * sum(shape), "flops": 2 * rank * sum(shape)}
@@ -262,7 +267,7 @@ def diff(
             left.append(name)
             continue
         a, b, share = low_rank(change if kind == "conv1d" else change.T, rank, energy)
-        entries.append(Entry(module, module, "in out", kind))
+        entries.append(Entry(literal(module), literal(module), "in out", kind))
         adapters[module] = LoraAdapter(jnp.asarray(a), jnp.asarray(b), KernelAxes((), (0,), (1,)), 1.0)
         rows.append([module, list(change.shape), a.shape[1], f"{share:.2%}"])
     if left and not rest:
@@ -288,7 +293,7 @@ def _print_written(output: Path, ranks: Mapping[str, int | None], as_json: bool)
     if as_json:
         print_json({"output": str(output), "ranks": ranks})
     else:
-        print(f"{len(ranks)} adapters written to {output}.")
+        say(f"{len(ranks)} adapters written to {output}.")
     return 0
 
 
@@ -326,11 +331,9 @@ def _changes(
 
 
 def _model_type(base: Path) -> Any:
-    """Return the "model_type" of a model's config.json, or None."""
-    try:
-        facts = json.loads((base / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None  # the folder holds weights alone
+    """Return the "model_type" of a model's config.json, or None if the folder holds weights alone."""
+    path = base / "config.json"
+    facts = read_json(path, LARGEST_CONFIG, "config of a model", finite=False) if os.path.lexists(path) else {}
     return facts.get("model_type") if isinstance(facts, dict) else None
 
 

@@ -15,8 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_jax.cli.summary import WeightSummary
+from lora_jax.core.text import printable
 
 UNLIMITED = 10_000  # columns of a table that goes to a file or another program
+BARS = 1000  # of a picture: Matplotlib draws 65,536 dots in each direction
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: int = 0) -> None:
@@ -29,8 +31,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: int
         numeric = i >= len(header) - right
         table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     Console(width=None if sys.stdout.isatty() else UNLIMITED).print(table)
+
+
+def say(text: str) -> None:
+    """Print a line. Names in it may come from files that are not trusted: it stays one line whatever they hold."""
+    print(printable(text))
 
 
 def print_json(value: Any) -> None:
@@ -56,20 +63,27 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def draw_spectra(rows: Sequence[WeightSummary], path: Path) -> None:
-    """Draw the norm and the effective rank of each weight's change as bars, into a PNG file."""
+    """Draw the norm and the effective rank of each weight's change as bars, into a PNG file.
+
+    Of more weights than a picture can be high, the first ones are drawn.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    more, rows = len(rows) - BARS, rows[:BARS]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.4 + 0.22 * len(rows)), sharey=True, layout="constrained")
-    names = [row.weight for row in rows]
-    left.barh(names, [row.spectrum.norm for row in rows], color="#1f6fb4")
-    right.barh(names, [row.rank for row in rows], color="#d8e4ef", label="rank")
+    places = range(len(rows))
+    left.barh(places, [row.spectrum.norm for row in rows], color="#1f6fb4")
+    right.barh(places, [row.rank for row in rows], color="#d8e4ef", label="rank")
     right.barh(
-        names, [row.spectrum.effective_rank for row in rows], color="#c44e52", height=0.5, label="effective rank"
+        places, [row.spectrum.effective_rank for row in rows], color="#c44e52", height=0.5, label="effective rank"
     )
+    left.set_yticks(places, [_label(row.weight) for row in rows], parse_math=False)
     left.set(xlabel="norm of the change", ylim=(len(rows) - 0.4, -0.6))
+    if more > 0:
+        left.set(ylabel=f"and {more:,} more")
     right.set(xlabel="rank")
     right.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     for axes in (left, right):
@@ -80,3 +94,9 @@ def draw_spectra(rows: Sequence[WeightSummary], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
+
+
+def _label(name: str) -> str:
+    """Return a name as a picture has room for it: its end tells more than its beginning."""
+    name = printable(name)
+    return name if len(name) <= 80 else f"...{name[-77:]}"

@@ -10,6 +10,7 @@ from lora_jax import checkpoint
 from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.cli.spectrum import Spectrum, spectrum
 from lora_jax.core.errors import LoraError
+from lora_jax.interop.name_templates import split
 from lora_jax.interop.peft.load import CONFIG, load_by_module
 
 
@@ -38,7 +39,7 @@ def summarize(folder: Path) -> list[WeightSummary]:
     """
     if (folder / CONFIG).exists():
         adapters, _, key_map = load_by_module(folder)
-        kinds = {entry.path: entry.kind for entry in key_map.entries}
+        kinds = {split(entry.path)[0]: entry.kind for entry in key_map.entries}
     else:
         adapters, _ = checkpoint.load(folder)
         kinds = dict.fromkeys(adapters, "lora")

@@ -2,9 +2,18 @@
 
 from typing import Any
 
+from lora_jax.core.text import printable
+
 
 class LoraError(ValueError):
-    """Something does not fit. The message names the path, what was found, what was expected and the mend."""
+    """Something does not fit. The message names the path, what was found, what was expected and the mend.
+
+    Names in messages may come from files that are not trusted, so no character of them reaches a terminal that it would
+    obey: only the breaks between lines are kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(map(printable, message.split("\n"))))
 
 
 def short(value: Any) -> str:

@@ -5,6 +5,7 @@ level is left out, so that a model has the same names in Linen and in NNX.
 """
 
 import difflib
+import heapq
 import re
 import zlib
 from collections.abc import Callable, Iterable
@@ -16,6 +17,10 @@ from jax.tree_util import GetAttrKey, PyTreeDef, keystr, tree_flatten_with_path
 
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed, is_packed
+from lora_jax.core.text import printable
+
+COMPARED = 1000  # names that are compared with one that is not there; each takes up to a millisecond
+COMPARED_CHARACTERS = 200
 
 
 class Reader(NamedTuple):
@@ -77,13 +82,21 @@ def _own(name: str, leaf: Any) -> Any:
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 5) -> list[str]:
-    """Return the n candidates that are most like a path or a pattern, best first, for error messages.
+    """Return the n candidates that are most like a path or a pattern, best first, as error messages show them.
+
+    Of very many candidates, those with most words of the name are compared.
 
     >>> nearest(".*/qeury/kernel", ["a/query/kernel", "a/query/bias", "norm/scale"], n=1)
     ['a/query/kernel']
     """
-    plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", "", name).strip("/")
-    return sorted(candidates, key=lambda name: -difflib.SequenceMatcher(None, plain, name).ratio())[:n]
+    plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", "", name).strip("/")[:COMPARED_CHARACTERS]
+    some = [*candidates]
+    if len(some) > COMPARED:
+        words = dict.fromkeys(re.findall(r"\w+", name))
+        shared = {one: -sum(word in words for word in re.findall(r"\w+", one)) for one in some}
+        some = heapq.nsmallest(COMPARED, shared, key=shared.__getitem__)
+    ratios = {one: -difflib.SequenceMatcher(None, plain, one[:COMPARED_CHARACTERS]).ratio() for one in some}
+    return [printable(one) for one in heapq.nsmallest(n, ratios, key=ratios.__getitem__)]
 
 
 def is_array(leaf: Any) -> bool:

@@ -9,6 +9,7 @@ from lora_jax.core.paths import nearest
 from lora_jax.core.text import listed
 
 T = TypeVar("T")
+_NAME = re.compile(r"[\w/-]+")  # patterns that match themselves and nothing else
 
 
 def first_match(
@@ -35,7 +36,8 @@ def first_match(
     >>> first_match({".*/kernel": 8, "head/.*": 4}, ["head/bias", "head/kernel", "scale"])
     {'head/bias': 4, 'head/kernel': 8}
     """
-    matched = {pattern: _matching(pattern, names, call) for pattern in rules}
+    known = dict.fromkeys(names)
+    matched = {pattern: _matching(pattern, known, call) for pattern in rules}
     chosen: dict[str, T] = {}
     for pattern, found in matched.items():
         fresh = [name for name in found if name not in chosen]
@@ -51,9 +53,11 @@ def first_match(
     return {name: chosen[name] for name in names if name in chosen}
 
 
-def _matching(pattern: str, names: Sequence[str], call: str) -> list[str]:
-    """Return the names that a pattern matches as a whole."""
+def _matching(pattern: str, names: Mapping[str, None], call: str) -> list[str]:
+    """Return the names that a pattern matches as a whole. A pattern that is a name, as many are, is looked up."""
     try:
+        if _NAME.fullmatch(pattern):
+            return [pattern] if pattern in names else []
         compiled = re.compile(pattern)
         return [name for name in names if compiled.fullmatch(name)]
     except (re.error, TypeError) as error:

@@ -1,7 +1,19 @@
-"""Numbers, lists and tables as plain text."""
+"""Numbers, names, lists and tables as plain text."""
 
 from collections.abc import Sequence
 from typing import Any
+
+
+def printable(text: str) -> str:
+    """Return a text with escapes for all characters that a terminal would obey or hide, line breaks among them.
+
+    Names come from files that anyone may have written: an escape sequence in one of them could clear the screen, a line
+    break forge a line, and an override of the direction show another name.
+
+    >>> print(printable("layer\\x1b[2J.0\\nis sound"))
+    layer\\x1b[2J.0\\nis sound
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: int = 0) -> str:
@@ -13,7 +25,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: in
     a     10
     bc     5
     """
-    cells = [list(map(str, row)) for row in [header, *rows]]
+    cells = [[printable(str(cell)) for cell in row] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
     left = len(header) - right
@@ -30,7 +42,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: in
 def listed(lines: Sequence[str], most: int = 8) -> str:
     """Return the first lines, each indented on a line of its own, and how many more there are."""
     more = [f"  and {len(lines) - most} more"] if len(lines) > most else []
-    return "\n".join([*(f"  {line}" for line in lines[:most]), *more])
+    return "\n".join([*(f"  {printable(line)}" for line in lines[:most]), *more])
 
 
 def size(nbytes: int) -> str:

@@ -15,5 +15,4 @@ except ImportError as error:
 
 SafetensorError: Any = safetensors.SafetensorError
 safe_open: Any = safetensors.safe_open
-load_file: Any = safetensors.numpy.load_file
 save_file: Any = safetensors.numpy.save_file

@@ -6,13 +6,15 @@
         array("layer_{i}/norm/scale", "encoder.layer.{i}.attention.output.LayerNorm.weight"),
     )
 
-An entry pairs the path of a parameter with the name of a module. A `{name}` stands for a number. The axes are those of
-the JAX array, in order: `in` and `out` are inputs and outputs of the product, `window` is the window of a convolution,
-and `in*` or `out*` stands for one axis or more, such as the heads of an attention and their size. A `{name}` that the
-module has and the path lacks is an axis: `"i in out"` is for layers that are stacked along the first axis.
+An entry pairs the path of a parameter with the name of a module. A `{name}` stands for a number, and `{{` for a brace.
+The axes are those of the JAX array, in order: `in` and `out` are inputs and outputs of the product, `window` is the
+window of a convolution, and `in*` or `out*` stands for one axis or more, such as the heads of an attention and their
+size. A `{name}` that the module has and the path lacks is an axis: `"i in out"` is for layers that are stacked along
+the first axis.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -25,6 +27,8 @@ import numpy as np
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
+from lora_jax.core.text import printable
+from lora_jax.interop.name_templates import NameTable, fill, placeholders
 
 Array = np.ndarray[Any, Any]
 
@@ -59,10 +63,11 @@ class Entry:
     part: int | None = None  # which part of the module's outputs it is, if torch joins several parameters in one module
 
     def __post_init__(self) -> None:
-        words, known = self.axes.split(), _placeholders(self.path)
-        unknown = [name for name in _placeholders(self.name) if name not in known and name not in words]
+        words, known = self.axes.split(), placeholders(self.path)
+        unknown = [name for name in placeholders(self.name) if name not in known and name not in words]
+        unknown += [name for i, name in enumerate(known) if name in known[:i]]  # which of the two numbers it would be
         plain = [word.removesuffix("*") for word in words]
-        foreign = [w for w in plain if w not in ("in", "out", "window", "expert", "keep", *_placeholders(self.name))]
+        foreign = [w for w in plain if w not in ("in", "out", "window", "expert", "keep", *placeholders(self.name))]
         if not words or sum(word.endswith("*") for word in words) > 1 or unknown or foreign:
             found = f"unknown are {', '.join([*unknown, *foreign])}" if unknown or foreign else "one * at most"
             raise LoraError(
@@ -149,9 +154,9 @@ class KeyMap:
         mark = "{" + placeholder + "}"
 
         def change(entry: Entry) -> Entry:
-            if mark not in entry.path:
+            if placeholder not in placeholders(entry.path):
                 return entry
-            path = re.sub(rf"/{re.escape(mark)}(?=/|$)|[_.]?{re.escape(mark)}", "", entry.path)
+            path = re.sub(rf"/{re.escape(mark)}(?=/|$)|[_.]?(?<!{{){re.escape(mark)}", "", entry.path)
             return dataclasses.replace(entry, path=path, axes=f"{placeholder} {entry.axes}")
 
         return KeyMap(*map(change, self.entries))
@@ -185,24 +190,29 @@ class KeyMap:
                 taken[key] = path
         return matches
 
+    @functools.cached_property
+    def _table(self) -> NameTable:
+        return NameTable([entry.path for entry in self.entries])
+
     def _match(self, path: str, shape: tuple[int, ...]) -> "ParameterMatch | None":
-        """Return the match of the first entry whose pattern fits the path."""
-        for order, entry in enumerate(self.entries):
-            if (numbers := _pattern(entry.path).fullmatch(path)) is None:
-                continue
-            words = entry.words(len(shape))
-            if words is None:
-                raise LoraError(
-                    f"{path!r} has shape {list(shape)}, but the key map says that its axes are {entry.axes!r}: mend "
-                    "that entry, where 'in*' and 'out*' stand for one axis or more."
-                )
-            unstacked = tuple(i for i, word in enumerate(words) if word in _placeholders(entry.name))
-            names = {}
-            for index in itertools.product(*(range(shape[i]) for i in unstacked)):
-                own = {words[i]: str(n) for i, n in zip(unstacked, index, strict=True)}
-                names[index] = entry.name.format(**numbers.groupdict() | own)
-            return ParameterMatch(path, shape, entry, order, words, unstacked, names)
-        return None
+        """Return the match of the first entry whose path fits."""
+        if (first := self._table.first(path)) is None:
+            return None
+        order, numbers = first
+        entry = self.entries[order]
+        words = entry.words(len(shape))
+        if words is None:
+            raise LoraError(
+                f"{path!r} has shape {list(shape)}, but the key map says that its axes are {entry.axes!r}: mend "
+                "that entry, where 'in*' and 'out*' stand for one axis or more."
+            )
+        indices = placeholders(entry.name)
+        unstacked = tuple(i for i, word in enumerate(words) if word in indices)
+        names = {}
+        for index in itertools.product(*(range(shape[i]) for i in unstacked)):
+            own = {words[i]: str(n) for i, n in zip(unstacked, index, strict=True)}
+            names[index] = fill(entry.name, numbers | own)
+        return ParameterMatch(path, shape, entry, order, words, unstacked, names)
 
 
 class ParameterMatch(NamedTuple):
@@ -280,8 +290,8 @@ class ParameterMatch(NamedTuple):
         fits = b.shape[0] == n if self.entry.part is None else b.shape[0] >= start + n
         if a.shape != expected or not fits or b.size != b.shape[0] * rank * count:
             raise LoraError(
-                f"{next(iter(self.names.values()))} has factors {list(a.shape)} and {list(b.shape)}, which do not fit "
-                f"{self.path!r} of shape {list(self.shape)}: another model, or another key map."
+                f"{printable(next(iter(self.names.values())))} has factors {list(a.shape)} and {list(b.shape)}, which "
+                f"do not fit {self.path!r} of shape {list(self.shape)}: another model, or another key map."
             )
         a = a.reshape(*experts, rank, *(sizes[i] for i in inputs))
         e = len(experts)
@@ -331,7 +341,7 @@ class ParameterMatch(NamedTuple):
         expected = _flattened([words[i] for i in order], moved)
         if tensor.shape != expected:
             raise LoraError(
-                f"{self.tensors()[index]} has shape {list(tensor.shape)}, but {self.path!r} of shape "
+                f"{printable(self.tensors()[index])} has shape {list(tensor.shape)}, but {self.path!r} of shape "
                 f"{list(self.shape)} needs {list(expected)}: another model, or another key map."
             )
         return tensor.reshape(moved).transpose(np.argsort(order))
@@ -386,12 +396,3 @@ def _flattened(words: Sequence[str], sizes: Sequence[int]) -> tuple[int, ...]:
         else:
             found.append(size)
     return tuple(found)
-
-
-def _placeholders(text: str) -> list[str]:
-    return re.findall(r"{(\w+)}", text)
-
-
-def _pattern(path: str) -> re.Pattern[str]:
-    parts = re.split(r"{(\w+)}", path)
-    return re.compile("".join(rf"(?P<{part}>\d+)" if i % 2 else re.escape(part) for i, part in enumerate(parts)))

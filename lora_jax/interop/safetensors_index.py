@@ -4,7 +4,8 @@ Of a file, only the header and the tensors that are asked for are read. Files co
 checked, and nothing in them is executed.
 """
 
-import json
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +13,20 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core.errors import LoraError
+from lora_jax.core.errors import LoraError, short
+from lora_jax.core.untrusted import open_file, parse_json, read_json, size_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TENSORS = 2**19  # in all files; the largest models that are published have some 150,000
+LARGEST_INDEX = 2**26  # bytes, 128 for each tensor
+LARGEST_HEADER = 2**26
+LONGEST = 1000  # characters of a tensor's name
+LONGEST_FILE = 255  # bytes of the name of a file, as many as file systems take
+AXES = 32  # of a tensor, as many as any version of NumPy has
+# Entries that the other axes of empty tensors span together. AdaLoRA leaves nothing of some modules, whose tensors
+# still have their inputs and outputs, some 70,000 for each module of the largest models.
+BESIDE_EMPTY = 2**26
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
@@ -49,22 +60,24 @@ def tensors_in(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Return all tensors of a model, in order, and the files that they are in.
 
     Raises:
-        LoraError: a file is missing or damaged; a tensor is in two files, or in none that the index names.
+        LoraError: a file is missing or damaged; a tensor is in two files, or in none that the index names; there are
+            more than any model has.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise LoraError(f"there is no folder {folder}.")
-    files, names = _indexed(folder / INDEX) if (folder / INDEX).is_file() else ([SINGLE], [])
+    files, names = _indexed(folder / INDEX) if os.path.lexists(folder / INDEX) else ([SINGLE], [])
     found: dict[str, Tensor] = {}
     for file in files:
-        if not (folder / file).is_file():
+        if not os.path.lexists(folder / file):
             raise LoraError(f"there is no {folder / file}: a model is in {SINGLE}, or in the shards of {INDEX}.")
         for name, tensor in header(folder / file).items():
             if name in found:
-                raise LoraError(f"{folder} holds {name!r} twice, in {found[name].file} and {file}.")
+                raise LoraError(f"{folder} holds {short(name)} twice, in {found[name].file!r} and {file!r}.")
             found[name] = tensor
+        _check_count(folder, len(found))
     if missing := [name for name in names if name not in found]:
         raise LoraError(
-            f"{folder / INDEX} names {missing[0]!r}, which none of its shards has, and {len(missing) - 1} more: "
+            f"{folder / INDEX} names {short(missing[0])}, which none of its shards has, and {len(missing) - 1} more: "
             "download the files again, all of one version."
         )
     return found, files
@@ -73,39 +86,84 @@ def tensors_in(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
 def _indexed(path: Path) -> tuple[list[str], list[str]]:
     """Return the files and the tensors that an index names; it may name files beside it and no other paths."""
     try:
-        weights = json.loads(path.read_bytes())["weight_map"]
-        files = sorted(dict.fromkeys(weights.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise LoraError(f"{path} is no index of safetensors: {str(error)[:200]}.") from error
-    for file in files:
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise LoraError(f"{path} names {str(file)[:100]!r}, expected names of safetensors files beside it.")
-    return files, list(weights)
+        entries = read_json(path, LARGEST_INDEX, "index of safetensors", values=LARGEST_INDEX // 32)
+    except LoraError as error:
+        raise LoraError(f"{path} is no index of safetensors: {error}") from None
+    weights = entries.get("weight_map") if isinstance(entries, dict) else None
+    if not isinstance(weights, dict):
+        raise LoraError(f"{path} is no index of safetensors: it has no weight_map.")
+    _check_count(path, len(weights))
+    for file in weights.values():
+        if not isinstance(file, str) or not _is_name_of_a_file(file):
+            raise LoraError(f"{path} names {short(file)}, expected names of safetensors files beside it.")
+    return sorted(dict.fromkeys(weights.values())), list(weights)
+
+
+def _is_name_of_a_file(file: str) -> bool:
+    """Return whether a name is one of a file beside the index, and no path."""
+    plain = file.isprintable() and not any(c in file for c in "/\\")
+    return plain and file.endswith(".safetensors") and not file.startswith(".") and len(file.encode()) <= LONGEST_FILE
+
+
+def _check_count(where: Path, tensors: int) -> None:
+    if tensors > TENSORS:
+        raise LoraError(f"{where} has {tensors:,} tensors, expected at most {TENSORS:,}.")
 
 
 def header(path: Path) -> dict[str, Tensor]:
-    """Return where the tensors of a file are. `safetensors` checks that they are contiguous in the file."""
+    """Return where the tensors of a file are. `safetensors` checks that they are contiguous in the file.
+
+    Raises:
+        LoraError: it is no such file, or a damaged one; it has more or longer names, or tensors of more axes, than any
+            model has; a tensor without entries has axes that would take memory.
+    """
     from lora_jax.interop._safetensors import SafetensorError, safe_open
 
+    with open_file(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(LARGEST_HEADER, size_of(file)):
+            raise LoraError(
+                f"{path} cannot be read: by its first bytes it has a header of {length:,} bytes, and it has "
+                f"{size_of(file):,}; a header has at most {LARGEST_HEADER:,}."
+            )
+        text = file.read(length)
     try:
         with safe_open(path, "np"):
             pass
     except (SafetensorError, OSError) as error:
         raise LoraError(f"{path} cannot be read: {str(error)[:200]}.") from error
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entries: Mapping[str, Any] = json.loads(file.read(length))
-    return {
+    entries: Mapping[str, Any] = parse_json(text, str(path), values=len(text))
+    found = {
         name: Tensor(path.name, facts["dtype"], tuple(facts["shape"]), 8 + length + begin, end - begin)
         for name, facts in entries.items()
         if name != "__metadata__"
         for begin, end in [facts["data_offsets"]]
     }
+    _check_shapes(path, found)
+    return found
+
+
+def _check_shapes(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise for names, axes and sizes that no model has. The sizes of tensors with entries are those of the file."""
+    _check_count(path, len(tensors))
+    empty = 0
+    for name, tensor in tensors.items():
+        if len(name) > LONGEST:
+            raise LoraError(f"{path} holds a name of {len(name):,} characters, expected at most {LONGEST}.")
+        if len(tensor.shape) > AXES:
+            raise LoraError(f"{path}: {short(name)} has {len(tensor.shape)} axes, expected at most {AXES}.")
+        if 0 in tensor.shape:
+            empty += math.prod(n for n in tensor.shape if n)
+        if empty > BESIDE_EMPTY:
+            raise LoraError(
+                f"{path}: {short(name)} of shape {list(tensor.shape)} has no entries, and the axes of such tensors "
+                f"would take {empty:,} with zeros, expected at most {BESIDE_EMPTY:,} in a file."
+            )
 
 
 def read(folder: Path, tensor: Tensor, dtype: Any) -> np.ndarray[Any, Any]:
     """Return the bytes of a tensor as a flat array of this dtype."""
-    with (folder / tensor.file).open("rb") as file:
+    with open_file(folder / tensor.file) as file:
         file.seek(tensor.start)
         data = file.read(tensor.size)
     if len(data) != tensor.size:

@@ -14,6 +14,7 @@ from lora_jax.adapters.full import FullAdapter
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
+from lora_jax.core.text import printable
 from lora_jax.interop.key_map import Array, KeyMap, ParameterMatch, parameter_parts, parts_by_tensor
 from lora_jax.interop.peft.formats.format import Module
 from lora_jax.interop.peft.parameters import shapes_of
@@ -67,7 +68,7 @@ def biases_to_tensors(
         c = np.concatenate(pieces) if pieces else np.zeros(outputs, np.float32)
         if len(c) != outputs:
             raise LoraError(
-                f"{name} has {outputs} outputs, and {len(c)} biases of it are known. Give all parameters: "
+                f"{printable(name)} has {outputs} outputs, and {len(c)} biases of it are known. Give all parameters: "
                 "save_peft(..., params=params)."
             )
         added[f"{name}.lora_B.bias"] = c / np.asarray(module.scale, c.dtype) if c.any() else c

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import LoraError, short
+from lora_jax.core.text import printable
 from lora_jax.interop.peft.formats.format import Config, Format, Matches, Module
 from lora_jax.interop.peft.formats.registry import format_of
 from lora_jax.interop.peft.options import Options
@@ -21,7 +22,8 @@ def read_config(path: Path) -> Config:
     format = format_of(options)
     for name, value in sorted(options.entries.items()):
         if name not in format.options and value:
-            raise options.error(f"{name} is {short(value)}, which this version of lora_jax does not have.")
+            known = printable(name[:100])
+            raise options.error(f"{known} is {short(value)}, which this version of lora_jax does not have.")
     return format.read(options)
 
 

@@ -1,5 +1,6 @@
 """From tensors to modules: what each tensor of a folder is, and whether the folder has all that its config says."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -71,14 +72,17 @@ def _field_of(name: str, config: Config, folder: Path) -> tuple[str, str] | None
 
 def _check_that_nothing_is_missing(contents: Contents, config: Config, folder: Path) -> None:
     """Raise if the folder lacks some of what its config says: its file was cut, or is of another adapter."""
-    modules = [f".{module.replace(_WRAPPED, '')}" for module in contents.modules]
-    for target in config.target_modules:
-        if not any(module.endswith(f".{target}") for module in modules):
-            raise LoraError(
-                f"{folder} holds no factors for {short(target)}, which its config has among target_modules: the two "
-                "files do not belong together."
-            )
-    if not modules:
+    left = dict.fromkeys(config.target_modules)
+    for module in contents.modules:
+        own = module.replace(_WRAPPED, "")
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", own))):
+            left.pop(own[start:], None)
+    if left:
+        raise LoraError(
+            f"{folder} holds no factors for {short(next(iter(left)))}, which its config has among target_modules: the "
+            "two files do not belong together."
+        )
+    if not contents.modules:
         raise LoraError(f"{folder} holds no factors of any module.")
     for option, is_said, found in [
         ("lora_bias", config.lora_bias, contents.biases),

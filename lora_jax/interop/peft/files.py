@@ -4,23 +4,24 @@ Files are not trusted: nothing in them is executed, and no name in them becomes 
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.checkpoints.atomic_dir import written
 from lora_jax.core.errors import LoraError, short
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.peft.formats.format import Format
+from lora_jax.interop.safetensors_index import DTYPES, header, read
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 LORALIB = "lora.safetensors"  # for loralib, which has no config
 PREFIX = "base_model.model."  # what the names of all tensors of modules begin with
-LONGEST = 1000  # characters of a name
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def read_tensors(path: Path, format: Format) -> dict[str, Array]:
@@ -30,24 +31,24 @@ def read_tensors(path: Path, format: Format) -> dict[str, Array]:
         LoraError: there is no such file, or it cannot be read; it holds a tensor that is not of floats, or whose name
             no adapter of this format has.
     """
-    from lora_jax.interop._safetensors import SafetensorError, load_file
-
-    if not path.is_file():
+    if not os.path.lexists(path):
         torch = path.with_name("adapter_model.bin")
         hint = f" {torch.name} is a pickle, which may run any code: save it again as safetensors." * torch.is_file()
         raise LoraError(f"there is no {path}.{hint}")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise LoraError(f"{path} cannot be read: {str(error)[:200]}.") from error
-    for name, tensor in tensors.items():
+    places = header(path)
+    for name, place in places.items():
         if not name.startswith(PREFIX) and name not in format.shared_tensors:
             raise LoraError(f"{path} holds {short(name)}, expected names that begin with {PREFIX!r}.")
-        if len(name) > LONGEST:
-            raise LoraError(f"{path} holds a name of {len(name):,} characters, expected at most {LONGEST}.")
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise LoraError(f"{path}: {short(name)} is of {tensor.dtype}, expected a floating dtype.")
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+        if place.dtype not in _FLOATS:
+            found = np.dtype(DTYPES[place.dtype]).name if place.dtype in DTYPES else place.dtype
+            raise LoraError(
+                f"{path}: {short(name)} is of {found}, expected a floating dtype of 16 bits or more: numbers of 8 bits "
+                "have scales, which no adapter of PEFT holds."
+            )
+    return {
+        name.removeprefix(PREFIX): read(path.parent, place, DTYPES[place.dtype]).reshape(place.shape)
+        for name, place in places.items()
+    }
 
 
 def write_folder(folder: Path, name: str, tensors: Mapping[str, Array], config: Mapping[str, Any] | None) -> None:

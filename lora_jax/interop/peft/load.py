@@ -12,6 +12,7 @@ from lora_jax.core.paths import nearest
 from lora_jax.core.targets import Plan
 from lora_jax.core.text import listed
 from lora_jax.interop.key_map import Array, Entry, KeyMap, ParameterMatch
+from lora_jax.interop.name_templates import literal
 from lora_jax.interop.peft.adapter_axes import with_axes
 from lora_jax.interop.peft.biases import adapters_of_biases
 from lora_jax.interop.peft.config import read_config
@@ -86,10 +87,10 @@ def load_by_module(folder: Path) -> tuple[dict[str, Adapter], dict[str, Array], 
     for name, module in contents.modules.items():
         kind = config.format.module_kind(config, name, module.arrays, tensors)
         window = next(iter(module.arrays.values())).shape[2:]
-        entries.append(Entry(name, name, "window* in out" if kind == "conv" else "in out", kind))
+        entries.append(Entry(literal(name), literal(name), "window* in out" if kind == "conv" else "in out", kind))
         shapes[name] = (*window, config.format.inputs_of(module.arrays), config.format.outputs_of(module.arrays))
     arrays = {name: tensor.shape for name, tensor in (contents.biases | contents.whole).items()}
-    key_map = KeyMap(*entries, *(Entry(name, name, "keep*", "array") for name in arrays))
+    key_map = KeyMap(*entries, *(Entry(literal(name), literal(name), "keep*", "array") for name in arrays))
     adapters = adapters_of(key_map.match(shapes), contents.modules, config, {})
     return adapters | adapters_of_biases(key_map.match(arrays), contents.biases), contents.whole, key_map
 

@@ -4,16 +4,18 @@ The file is not trusted: it may be large, nested, of other types than expected, 
 for ever.
 """
 
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_jax.core.errors import LoraError, short
+from lora_jax.core.untrusted import read_json
+from lora_jax.interop.peft.module_patterns import ModulePatterns
 
 LIMIT = 2.0**127  # fp32 holds all numbers below
 LARGEST = 8 * 2**20  # bytes of a config; those that PEFT writes have a few thousand
+NAMES = 2**16  # names in a list; a model of many experts has some ten thousand modules
+LONGEST = 1000  # characters of a name
 
 T = TypeVar("T")
 
@@ -53,16 +55,23 @@ class Options:
         value = self.entries.get(name) or []
         if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
             raise self.error(f"{name} is {short(value)}, expected a list of names.")
+        if len(value) > NAMES or any(len(one) > LONGEST for one in value):
+            longest = max(map(len, value))
+            raise self.error(
+                f"{name} has {len(value):,} names of up to {longest:,} characters, expected at most {NAMES:,} of "
+                f"{LONGEST:,}."
+            )
         return tuple(value)
 
-    def patterns(self, name: str, whole: bool) -> dict[str, Any]:
+    def patterns(self, name: str, whole: bool) -> ModulePatterns[Any]:
         """Return `{regular expression: number}`, with whole numbers of at least 1 if `whole`."""
         found = self.entries.get(name) or {}
         if not isinstance(found, dict):
             raise self.error(f"{name} is {short(found)}, expected an object of patterns and numbers.")
-        for pattern in found:
-            _compile(f"{self.path}: {name}", pattern)
-        return {pattern: self._number(f"{name}[{short(pattern)}]", value, whole) for pattern, value in found.items()}
+        table = ModulePatterns(found, f"{self.path}: {name}")
+        for pattern, value in found.items():
+            self._number(f"{name}[{short(pattern)}]", value, whole)
+        return table
 
     def rows(self, name: str) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
         """Return numbers of rows, or `{module: numbers of rows}`."""
@@ -82,17 +91,7 @@ class Options:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            text = file.read(LARGEST + 1)
-    except OSError as error:
-        raise LoraError(f"{path} cannot be read: {error.strerror}.") from error
-    if len(text) > LARGEST:
-        raise LoraError(f"{path} has more than {LARGEST:,} bytes, and is no config of an adapter.")
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise LoraError(f"{path} is no JSON: {str(error)[:200]}.") from error
+    entries = read_json(path, LARGEST, "config of an adapter")
     if not isinstance(entries, dict):
         raise LoraError(f"{path} holds a {type(entries).__name__}, expected an object of options.")
     return entries
@@ -100,26 +99,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 def value_of_module(patterns: Mapping[str, T], module: str, default: T) -> T:
     """Return the value of the first pattern that matches the module's name, whole or from one of its dots on."""
-    for pattern, value in patterns.items():
-        if _compile("a pattern", pattern).match(module):
-            return value
-    return default
-
-
-def _compile(where: str, pattern: str) -> Any:
-    """Compile a pattern: plain names with `re`, all others with RE2, which takes linear time for any input."""
-    anchored = rf"(.*\.)?({pattern})$"
-    if re.fullmatch(r"\^?[\w.-]{0,1000}", pattern):
-        return re.compile(anchored)
-    try:
-        import re2
-    except ImportError as error:
-        raise LoraError(
-            f"{where} has the regular expression {short(pattern)}, for which RE2 is needed: pip install google-re2."
-        ) from error
-    options = re2.Options()
-    options.log_errors = False
-    try:
-        return re2.compile(anchored, options)
-    except re2.error as error:
-        raise LoraError(f"{where} has {short(pattern)}, which is no regular expression of RE2: {error}.") from error
+    table = patterns if isinstance(patterns, ModulePatterns) else ModulePatterns(patterns)
+    return table.value_of(module, default)

@@ -12,12 +12,15 @@ from lora_jax.interop.peft.formats.format import Module, Modules
 from lora_jax.interop.peft.formats.registry import LORA
 from lora_jax.interop.peft.to_modules import TorchModules, torch_modules
 
+ALWAYS = 2**28  # entries that all factors of one rank may have together
+GROWTH = 2**8  # or this times as many as they had; searches for ranks end with some that differ by a factor of ten
+
 
 def for_vllm(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any) -> TorchModules:
     """Return modules with one rank and scales of 1: vLLM reads no patterns.
 
     Raises:
-        LoraError: as `torch_modules`; some are experts in one parameter.
+        LoraError: as `torch_modules`; some are experts in one parameter; one rank for all would take too much memory.
     """
     found = torch_modules(adapters, key_map, params, LORA)
     if packed := [name for name, match in found.matches.items() if match.entry.is_of_experts]:
@@ -33,8 +36,19 @@ def for_loralib(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any) -
 
 
 def _one_rank(modules: Mapping[str, Module]) -> Modules:
-    """Return all modules with the largest rank, and scales of 1."""
+    """Return all modules with the largest rank, and scales of 1.
+
+    Raises:
+        LoraError: one module has so large a rank that the others would take far more memory than they do.
+    """
     rank = max(len(module.arrays["a"]) for module in modules.values())
+    sizes = {name: sum(array.size for array in module.arrays.values()) for name, module in modules.items()}
+    padded = sum(rank * (size // len(modules[name].arrays["a"])) for name, size in sizes.items())
+    if padded > max(ALWAYS, GROWTH * sum(sizes.values())):
+        raise LoraError(
+            f"profile='vllm' has one rank for all: with the largest one, {rank}, the factors would have {padded:,} "
+            f"entries in the place of {sum(sizes.values()):,}. Merge the modules of that rank, or use profile='peft'."
+        )
 
     def pad(array: Array, axis: int) -> Array:
         return np.pad(array, [(0, rank - array.shape[axis] if i == axis else 0) for i in range(array.ndim)])

@@ -9,6 +9,7 @@ from lora_jax.adapters.token_rows import RowsAdapter
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError, short
 from lora_jax.core.paths import flatten_with_names
+from lora_jax.core.text import printable
 from lora_jax.interop.key_map import Array, KeyMap
 from lora_jax.interop.peft.biases import biases_to_tensors
 from lora_jax.interop.peft.config import entries_of, with_more
@@ -95,7 +96,10 @@ def _check_call(folder: Path, adapters: Mapping[str, Adapter], whole: Mapping[st
     if folder.exists() and not ours and any(folder.iterdir()):
         raise LoraError(f"{folder} exists and holds no adapters of PEFT; it is left as it is. Save to another folder.")
     if whole and profile != "peft":
-        raise LoraError(f"profile={profile!r} has no place for others, found {', '.join(whole)}: merge these instead.")
+        raise LoraError(
+            f"profile={profile!r} has no place for others, found {', '.join(map(printable, whole))}: "
+            "merge these instead."
+        )
     if not adapters:
         raise LoraError("there are no adapters to save.")
     apart = [path for path, adapter in adapters.items() if isinstance(adapter, FullAdapter | RowsAdapter)]

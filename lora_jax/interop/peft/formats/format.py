@@ -15,6 +15,7 @@ import numpy as np
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
 from lora_jax.core.layout import field_names
+from lora_jax.core.text import printable
 from lora_jax.interop.key_map import Array, ParameterMatch
 from lora_jax.interop.peft.options import Options, value_of_module
 
@@ -34,6 +35,10 @@ COMMON_OPTIONS = frozenset(_COMMON.split())
 _TENSOR_OF_AN_ADAPTER = re.compile(
     r"(.*\.)?(lora_(magnitude_vector|[AB](\.(weight|bias))?|E|embedding_[AB]|diag|velora.*|arrow.*|monteclora.*)"
     r"|token_adapter\..+|(hada|lokr)_\w+|vera_\w+)"
+)
+# The same as they are called in a model in memory, with the name of the adapter.
+_WITH_ADAPTERS_NAME = re.compile(
+    r".+\.(?:lora_[ABE]|lora_embedding_[AB]|lora_magnitude_vector|hada_w\w+|lokr_w\w+|vera_lambda_[bd])\.(\w+)(?:\.\w+)?"
 )
 
 
@@ -143,7 +148,7 @@ class Format(abc.ABC):
             tokens=options.rows("trainable_token_indices"),
         )
 
-    def read_ranks(self, options: Options) -> dict[str, int]:
+    def read_ranks(self, options: Options) -> Mapping[str, int]:
         """Return the ranks that differ from the config's one, by what `rank_in` looks them up with."""
         return options.patterns("rank_pattern", whole=True)
 
@@ -181,6 +186,11 @@ class Format(abc.ABC):
                 raise LoraError(f"of a form of {self.name} that this version does not have: train it with {option}")
         if _TENSOR_OF_AN_ADAPTER.fullmatch(tensor):
             raise LoraError(f"which is not of {self.name}, the kind that its config says")
+        if (named := _WITH_ADAPTERS_NAME.fullmatch(tensor)) is not None:
+            raise LoraError(
+                f"with {named[1]!r} in it, the name of an adapter, which files of PEFT do not have: save it with "
+                "save_pretrained of PEFT"
+            )
         return None
 
     def problem(self, arrays: Arrays) -> str | None:
@@ -356,6 +366,6 @@ def does_not_fit(match: ParameterMatch, arrays: Arrays) -> LoraError:
     """Return the error that arrays of a module do not have the shapes of a parameter's."""
     shapes = " and ".join(str(list(array.shape)) for array in arrays.values())
     return LoraError(
-        f"{next(iter(match.names.values()))} has {shapes}, which do not fit {match.path!r} of shape "
+        f"{printable(next(iter(match.names.values())))} has {shapes}, which do not fit {match.path!r} of shape "
         f"{list(match.shape)}: another model, or another key map."
     )

@@ -10,6 +10,8 @@ from lora_jax.interop.key_map import ParameterMatch
 from lora_jax.interop.peft.formats.format import Arrays, Config, Matches, Module, Modules, does_not_fit
 from lora_jax.interop.peft.formats.loha import LohaFormat
 
+MOST_ENTRIES = 2**32  # of the LoRA that a LoKr is, with which it is inspected and merged; of the largest models, 2e9
+
 
 class LokrFormat(LohaFormat):
     """`peft_type` "LOKR". Its options are LoHa's and those by which PEFT takes inputs and outputs apart."""
@@ -43,6 +45,9 @@ class LokrFormat(LohaFormat):
             return f"has {listed}, expected matrices"
         if "b" in arrays and arrays["b"].shape[1] != arrays["a"].shape[0]:
             return f"has {listed}, of no common rank"
+        entries = len(arrays["w1"]) * len(arrays["a"]) * (self.inputs_of(arrays) + self.outputs_of(arrays))
+        if entries > MOST_ENTRIES:
+            return f"has {listed}, and as LoRA {entries:,} entries, expected at most {MOST_ENTRIES:,}"
         return None
 
     def endings_of(self, match: ParameterMatch, arrays: Arrays) -> Mapping[str, str]:

@@ -1,21 +1,38 @@
 """Ranks and alphas of modules as entries of a config: the most common ones, and patterns for the others."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+
+from lora_jax.interop.peft.module_patterns import ModulePatterns
 
 
 def ranks_and_alphas(ranks: Mapping[str, int], alphas: Mapping[str, float], alpha_option: str) -> dict[str, Any]:
     """Return rank and alpha of most modules, and patterns for those that have others."""
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    longest = sorted(ranks, key=lambda name: (-len(name), name))  # the first pattern that matches counts
     return {
         "r": rank,
         alpha_option: alpha,
-        "rank_pattern": {name: ranks[name] for name in longest if ranks[name] != rank},
-        "alpha_pattern": {name: alphas[name] for name in longest if alphas[name] != alpha},
+        "rank_pattern": _patterns(ranks, rank),
+        "alpha_pattern": _patterns(alphas, alpha),
     }
+
+
+def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Return patterns for the modules that do not have the default.
+
+    These are their names, if all modules get their own values by them, of which the first that matches counts in the
+    order of a file, where they are sorted. Where one name ends with another, or has characters with a meaning in
+    patterns, they are expressions that match these names alone.
+    """
+    plain = {name: values[name] for name in sorted(values) if values[name] != default}
+    if all(re.fullmatch(r"[\w.-]+", name) for name in plain):
+        table = ModulePatterns(plain)
+        if all(table.value_of(name, default) == value for name, value in values.items()):
+            return plain
+    return {f"^{re.escape(name)}": value for name, value in plain.items()}
 
 
 def alpha_of(scale: float, rank: float) -> int | float:
