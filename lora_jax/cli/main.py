@@ -22,7 +22,8 @@ import numpy as np
 from lora_jax import checkpoint, key_maps
 from lora_jax.adapters.combine import combine
 from lora_jax.adapters.lora import LoraAdapter
-from lora_jax.checkpoints.atomic_dir import refuse_to_replace
+from lora_jax.checkpoints.failures import first_line
+from lora_jax.checkpoints.replaceable import check_target
 from lora_jax.cli.spectrum import low_rank
 from lora_jax.cli.summary import summarize
 from lora_jax.core.adapter import Adapter
@@ -146,7 +147,7 @@ def convert(
         prefix: what torch's names begin with beyond those of the table, such as "bert.".
         json: print JSON instead of text.
     """
-    refuse_to_replace(output)
+    check_target(output, None)
     if (adapters / CONFIG).exists():
         found, others, table = load_by_module(adapters)
     else:
@@ -172,7 +173,7 @@ def compose(output: Folder, parts: Annotated[tuple[str, ...], tyro.conf.Position
         parts: folders of HF PEFT, each with ":" and its weight, or with the weight 1.
         json: print JSON instead of text.
     """
-    refuse_to_replace(output)
+    check_target(output, None)
     sums, table = [], KeyMap()
     for part in parts:
         folder, weight = _weighted(part)
@@ -248,7 +249,7 @@ def diff(
         rest: go on if other tensors changed too, though the adapters lack their changes.
         json: print JSON instead of the table.
     """
-    refuse_to_replace(output)
+    check_target(output, None)
     old, new = read_tensors(before), read_tensors(after)
     if list(old) != list(new) and sorted(old) != sorted(new):
         other = sorted(set(old) ^ set(new))[0]
@@ -360,9 +361,13 @@ COMMANDS: dict[str, Callable[..., int]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run a command, and return the exit code: 0, or 1 after a line on stderr that says what is wrong."""
     try:
-        return int(
+        code = int(
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="lora-jax", description=DESCRIPTION, args=arguments)
         )
+        sys.stdout.flush()
+        return code
     except LoraError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:  # such as a full disk that the output goes to
+        print(f"error: {first_line(error)}", file=sys.stderr)
+    return 1
