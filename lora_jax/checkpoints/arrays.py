@@ -23,16 +23,17 @@ from lora_jax.core.arrays import describe
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import flatten_with_names
 
-# What orbax writes for arrays.
-OF_ORBAX = ("_METADATA", "_sharding", "_strings.json", "array_metadatas", "d", "manifest.ocdbt", "ocdbt.process_*")
+# What orbax writes: in each folder, and for arrays.
+OF_ORBAX = ("_[A-Z]*", "commit_success.txt")
+OF_ARRAYS = (*OF_ORBAX, "_sharding", "_strings.json", "array_metadatas", "d", "manifest.ocdbt", "ocdbt.process_*")
 
 T = TypeVar("T")
 
 
 def format_of(what: str, called: str) -> Format:
     """Return what a folder with a description of this name has in it, which messages call `called`."""
-    arrays = tuple(f"arrays/{name}" for name in OF_ORBAX)
-    return Format(f"saved {called}", ("arrays", what), (*arrays, f"{what}/metadata", "_CHECKPOINT_METADATA"))
+    inner = [f"arrays/{name}" for name in OF_ARRAYS] + [f"{what}/{name}" for name in ("metadata", *OF_ORBAX)]
+    return Format(f"saved {called}", ("arrays", what), (*OF_ORBAX, *inner))
 
 
 def write(folder: Path, arrays: Any, format: Format, description: Any) -> None:

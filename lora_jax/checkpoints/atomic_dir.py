@@ -239,8 +239,8 @@ def _remove(work: Path, target: Path, format: Format | None) -> None:
     olds = _olds(work)
     if olds and not os.path.lexists(target):  # killed between two renames
         os.rename(olds.pop(), target)
-    for folder in [work / "new", *olds] if format is not None else []:
-        for name in foreign(folder, format.names) if folder.is_dir() else []:
+    for folder in filter(Path.is_dir, [work / "new", *olds]):
+        for name in foreign(folder, format.names) if format is not None else []:
             if os.path.lexists(target / name):
                 return  # both stay
             os.rename(folder / name, target / name)

@@ -31,7 +31,7 @@ def not_written(path: str | Path, error: Exception) -> LoraError:
         path: that was to be written.
         error: an `OSError`, or what another library made of one, whose text then has that of the system.
     """
-    code = getattr(error, "errno", None)
+    code: Any = getattr(error, "errno", None)
     if code not in MENDS:
         code = next((code for code in MENDS if os.strerror(code).lower() in str(error).lower()), None)
     mend = MENDS.get(code, "mend that and call this again, or write to another folder")

@@ -7,7 +7,6 @@ Orbax writes in the background, under a temporary name that it changes to `step_
 that is no longer needed is renamed before its first file is deleted, so that no half of one bears the name of a step.
 """
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax.checkpoints import replaceable
+from lora_jax.checkpoints.arrays import OF_ORBAX
 from lora_jax.checkpoints.failures import first_line
 from lora_jax.checkpoints.run_lock import RunLock
 from lora_jax.core.errors import LoraError
@@ -96,8 +97,7 @@ class _Preservation:
 def foreign(folder: Path, step: int) -> list[str]:
     """Return what others wrote beside a checkpoint, for whose sake it stays: a table of results, say."""
     path = folder / f"step_{step}"
-    names = sorted(os.listdir(path)) if path.is_dir() else []
-    return [name for name in names if name not in ITEMS and not name.startswith("_")]  # orbax's own begin with "_"
+    return replaceable.foreign(path, (*ITEMS, *OF_ORBAX)) if path.is_dir() else []
 
 
 def start_saving(manager: Any, step: int, arrays: Mapping[str, Any], description: Any) -> None:
