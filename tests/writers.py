@@ -62,7 +62,7 @@ def source(folder):
     """A published model of zeros beside the target."""
     model = folder.parent / "model"
     if not model.exists():
-        model.mkdir()
+        model.mkdir(parents=True)
         save_file(
             {f"m.{i}.weight": np.zeros((WIDTH, WIDTH), np.float32) for i in range(COUNT)}, model / "model.safetensors"
         )

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.checkpoints.failures import not_written
-from lora_jax.checkpoints.replaceable import Format, check_target, foreign, refuse_other_things
+from lora_jax.checkpoints.replaceable import Format, check_target, foreign, real_path, refuse_other_things
 from lora_jax.core.errors import LoraError
 
 try:
@@ -85,7 +85,7 @@ def written_file(path: str | Path) -> Iterator[Path]:
     Raises:
         LoraError: it cannot be written.
     """
-    target = Path(os.path.realpath(path))
+    target = real_path(path)
     try:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))

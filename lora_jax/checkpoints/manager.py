@@ -82,8 +82,7 @@ class Checkpoints:
                 raise LoraError(f"Checkpoints({name}={value!r}): expected a whole number of at least 1.")
         if best is not None and not is_best(best):
             raise LoraError(f'Checkpoints(best={best!r}): expected a metric and a direction, as ("accuracy", "max").')
-        self.folder = Path(folder).absolute()
-        orbax_manager.refuse_other_things(self.folder)
+        self.folder = orbax_manager.check_folder(folder)
         self._schedule, self._retention = Schedule(every), Retention(keep, keep_every, best)
         self._base = fingerprint(params)
         self._rules = {path: str(target.rule) for path, target in plan.items()}

@@ -7,6 +7,7 @@ Orbax writes in the background, under a temporary name that it changes to `step_
 that is no longer needed is renamed before its first file is deleted, so that no half of one bears the name of a step.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -142,13 +143,15 @@ def remove_deleted(folder: Path) -> None:
         shutil.rmtree(folder / DELETED, ignore_errors=True)
 
 
-def refuse_other_things(folder: Path) -> None:
-    """Raise if a folder holds anything else and no checkpoint, or something that is named like one and is none.
+def check_folder(folder: str | Path) -> Path:
+    """Return a folder for checkpoints, behind all links.
 
     Raises:
-        LoraError: with the name of what was found.
+        LoraError: it holds anything else and no checkpoint, or something that is named like one and is none, which the
+            message names; or it cannot be read.
     """
     try:
+        folder = Path(os.path.realpath(folder))
         entries = sorted(folder.iterdir()) if folder.is_dir() else [folder] * folder.exists()
     except (OSError, ValueError) as error:
         raise LoraError(f"{folder} cannot be used for checkpoints: {first_line(error)}.") from error
@@ -160,3 +163,4 @@ def refuse_other_things(folder: Path) -> None:
             f"{folder} exists and holds {(others or entries)[0].name}, which is no checkpoint; all is left as it is. "
             "Train in another folder."
         )
+    return folder

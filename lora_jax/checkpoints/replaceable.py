@@ -38,16 +38,26 @@ def check_target(folder: str | Path, format: Format | None) -> Path:
     Raises:
         LoraError: a file is there, or anything that a save of this format did not write; it cannot be written.
     """
+    target = real_path(folder)
     try:
-        target = Path(os.path.realpath(folder))
         read_whole(target, lambda: _check(target, format))
-    except LoraError:
-        raise
     except OSError as error:
         raise not_written(folder, error) from error
-    except ValueError as error:  # a character that no path has
-        raise LoraError(f"{str(folder)!r} is no path: {error}. Give another one.") from error
     return target
+
+
+def real_path(path: str | Path) -> Path:
+    """Return the path of what is to be written, behind all links.
+
+    Raises:
+        LoraError: it has a character that no path has.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:
+        raise LoraError(f"{str(path)!r} is no path: {error}. Give another one.") from error
+    except OSError as error:
+        raise not_written(path, error) from error
 
 
 def _check(target: Path, format: Format | None) -> None:

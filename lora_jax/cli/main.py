@@ -9,7 +9,9 @@ lora-jax plan SmolLM2-135M --modules ".*self_attn.*" --rank 16
 lora-jax diff base tuned adapters --energy 0.95
 """
 
+import contextlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -370,4 +372,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:  # such as a full disk that the output goes to
         print(f"error: {first_line(error)}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # what is left of the output would be tried again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
