@@ -244,13 +244,19 @@ def full_disk(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def fill_the_disk(monkeypatch):
+    """Let the last step fail, after all has been written."""
+    for name in ("rename", "replace", "fsync"):
+        monkeypatch.setattr(os, name, full_disk)
+
+
 @pytest.mark.parametrize("name", [name for name in ALL if name != "run"])
 def test_a_full_disk(name, place, monkeypatch):
     """An error that says what to do, and all as it was."""
     writer, target = WRITERS[name], place / "out"
     writer.save(target, 1)
     before = contents(place)
-    monkeypatch.setattr(os, "fsync", full_disk)
+    fill_the_disk(monkeypatch)
     says = rf"{target}(/2)? was not written, and what was there is untouched: .*No space left.*; .*make room"
     with pytest.raises(LoraError, match=says):
         writer.save(target, 2)
@@ -357,7 +363,7 @@ def test_commands_say_it_in_one_line(command, tmp_path, capsys, monkeypatch):
         lines = [line for line in err.splitlines() if line.strip() and "merging" not in line]
         assert (code, out, len(lines)) == (1, "", 1), (where, out, err)
         assert lines[0].startswith("error: ")
-    monkeypatch.setattr(os, "fsync", full_disk)
+    fill_the_disk(monkeypatch)
     assert main([str(word) for word in COMMANDS[command](tmp_path / "base", tmp_path / "out")]) == 1
     assert "No space left" in capsys.readouterr().err.splitlines()[-1]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "out") == ["base", "file", "tuned"]

@@ -12,7 +12,7 @@ Each save has a hidden folder of its own beside its target:
 3. Nothing is removed but entries that a save of this format writes, by their names, and hidden folders whose lock is
    free: those of processes that ended. Where a file system has no locks, these stay.
 4. Through a symbolic link, the folder that it leads to is replaced.
-5. When a save returns, all is on disk: a machine that loses its power keeps it.
+5. What takes the place of something else is on disk before: a machine that loses its power keeps one or the other.
 
 A reader that opens several files of a folder one after another may meet two saves: `reading` is for that.
 """
@@ -71,7 +71,8 @@ def written(folder: str | Path, format: Format | None = None) -> Iterator[Path]:
             check_target(target, format)
             with contextlib.suppress(FileNotFoundError):
                 shutil.copymode(target, new)
-            _sync(new)
+            if format is not None:  # where nothing is replaced, nothing can be lost
+                _sync(new)
             _replace(target, work, format)
             _sync_folder(target.parent)
     except OSError as error:
