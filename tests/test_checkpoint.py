@@ -35,7 +35,7 @@ def test_a_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
     adapters = CASE.adapters(RULES["lora"])
     checkpoint.save(tmp_path / "a", adapters)
     monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(LoraError, match="disk full"):
         checkpoint.save(tmp_path / "a", CASE.adapters(RULES["lora"], key=5))
     monkeypatch.undo()
     assert_trees_equal(checkpoint.load(tmp_path / "a")[0], adapters)
@@ -45,10 +45,11 @@ def test_a_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
 
 def test_a_save_that_was_killed_between_its_renames(tmp_path):
     adapters = CASE.adapters(RULES["lora"])
-    (tmp_path / ".a.lora_jax-new").mkdir()
+    (tmp_path / ".a.lora_jax-00000000" / "new").mkdir(parents=True)
     checkpoint.save(tmp_path / "a", adapters)
-    (tmp_path / "a").rename(tmp_path / ".a.lora_jax-old")
-    with pytest.raises(LoraError, match=r"interrupted: rename .*\.a\.lora_jax-old to"):
+    (tmp_path / ".a.lora_jax-00000000").mkdir()
+    (tmp_path / "a").rename(tmp_path / ".a.lora_jax-00000000" / "old0")
+    with pytest.raises(LoraError, match=r"interrupted: rename .*\.a\.lora_jax-00000000/old0 to"):
         checkpoint.load(tmp_path / "a")
     checkpoint.save(tmp_path / "a", adapters)
     assert_trees_equal(checkpoint.load(tmp_path / "a")[0], adapters)

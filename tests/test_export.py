@@ -221,7 +221,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("lora_jax.interop.merge_checkpoint._sum", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(lora.LoraError, match="No space left"):
         lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / "lora")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 

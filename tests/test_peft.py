@@ -640,7 +640,7 @@ def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("lora_jax.interop._safetensors.save_file", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(lora.LoraError, match="No space left"):
         lora.save_peft(tmp_path / "out", adapters, MLP)
     monkeypatch.undo()
     assert_same_tensors(tensors_of(tmp_path / "out"), tensors_of(DATA / "lora"))

@@ -22,6 +22,7 @@ from lora_jax.core.paths import flatten_with_names
 
 FORMAT = 1
 WHAT = "base"
+SAVED = saving.format_of(WHAT, "base")
 PACKED_CLASSES: dict[str, type[Packed]] = {"nf4": Nf4Weight, "eight_bits": EightBits}  # by their names in descriptions
 EARLIER_NAMES = {"unpacked": "value_dtype", "view": "deferred"}  # of fields, in folders of earlier versions
 
@@ -29,19 +30,17 @@ EARLIER_NAMES = {"unpacked": "value_dtype", "view": "deferred"}  # of fields, in
 def save(folder: str | Path, params: Any) -> None:
     """Write parameters, packed or not, to one folder, from which `load` reads them back bit by bit.
 
-    The folder is written under a hidden name and renamed when complete, so a run that is killed leaves the folder that
-    was there before. Shardings are not written.
+    The folder is written under a hidden name and changes places with the one that is there when complete: a run that is
+    killed leaves that one, and of two that save to one place the later one stays. Shardings are not written.
 
     Args:
-        folder: where to write; replaced if it holds a saved base.
+        folder: where to write; replaced if it holds a saved base and nothing else. A link to a folder stays one.
         params: nested dicts of arrays and packed weights.
 
     Raises:
-        LoraError: the folder exists and holds something else; `params` hold a leaf that cannot be saved, or an array
-            that is spread over several hosts. Nothing is written.
+        LoraError: the folder holds something else, which is named and left alone, or it cannot be written; `params`
+            hold a leaf that cannot be saved, or an array that is spread over several hosts. Then nothing has changed.
     """
-    folder = Path(folder).absolute()
-    saving.refuse_other_things(folder, WHAT, "base")
     arrays = jax.tree.map(lambda leaf: leaf.arrays() if is_packed(leaf) else leaf, params, is_leaf=is_packed)
     saving.check_arrays(arrays, "")
     names, leaves, _ = flatten_with_names(arrays)
@@ -49,7 +48,7 @@ def save(folder: str | Path, params: Any) -> None:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             raise LoraError(f"{name!r} is spread over several hosts: save the base before it is placed on their mesh.")
     arrays = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf), arrays)
-    saving.write(folder, arrays, WHAT, {"format": FORMAT, "params": _described(params, "")})
+    saving.write(Path(folder), arrays, SAVED, {"format": FORMAT, "params": _described(params, "")})
 
 
 def load(folder: str | Path, shardings: Any = None) -> Any:
@@ -65,17 +64,14 @@ def load(folder: str | Path, shardings: Any = None) -> Any:
         LoraError: there is no such folder; it was not written by `save`, or by a newer version; it is damaged; a packed
             weight is of an unknown class; `shardings` do not have the paths of the parameters.
     """
-    folder = Path(folder).absolute()
-    if not saving.holds(folder, WHAT):
-        raise LoraError(f"{folder} holds no base saved by lora.bases.save.{saving.interrupted(folder, WHAT)}")
-    try:
-        described = saving.read_description(folder, WHAT, FORMAT)["params"]
-        params = _rebuilt(described, saving.read_arrays(folder, _shapes(described)), "")
-    except LoraError:
-        raise
-    except Exception as error:  # a damaged file may raise anything
-        raise LoraError(f"{folder} cannot be loaded: {str(error)[:300]}. If it is damaged, save it again.") from error
+    params = saving.read_folder(Path(folder), SAVED, "base saved by lora.bases.save", _read)
     return jax.tree.map(jnp.asarray, params) if shardings is None else place(params, shardings)
+
+
+def _read(folder: Path) -> Any:
+    """Return the parameters of a folder, as NumPy's."""
+    described = saving.read_description(folder, WHAT, FORMAT)["params"]
+    return _rebuilt(described, saving.read_arrays(folder, _shapes(described)), "")
 
 
 # A description is nested as the parameters are: a dict for a dict, a string for an array ("float32[384, 8]"), and for a

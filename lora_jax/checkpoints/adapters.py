@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import lora_jax.adapters  # noqa: F401 (registers the kinds of this library)
 from lora_jax.checkpoints.arrays import (
     check_arrays,
-    holds,
-    interrupted,
+    format_of,
     read_arrays,
     read_description,
-    refuse_other_things,
+    read_folder,
+    refuse_spread,
     write,
 )
 from lora_jax.core.adapter import Adapter
@@ -30,32 +30,34 @@ from lora_jax.core.layout import field_names
 
 FORMAT = 1
 DESCRIPTION = "description"  # the folder beside the arrays
+SAVED = format_of(DESCRIPTION, "adapters")
 
 
 def save(folder: str | Path, adapters: Mapping[str, Adapter], others: Mapping[str, Any] | None = None) -> None:
     """Write adapters, and other arrays that were trained beside them, as one folder.
 
-    The folder is written under a hidden name and renamed when complete, so a process that is killed leaves the one that
-    was there before: under its own name or, killed between two renames, under the name in the error of `load`.
+    The folder is written under a hidden name and changes places with the one that is there when complete: a process
+    that is killed leaves that one, and of two that save to one place the later one stays. Of several processes of JAX
+    one calls this, or each: none waits for the others.
 
     Args:
-        folder: to write; replaced if it holds saved adapters.
+        folder: to write; replaced if it holds saved adapters and nothing else. A link to a folder stays one.
         adapters: `{path: adapter}`.
         others: nested dicts of arrays, such as a new classification head.
 
     Raises:
-        LoraError: the folder exists and holds something else; `others` are not dicts of arrays. Nothing is written.
+        LoraError: the folder holds something else, which is named and left alone, or it cannot be written; `others` are
+            not dicts of arrays; an array is spread over several hosts. Then nothing has changed.
     """
-    folder = Path(folder).absolute()
-    refuse_other_things(folder, DESCRIPTION, "adapters")
     arrays = {"adapters": {path: adapter.arrays() for path, adapter in adapters.items()}, "others": dict(others or {})}
     check_arrays(arrays, "", " beside adapters")
+    refuse_spread(arrays)
     description = {
         "format": FORMAT,
         "adapters": {path: describe_adapter(adapter) for path, adapter in adapters.items()},
         "arrays": jax.tree.map(describe, arrays),
     }
-    write(folder, arrays, DESCRIPTION, description)
+    write(Path(folder), arrays, SAVED, description)
 
 
 def load(folder: str | Path) -> tuple[dict[str, Adapter], dict[str, Any]]:
@@ -65,12 +67,13 @@ def load(folder: str | Path) -> tuple[dict[str, Adapter], dict[str, Any]]:
         The adapters, `{path: adapter}`, and the other arrays. They are tied to no device, like new ones.
 
     Raises:
-        LoraError: no such folder; not written by `save`; written by a newer version; a kind that is not known.
+        LoraError: no such folder; not written by `save`; written by a newer version; damaged; of an unknown kind.
     """
-    folder = Path(folder).absolute()
-    if not holds(folder, DESCRIPTION):
-        hint = interrupted(folder, DESCRIPTION)
-        raise LoraError(f"{folder} holds no adapters saved by lora_jax.checkpoint.save.{hint}")
+    return read_folder(Path(folder), SAVED, "adapters saved by lora_jax.checkpoint.save", _read)
+
+
+def _read(folder: Path) -> tuple[dict[str, Adapter], dict[str, Any]]:
+    """Return the adapters and the other arrays of a folder."""
     description = read_description(folder, DESCRIPTION, FORMAT)
     arrays = jax.tree.map(jnp.asarray, read_arrays(folder, description["arrays"]))
     adapters = {

@@ -3,63 +3,89 @@
     folder/arrays          the arrays
     folder/<description>   what they are; of another name in each kind of folder, so that none replaces another kind
 
-A folder is written under a hidden name and renamed when complete, so a process that is killed leaves the one that was
-there before: under its own name or, killed between two renames, under the name that `interrupted` says.
+How it is written as a whole, whoever else writes there and whenever a process is killed, is in `atomic_dir`.
 """
 
-import shutil
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.checkpoints.atomic_dir import hidden, replace
+from lora_jax.checkpoints.atomic_dir import moved_aside, written
+from lora_jax.checkpoints.failures import first_line, not_written
+from lora_jax.checkpoints.reading import read_whole
+from lora_jax.checkpoints.replaceable import Format
 from lora_jax.core.arrays import describe
 from lora_jax.core.errors import LoraError
+from lora_jax.core.paths import flatten_with_names
+
+# What orbax writes: in each folder, and for arrays.
+OF_ORBAX = ("_[A-Z]*", "commit_success.txt")
+OF_ARRAYS = (*OF_ORBAX, "_sharding", "_strings.json", "array_metadatas", "d", "manifest.ocdbt", "ocdbt.process_*")
+
+T = TypeVar("T")
 
 
-def holds(folder: Path, what: str) -> bool:
-    """Whether a folder was written by `write`, with a description of this name."""
-    return (folder / "arrays").is_dir() and (folder / what).is_dir()
+def format_of(what: str, called: str) -> Format:
+    """Return what a folder with a description of this name has in it, which messages call `called`."""
+    inner = [f"arrays/{name}" for name in OF_ARRAYS] + [f"{what}/{name}" for name in ("metadata", *OF_ORBAX)]
+    return Format(f"saved {called}", ("arrays", what), (*OF_ORBAX, *inner))
 
 
-def refuse_other_things(folder: Path, what: str, called: str) -> None:
-    """Raise if a folder holds anything but what `write` would replace, which the message calls `called`."""
-    if folder.exists() and not holds(folder, what) and any(folder.iterdir()):
-        raise LoraError(f"{folder} exists and holds no saved {called}; it is left as it is. Save to another folder.")
-
-
-def interrupted(folder: Path, what: str) -> str:
-    """Return what to do about a folder whose writing was killed between its renames; an empty string otherwise."""
-    old = hidden(folder, "old")
-    return f" A save was interrupted: rename {old} to {folder}." if holds(old, what) else ""
-
-
-def write(folder: Path, arrays: Any, what: str, description: Any) -> None:
+def write(folder: Path, arrays: Any, format: Format, description: Any) -> None:
     """Write arrays and their description as one folder, which replaces the one that is there.
 
     Args:
         folder: to write.
         arrays: nested dicts, as `check_arrays` accepts them.
-        what: the name of the description.
+        format: of the folder.
         description: for JSON; its "format" is that of the folder.
+
+    Raises:
+        LoraError: it cannot be written.
     """
     import orbax.checkpoint as ocp  # takes half a second, which only programs that save or load pay
 
-    new = hidden(folder, "new")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in sorted(folder.parent.iterdir()):
-        if leftover.name.startswith(new.name):  # orbax's own temporary folder has a longer name
-            shutil.rmtree(leftover)
     if jax.process_count() > 1:
         arrays = jax.device_get(arrays)
-    with _checkpointer() as checkpointer:
-        parts = {"arrays": ocp.args.StandardSave(arrays), what: ocp.args.JsonSave(description)}
-        checkpointer.save(new, ocp.args.Composite(**parts))
-    replace(folder)
+    parts = {"arrays": ocp.args.StandardSave(arrays), format.marks[1]: ocp.args.JsonSave(description)}
+    with written(folder, format) as new:
+        try:
+            with _checkpointer() as checkpointer:
+                checkpointer.save(new, ocp.args.Composite(**parts), force=True)
+        except Exception as error:  # a full disk raises errors of many types
+            raise not_written(folder, error) from error
+
+
+def read_folder(folder: Path, format: Format, called: str, read: Callable[[Path], T]) -> T:
+    """Return what `read` reads from a folder that `write` wrote.
+
+    Args:
+        folder: to read.
+        format: of the folder.
+        called: what is in it, for messages.
+        read: to read it with, by `read_description` and `read_arrays`.
+
+    Raises:
+        LoraError: there is no such folder, it holds something else, or it is damaged; or as `read` raises it.
+    """
+    folder = folder.absolute()
+    try:
+        if not all((folder / mark).is_dir() for mark in format.marks):
+            old = moved_aside(Path(os.path.realpath(folder)))
+            hint = "" if old is None else f" A save was interrupted: rename {old} to {folder}."
+            raise LoraError(f"{folder} holds no {called}.{hint}")
+        return read_whole(folder, lambda: read(folder))
+    except LoraError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        raise LoraError(
+            f"{folder} cannot be loaded: {first_line(error)}. If it is damaged, save it again, or restore a copy."
+        ) from error
 
 
 def read_description(folder: Path, what: str, version: int) -> Any:
@@ -109,6 +135,19 @@ def _checkpointer() -> Any:
     only = ocp.options.MultiprocessingOptions(primary_host=i, active_processes={i}, barrier_sync_key_prefix=f"only_{i}")
     handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=only))
     return ocp.Checkpointer(handler, multiprocessing_options=only)
+
+
+def refuse_spread(tree: Any) -> None:
+    """Raise if an array is in parts on several hosts, of which this process has some.
+
+    Gathering takes all processes, and saving is a matter of one: so one that saves does not wait for the others.
+    """
+    for name, leaf in zip(*flatten_with_names(tree)[:2], strict=True):
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            raise LoraError(
+                f"{name!r} is spread over several hosts, and a process saves what it holds whole: in all processes "
+                "call jax.experimental.multihost_utils.process_allgather(adapters, tiled=True) before, and save that."
+            )
 
 
 def check_arrays(node: Any, path: str, beside: str = "") -> None:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.checkpoints import orbax_manager
+from lora_jax.checkpoints.failures import first_line
 from lora_jax.checkpoints.fingerprint import checksums, differences, fingerprint, plain_data
-from lora_jax.checkpoints.orbax_manager import first_line
 from lora_jax.checkpoints.preemption import Notice
 from lora_jax.checkpoints.retention import Retention, is_best
 from lora_jax.checkpoints.schedule import Schedule
@@ -27,6 +27,7 @@ from lora_jax.checkpoints.state_codec import (
     digest,
     encode_state,
     fits,
+    is_scalar,
     place_like,
     state_arrays,
 )
@@ -81,17 +82,18 @@ class Checkpoints:
                 raise LoraError(f"Checkpoints({name}={value!r}): expected a whole number of at least 1.")
         if best is not None and not is_best(best):
             raise LoraError(f'Checkpoints(best={best!r}): expected a metric and a direction, as ("accuracy", "max").')
-        self.folder = Path(folder).absolute()
-        orbax_manager.refuse_other_things(self.folder)
+        self.folder = orbax_manager.check_folder(folder)
         self._schedule, self._retention = Schedule(every), Retention(keep, keep_every, best)
         self._base = fingerprint(params)
         self._rules = {path: str(target.rule) for path, target in plan.items()}
         self._notice = Notice()
         self._problem: LoraError | None = None
+        self._lock = orbax_manager.lock(self.folder)
         self._manager = self._open()
         if best:
             self._note_scores()
         self._may_save = not self.steps  # false until one of the checkpoints that are there is restored
+        self._described = False  # whether the adapters of a state were found to be of known kinds
         self._newest: int | None = None  # step that this run saved or restored
         self._previous: int | None = None  # the one before, which is the newest again if that cannot be written
 
@@ -99,6 +101,11 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, including one that is being written, in ascending order."""
         return sorted(self._manager.all_steps())
+
+    @property
+    def _is_ours(self) -> bool:
+        """Whether no other run that is alive has the folder."""
+        return self._lock is None or self._lock.held
 
     # Restoring --------------------------------------------------------------------------------------------------------
 
@@ -274,6 +281,11 @@ class Checkpoints:
 
     def _check(self, state: Any, metrics: Mapping[str, Any] | None) -> None:
         """Raise at the first call, and not only when a checkpoint is due, if something could not be saved."""
+        if not self._is_ours:
+            raise LoraError(
+                f"{self.folder} has the checkpoints of a run that is alive, in another process; each of the two would "
+                "remove those of the other. End it and begin again, or train in another folder."
+            )
         if not self._may_save:
             raise LoraError(
                 f"{self.folder} holds checkpoints up to step {self.steps[-1]} and none was restored: they would be "
@@ -290,6 +302,12 @@ class Checkpoints:
                 f"save(metrics=...) lacks {best[0]!r}, which Checkpoints(best={best!r}) needs; there are: {have}. Give "
                 "None where it was not measured."
             )
+        if best and not is_scalar((metrics or {})[best[0]]):
+            found = type((metrics or {})[best[0]]).__name__
+            raise LoraError(f"save(metrics=...): {best[0]!r} is a {found}, expected a number, or None if not measured.")
+        if not self._described:
+            describe_adapters(state, self._rules)  # refuses what it cannot describe
+            self._described = True
 
     def _write(self, step: int, state: Any, metrics: Mapping[str, Any], position: Any) -> None:
         """Begin to write a checkpoint, once the one before is on disk."""
@@ -301,6 +319,8 @@ class Checkpoints:
         try:
             orbax_manager.remove_deleted(self.folder)
             if step in self.steps:  # of a run that this one does not continue
+                if others := orbax_manager.foreign(self.folder, step):
+                    raise LoraError(f"step_{step} is there already, and also holds {others[0]!r}: move that away")
                 self._manager.delete(step)
             orbax_manager.start_saving(self._manager, step, arrays, description)
         except Exception as error:
@@ -336,7 +356,9 @@ class Checkpoints:
 
     def _open(self) -> Any:
         """Return orbax's manager of the folder, which asks `Retention` which checkpoints stay."""
-        return orbax_manager.open_manager(self.folder, lambda steps: self._retention.kept(steps, self._newest))
+        return orbax_manager.open_manager(
+            self.folder, lambda steps: self._retention.kept(steps, self._newest), self._is_ours
+        )
 
     def _note_scores(self) -> None:
         """Note the scores of the checkpoints that are in the folder already."""
@@ -361,7 +383,10 @@ class Checkpoints:
             error.add_note(str(ours))
         finally:
             self._manager.close()
-            orbax_manager.remove_deleted(self.folder)
+            if self._is_ours:
+                orbax_manager.remove_deleted(self.folder)
+            if self._lock is not None:
+                self._lock.release()
             self._notice.end()
         if error is None:
             self._notice.raise_again()

@@ -7,6 +7,7 @@ Orbax writes in the background, under a temporary name that it changes to `step_
 that is no longer needed is renamed before its first file is deleted, so that no half of one bears the name of a step.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,17 +18,38 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax.checkpoints import replaceable
+from lora_jax.checkpoints.arrays import OF_ORBAX
+from lora_jax.checkpoints.failures import first_line
+from lora_jax.checkpoints.run_lock import RunLock
 from lora_jax.core.errors import LoraError
 
 DELETED = ".lora_jax-deleted"  # checkpoints are moved here to be deleted
+ITEMS = ("arrays", "description")
 
 
-def open_manager(folder: Path, preserve: Callable[[Sequence[int]], set[int]]) -> Any:
-    """Return orbax's manager of a folder, which is made if missing. What a killed run left half written is removed.
+def lock(folder: Path) -> RunLock | None:
+    """Make a folder, and lock it for this run; None in other processes of the run than the first.
+
+    Raises:
+        LoraError: the folder cannot be made or read.
+    """
+    if jax.process_index() != 0:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return RunLock(folder)
+    except OSError as error:
+        raise LoraError(f"{folder} cannot be used for checkpoints: {first_line(error)}.") from error
+
+
+def open_manager(folder: Path, preserve: Callable[[Sequence[int]], set[int]], is_ours: bool) -> Any:
+    """Return orbax's manager of a folder. What a killed run left half written is removed.
 
     Args:
         folder: of the checkpoints.
         preserve: which of the given steps stay; called after each save.
+        is_ours: false if a run that is alive has the folder; then nothing is removed.
 
     Raises:
         LoraError: the folder cannot be made, read or written.
@@ -44,8 +66,8 @@ def open_manager(folder: Path, preserve: Callable[[Sequence[int]], set[int]]) ->
     options = ocp.CheckpointManagerOptions(
         step_prefix="step",
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),  # `save` raises if it cannot
-        preservation_policy=_Preservation(preserve),
-        cleanup_tmp_directories=True,
+        preservation_policy=_Preservation(folder, preserve),
+        cleanup_tmp_directories=is_ours,
         todelete_subdir=DELETED,
         lightweight_initialize=True,
         save_root_metadata=False,
@@ -53,7 +75,8 @@ def open_manager(folder: Path, preserve: Callable[[Sequence[int]], set[int]]) ->
     items = {"arrays": handler, "description": ocp.JsonCheckpointHandler()}
     try:
         manager = ocp.CheckpointManager(folder, options=options, item_names=tuple(items), item_handlers=items)
-        remove_deleted(folder)
+        if is_ours:
+            remove_deleted(folder)
         return manager
     except OSError as error:
         raise LoraError(f"{folder} cannot be used for checkpoints: {first_line(error)}.") from error
@@ -63,12 +86,19 @@ def open_manager(folder: Path, preserve: Callable[[Sequence[int]], set[int]]) ->
 class _Preservation:
     """Orbax's interface of a policy of which checkpoints stay."""
 
+    folder: Path
     preserve: Callable[[Sequence[int]], set[int]]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
         kept = self.preserve([checkpoint.step for checkpoint in checkpoints])
-        return [checkpoint.step in kept for checkpoint in checkpoints]
+        return [checkpoint.step in kept or bool(foreign(self.folder, checkpoint.step)) for checkpoint in checkpoints]
+
+
+def foreign(folder: Path, step: int) -> list[str]:
+    """Return what others wrote beside a checkpoint, for whose sake it stays: a table of results, say."""
+    path = folder / f"step_{step}"
+    return replaceable.foreign(path, (*ITEMS, *OF_ORBAX)) if path.is_dir() else []
 
 
 def start_saving(manager: Any, step: int, arrays: Mapping[str, Any], description: Any) -> None:
@@ -113,26 +143,24 @@ def remove_deleted(folder: Path) -> None:
         shutil.rmtree(folder / DELETED, ignore_errors=True)
 
 
-def refuse_other_things(folder: Path) -> None:
-    """Raise if a folder holds anything else and no checkpoint, or something that is named like one and is none.
+def check_folder(folder: str | Path) -> Path:
+    """Return a folder for checkpoints, behind all links.
 
     Raises:
-        LoraError: with the name of what was found.
+        LoraError: it holds anything else and no checkpoint, or something that is named like one and is none, which the
+            message names; or it cannot be read.
     """
-    if not folder.exists():
-        return
-    entries = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    try:
+        folder = Path(os.path.realpath(folder))
+        entries = sorted(folder.iterdir()) if folder.is_dir() else [folder] * folder.exists()
+    except (OSError, ValueError) as error:
+        raise LoraError(f"{folder} cannot be used for checkpoints: {first_line(error)}.") from error
     named = [entry for entry in entries if re.fullmatch(r"step_\d+", entry.name)]
-    others = [entry for entry in named if not any((entry / part).is_dir() for part in ("arrays", "description"))]
+    others = [entry for entry in named if not any((entry / part).is_dir() for part in ITEMS)]
     unfinished = [entry for entry in entries if re.match(rf"step_\d+\.orbax-checkpoint-tmp|{DELETED}$", entry.name)]
     if others or (entries and not (named or unfinished)):
         raise LoraError(
             f"{folder} exists and holds {(others or entries)[0].name}, which is no checkpoint; all is left as it is. "
             "Train in another folder."
         )
-
-
-def first_line(error: Any) -> str:
-    """Return the first line of an error or a text, with the error's type, cut where it is long."""
-    line = (str(error).splitlines() or [""])[0][:300]
-    return f"{type(error).__name__}: {line}" if isinstance(error, Exception) else line
+    return folder

@@ -159,6 +159,14 @@ def _encode_position(position: Any) -> dict[str, Any]:
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the metrics that are numbers or None, as Python's."""
-    scalars = {name: value for name, value in metrics.items() if np.shape(value) == ()}
-    return {name: None if value is None else float(value) for name, value in jax.device_get(scalars).items()}
+    """Return the metrics that are numbers or None, as Python's; what else there is, such as a text, is left out."""
+    found = jax.device_get({name: value for name, value in metrics.items() if is_scalar(value)})
+    return {name: None if value is None else float(value) for name, value in found.items()}
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether a metric is one number, or None where it was not measured."""
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        real = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+        return value.shape == () and real
+    return value is None or (hasattr(value, "__float__") and getattr(value, "shape", ()) == ())

@@ -9,6 +9,7 @@ lora-jax plan SmolLM2-135M --modules ".*self_attn.*" --rank 16
 lora-jax diff base tuned adapters --energy 0.95
 """
 
+import contextlib
 import os
 import re
 import sys
@@ -22,7 +23,8 @@ import numpy as np
 from lora_jax import checkpoint, key_maps
 from lora_jax.adapters.combine import combine
 from lora_jax.adapters.lora import LoraAdapter
-from lora_jax.checkpoints.atomic_dir import refuse_to_replace
+from lora_jax.checkpoints.failures import first_line
+from lora_jax.checkpoints.replaceable import check_target
 from lora_jax.cli.spectrum import low_rank
 from lora_jax.cli.summary import summarize
 from lora_jax.core.adapter import Adapter
@@ -151,7 +153,7 @@ def convert(
         prefix: what torch's names begin with beyond those of the table, such as "bert.".
         json: print JSON instead of text.
     """
-    refuse_to_replace(output)
+    check_target(output, None)
     if (adapters / CONFIG).exists():
         found, others, table = load_by_module(adapters)
     else:
@@ -177,7 +179,7 @@ def compose(output: Folder, parts: Annotated[tuple[str, ...], tyro.conf.Position
         parts: folders of HF PEFT, each with ":" and its weight, or with the weight 1.
         json: print JSON instead of text.
     """
-    refuse_to_replace(output)
+    check_target(output, None)
     sums, table = [], KeyMap()
     for part in parts:
         folder, weight = _weighted(part)
@@ -253,7 +255,7 @@ def diff(
         rest: go on if other tensors changed too, though the adapters lack their changes.
         json: print JSON instead of the table.
     """
-    refuse_to_replace(output)
+    check_target(output, None)
     old, new = read_tensors(before), read_tensors(after)
     if list(old) != list(new) and sorted(old) != sorted(new):
         other = sorted(set(old) ^ set(new))[0]
@@ -363,9 +365,15 @@ COMMANDS: dict[str, Callable[..., int]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run a command, and return the exit code: 0, or 1 after a line on stderr that says what is wrong."""
     try:
-        return int(
+        code = int(
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="lora-jax", description=DESCRIPTION, args=arguments)
         )
+        sys.stdout.flush()
+        return code
     except LoraError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:  # such as a full disk that the output goes to
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # what is left of the output would be tried again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from lora_jax.checkpoints.atomic_dir import written_file
 from lora_jax.cli.summary import WeightSummary
 from lora_jax.core.text import printable
 
@@ -91,9 +92,11 @@ def draw_spectra(rows: Sequence[WeightSummary], path: Path) -> None:
         axes.set_axisbelow(True)
         axes.grid(axis="x", alpha=0.25)
         axes.tick_params(axis="y", labelsize=8, length=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
+    try:
+        with written_file(path) as new:
+            figure.savefig(new, dpi=120, format="png")
+    finally:
+        plt.close(figure)
 
 
 def _label(name: str) -> str:

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.checkpoints.atomic_dir import refuse_to_replace, written
+from lora_jax.checkpoints.atomic_dir import written
+from lora_jax.checkpoints.replaceable import check_target
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.arrays import matmul_highest
 from lora_jax.core.errors import LoraError
@@ -85,10 +86,10 @@ def merge_checkpoint(
 
     Raises:
         LoraError: the source has no safetensors, or damaged ones; a tensor is missing, has another shape, or is
-            quantised; the target exists. Nothing is written.
+            quantised; the target is not empty or cannot be written, such as on a full disk. Then nothing has changed.
     """
     source, target = Path(source).absolute(), Path(target).absolute()
-    refuse_to_replace(target)
+    check_target(target, None)
     tensors, files, changes, whole = _checked(source, adapters, key_map, params)
     with written(target) as new:
         for path in sorted(source.iterdir()):

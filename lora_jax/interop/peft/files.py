@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.checkpoints import replaceable
 from lora_jax.checkpoints.atomic_dir import written
+from lora_jax.checkpoints.failures import not_written
 from lora_jax.core.errors import LoraError, short
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.peft.formats.format import Format
@@ -51,12 +53,25 @@ def read_tensors(path: Path, format: Format) -> dict[str, Array]:
     }
 
 
+def format_of(name: str) -> replaceable.Format:
+    """Return what a folder of adapters in HF PEFT's format has in it, or one of loralib's, by its file of tensors."""
+    names = (LORALIB,) if name == LORALIB else (CONFIG, WEIGHTS)
+    return replaceable.Format("adapters of loralib" if name == LORALIB else "adapters of PEFT", names[:1], names)
+
+
 def write_folder(folder: Path, name: str, tensors: Mapping[str, Array], config: Mapping[str, Any] | None) -> None:
-    """Write a folder with a file of tensors and, unless it is None, the config: all of it or nothing."""
-    from lora_jax.interop._safetensors import save_file
+    """Write a folder with a file of tensors and, unless it is None, the config: all of it or nothing.
+
+    Raises:
+        LoraError: it cannot be written, or holds something else; nothing has changed then.
+    """
+    from lora_jax.interop._safetensors import SafetensorError, save_file
 
     whole = {key: np.ascontiguousarray(tensor) for key, tensor in sorted(tensors.items())}
-    with written(folder) as new:
-        save_file(whole, new / name, metadata={"format": "pt"})
+    with written(folder, format_of(name)) as new:
+        try:
+            save_file(whole, new / name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise not_written(folder, error) from error
         if config is not None:
-            (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

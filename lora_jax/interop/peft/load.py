@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from lora_jax.checkpoints.reading import of_one_save
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError, short
 from lora_jax.core.paths import nearest
@@ -28,6 +29,7 @@ from lora_jax.interop.peft.token_rows import adapters_of_rows
 __all__ = ["CONFIG", "load_by_module", "load_peft"]
 
 
+@of_one_save
 def load_peft(
     folder: str | Path, plan_or_params: Any, key_map: KeyMap
 ) -> tuple[dict[str, Adapter], dict[str, jax.Array]]:
@@ -69,6 +71,7 @@ def load_peft(
     return (_along_plan(adapters, plan_or_params, folder) if isinstance(plan_or_params, Plan) else adapters), others
 
 
+@of_one_save
 def load_by_module(folder: Path) -> tuple[dict[str, Adapter], dict[str, Array], KeyMap]:
     """Read a folder without a model, by the names of torch's modules.
 

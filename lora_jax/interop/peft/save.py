@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from lora_jax.adapters.full import FullAdapter
 from lora_jax.adapters.token_rows import RowsAdapter
+from lora_jax.checkpoints.arrays import refuse_spread
+from lora_jax.checkpoints.replaceable import check_target
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError, short
 from lora_jax.core.paths import flatten_with_names
@@ -14,7 +16,7 @@ from lora_jax.interop.key_map import Array, KeyMap
 from lora_jax.interop.peft.biases import biases_to_tensors
 from lora_jax.interop.peft.config import entries_of, with_more
 from lora_jax.interop.peft.experts import names_in_files
-from lora_jax.interop.peft.files import CONFIG, LORALIB, PREFIX, WEIGHTS, write_folder
+from lora_jax.interop.peft.files import LORALIB, PREFIX, WEIGHTS, format_of, write_folder
 from lora_jax.interop.peft.full_weights import rest_of_modules, whole_to_tensors, with_base
 from lora_jax.interop.peft.parameters import arrays_of
 from lora_jax.interop.peft.profiles import for_loralib, for_vllm
@@ -40,12 +42,13 @@ def save_peft(
     form are written as the LoRA that they are. `Rows` become PEFT's trainable tokens. `Full` of a bias becomes its
     `lora_bias` beside LoRA of that module, and other `Full` are written whole.
 
-    The folder is written under a hidden name and renamed when it is complete. Of several processes one calls this, with
-    arrays that it holds whole. An adapter of a table that the program also uses as its head is written for the
-    embedding alone: merge it for torch models that tie the two.
+    The folder is written under a hidden name and changes places with the one that is there when complete: a process
+    that is killed leaves that one, and of two that save to one place the later one stays. Of several processes of JAX
+    one calls this, or each, with arrays that it holds whole. An adapter of a table that the program also uses as its
+    head is written for the embedding alone: merge it for torch models that tie the two.
 
     Args:
-        folder: where to write; replaced if it holds such adapters.
+        folder: where to write; replaced if it holds such adapters and nothing else. A link to a folder stays one.
         adapters: `{path: adapter}`.
         key_map: from parameters to modules.
         others: `{path: array}`, or nested dicts, of what was trained whole: biases, a head, a table.
@@ -61,7 +64,8 @@ def save_peft(
     Raises:
         LoraError: the key map lacks a path; the profile cannot express an adapter or the others, or one folder cannot
             hold them beside one another; parameters are missing; PEFT does not have an entry of the config, or it
-            contradicts what is written; the folder holds something else. Nothing is written.
+            contradicts what is written; an array is spread over several hosts; the folder cannot be written, or holds
+            something else, which is named and left alone. Then nothing has changed.
     """
     folder = Path(folder).absolute()
     whole = dict(zip(*flatten_with_names(others or {})[:2], strict=True))
@@ -92,9 +96,7 @@ def _check_call(folder: Path, adapters: Mapping[str, Adapter], whole: Mapping[st
     """Raise what is wrong with a call whatever the adapters hold."""
     if profile not in ("peft", "vllm", "loralib"):
         raise LoraError(f"profile={profile!r}: expected 'peft', 'vllm' or 'loralib'.")
-    ours = any((folder / name).exists() for name in (CONFIG, LORALIB))
-    if folder.exists() and not ours and any(folder.iterdir()):
-        raise LoraError(f"{folder} exists and holds no adapters of PEFT; it is left as it is. Save to another folder.")
+    check_target(folder, format_of(LORALIB if profile == "loralib" else WEIGHTS))
     if whole and profile != "peft":
         raise LoraError(
             f"profile={profile!r} has no place for others, found {', '.join(map(printable, whole))}: "
@@ -102,6 +104,7 @@ def _check_call(folder: Path, adapters: Mapping[str, Adapter], whole: Mapping[st
         )
     if not adapters:
         raise LoraError("there are no adapters to save.")
+    refuse_spread({**adapters, **whole})
     apart = [path for path, adapter in adapters.items() if isinstance(adapter, FullAdapter | RowsAdapter)]
     if apart and (profile != "peft" or len(apart) == len(adapters)):
         why = f"profile={profile!r} has no place for it" if profile != "peft" else "PEFT has no folder of such alone"
