@@ -35,7 +35,7 @@ from lora_jax.interop.tensor_changes import (
     has_one_table_for_both,
     with_rows_in_base,
 )
-from lora_jax.interop.tied_files import Untied, header_with, settled, write_untied
+from lora_jax.interop.tied_files import Untied, header_with, settled, shapes_with_head, tie_of, write_untied
 
 DTYPES = {name: safetensors_index.DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}  # that adapters are added to
 THREADS = 4  # twice the cores of the smallest machines: half of the time is reading and writing
@@ -127,18 +127,18 @@ def _checked(
     """Return the tensors and files of the source, and what becomes of the tensors."""
     check_tied(tied)
     tensors, files = tensors_in(source)
-    copies: dict[str, str] = {}
+    tie, copies = tie_of(source, tensors), dict[str, str]()
     if isinstance(adapters, str | Path):
         if key_map is not None or others is not None or params is not None:
             raise LoraError(f"{adapters} names its tensors itself: leave out key_map, others and params.")
-        changes, copies = changes_of_folder(Path(adapters), {name: tensor.shape for name, tensor in tensors.items()})
+        changes, copies = changes_of_folder(Path(adapters), shapes_with_head(tie, tensors))
     elif key_map is None:
         raise LoraError("merge_checkpoint(key_map=...): which tensor each path is, such as lora.key_maps.LLAMA.")
     else:
         changes = changes_of_adapters(adapters, others, key_map, params)
         if tied == "refuse" and has_one_table_for_both(key_map, params):
             tied = "both"
-    changes, untied = settled(source, tensors, changes, copies, tied)
+    changes, untied = settled(source, tie, tensors, changes, copies, tied)
     changes = {name: with_rows_in_base(name, change) for name, change in changes.items()}
     if untied is not None:
         tensors = tensors | untied.added

@@ -200,11 +200,12 @@ def _tensors(arrays: Mapping[str, Any], key_map: KeyMap, params: Any, zeros: boo
                 filled[match.path] = np.zeros(match.shape, np.float32)
             elif match.path not in filled and match.path in own:
                 filled[match.path] = own[match.path]
-        missing = [match.path for match in parts if match.path not in filled]
-        if missing or (parts[0].entry.part is not None and [p.entry.part for p in parts] != list(range(len(parts)))):
+        known_parts = [match.path for match in parts if match.path in filled]
+        is_whole = parts[0].entry.part is None or [match.entry.part for match in parts] == [*range(len(parts))]
+        if len(known_parts) < len(parts) or not is_whole:
             raise LoraError(
-                f"{name} holds several parameters, of which only {', '.join(repr(p.path) for p in parts)} are known"
-                f"{f', and no array of {missing[0]!r}' * bool(missing)}. Give all parameters: params=params."
+                f"{name} holds several parameters, of which only {', '.join(map(repr, known_parts))} are known. Give all "
+                "parameters: params=params."
             )
         tensors[name] = joined(name, parts, filled)
     return tensors

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.core.errors import LoraError, short
-from lora_jax.interop.peft.tied_tables import Tied, is_head
+from lora_jax.interop.peft.tied_tables import HEADS, Tied, is_head
 from lora_jax.interop.safetensors_index import INDEX, Tensor
 from lora_jax.interop.tensor_changes import Change, Changes
 
@@ -65,8 +65,15 @@ class Untied(NamedTuple):
     added: dict[str, Tensor]  # new tensors, each with the place of the one that it begins as a copy of
 
 
+def shapes_with_head(tie: Tie | None, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's tensors, with that of a head that is tied to one of them."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return shapes if tie is None else {f"{name}.weight": shapes[tie.table] for name in HEADS} | shapes
+
+
 def settled(
     source: Path,
+    tie: Tie | None,
     tensors: Mapping[str, Tensor],
     changes: Changes,
     copies: Mapping[str, str],
@@ -75,12 +82,12 @@ def settled(
     """Return the changes as the files can hold them, and, if they are untied for it, what that adds.
 
     Args:
+        tie: what the files tie.
         copies: `{head: table}` of heads that change just as a table does.
 
     Raises:
         LoraError: a change of one end, and `tied` is "refuse", or what it asks for cannot be.
     """
-    tie = tie_of(source, tensors)
     if tie is None:
         return changes, None
     head = next((name for name in changes if is_head(name)), tie.head)
