@@ -142,8 +142,14 @@ OF_A_MODEL = ("vera", "vera_noproj", "qwen3moe")  # the tensors alone do not tel
 NOT_MERGED = ("dora", "llama_replicate")  # refused: lengths along columns, and layers that no file has twice
 
 
-@pytest.mark.parametrize("how", ["folder", "adapters"])
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in NOT_MERGED])
+FIRST = ("pissa", "lora_lora_bias", "llama_tokens")
+CASES = [(name, how) for name in MODELS if name not in NOT_MERGED for how in ("folder", "adapters")]
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [pytest.param(*one, marks=[] if one[0] in FIRST else pytest.mark.slow) for one in CASES],
+)
 def test_merged_files_have_the_outputs_of_peft(name, how, tmp_path):
     """All that the folder holds reaches the files: heads and biases trained whole, trained tokens, and new bases."""
     fn, key_map = MODELS[name]

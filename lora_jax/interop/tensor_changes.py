@@ -204,8 +204,8 @@ def _tensors(arrays: Mapping[str, Any], key_map: KeyMap, params: Any, zeros: boo
         is_whole = parts[0].entry.part is None or [match.entry.part for match in parts] == [*range(len(parts))]
         if len(known_parts) < len(parts) or not is_whole:
             raise LoraError(
-                f"{name} holds several parameters, of which only {', '.join(map(repr, known_parts))} are known. Give all "
-                "parameters: params=params."
+                f"{name} holds several parameters, of which only {', '.join(map(repr, known_parts))} are known. Give "
+                "all parameters: params=params."
             )
         tensors[name] = joined(name, parts, filled)
     return tensors
