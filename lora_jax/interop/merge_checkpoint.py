@@ -255,18 +255,45 @@ def _merged(w: Array, part: Part) -> tuple[Array, float, float]:
     add = _sum_in_fp64 if part.dtype == np.float64 else _sum
     shape = (-1,) if left is None else (left.shape[0], -1)
     base, delta = (None if array is None else array.reshape(shape) for array in (part.base, part.delta))
-    rounded, errors, changes, is_beyond = add(w.reshape(shape), base, left, right, delta, part.lengths)
-    if is_beyond:
+    operands = (w.reshape(shape), base, left, right, delta, part.lengths)
+    rounded, errors, changes = add(*operands)
+    lost, merged = _total(errors), np.asarray(rounded)
+    changed = _squared_norm(*part.factors) if changes is None and part.factors else _total(changes)
+    if not math.isfinite(lost + changed):
+        lost, changed = _norms_of_finite(part, merged, *operands)
+    return merged.reshape(-1).view(np.uint8), lost, changed
+
+
+def _norms_of_finite(
+    part: Part,
+    merged: Array,
+    w: Array,
+    base: Array | None,
+    left: Array | None,
+    right: Array | None,
+    delta: Array | None,
+    lengths: Array | None,
+) -> tuple[float, float]:
+    """Return the squared norms where W' is finite: what is not in W itself stays as it is.
+
+    Raises:
+        LoraError: what was finite is not any more.
+    """
+    with np.errstate(all="ignore"):
+        start = (w if base is None else base).astype(np.float64)
+        product = None if left is None or right is None else left.astype(np.float64) @ right.astype(np.float64)
+        exact = _exact(np, start, product, delta, lengths)
+    finite = np.isfinite(merged)
+    if (np.isfinite(start) & ~finite).any():
         most = float(jnp.finfo(part.dtype).max)
         raise LoraError(
             f"{part.name!r} would hold numbers beyond {most:.5g}, the largest of its dtype {part.dtype}, and nothing "
             "was written: save the model in a wider dtype first, such as bfloat16, and merge into that; or the "
             "adapters are of a training that diverged."
         )
-    data = np.asarray(rounded).reshape(-1).view(np.uint8)
-    if changes is None and left is not None and right is not None:
-        return data, _total(errors), _squared_norm(left, right)
-    return data, _total(errors), _total(changes)
+    with np.errstate(all="ignore"):
+        lost, changed = (np.where(finite, exact - other.astype(np.float64), 0) for other in (merged, w))
+        return float(np.square(lost).sum()), float(np.square(changed).sum())
 
 
 @jax.jit
@@ -277,33 +304,29 @@ def _sum(
     right: jax.Array | None,
     delta: jax.Array | None,
     lengths: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
-    """Return W' in W's dtype, the squared norms of its rounding errors and of W' - W, and if it is beyond the dtype.
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Return W' in W's dtype, and the squared norms of rows, or entries, of the rounding errors and of W' - W.
 
-    Where only L R is added, W' - W is this, and its norm follows from the factors. What is not finite in W itself stays
-    as it is.
+    Where only L R is added, W' - W is this, and its norm follows from the factors. Numbers that are not finite make
+    these norms so.
     """
     wide = w.astype(jnp.float32)
-    start = wide if base is None else base.astype(jnp.float32)
     product = None if left is None or right is None else matmul_highest(left, right)
-    exact = _exact(jnp, start, product, delta, lengths)
+    exact = _exact(jnp, wide if base is None else base.astype(jnp.float32), product, delta, lengths)
     rounded = exact.astype(w.dtype)
-    is_fine = jnp.isfinite(rounded)
-    error = jnp.where(is_fine, rounded.astype(jnp.float32) - exact, 0)
     only_factors = base is None and delta is None and lengths is None
-    changes = None if only_factors else jnp.where(is_fine, exact - wide, 0)
-    return rounded, _squares(error), None if changes is None else _squares(changes), _is_beyond(jnp, start, rounded)
+    changes = None if only_factors else _squares(exact - wide)
+    return rounded, _squares(rounded.astype(jnp.float32) - exact), changes
 
 
 def _sum_in_fp64(
     w: Array, base: Array | None, left: Array | None, right: Array | None, delta: Array | None, lengths: Array | None
-) -> tuple[Array, float, Array, bool]:
+) -> tuple[Array, float, Array]:
     """Return the same for fp64, which JAX has only where it is enabled; its rounding errors do not count."""
-    start = w if base is None else base.astype(np.float64)
-    product = None if left is None or right is None else left.astype(np.float64) @ right
-    exact = _exact(np, start, product, delta, lengths)
-    changes = np.where(np.isfinite(exact), exact - w, 0)
-    return np.ascontiguousarray(exact), 0.0, np.square(changes), bool(_is_beyond(np, start, exact))
+    with np.errstate(all="ignore"):  # what is not finite shows in the norm of the change
+        product = None if left is None or right is None else left.astype(np.float64) @ right
+        exact = _exact(np, w if base is None else base.astype(np.float64), product, delta, lengths)
+        return np.ascontiguousarray(exact), 0.0, np.square(exact - w)
 
 
 def _exact(xp: Any, start: Any, product: Any, delta: Any, lengths: Any) -> Any:
@@ -311,11 +334,6 @@ def _exact(xp: Any, start: Any, product: Any, delta: Any, lengths: Any) -> Any:
     exact = start if product is None else start + product
     exact = exact if delta is None else exact + delta
     return exact if lengths is None else exact * _gain(xp, exact, lengths)[:, None]
-
-
-def _is_beyond(xp: Any, start: Any, rounded: Any) -> Any:
-    """Return whether what was finite is not any more."""
-    return (xp.isfinite(start) & ~xp.isfinite(rounded)).any()
 
 
 def _squares(array: jax.Array) -> jax.Array:

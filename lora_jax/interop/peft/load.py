@@ -137,8 +137,8 @@ def read_by_module(folder: Path, shapes: Mapping[str, tuple[int, ...]] | None = 
     config = read_config(folder / CONFIG)
     if why := _why_a_model_is_needed(config, weights=shapes is not None):
         raise LoraError(
-            f"{folder} {why}: load it with a key map, adapters, others = lora.load_peft(folder, params, key_map), and go on "
-            "with both."
+            f"{folder} {why}: load it with a key map, lora.load_peft(folder, params, key_map), and go on "
+            "with both of its results."
         )
     tensors = read_tensors(folder / WEIGHTS, config.format)
     contents = sort_tensors(tensors if shapes is None else _widened(tensors, config.format), config, folder)
