@@ -284,8 +284,16 @@ def test_two_parameters_hold_what_peft_computes(name, tmp_path):
     with jax.default_matmul_precision("highest"):
         found = lora.lora_apply(untied_program)(UNTIED | others, adapters, IDS)
     lookups, head = FOLDERS[name][2:]
-    head = W if name == "new base" else head  # torch has one base at both ends
+    head = W if name == "new base" else head  # which a model that does not tie has of its own
     np.testing.assert_allclose(found, by_hand(lookups, head, folder), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["head", "each", "whole head", "tokens of the head"])
+def test_a_change_of_the_head_alone_has_no_place_in_one_parameter(name, tmp_path):
+    folder = adapter(tmp_path / "in", name)
+    for choice in ("refuse", "both"):
+        with pytest.raises(lora.LoraError, match=r"head.* tied to a table is no parameter of its own|lookups of"):
+            lora.load_peft(folder, TIED, LLAMA, tied=choice)
 
 
 def test_a_table_without_a_head_is_no_question(tmp_path):

@@ -156,7 +156,8 @@ def convert(
     refuse_to_replace(output)
     if (adapters / CONFIG).exists():
         found, others, table = load_by_module(adapters)
-        found = _in_fp32(found) if to == "orbax" else found  # from which training goes on
+        if to == "orbax":  # from which training goes on
+            found, others = _in_fp32((found, others))
     else:
         found, others = checkpoint.load(adapters)
         if key_map is None and to != "orbax":
@@ -289,9 +290,9 @@ def diff(
 # What the commands share ----------------------------------------------------------------------------------------------
 
 
-def _in_fp32(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """Return adapters whose numbers are of fp32 or wider."""
-    return jax.tree.map(lambda array: array.astype(jnp.promote_types(array.dtype, jnp.float32)), dict(adapters))
+def _in_fp32(tree: Any) -> Any:
+    """Return the same adapters and arrays in fp32 or wider."""
+    return jax.tree.map(lambda array: array.astype(jnp.promote_types(array.dtype, jnp.float32)), tree)
 
 
 def _rank(adapter: Adapter) -> int | None:
