@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import twins
@@ -169,6 +170,54 @@ def test_compose(capsys, tmp_path):
         assert code == 1
         assert says in err
     assert not (tmp_path / "other").exists()
+
+
+def thin(name, folder, dtype):
+    """A folder of PEFT in another dtype."""
+    shutil.copytree(DATA / name, folder)
+    tensors = {key: tensor.astype(dtype) for key, tensor in tensors_of(folder).items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_dtypes_of_thin_files(capsys, tmp_path):
+    """Kept by conversions, the widest of a sum, which is computed in fp32; and fp32 where training goes on from it."""
+    a = thin("rslora_patterns", tmp_path / "a", jnp.bfloat16)
+    b = thin("rslora_patterns", tmp_path / "b", jnp.float16)
+    run(capsys, "convert", a, tmp_path / "again")
+    assert_same_tensors(tensors_of(tmp_path / "again"), tensors_of(a))
+    run(capsys, "convert", a, tmp_path / "orbax", "--to", "orbax")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(lora.checkpoint.load(tmp_path / "orbax"))} == {"float32"}
+    for name, parts, dtype in [("same", [f"{a}:0.7", f"{a}:-0.3"], "bfloat16"), ("wide", [a, b], "float32")]:
+        assert run(capsys, "compose", tmp_path / name, *parts)[0] == 0
+        assert {tensor.dtype.name for tensor in tensors_of(tmp_path / name).values()} == {dtype}
+    key = "base_model.model.lin0.lora_B.weight"
+    scale = load_by_module(a)[0]["lin0"].scale
+    exact = tensors_of(a)[key].astype(np.float32)
+    expected = np.concatenate([exact * np.float32(scale * weight) for weight in (0.7, -0.3)], axis=1)
+    np.testing.assert_array_equal(tensors_of(tmp_path / "same")[key], expected.astype(jnp.bfloat16))
+
+
+def test_tied_tables(capsys, tmp_path):
+    """Refused with the choices, which are options here too."""
+    published(tmp_path / "base", "lora_emb")
+    tensors = tensors_in(tmp_path / "base")
+    save_file(
+        {"model.emb.weight": tensors["emb.weight"], "model.lin0.weight": tensors["lin0.weight"]},
+        tmp_path / "base" / "model.safetensors",
+    )
+    facts = {"tie_word_embeddings": True, "vocab_size": 11, "model_type": "llama"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(facts))
+    shutil.copytree(DATA / "lora_emb", tmp_path / "peft")
+    renamed = {key.replace(".model.", ".model.model."): t for key, t in tensors_of(tmp_path / "peft").items()}
+    save_file(renamed, tmp_path / "peft" / "adapter_model.safetensors")
+    code, _, err = run(capsys, "merge", tmp_path / "base", tmp_path / "peft", tmp_path / "out")
+    assert code == 1
+    assert "tied='untie'" in err
+    assert run(capsys, "verify", tmp_path / "peft", "--base", tmp_path / "base")[0] == 1
+    assert run(capsys, "verify", tmp_path / "peft", "--base", tmp_path / "base", "--tied", "untie")[0] == 0
+    assert run(capsys, "merge", tmp_path / "base", tmp_path / "peft", tmp_path / "out", "--tied", "untie")[0] == 0
+    np.testing.assert_array_equal(tensors_in(tmp_path / "out")["lm_head.weight"], tensors["emb.weight"])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 import twins
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_peft import DATA, MLP, SPLIT, edit_config
+from test_peft import DATA, MLP, MODELS, SPLIT, P, case, copy, edit_config, edit_tensors
 
 import lora_jax as lora
 from lora_jax import key_maps
@@ -136,6 +136,200 @@ def test_a_folder_of_peft_needs_no_key_map(name, tmp_path):
     found = twins.from_torch(tensors_in(tmp_path / "out"), conv1d=name == "gpt2")
     for path, leaf in expected.items():
         np.testing.assert_allclose(found[path], leaf, rtol=1e-6, atol=1e-6, err_msg=path)
+
+
+OF_A_MODEL = ("vera", "vera_noproj", "qwen3moe")  # the tensors alone do not tell what these are
+NOT_MERGED = ("dora", "llama_replicate")  # refused: lengths along columns, and layers that no file has twice
+
+
+FIRST = ("pissa", "lora_lora_bias", "llama_tokens")
+CASES = [(name, how) for name in MODELS if name not in NOT_MERGED for how in ("folder", "adapters")]
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [pytest.param(*one, marks=[] if one[0] in FIRST else pytest.mark.slow) for one in CASES],
+)
+def test_merged_files_have_the_outputs_of_peft(name, how, tmp_path):
+    """All that the folder holds reaches the files: heads and biases trained whole, trained tokens, and new bases."""
+    fn, key_map = MODELS[name]
+    params, ids, expected = case(name)
+    published(tmp_path / "in", name, shards=2)
+    if how == "folder" and name in OF_A_MODEL:
+        with pytest.raises(lora.LoraError, match="load it with a key map"):
+            lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / name)
+        return
+    if how == "folder":
+        losses = lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / name)
+    else:
+        adapters, others = lora.load_peft(DATA / name, params, key_map)
+        losses = lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, key_map, others=others)
+        assert len(losses) == len(adapters | others)
+    merged = twins.from_torch(tensors_in(tmp_path / "out"), conv1d=name == "gpt2")
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(fn(merged, ids), expected, atol=2e-6, rtol=0)
+    assert all(0 <= loss < 1e-4 for loss in losses.values())
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float64])
+def test_all_kinds_of_changes_are_rounded_once(dtype, tmp_path):
+    """A bias that is added to, a table that is replaced, a head with rows of its own: W' in fp32, and then rounded."""
+    base = published(tmp_path / "in", "llama", dtype)
+    key_map = key_maps.LLAMA
+    rng = np.random.default_rng(0)
+    table, head, norm = (
+        base[name].shape for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight")
+    )
+    new, rows, delta = (rng.normal(size=shape).astype(np.float32) for shape in (table, (2, head[1]), norm))
+    adapters = {
+        "lm_head/kernel": lora.RowsAdapter(jnp.asarray(rows), lora.KernelAxes((), (0,), (1,)), (7, 2), head[0], 1),
+        "model/norm/scale": lora.FullAdapter(jnp.asarray(delta), lora.KernelAxes((), (), (0,))),
+    }
+    others = {"model": {"embed_tokens": {"embedding": new}}}
+    losses = lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, key_map, others=others)
+    found = tensors_in(tmp_path / "out")
+    expected = dict(base)
+    expected["model.embed_tokens.weight"] = new.astype(dtype)
+    expected["model.norm.weight"] = (base["model.norm.weight"].astype(np.float32) + delta).astype(dtype)
+    expected["lm_head.weight"] = base["lm_head.weight"].copy()
+    expected["lm_head.weight"][[7, 2]] = rows.astype(dtype)
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found[name].astype(np.float64), tensor.astype(np.float64), rtol=1e-6, err_msg=name)
+    changed = {name: expected[name].astype(np.float64) - base[name].astype(np.float64) for name in losses}
+    exact = {"model.embed_tokens.weight": new, "lm_head.weight": base["lm_head.weight"].astype(np.float64)}
+    exact["lm_head.weight"][[7, 2]] = rows
+    exact["model.norm.weight"] = base["model.norm.weight"].astype(np.float64) + delta
+    for name, loss in losses.items():
+        lost = np.linalg.norm(expected[name].astype(np.float64) - exact[name]) / np.linalg.norm(changed[name])
+        np.testing.assert_allclose(loss, lost if dtype == jnp.bfloat16 else 0, rtol=0.02, atol=1e-6)
+
+
+def test_the_parts_of_a_tensor_that_are_not_given(tmp_path):
+    """A change of one part of a fused bias leaves the others; a part that is replaced needs the others."""
+    base = published(tmp_path / "in", "gpt2")
+    name = "transformer.h.0.attn.c_attn.bias"
+    parts = dict(zip((f"{x}/bias" for x in "qkv"), np.split(base[name], 3), strict=True))
+    delta = {"k/bias": lora.FullAdapter(jnp.ones(16), lora.KernelAxes((), (), (0,)))}
+    for options in ({}, {"others": {"k/bias": parts["k/bias"] + 1}}):
+        adapters = {} if options else delta
+        with pytest.raises(
+            lora.LoraError, match=f"{name} holds several parameters.*Give all parameters: params=params"
+        ):
+            lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, SPLIT, **options)
+        folder = tmp_path / f"out{len(options)}"
+        lora.merge_checkpoint(tmp_path / "in", folder, adapters, SPLIT, params=parts, **options)
+        expected = base[name] + np.repeat(np.float32([0, 1, 0]), 16)
+        np.testing.assert_allclose(tensors_in(folder)[name], expected, rtol=1e-6)
+
+
+def test_a_bias_that_the_model_lacks(tmp_path):
+    """PEFT has a `lora_bias` of all modules: zeros where there is no bias, and else it is refused."""
+    published(tmp_path / "in", "lora_lora_bias")
+    folder = copy("lora_lora_bias", tmp_path / "copy")
+    zeros = {"lora_A.weight": (2, 10), "lora_B.weight": (4, 2), "lora_B.bias": (4,)}
+    edit_tensors(folder, lambda t: t | {f"{P}lin1.{name}": np.zeros(size, np.float32) for name, size in zeros.items()})
+    lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", folder)
+    edit_tensors(folder, lambda t: t | {P + "lin1.lora_B.bias": np.ones(4, np.float32)})
+    with pytest.raises(lora.LoraError, match=r"has no tensor 'lin1.bias'"):
+        lora.merge_checkpoint(tmp_path / "in", tmp_path / "again", folder)
+
+
+def test_rows_that_the_model_lacks(tmp_path):
+    published(tmp_path / "in", "lora")
+    with pytest.raises(lora.LoraError, match=r"holds rows of 'model.embed_tokens.weight', no tensor of the model; the"):
+        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / "llama_tokens")
+
+
+BAD = [np.nan, np.inf, -np.inf]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_is_not_finite_is_not_merged(bad, tmp_path):
+    """By the path of the adapter, or of the array beside it; nothing is written."""
+    base = published(tmp_path / "in", "lora")
+    params = twins.from_torch(base)
+    adapters, _ = lora.load_peft(DATA / "lora", params, MLP)
+    wrong = adapters | {"lin1/kernel": jax.tree.map(lambda a: a.at[0, 0].set(bad), adapters["lin1/kernel"])}
+    with pytest.raises(lora.LoraError, match=r"the adapter for 'lin1/kernel' in its array 'a' holds NaN or infinity"):
+        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", wrong, MLP)
+    with pytest.raises(lora.LoraError, match=r"others\['lin0/bias'\] holds NaN or infinity"):
+        lora.merge_checkpoint(
+            tmp_path / "in", tmp_path / "out", adapters, MLP, others={"lin0": {"bias": np.full(10, bad)}}
+        )
+    folder = copy("lora", tmp_path / "copy")
+    edit_tensors(folder, lambda t: t | {P + "lin0.lora_B.weight": np.full((10, 2), bad, np.float32)})
+    with pytest.raises(lora.LoraError, match="the adapter for 'lin0' in its array 'b' holds NaN or infinity"):
+        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", folder)
+    assert not (tmp_path / "out").exists()
+
+
+def one_tensor(folder, dtype, value=6e4):
+    """A model of one weight."""
+    folder.mkdir()
+    save_file({"m.weight": np.full((4, 4), value, dtype)}, folder / "model.safetensors")
+
+
+MATRIX = lora.KernelAxes((), (0,), (1,))
+ONES = np.ones((4, 1), np.float32)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: ({"w": lora.LoraAdapter(ONES, jnp.full((1, 4), 1e4), MATRIX, 1.0)}, {}),
+        lambda: ({"w": lora.FullAdapter(jnp.full((4, 4), 1e4), lora.KernelAxes((), (), (0, 1)))}, {}),
+        lambda: ({}, {"w": np.full((4, 4), 1e5, np.float32)}),
+        lambda: ({"w": lora.RowsAdapter(jnp.full((1, 4), 1e5), MATRIX, (2,), 4, 1)}, {}),
+        lambda: ({"w": lora.DoraAdapter(ONES, ONES.T, jnp.full(4, 1e6), MATRIX, 1.0)}, {}),
+    ],
+)  # fmt: skip
+def test_what_the_dtype_cannot_hold_is_not_written(change, tmp_path):
+    """fp16 ends at 65,504: infinity would be written."""
+    one_tensor(tmp_path / "in", np.float16)
+    adapters, others = change()
+    key_map = key_maps.KeyMap(key_maps.linear("w", "m"))
+    with pytest.raises(lora.LoraError, match=r"'m.weight' would hold numbers beyond 65504, .* float16.*a wider dtype"):
+        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, key_map, others=others)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    one_tensor(tmp_path / "wide", jnp.bfloat16)
+    losses = lora.merge_checkpoint(tmp_path / "wide", tmp_path / "out", adapters, key_map, others=others)
+    assert np.isfinite(tensors_in(tmp_path / "out")["m.weight"].astype(np.float32)).all()
+    assert 0 <= losses["m.weight"] < 0.1
+
+
+def test_beyond_fp32(tmp_path):
+    one_tensor(tmp_path / "in", np.float32, 1.0)
+    key_map = key_maps.KeyMap(key_maps.linear("w", "m"))
+    axes = lora.KernelAxes((), (0,), (1,))
+    for a, b, scale, says in [
+        (1e30, 1e30, 1.0, "'m.weight' would hold numbers beyond 3.4028e"),
+        (1.0, 1e30, 1e30, "the adapter for 'w' is beyond fp32 once it has its scale 1e"),
+    ]:
+        adapters = {"w": lora.LoraAdapter(jnp.full((4, 1), a), jnp.full((1, 4), b), axes, scale)}
+        with pytest.raises(lora.LoraError, match=says):
+            lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, key_map)
+
+
+def test_what_is_not_finite_in_the_model_stays(tmp_path):
+    """Such as a row of minus infinity: the loss is that of the other numbers."""
+    w = np.ones((4, 4), np.float16)
+    w[1, 2], w[3, 3] = -np.inf, np.nan
+    (tmp_path / "in").mkdir()
+    save_file({"m.weight": w}, tmp_path / "in" / "model.safetensors")
+    adapters = {"w": lora.LoraAdapter(jnp.ones((4, 1)), jnp.ones((1, 4)) / 3, lora.KernelAxes((), (0,), (1,)), 1.0)}
+    losses = lora.merge_checkpoint(
+        tmp_path / "in", tmp_path / "out", adapters, key_maps.KeyMap(key_maps.linear("w", "m"))
+    )
+    expected = (w.astype(np.float32) + np.float32(1 / 3)).astype(np.float16)
+    np.testing.assert_array_equal(tensors_in(tmp_path / "out")["m.weight"], expected)
+    assert 0 < losses["m.weight"] < 0.01
+
+
+def test_a_folder_names_its_tensors_itself(tmp_path):
+    published(tmp_path / "in", "lora")
+    for options in ({"key_map": MLP}, {"others": {}}, {"params": {}}):
+        with pytest.raises(lora.LoraError, match="names its tensors itself: leave out key_map, others and params"):
+            lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / "lora", **options)
 
 
 def test_parts_of_one_module(tmp_path):

@@ -435,14 +435,72 @@ def test_as_loralib_has_it(tmp_path):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_thin_dtypes(dtype, tmp_path):
+    """Files keep the dtype, or get one; what is loaded is fp32 unless it is asked for otherwise."""
     params = case("lora")[0]
-    adapters, others = jax.tree.map(lambda a: a.astype(dtype), lora.load_peft(DATA / "lora", params, MLP))
+    whole = lora.load_peft(DATA / "lora", params, MLP)
+    adapters, others = thin = jax.tree.map(lambda a: a.astype(dtype), whole)
     lora.save_peft(tmp_path / "out", adapters, MLP, others=others)
-    found = lora.load_peft(tmp_path / "out", params, MLP)
-    assert jax.tree.structure(found) == jax.tree.structure((adapters, others))
-    for one, other in zip(*map(jax.tree.leaves, (found, (adapters, others))), strict=True):
-        assert one.dtype == dtype
-        np.testing.assert_array_equal(one, other)
+    lora.save_peft(tmp_path / "cast", whole[0], MLP, others=whole[1], dtype=dtype)
+    assert_same_tensors(tensors_of(tmp_path / "cast"), tensors_of(tmp_path / "out"))
+    for asked, expected in [({}, jnp.float32), ({"dtype": None}, dtype), ({"dtype": jnp.bfloat16}, jnp.bfloat16)]:
+        found = lora.load_peft(tmp_path / "out", params, MLP, **asked)
+        assert jax.tree.structure(found) == jax.tree.structure(thin)
+        for one, other in zip(*map(jax.tree.leaves, (found, thin)), strict=True):
+            assert one.dtype == expected
+            np.testing.assert_array_equal(one, other.astype(expected))
+    with pytest.raises(lora.LoraError, match=r"load_peft\(dtype=<class 'int'>\): adapters are trained"):
+        lora.load_peft(tmp_path / "out", params, MLP, dtype=int)
+
+
+@pytest.mark.parametrize("name", ["adalora", "dora", "loha", "lokr", "lora_lora_bias", "llama_tokens", "pissa", "vera"])
+def test_all_kinds_of_thin_files_are_loaded_in_fp32(name, tmp_path):
+    """Projections that all modules share are compared as the file has them; a frozen base keeps its dtype."""
+    folder = copy(name, tmp_path)
+    edit_tensors(folder, lambda t: {key: tensor.astype(jnp.bfloat16) for key, tensor in t.items()})
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), case(name)[0])
+    adapters, others = lora.load_peft(folder, params, MODELS[name][1])
+    assert {leaf.dtype for leaf in jax.tree.leaves(adapters)} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in others.values()} == ({jnp.dtype(jnp.bfloat16)} if name == "pissa" else set())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, None])
+def test_scales_are_folded_in_fp32(dtype, tmp_path):
+    """Of layers with scales of their own, and of a scale that vLLM has no place for: rounded once at most."""
+    folder = copy("llama", tmp_path)
+    edit_tensors(folder, lambda t: {key: tensor.astype(jnp.bfloat16) for key, tensor in t.items()})
+    one = "model.layers.1.self_attn.q_proj"
+    edit_config(folder, alpha_pattern={one: 7.3})
+    adapters, _ = lora.load_peft(folder, stacked(case("llama")[0]), key_maps.LLAMA.stacked(), dtype=dtype)
+    found = np.asarray(adapters["model/layers/self_attn/q_proj/kernel"].b[1].reshape(2, -1).T)
+    exact = tensors_of(folder)[f"{P}{one}.lora_B.weight"].astype(np.float32) * np.float32(7.3 / 2)
+    np.testing.assert_array_equal(found, exact if dtype else exact.astype(jnp.bfloat16))
+    plain, _ = lora.load_peft(folder, case("llama")[0], key_maps.LLAMA)
+    lora.save_peft(tmp_path / "vllm", plain, key_maps.LLAMA, profile="vllm", dtype=jnp.bfloat16)
+    written = tensors_of(tmp_path / "vllm")[f"{P}{one}.lora_B.weight"]
+    np.testing.assert_array_equal(written, exact.astype(jnp.bfloat16))
+
+
+def test_what_a_dtype_cannot_hold_is_not_saved(tmp_path):
+    adapters, _ = lora.load_peft(DATA / "lora", case("lora")[0], MLP)
+    large = jax.tree.map(lambda a: a * 1e6, adapters)
+    with pytest.raises(lora.LoraError, match=r"'lin0.lora_A.weight' holds numbers beyond float16: save it in a wider"):
+        lora.save_peft(tmp_path / "out", large, MLP, dtype=jnp.float16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_goes_on_from_a_thin_file(tmp_path):
+    """Adam's small updates move every entry; in bf16 they would vanish."""
+    folder = copy("lora", tmp_path)
+    edit_tensors(folder, lambda t: {key: tensor.astype(jnp.bfloat16) for key, tensor in t.items()})
+    params, ids, _ = case("lora")
+    apply, optimizer = lora.lora_apply(twins.mlp), optax.adam(1e-6)
+    start, others = lora.load_peft(folder, params, MLP)
+    step = lora.jit_step(lambda a, p, ids: (apply(p | a[1], a[0], ids) ** 2).sum(), optimizer)
+    state = lora.TrainState.create(jax.tree.map(jnp.copy, (start, others)), optimizer)
+    for _ in range(3):
+        state, _ = step(state, params, ids)
+    for one, other in zip(*map(jax.tree.leaves, (state.trainable, (start, others))), strict=True):
+        assert np.mean(one != other) > 0.5
 
 
 # Patterns of configs --------------------------------------------------------------------------------------------------

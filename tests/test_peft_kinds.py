@@ -770,9 +770,8 @@ def test_what_is_a_sum_merges_into_published_weights(name, tmp_path):
 
 def test_what_is_no_sum_does_not_merge_without_the_model(tmp_path):
     published(tmp_path / "base", "dora")
-    for name, says in [("dora", "lengths run along its columns"), ("lora_lora_bias", "'lin0.bias' is a FullAdapter")]:
-        with pytest.raises(lora.LoraError, match=says):
-            lora.merge_checkpoint(tmp_path / "base", tmp_path / "out", DATA / name)
+    with pytest.raises(lora.LoraError, match="lengths run along its columns"):
+        lora.merge_checkpoint(tmp_path / "base", tmp_path / "out", DATA / "dora")
     assert not (tmp_path / "out").exists()
 
 

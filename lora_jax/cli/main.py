@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -38,6 +39,7 @@ from lora_jax.interop.merge_checkpoint import check_checkpoint, merge_checkpoint
 from lora_jax.interop.name_templates import literal
 from lora_jax.interop.peft.load import CONFIG, load_by_module
 from lora_jax.interop.peft.save import save_peft
+from lora_jax.interop.peft.tied_tables import Tied
 from lora_jax.interop.safetensors_index import Tensor
 
 try:
@@ -78,7 +80,7 @@ def inspect(adapters: Folder, /, plot: Path | None = None, json: bool = False) -
     return 0
 
 
-def verify(adapters: Folder, /, base: Path | None = None, json: bool = False) -> int:
+def verify(adapters: Folder, /, base: Path | None = None, tied: Tied = "refuse", json: bool = False) -> int:
     """Check that adapters are sound: finite, with an effect, and fitting a base. Exits with 1 if not.
 
     Example: lora-jax verify runs/sentiment/peft --base MiniLM-L6
@@ -86,6 +88,7 @@ def verify(adapters: Folder, /, base: Path | None = None, json: bool = False) ->
     Args:
         adapters: a folder of lora_jax.checkpoint.save, or of HF PEFT.
         base: a folder with the base's safetensors, for adapters of HF PEFT: each needs its tensor there.
+        tied: as of `merge`, for a base with one tensor for the table of tokens and the head.
         json: print JSON instead of text.
     """
     problems = [
@@ -97,7 +100,7 @@ def verify(adapters: Folder, /, base: Path | None = None, json: bool = False) ->
     ]
     if base is not None:
         try:
-            check_checkpoint(base, adapters)
+            check_checkpoint(base, adapters, tied=tied)
         except LoraError as error:
             problems.append(str(error))
     if json:
@@ -107,7 +110,7 @@ def verify(adapters: Folder, /, base: Path | None = None, json: bool = False) ->
     return 1 if problems else 0
 
 
-def merge(base: Folder, adapters: Folder, output: Folder, /, json: bool = False) -> int:
+def merge(base: Folder, adapters: Folder, output: Folder, /, tied: Tied = "refuse", json: bool = False) -> int:
     """Merge adapters of HF PEFT into the weights of a Hugging Face model on disk, in little memory.
 
     Example: lora-jax merge MiniLM-L6 runs/sentiment/peft merged
@@ -116,10 +119,12 @@ def merge(base: Folder, adapters: Folder, output: Folder, /, json: bool = False)
         base: a folder with model.safetensors, or an index and its shards.
         adapters: a folder of HF PEFT, as lora_jax.save_peft writes it.
         output: a new folder for the merged model.
+        tied: of adapters of the table of tokens alone, where the base has one tensor for it and the head: refuse them;
+            untie, which writes a head of its own; or change both.
         json: print the rounding loss of each tensor as JSON.
     """
     with progress_bar("merging") as progress:
-        losses = merge_checkpoint(base, output, adapters, progress=progress)
+        losses = merge_checkpoint(base, output, adapters, tied=tied, progress=progress)
     if json:
         print_json(losses)
         return 0
@@ -137,6 +142,7 @@ def convert(
     key_map: Literal["bert", "gpt2", "llama", "gemma", "vit", "vit_4", "t5"] | None = None,
     stacked: bool = False,
     prefix: str = "",
+    tied: Tied = "refuse",
     json: bool = False,
 ) -> int:
     """Write adapters in another format.
@@ -151,11 +157,14 @@ def convert(
         key_map: for adapters of lora_jax.checkpoint.save: the table from their paths to torch's modules.
         stacked: whether their layers are stacked along a first axis.
         prefix: what torch's names begin with beyond those of the table, such as "bert.".
+        tied: "both" writes an adapter of the table of tokens for the head too, for programs that have one table.
         json: print JSON instead of text.
     """
     check_target(output, None)
     if (adapters / CONFIG).exists():
         found, others, table = load_by_module(adapters)
+        if to == "orbax":  # from which training goes on
+            found, others = _in_fp32((found, others))
     else:
         found, others = checkpoint.load(adapters)
         if key_map is None and to != "orbax":
@@ -165,12 +174,14 @@ def convert(
     if to == "orbax":
         checkpoint.save(output, found, others)
     else:
-        save_peft(output, found, table, others=others, profile=to)
+        save_peft(output, found, table, others=others, profile=to, tied=tied)
     return _print_written(output, {path: _rank(adapter) for path, adapter in found.items()}, json)
 
 
 def compose(output: Folder, parts: Annotated[tuple[str, ...], tyro.conf.Positional], /, json: bool = False) -> int:
     """Write the weighted sum of adapters of HF PEFT, exactly: its rank is the sum of their ranks.
+
+    It is computed in fp32, and written in the widest dtype of its parts.
 
     Example: lora-jax compose both style:0.7 facts:-0.3
 
@@ -180,16 +191,17 @@ def compose(output: Folder, parts: Annotated[tuple[str, ...], tyro.conf.Position
         json: print JSON instead of text.
     """
     check_target(output, None)
-    sums, table = [], KeyMap()
+    sums, table, dtypes = [], KeyMap(), []
     for part in parts:
         folder, weight = _weighted(part)
         adapters, others, own = load_by_module(folder)
         if others:
             raise LoraError(f"{folder} also holds {next(iter(others))!r} whole, which no sum of adapters expresses.")
-        sums.append(({path: adapter.to_lora() or adapter for path, adapter in adapters.items()}, weight))
+        dtypes += [array.dtype for array in jax.tree.leaves(adapters)]
+        sums.append(({path: adapter.to_lora() or adapter for path, adapter in _in_fp32(adapters).items()}, weight))
         table += own
     combined = combine(sums)
-    save_peft(output, combined, table)
+    save_peft(output, combined, table, dtype=jnp.result_type(*dtypes))
     return _print_written(output, {path: _rank(adapter) for path, adapter in combined.items()}, json)
 
 
@@ -283,6 +295,11 @@ def diff(
 
 
 # What the commands share ----------------------------------------------------------------------------------------------
+
+
+def _in_fp32(tree: Any) -> Any:
+    """Return the same adapters and arrays in fp32 or wider."""
+    return jax.tree.map(lambda array: array.astype(jnp.promote_types(array.dtype, jnp.float32)), tree)
 
 
 def _rank(adapter: Adapter) -> int | None:

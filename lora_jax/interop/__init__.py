@@ -4,8 +4,10 @@
     architectures       key maps of published models; public as `lora_jax.key_maps`
     safetensors_index   where the tensors of a published model are in its files
     peft/               folders of HF PEFT, read and written
-    merge_checkpoint    adapters merged into the files of a published model, without building it
+    merge_checkpoint    adapters merged into the files of a published model, without building it, with
+                        tensor_changes (what becomes of each tensor), tied_files (one tensor for both ends) and
+                        file_parts (the bytes that are read and written)
 
-Modules here import `core`, `adapters`, `checkpoints`, `initialization` and one another. `merge_checkpoint` imports
-`peft`; the others know nothing of it.
+Modules here import `core`, `adapters`, `checkpoints`, `initialization` and one another. `merge_checkpoint` and
+what it calls import `peft`; the others know nothing of it.
 """

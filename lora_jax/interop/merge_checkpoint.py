@@ -1,7 +1,8 @@
 """Merge adapters into the safetensors of a published model without building it: shard by shard, in little memory.
 
 W' = W + s B A, for DoRA with each output scaled to its length, is computed in fp32 and rounded once to W's dtype. Each
-file is copied except for the bytes of adapted tensors: names, order, dtypes, metadata and the index stay as they were.
+file is copied except for the bytes of adapted tensors: names, order, dtypes, metadata and the index stay as they were,
+unless a head that was tied to the table gets a tensor of its own. What becomes of each tensor is in `tensor_changes`.
 """
 
 import math
@@ -24,38 +25,22 @@ from lora_jax.core.arrays import matmul_highest
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
 from lora_jax.interop import safetensors_index
-from lora_jax.interop.key_map import MODULE_KINDS, Array, KeyMap
-from lora_jax.interop.peft.formats.registry import LORA
-from lora_jax.interop.peft.load import load_by_module
-from lora_jax.interop.peft.to_modules import modules_to_save, torch_modules
+from lora_jax.interop.file_parts import Part, parts_of
+from lora_jax.interop.key_map import Array, KeyMap
+from lora_jax.interop.peft.tied_tables import Tied, check_tied
 from lora_jax.interop.safetensors_index import Tensor, read, tensors_in
+from lora_jax.interop.tensor_changes import (
+    Changes,
+    changes_of_adapters,
+    changes_of_folder,
+    has_one_table_for_both,
+    with_rows_in_base,
+)
+from lora_jax.interop.tied_files import Untied, header_with, settled, shapes_with_head, tie_of, write_untied
 
 DTYPES = {name: safetensors_index.DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}  # that adapters are added to
-CHUNK = 2**20  # entries of a tensor that are added at a time: they fit into a CPU's cache
-BLOCK = 2**22  # bytes that are copied at a time
 THREADS = 4  # twice the cores of the smallest machines: half of the time is reading and writing
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors"}  # files not to copy
-
-
-class Change(NamedTuple):
-    """What is added to a tensor: L @ R for each of the matrices that it consists of."""
-
-    factors: list[tuple[Array, Array]]  # L [rows, r] and R [r, columns]
-    shape: tuple[int, ...]  # the shape that the tensor has to have
-    lengths: Array | None = None  # [rows]: DoRA's lengths, to which the rows of W + L R are scaled
-
-
-class Part(NamedTuple):
-    """Bytes of a file that are read and written in one step."""
-
-    file: str
-    start: int
-    size: int
-    name: str = ""  # of the tensor that the bytes belong to, if it changes
-    dtype: Any = None
-    base: Array | None = None  # what is written in the place of the file's own numbers
-    factors: tuple[Array, Array] | None = None  # L and R whose product is added
-    lengths: Array | None = None  # to which the rows are scaled
 
 
 def merge_checkpoint(
@@ -64,7 +49,9 @@ def merge_checkpoint(
     adapters: Mapping[str, Adapter] | str | Path,
     key_map: KeyMap | None = None,
     *,
+    others: Any = None,
     params: Any = None,
+    tied: Tied = "refuse",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Write a model of Hugging Face with adapters merged into its weights.
@@ -74,28 +61,39 @@ def merge_checkpoint(
     Args:
         source: a folder with `model.safetensors` or an index and its shards.
         target: a new folder: the same files, with the merged tensors in their places.
-        adapters: `{path: adapter}`, with `key_map`; or a folder of HF PEFT, which names the tensors itself. A tensor
-            that this folder holds whole replaces the model's tensor of that name before anything is added.
+        adapters: `{path: adapter}`, with `key_map`; or a folder of HF PEFT, which names the tensors itself, and of
+            which all is merged: what it holds whole, biases, trained tokens, and adapters that began with PiSSA or
+            OLoRA, whose start is taken off the model's own weights.
         key_map: from parameters to modules.
-        params: as for `save_peft`.
-        progress: called with the bytes done and those of all adapted tensors.
+        others: `{path: array}`, or nested dicts, that take the place of parameters before anything is added: the second
+            result of `load_peft`, which adapters that began with PiSSA are wrong without.
+        params: as for `save_peft`. They also tell whether the program has one table for the lookups and for the head.
+        tied: what becomes of a change of the table of tokens alone, or of the head alone, where the files have one
+            tensor for both. "refuse" it; "untie": write a head of its own, and `tie_word_embeddings` in the config, so
+            that the merged model is the adapted one; or change "both" ends, which is meant by adapters of a program
+            that has one table for both. PEFT's own adapters of a table are for its lookups alone, except for trained
+            tokens and with `ensure_weight_tying`.
+        progress: called with the bytes done and those of all changed tensors.
 
     Returns:
-        `{tensor: rounding loss}`: |W' rounded - W'| / |W' - W| in Frobenius norms. 1 means that nothing of the change
-        is left.
+        `{tensor: rounding loss}` of each tensor that changes: |W' rounded - W'| / |W' - W| in Frobenius norms. 1 means
+        that nothing of the change is left.
 
     Raises:
         LoraError: the source has no safetensors, or damaged ones; a tensor is missing, has another shape, or is
-            quantised; the target is not empty or cannot be written, such as on a full disk. Then nothing has changed.
+            quantised; adapters or others are not finite; a merged number is beyond the tensor's dtype; a change of one
+            end of a tied table; the target is not empty or cannot be written, such as on a full disk. Then nothing has
+            changed.
     """
     source, target = Path(source).absolute(), Path(target).absolute()
     check_target(target, None)
-    tensors, files, changes, whole = _checked(source, adapters, key_map, params)
+    work = _checked(source, adapters, key_map, others, params, tied)
     with written(target) as new:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.suffix not in OTHER_WEIGHTS:
                 shutil.copyfile(path, new / path.name)
-        return _write(source, new, tensors, files, changes, whole, progress)
+        write_untied(new, work.untied)
+        return _write(source, new, work, progress)
 
 
 def check_checkpoint(
@@ -103,26 +101,51 @@ def check_checkpoint(
     adapters: Mapping[str, Adapter] | str | Path,
     key_map: KeyMap | None = None,
     *,
+    others: Any = None,
     params: Any = None,
+    tied: Tied = "refuse",
 ) -> None:
-    """Raise the errors that `merge_checkpoint` would raise, and write nothing."""
-    _checked(Path(source).absolute(), adapters, key_map, params)
+    """Raise the errors that `merge_checkpoint` would raise before it writes, and write nothing."""
+    _checked(Path(source).absolute(), adapters, key_map, others, params, tied)
+
+
+class _Work(NamedTuple):
+    """What is read and written."""
+
+    tensors: dict[str, Tensor]
+    files: list[str]
+    changes: Changes
+    untied: Untied | None
 
 
 def _checked(
-    source: Path, adapters: Mapping[str, Adapter] | str | Path, key_map: KeyMap | None, params: Any
-) -> tuple[dict[str, Tensor], list[str], dict[str, Change], dict[str, Array]]:
-    """Return the tensors and files of the source, what is added to tensors, and what replaces tensors."""
+    source: Path,
+    adapters: Mapping[str, Adapter] | str | Path,
+    key_map: KeyMap | None,
+    others: Any,
+    params: Any,
+    tied: Tied,
+) -> _Work:
+    """Return the tensors and files of the source, and what becomes of the tensors."""
+    check_tied(tied)
     tensors, files = tensors_in(source)
-    whole: dict[str, Array] = {}
+    tie, copies = tie_of(source, tensors), dict[str, str]()
     if isinstance(adapters, str | Path):
-        changes, whole = _changes_of_folder(Path(adapters))
+        if key_map is not None or others is not None or params is not None:
+            raise LoraError(f"{adapters} names its tensors itself: leave out key_map, others and params.")
+        changes, copies = changes_of_folder(Path(adapters), shapes_with_head(tie, tensors))
     elif key_map is None:
         raise LoraError("merge_checkpoint(key_map=...): which tensor each path is, such as lora.key_maps.LLAMA.")
     else:
-        changes = _changes(adapters, key_map, params)
-    _check(source, tensors, changes, whole)
-    return tensors, files, changes, whole
+        changes = changes_of_adapters(adapters, others, key_map, params)
+        if tied == "refuse" and has_one_table_for_both(key_map, params):
+            tied = "both"
+    changes, untied = settled(source, tie, tensors, changes, copies, tied)
+    changes = {name: with_rows_in_base(name, change) for name, change in changes.items()}
+    if untied is not None:
+        tensors = tensors | untied.added
+    _check(source, tensors, changes)
+    return _Work(tensors, files, changes, untied)
 
 
 def read_tensors(source: Path) -> "Tensors":
@@ -153,55 +176,12 @@ class Tensors(Mapping[str, Array]):
         return len(self.places)
 
 
-# What is added --------------------------------------------------------------------------------------------------------
-
-
-def _changes(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any) -> dict[str, Change]:
-    """Return what adapters add to each tensor; kinds that are LoRA in another form are taken as LoRA."""
-    found = modules_to_save(adapters, key_map, params)
-    if not found.format.is_low_rank:
-        found = torch_modules(adapters, key_map, params, LORA)
-    changes = {}
-    for name, module in found.modules.items():
-        match = found.matches[name]
-        a, b, lengths = module.arrays["a"], module.arrays["b"], module.arrays.get("m")
-        if lengths is not None and match.entry.kind not in ("linear", "conv"):
-            raise LoraError(
-                f"{match.path!r} has DoRA on a {match.entry.kind}, whose lengths run along its columns: load the model "
-                "and merge with lora.merge."
-            )
-        changes[name + match.entry.suffix] = _change(match.entry.kind, a, b, module.scale, match.experts, lengths)
-    return changes
-
-
-def _changes_of_folder(folder: Path) -> tuple[dict[str, Change], dict[str, Array]]:
-    adapters, whole, key_map = load_by_module(folder)
-    return _changes(adapters, key_map, None), whole
-
-
-def _change(kind: str, a: Array, b: Array, scale: float, experts: int, lengths: Array | None) -> Change:
-    """Return the products of torch's A and B of a module that are added to its tensor."""
-    wide_a, wide_b = np.asarray(a, np.float32), np.asarray(b, np.float32) * np.float32(scale)
-    window = a.shape[2:]
-    a2 = wide_a.reshape(experts, a.shape[0] // experts, -1)
-    b2 = np.moveaxis(wide_b.reshape(b.shape[0], -1, experts), -1, 0)
-    axes = MODULE_KINDS[kind].axes.split()
-    inputs_first = axes.index("in") < axes.index("out")
-    factors = [(a_.T, b_.T) if inputs_first else (b_, a_) for a_, b_ in zip(a2, b2, strict=True)]
-    inner = (a.shape[1], b.shape[0]) if inputs_first else (b.shape[0], a.shape[1])
-    shape = (*((experts,) if "expert" in axes else ()), *inner, *window)
-    return Change(factors, shape, None if lengths is None else np.asarray(lengths, np.float32))
-
-
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _check(
-    source: Path, tensors: Mapping[str, Tensor], changes: Mapping[str, Change], whole: Mapping[str, Array]
-) -> None:
+def _check(source: Path, tensors: Mapping[str, Tensor], changes: Changes) -> None:
     """Raise, before anything is written, if a tensor is missing, quantised or of another shape."""
-    shapes = {name: change.shape for name, change in changes.items()} | {n: a.shape for n, a in whole.items()}
-    for name, shape in shapes.items():
+    for name, change in changes.items():
         if name not in tensors:
             tied = " A tied head is in the file once, under the name of the embedding." * ("head" in name)
             raise LoraError(
@@ -214,31 +194,29 @@ def _check(
                 f"{name!r} is of {tensor.dtype} in {source}: quantised weights would be rounded again. Merge into the "
                 "weights that they were made of, and quantise the result."
             )
-        if tensor.shape != shape:
-            raise LoraError(f"{name!r} has shape {list(tensor.shape)} in {source}, its adapter {list(shape)}.")
+        for shape in change.shapes:
+            if tensor.shape != shape:
+                raise LoraError(f"{name!r} has shape {list(tensor.shape)} in {source}, its adapter {list(shape)}.")
 
 
-def _write(
-    source: Path,
-    new: Path,
-    tensors: Mapping[str, Tensor],
-    files: list[str],
-    changes: Mapping[str, Change],
-    whole: Mapping[str, Array],
-    progress: Callable[[int, int], None] | None,
-) -> dict[str, float]:
-    """Write the files with the merged and replaced tensors, and return the rounding loss of each merged one.
+def _write(source: Path, new: Path, work: _Work, progress: Callable[[int, int], None] | None) -> dict[str, float]:
+    """Write the files with the changed tensors, and return the rounding loss of each.
 
     The files are written in parts, several at a time: some are added while others are read and written.
     """
+    tensors, changes = work.tensors, work.changes
+    added = {} if work.untied is None else work.untied.added
     parts: list[Part] = []
-    for file in files:
+    for file in work.files:
+        own = {name: tensor for name, tensor in added.items() if tensor.file == file}
+        header, length = header_with(source / file, own) if own else (b"", 0)
         size = (source / file).stat().st_size
+        grown = len(header) - length + sum(tensor.size for tensor in own.values())
         (new / file).touch()
-        os.truncate(new / file, size)
-        parts += _parts(file, size, tensors, changes, whole)
+        os.truncate(new / file, size + grown)
+        parts += parts_of(source, file, size, tensors, changes, own, header, length)
     lost, changed = dict.fromkeys(changes, 0.0), dict.fromkeys(changes, 0.0)
-    total, done = sum(tensors[name].size for name in changes), 0
+    total, done = sum(part.size for part in parts if part.name), 0
     with ThreadPoolExecutor(THREADS) as pool:
         for part, (loss, change) in zip(parts, pool.map(partial(_write_part, source, new), parts), strict=True):
             if part.name in changes:
@@ -250,101 +228,119 @@ def _write(
     return {name: math.sqrt(lost[name] / changed[name]) if changed[name] else 0.0 for name in changes}
 
 
-def _parts(
-    file: str, size: int, tensors: Mapping[str, Tensor], changes: Mapping[str, Change], whole: Mapping[str, Array]
-) -> Iterator[Part]:
-    """Yield all bytes of a file in order."""
-    at = 0
-    touched = {n: t for n, t in tensors.items() if t.file == file and (n in changes or n in whole)}
-    for name, tensor in sorted(touched.items(), key=lambda item: item[1].start):
-        yield from _copied(file, at, tensor.start)
-        at = tensor.start + tensor.size
-        base = whole.get(name)
-        if name in changes:
-            yield from _summed(file, tensor, name, changes[name], base)
-        elif base is not None:
-            yield Part(file, tensor.start, tensor.size, name, base=base.astype(DTYPES[tensor.dtype], copy=False))
-    yield from _copied(file, at, size)
-
-
-def _copied(file: str, start: int, end: int) -> Iterator[Part]:
-    """Yield bytes that do not change."""
-    for at in range(start, end, BLOCK):
-        yield Part(file, at, min(BLOCK, end - at))
-
-
-def _summed(file: str, tensor: Tensor, name: str, change: Change, base: Array | None) -> Iterator[Part]:
-    """Yield some rows of W + L R at a time, where W is the file's, or `base`."""
-    dtype: Any = np.dtype(DTYPES[tensor.dtype])
-    flat = None if base is None else base.astype(dtype, copy=False).reshape(-1)
-    done = 0  # entries
-    for left, right in change.factors:
-        rows = _rows(left.shape[0], CHUNK // right.shape[1])
-        for start in range(0, left.shape[0], rows):
-            some = left[start : start + rows]
-            count = some.shape[0] * right.shape[1]
-            w = None if flat is None else flat[done : done + count]
-            at = tensor.start + done * dtype.itemsize
-            lengths = None if change.lengths is None else change.lengths[start : start + rows]
-            yield Part(file, at, count * dtype.itemsize, name, dtype, w, (some, right), lengths)
-            done += count
-
-
 def _write_part(source: Path, new: Path, part: Part) -> tuple[float, float]:
     """Read, change and write some bytes of a file; return the squared norms of rounding errors and of the change."""
-    if part.base is None:
+    lost = changed = 0.0
+    if part.base is None or part.name:
         with (source / part.file).open("rb") as old:
             old.seek(part.start)
             data = np.frombuffer(old.read(part.size), np.uint8)
         if data.size != part.size:
             raise LoraError(f"{source / part.file} became shorter while it was read.")
     else:
-        data = np.ascontiguousarray(part.base).reshape(-1).view(np.uint8)
-    lost = changed = 0.0
-    if part.factors is not None:
-        left, right = part.factors
-        add = _sum_in_fp64 if part.dtype == np.float64 else _sum
-        w = data.view(part.dtype).reshape(left.shape[0], -1)
-        rounded, errors, changes = add(w, left, right, part.lengths)
-        data, lost = np.asarray(rounded).view(np.uint8), _total(errors)
-        changed = _squared_norm(left, right) if changes is None else _total(changes)
+        data = part.base
+    if part.name:
+        data, lost, changed = _merged(data.view(part.dtype), part)
     with (new / part.file).open("r+b") as out:
-        out.seek(part.start)
+        out.seek(part.at)
         out.write(data.data)
     return lost, changed
 
 
-def _rows(n: int, most: int) -> int:
-    """Return how many of n rows to add at a time: if possible a large divisor of n, which one program serves."""
-    most = max(1, min(n, most))
-    return next((rows for rows in range(most, most // 2, -1) if n % rows == 0), most)
+def _merged(w: Array, part: Part) -> tuple[Array, float, float]:
+    """Return the bytes of W', and the squared norms of rounding errors and of the change.
+
+    Raises:
+        LoraError: a number of W' is beyond the dtype.
+    """
+    left, right = part.factors or (None, None)
+    add = _sum_in_fp64 if part.dtype == np.float64 else _sum
+    shape = (-1,) if left is None else (left.shape[0], -1)
+    base, delta = (None if array is None else array.reshape(shape) for array in (part.base, part.delta))
+    operands = (w.reshape(shape), base, left, right, delta, part.lengths)
+    rounded, errors, changes = add(*operands)
+    lost, merged = _total(errors), np.asarray(rounded)
+    changed = _squared_norm(*part.factors) if changes is None and part.factors else _total(changes)
+    if not math.isfinite(lost + changed):
+        lost, changed = _norms_of_finite(part, merged, *operands)
+    return merged.reshape(-1).view(np.uint8), lost, changed
+
+
+def _norms_of_finite(
+    part: Part,
+    merged: Array,
+    w: Array,
+    base: Array | None,
+    left: Array | None,
+    right: Array | None,
+    delta: Array | None,
+    lengths: Array | None,
+) -> tuple[float, float]:
+    """Return the squared norms where W' is finite: what is not in W itself stays as it is.
+
+    Raises:
+        LoraError: what was finite is not any more.
+    """
+    with np.errstate(all="ignore"):
+        start = (w if base is None else base).astype(np.float64)
+        product = None if left is None or right is None else left.astype(np.float64) @ right.astype(np.float64)
+        exact = _exact(np, start, product, delta, lengths)
+    finite = np.isfinite(merged)
+    if (np.isfinite(start) & ~finite).any():
+        most = float(jnp.finfo(part.dtype).max)
+        raise LoraError(
+            f"{part.name!r} would hold numbers beyond {most:.5g}, the largest of its dtype {part.dtype}, and nothing "
+            "was written: save the model in a wider dtype first, such as bfloat16, and merge into that; or the "
+            "adapters are of a training that diverged."
+        )
+    with np.errstate(all="ignore"):
+        lost, changed = (np.where(finite, exact - other.astype(np.float64), 0) for other in (merged, w))
+        return float(np.square(lost).sum()), float(np.square(changed).sum())
 
 
 @jax.jit
 def _sum(
-    w: jax.Array, left: jax.Array, right: jax.Array, lengths: jax.Array | None
+    w: jax.Array,
+    base: jax.Array | None,
+    left: jax.Array | None,
+    right: jax.Array | None,
+    delta: jax.Array | None,
+    lengths: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Return W' in W's dtype, and for each row the squared norms of the rounding errors and, for DoRA, of W' - W.
+    """Return W' in W's dtype, and the squared norms of rows, or entries, of the rounding errors and of W' - W.
 
-    Without lengths, W' - W is L R, whose norm follows from the factors.
+    Where only L R is added, W' - W is this, and its norm follows from the factors. Numbers that are not finite make
+    these norms so.
     """
     wide = w.astype(jnp.float32)
-    exact, changes = wide + matmul_highest(left, right), None
-    if lengths is not None:
-        exact = exact * _gain(jnp, exact, lengths)[:, None]
-        changes = jnp.square(exact - wide).sum(-1)
+    product = None if left is None or right is None else matmul_highest(left, right)
+    exact = _exact(jnp, wide if base is None else base.astype(jnp.float32), product, delta, lengths)
     rounded = exact.astype(w.dtype)
-    error = rounded.astype(jnp.float32) - exact
-    return rounded, jnp.einsum("ij,ij->i", error, error), changes
+    only_factors = base is None and delta is None and lengths is None
+    changes = None if only_factors else _squares(exact - wide)
+    return rounded, _squares(rounded.astype(jnp.float32) - exact), changes
 
 
-def _sum_in_fp64(w: Array, left: Array, right: Array, lengths: Array | None) -> tuple[Array, float, Array | None]:
+def _sum_in_fp64(
+    w: Array, base: Array | None, left: Array | None, right: Array | None, delta: Array | None, lengths: Array | None
+) -> tuple[Array, float, Array]:
     """Return the same for fp64, which JAX has only where it is enabled; its rounding errors do not count."""
-    exact = w + left.astype(np.float64) @ right
-    if lengths is None:
-        return exact, 0.0, None
-    exact *= _gain(np, exact, lengths)[:, None]
-    return exact, 0.0, np.square(exact - w).sum(-1)
+    with np.errstate(all="ignore"):  # what is not finite shows in the norm of the change
+        product = None if left is None or right is None else left.astype(np.float64) @ right
+        exact = _exact(np, w if base is None else base.astype(np.float64), product, delta, lengths)
+        return np.ascontiguousarray(exact), 0.0, np.square(exact - w)
+
+
+def _exact(xp: Any, start: Any, product: Any, delta: Any, lengths: Any) -> Any:
+    """Return W' before it is rounded; `xp` is NumPy or jax.numpy."""
+    exact = start if product is None else start + product
+    exact = exact if delta is None else exact + delta
+    return exact if lengths is None else exact * _gain(xp, exact, lengths)[:, None]
+
+
+def _squares(array: jax.Array) -> jax.Array:
+    """Return the squared norms of rows, or the squares of the entries of a vector."""
+    return jnp.square(array) if array.ndim == 1 else jnp.einsum("ij,ij->i", array, array)
 
 
 def _gain(xp: Any, rows: Any, lengths: Any) -> Any:

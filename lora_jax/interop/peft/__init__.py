@@ -8,9 +8,11 @@ Start with `load`, whose `load_peft` calls these in turn:
     (key_map.KeyMap)    4. matches: the parameters that these are
     from_modules        5. adapters of the modules; biases, token_rows, full_weights: of what stands beside them
     residual_bases         and the bases of adapters that began as a part of the weights
+    tied_tables            and what is of one end of a table that is the head as well
 
 and go on with `save`, the way back: to_modules and module_parts (profiles for other readers), then the tensors and the
-config, then the folder. parameters, adapter_axes and experts are small helpers of both.
+config, then the folder. parameters, adapter_axes, experts and dtypes are small helpers
+of both.
 
 What differs from one kind of adapter to the next is in `formats`, and only there.
 """

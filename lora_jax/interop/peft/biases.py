@@ -16,6 +16,7 @@ from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.text import printable
 from lora_jax.interop.key_map import Array, KeyMap, ParameterMatch, parameter_parts, parts_by_tensor
+from lora_jax.interop.peft.dtypes import divided, widest
 from lora_jax.interop.peft.formats.format import Module
 from lora_jax.interop.peft.parameters import shapes_of
 
@@ -24,7 +25,7 @@ def adapters_of_biases(matches: Mapping[str, ParameterMatch], added: Mapping[str
     """Return what is added to biases, by their tensors' names, as adapters of the parameters."""
     adapters: dict[str, Adapter] = {}
     for path, parts in parameter_parts(matches, added).items():
-        delta = np.zeros(matches[path].shape, next(iter(parts.values())).dtype)
+        delta = np.zeros(matches[path].shape, widest(parts.values()))
         for index, part in parts.items():
             delta[matches[path].where(index)] = part
         adapters[path] = FullAdapter(jnp.asarray(delta), KernelAxes((), (), tuple(range(delta.ndim))))
@@ -71,7 +72,7 @@ def biases_to_tensors(
                 f"{printable(name)} has {outputs} outputs, and {len(c)} biases of it are known. Give all parameters: "
                 "save_peft(..., params=params)."
             )
-        added[f"{name}.lora_B.bias"] = c / np.asarray(module.scale, c.dtype) if c.any() else c
+        added[f"{name}.lora_B.bias"] = divided(c, module.scale) if c.any() else c
     return added, {path: adapter for path, adapter in full.items() if path not in own}
 
 

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from lora_jax.core.errors import LoraError, short
 from lora_jax.interop.key_map import Array
+from lora_jax.interop.peft.dtypes import times
 from lora_jax.interop.peft.formats.format import Arrays, Config, Module, Modules
 
 _BIAS = ".lora_B.bias"
@@ -24,6 +23,7 @@ class Contents(NamedTuple):
     rows: dict[str, Array]  # the trained rows of tables, by the names of these
     whole: dict[str, Array]  # tensors that were trained whole, by their names
     shared: dict[str, Array]  # tensors that all modules use, by their full names
+    wrapped: dict[str, None]  # those of `whole` that belong to the module inside an adapted one
 
 
 def sort_tensors(tensors: Mapping[str, Array], config: Config, folder: Path) -> Contents:
@@ -35,7 +35,7 @@ def sort_tensors(tensors: Mapping[str, Array], config: Config, folder: Path) -> 
     """
     arrays: dict[str, Arrays] = {}
     added: dict[str, Array] = {}
-    contents = Contents({}, {}, {}, {}, {})
+    contents = Contents({}, {}, {}, {}, {}, {})
     for name, tensor in tensors.items():
         if config.lora_bias and name.endswith(_BIAS):
             added[name.removesuffix(_BIAS)] = tensor
@@ -44,7 +44,10 @@ def sort_tensors(tensors: Mapping[str, Array], config: Config, folder: Path) -> 
         elif name in config.format.shared_tensors:
             contents.shared[name] = tensor
         elif (of_module := _field_of(name, config, folder)) is None:
-            contents.whole[name.replace(f"{_WRAPPED}.", ".")] = tensor
+            plain = name.replace(f"{_WRAPPED}.", ".")
+            contents.whole[plain] = tensor
+            if plain != name:
+                contents.wrapped[plain] = None
         else:
             module, field = of_module
             if field in arrays.setdefault(module, {}):
@@ -57,7 +60,7 @@ def sort_tensors(tensors: Mapping[str, Array], config: Config, folder: Path) -> 
     for module, c in added.items():
         if module not in contents.modules:
             raise LoraError(f"{folder} holds a lora_B.bias of {short(module)}, and no factors.")
-        contents.biases[f"{module}.bias"] = c * np.asarray(contents.modules[module].scale, c.dtype)
+        contents.biases[f"{module}.bias"] = times(c, contents.modules[module].scale)
     _check_that_nothing_is_missing(contents, config, folder)
     return contents
 

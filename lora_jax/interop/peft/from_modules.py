@@ -11,6 +11,7 @@ from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError, short
 from lora_jax.core.layout import Layout
 from lora_jax.interop.key_map import Array, ParameterMatch, output_offsets, parts_by_tensor
+from lora_jax.interop.peft.dtypes import widest
 from lora_jax.interop.peft.experts import names_in_files
 from lora_jax.interop.peft.formats.format import Arrays, Config, Module
 
@@ -97,7 +98,7 @@ def _stack(match: ParameterMatch, found: Mapping[Index, Array], layout: Layout, 
     first = next(iter(found.values()))
     if len(found) < len(parts) or any(part.shape != first.shape for part in found.values()):
         raise _stacked_layers(match, "has layers with factors of different shapes")
-    whole = np.zeros((*(match.shape[axis] for axis in match.unstacked), *first.shape), first.dtype)
+    whole = np.zeros((*(match.shape[axis] for axis in match.unstacked), *first.shape), widest(found.values()))
     for index, part in found.items():
         whole[index] = part
     order = [[*match.unstacked, *experts].index(axis) for axis in match.axes.stack]

@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_jax.core.errors import LoraError, short
 from lora_jax.interop.key_map import Array, KeyMap, ParameterMatch, parameter_parts, parts_by_tensor
+from lora_jax.interop.peft.dtypes import widest
 
 
 def arrays_of_whole(matches: Mapping[str, ParameterMatch], whole: Mapping[str, Array]) -> dict[str, jax.Array]:
@@ -23,7 +24,7 @@ def arrays_of_whole(matches: Mapping[str, ParameterMatch], whole: Mapping[str, A
         missing = [name for index, name in match.tensors().items() if index not in parts]
         if missing:
             raise LoraError(f"the file holds a part of {path!r} whole, but not {short(missing[0])}.")
-        array = np.zeros(match.shape, next(iter(parts.values())).dtype)
+        array = np.zeros(match.shape, widest(parts.values()))
         for index, part in parts.items():
             array[match.where(index)] = part
         arrays[path] = jnp.asarray(array)
@@ -77,7 +78,7 @@ def whole_to_tensors(
         adapted: the modules that have adapters.
     """
     groups = parts_by_tensor(key_map.match({path: tuple(np.shape(leaf)) for path, leaf in others.items()}))
-    tensors = {name: _joined(name, parts, others) for name, parts in groups.items()}
+    tensors = {name: joined(name, parts, others) for name, parts in groups.items()}
     weights = {name.removesuffix(".weight"): None for name in tensors if name.endswith(".weight")}
     found: dict[str, Array] = {}
     modules: dict[str, None] = {}
@@ -95,7 +96,7 @@ def whole_to_tensors(
     return found, bias, sorted(modules) or None
 
 
-def _joined(name: str, parts: Sequence[ParameterMatch], arrays: Mapping[str, Any]) -> Array:
+def joined(name: str, parts: Sequence[ParameterMatch], arrays: Mapping[str, Any]) -> Array:
     """Return a tensor of torch's from the parameters that it consists of."""
     pieces = []
     for match in parts:

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from lora_jax.adapters.arguments import check_dtype
 from lora_jax.checkpoints.reading import of_one_save
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError, short
@@ -18,12 +20,21 @@ from lora_jax.interop.peft.adapter_axes import with_axes
 from lora_jax.interop.peft.biases import adapters_of_biases
 from lora_jax.interop.peft.config import read_config
 from lora_jax.interop.peft.contents import Contents, sort_tensors
+from lora_jax.interop.peft.dtypes import widened
 from lora_jax.interop.peft.files import CONFIG, WEIGHTS, read_tensors
-from lora_jax.interop.peft.formats.format import Config
+from lora_jax.interop.peft.formats.format import Config, Format, Modules
 from lora_jax.interop.peft.from_modules import adapters_of, module_names
 from lora_jax.interop.peft.full_weights import arrays_of_whole
 from lora_jax.interop.peft.parameters import shapes_of
 from lora_jax.interop.peft.residual_bases import residuals
+from lora_jax.interop.peft.tied_tables import (
+    Tied,
+    check_tied,
+    heads_like_tables,
+    is_head,
+    refuse_what_is_of_one_end,
+    without_copies,
+)
 from lora_jax.interop.peft.token_rows import adapters_of_rows
 
 __all__ = ["CONFIG", "load_by_module", "load_peft"]
@@ -31,7 +42,12 @@ __all__ = ["CONFIG", "load_by_module", "load_peft"]
 
 @of_one_save
 def load_peft(
-    folder: str | Path, plan_or_params: Any, key_map: KeyMap
+    folder: str | Path,
+    plan_or_params: Any,
+    key_map: KeyMap,
+    *,
+    dtype: Any = jnp.float32,
+    tied: Tied = "refuse",
 ) -> tuple[dict[str, Adapter], dict[str, jax.Array]]:
     """Read the adapters of a folder that HF PEFT wrote, and the arrays that were trained whole.
 
@@ -40,6 +56,11 @@ def load_peft(
         plan_or_params: a plan, for adapters of just the planned weights, with the plan's axes; or parameters (or their
             shapes), with the axes of the key map.
         key_map: from parameters to modules.
+        dtype: of the adapters, and of what else was trained. fp32 by default, also for files of bf16 or fp16, in which
+            Adam's updates vanish; None keeps the file's.
+        tied: what an adapter of an embedding alone becomes where the table is the head as well: in PEFT it is of the
+            lookups alone, here of both ends. "refuse" it, or have it at "both" ends. A plan shows how the program uses
+            a table; of parameters, a table is taken to be the head as well if they hold no other one.
 
     Returns:
         `(adapters, others)`. `{path: adapter}` is of the kind that the folder has, with `FullAdapter` for what is added
@@ -52,18 +73,30 @@ def load_peft(
     Raises:
         LoraError: there is no such folder; a file is cut short or not of this format; the kind of adapter or an option
             is not one of this version's; the key map gives tensors to no parameter; factors lack their partners, have
-            other ranks than the config says, or do not fit the parameters. Each is named, and nothing is returned.
+            other ranks than the config says, or do not fit the parameters; an adapter of a table that is the head as
+            well. Each is named, and nothing is returned.
     """
     folder = Path(folder)
+    check_tied(tied)
+    if tied == "untie":
+        raise LoraError("load_peft(tied='untie'): one parameter cannot be two; that is for merge_checkpoint.")
+    if dtype is not None:
+        check_dtype("load_peft", dtype)
     # 1. The config says of which kind the adapters are.
     config = read_config(folder / CONFIG)
     # 2. The tensors of the file, 3. grouped by modules.
-    contents = sort_tensors(read_tensors(folder / WEIGHTS, config.format), config, folder)
+    tensors = read_tensors(folder / WEIGHTS, config.format)
+    contents = sort_tensors(tensors if dtype is None else _widened(tensors, config.format), config, folder)
     # 4. The parameters that these modules and tensors are.
     matches = key_map.match(shapes_of(plan_or_params), strict=False)
+    contents, copies = without_copies(contents, matches)
+    if tied == "refuse":
+        refuse_what_is_of_one_end(contents, matches, copies, plan_or_params, folder)
     # 5. Adapters, and arrays that were trained whole.
     adapters = _adapters(contents, matches, config, folder)
     others = arrays_of_whole(matches, contents.whole)
+    if dtype is not None:
+        adapters, others = jax.tree.map(lambda array: array.astype(dtype), (adapters, others))
     # 6. Nothing may be left, neither of the folder nor of the plan.
     _check_that_nothing_is_left(contents, matches, config, folder, isinstance(plan_or_params, Plan))
     if config.start is not None:
@@ -71,9 +104,8 @@ def load_peft(
     return (_along_plan(adapters, plan_or_params, folder) if isinstance(plan_or_params, Plan) else adapters), others
 
 
-@of_one_save
 def load_by_module(folder: Path) -> tuple[dict[str, Adapter], dict[str, Array], KeyMap]:
-    """Read a folder without a model, by the names of torch's modules.
+    """Read a folder without a model, by the names of torch's modules, in the dtypes of its file.
 
     Returns:
         `(adapters, others, key_map)`: the first two by the names of modules and tensors, and the key map back to these.
@@ -81,11 +113,53 @@ def load_by_module(folder: Path) -> tuple[dict[str, Adapter], dict[str, Array], 
     Raises:
         LoraError: as `load_peft`; the tensors alone do not tell the adapters.
     """
+    read = read_by_module(folder)
+    return read.adapters, read.whole, read.key_map
+
+
+class ByModule(NamedTuple):
+    """What a folder holds, by the names of torch's modules and tensors."""
+
+    adapters: dict[str, Adapter]
+    whole: dict[str, Array]
+    key_map: KeyMap  # from these names to the same names
+    modules: Modules
+    wrapped: Mapping[str, None]  # those of `whole` that are of modules inside adapted ones
+    copies: dict[str, str]  # `{head: table}` of tensors: heads that are changed just as a table is
+    start: str | None  # the start that changed the base of all adapters
+
+
+@of_one_save
+def read_by_module(folder: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> ByModule:
+    """Read all that a folder holds by the names of torch's modules.
+
+    Args:
+        shapes: of the tensors of the model that it is for, if these are at hand. Numbers are read as fp32 then.
+
+    Raises:
+        LoraError: as `load_peft`; the tensors do not tell the adapters.
+    """
     config = read_config(folder / CONFIG)
-    if why := _why_a_model_is_needed(config):
-        raise LoraError(f"{folder} {why}: load it with a key map, lora.load_peft(folder, params, key_map).")
+    if why := _why_a_model_is_needed(config, weights=shapes is not None):
+        raise LoraError(
+            f"{folder} {why}: load it with a key map, lora.load_peft(folder, params, key_map), and go on "
+            "with both of its results."
+        )
     tensors = read_tensors(folder / WEIGHTS, config.format)
-    contents = sort_tensors(tensors, config, folder)
+    contents = sort_tensors(tensors if shapes is None else _widened(tensors, config.format), config, folder)
+    adapters, key_map = _adapters_by_module(contents, config, tensors, shapes or {}, folder)
+    copies = heads_like_tables(contents)
+    return ByModule(adapters, contents.whole, key_map, contents.modules, contents.wrapped, copies, config.start)
+
+
+def _adapters_by_module(
+    contents: Contents,
+    config: Config,
+    tensors: Mapping[str, Array],
+    tables: Mapping[str, tuple[int, ...]],
+    folder: Path,
+) -> tuple[dict[str, Adapter], KeyMap]:
+    """Return the adapters by the names of modules and tensors, and the key map back to these."""
     entries, shapes = [], {}
     for name, module in contents.modules.items():
         kind = config.format.module_kind(config, name, module.arrays, tensors)
@@ -93,9 +167,25 @@ def load_by_module(folder: Path) -> tuple[dict[str, Adapter], dict[str, Array], 
         entries.append(Entry(literal(name), literal(name), "window* in out" if kind == "conv" else "in out", kind))
         shapes[name] = (*window, config.format.inputs_of(module.arrays), config.format.outputs_of(module.arrays))
     arrays = {name: tensor.shape for name, tensor in (contents.biases | contents.whole).items()}
+    rows = {name.removesuffix(".weight"): name for name in contents.rows}
+    for table, name in rows.items():
+        if name not in tables:
+            near = ", ".join(nearest(name, tables, n=3)) or "none"
+            raise LoraError(f"{folder} holds rows of {short(name)}, no tensor of the model; the nearest are {near}.")
+        if table in contents.modules:
+            raise LoraError(f"{folder} holds rows of {short(name)} and factors of it; this version has one of them.")
+    entries += [Entry(literal(module), literal(module), "in out", "embedding") for module in rows]
     key_map = KeyMap(*entries, *(Entry(literal(name), literal(name), "keep*", "array") for name in arrays))
     adapters = adapters_of(key_map.match(shapes), contents.modules, config, {})
-    return adapters | adapters_of_biases(key_map.match(arrays), contents.biases), contents.whole, key_map
+    adapters |= adapters_of_rows(
+        key_map.match({module: tables[name] for module, name in rows.items()}), contents.rows, config
+    )
+    return adapters | adapters_of_biases(key_map.match(arrays), contents.biases), key_map
+
+
+def _widened(tensors: Mapping[str, Array], format: Format) -> dict[str, Array]:
+    """Return the tensors in fp32 or wider, but for those that all modules share: they are compared as they are."""
+    return {name: tensor if name in format.shared_tensors else widened(tensor) for name, tensor in tensors.items()}
 
 
 def _adapters(
@@ -127,11 +217,15 @@ def _check_that_nothing_is_left(
         return
     known = [name for match in matches.values() for name in (*match.names.values(), *match.tensors().values())]
     where = "the planned weights" if planned else "the parameters"
+    tied = any(is_head(name) for name in left) * (
+        " A head that is tied to a table is no parameter of its own: for what the folder changes of the head alone, give "
+        "the model one that begins as a copy of the table."
+    )
     hint = "Plan these too, or give the parameters in the plan's place" if planned else "Mend the key map"
     raise LoraError(
         f"{folder} holds {len(left)} module(s) or tensor(s) that the key map gives to none of {where}:\n"
         f"{_with_nearest(left, known)}\n"
-        f'{hint}; names that only begin with something else are met by key_map.under(name="bert.").'
+        f'{hint}; names that only begin with something else are met by key_map.under(name="bert.").{tied}'
     )
 
 
@@ -152,14 +246,14 @@ def _along_plan(adapters: Mapping[str, Adapter], plan: Plan, folder: Path) -> di
     return {path: with_axes(adapter, plan[path].axes, path, "the plan") for path, adapter in adapters.items()}
 
 
-def _why_a_model_is_needed(config: Config) -> str:
-    """Return what the tensors of a folder do not tell, empty if they tell all."""
+def _why_a_model_is_needed(config: Config, weights: bool) -> str:
+    """Return what the tensors of a folder do not tell, empty if they tell all; `weights` are those of its model."""
     if config.target_parameters:
         return f"adapts {config.target_parameters[0]}, and its tensors do not tell of which parameter they are"
-    if config.start:
+    if config.start and not weights:
         return f"is for a base without what {config.start!r} began with"
     if config.replicated:
         return "is for a model that has layers of its base several times"
-    if config.tokens:
+    if config.tokens and not weights:
         return "has rows of tables, and its tensors do not tell the sizes of these"
     return config.format.needs_model

@@ -57,12 +57,30 @@ def residuals(
     return {path: jnp.asarray(base) for path, base in bases.items()}
 
 
+def first_factors(start: str, module: str, kind: str, w: Array, rank: int, scale: float) -> tuple[Array, Array]:
+    """Return A0 [in, r] and B0 [r, out] with which the start of this rank begins for W [in, out].
+
+    Raises:
+        LoraError: PEFT has no such start for a module of this kind; what the start raises.
+    """
+    if kind not in _MODULES[start]:
+        raise LoraError(f"{module} is of the kind {kind!r}, which PEFT does not start with {start!r}.")
+    started = _started(start, module, w, rank, scale)[1][module]
+    return np.asarray(started.a), np.asarray(started.b)
+
+
 def _residual(start: str, module: str, w: Array, rank: int, scale: float) -> Array:
     """Return W [in, out] without the part that the start of this rank takes."""
+    return np.asarray(_started(start, module, w, rank, scale)[0][module])
+
+
+def _started(
+    start: str, module: str, w: Array, rank: int, scale: float
+) -> tuple[dict[str, jax.Array], dict[str, LoraAdapter]]:
+    """Return what is left of W [in, out], and the adapter with which the start of this rank begins."""
     a, b = jnp.zeros((w.shape[0], rank)), jnp.zeros((rank, w.shape[1]))
     fresh = {module: LoraAdapter(a, b, KernelAxes((), (0,), (1,)), scale)}
-    params, _ = (pissa if start == "pissa" else olora)({module: jnp.asarray(w)}, fresh)
-    return np.asarray(params[module])
+    return (pissa if start == "pissa" else olora)({module: jnp.asarray(w)}, fresh)
 
 
 def _weights(start: str, params: Any) -> dict[str, Any]:

@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters.arguments import check_dtype
 from lora_jax.adapters.full import FullAdapter
 from lora_jax.adapters.token_rows import RowsAdapter
 from lora_jax.checkpoints.arrays import refuse_spread
@@ -15,11 +19,13 @@ from lora_jax.core.text import printable
 from lora_jax.interop.key_map import Array, KeyMap
 from lora_jax.interop.peft.biases import biases_to_tensors
 from lora_jax.interop.peft.config import entries_of, with_more
+from lora_jax.interop.peft.dtypes import cast
 from lora_jax.interop.peft.experts import names_in_files
 from lora_jax.interop.peft.files import LORALIB, PREFIX, WEIGHTS, format_of, write_folder
 from lora_jax.interop.peft.full_weights import rest_of_modules, whole_to_tensors, with_base
 from lora_jax.interop.peft.parameters import arrays_of
 from lora_jax.interop.peft.profiles import for_loralib, for_vllm
+from lora_jax.interop.peft.tied_tables import Tied, check_tied, refuse_to_save_one_end, with_heads, with_whole_heads
 from lora_jax.interop.peft.to_modules import TorchModules, modules_to_save
 from lora_jax.interop.peft.token_rows import rows_to_tensors
 
@@ -35,6 +41,8 @@ def save_peft(
     base_model: str | None = None,
     task_type: str | None = None,
     config: Mapping[str, Any] | None = None,
+    dtype: Any = None,
+    tied: Tied = "refuse",
 ) -> None:
     """Write adapters as a folder that HF PEFT reads, and whatever reads its files.
 
@@ -44,8 +52,7 @@ def save_peft(
 
     The folder is written under a hidden name and changes places with the one that is there when complete: a process
     that is killed leaves that one, and of two that save to one place the later one stays. Of several processes of JAX
-    one calls this, or each, with arrays that it holds whole. An adapter of a table that the program also uses as its
-    head is written for the embedding alone: merge it for torch models that tie the two.
+    one calls this, or each, with arrays that it holds whole.
 
     Args:
         folder: where to write; replaced if it holds such adapters and nothing else. A link to a folder stays one.
@@ -60,6 +67,10 @@ def save_peft(
         task_type: such as "SEQ_CLS" or "CAUSAL_LM", for the class that PEFT wraps the model in.
         config: further entries of the config that the tensors do not tell, such as "revision", "layer_replication" or,
             for adapters that began with PiSSA, "init_lora_weights".
+        dtype: of the tensors, such as jnp.bfloat16; None keeps those of the arrays.
+        tied: what becomes of an adapter of a table that the program has as the head too, and that PEFT would have for
+            the lookups alone. "refuse" it if `params` show it; write it for "both" ends, which PEFT then keeps equal
+            (`ensure_weight_tying`); or for the lookups alone, "untie". Trained rows are of both ends in PEFT too.
 
     Raises:
         LoraError: the key map lacks a path; the profile cannot express an adapter or the others, or one folder cannot
@@ -70,22 +81,35 @@ def save_peft(
     folder = Path(folder).absolute()
     whole = dict(zip(*flatten_with_names(others or {})[:2], strict=True))
     _check_call(folder, adapters, whole, profile)
+    check_tied(tied)
+    if tied == "refuse":
+        of_one_end = [path for path, adapter in adapters.items() if not isinstance(adapter, RowsAdapter)]
+        refuse_to_save_one_end([*of_one_end, *whole], key_map, params)
+    if dtype is not None:
+        check_dtype("save_peft", dtype)
+        adapters = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), dict(adapters))
     if profile == "loralib":
         if config:
             raise LoraError(f"profile='loralib' has no config, found config={short(dict(config))}: leave it out.")
-        return write_folder(folder, LORALIB, for_loralib(adapters, key_map, params), None)
+        if tied == "both":
+            raise LoraError("profile='loralib' has no tied heads: leave tied='both' out.")
+        return write_folder(folder, LORALIB, cast(for_loralib(adapters, key_map, params), dtype), None)
     # 1. From adapters to modules, in the format that holds them all.
     full = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, FullAdapter)}
     rows = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, RowsAdapter)}
     factored = {path: adapter for path, adapter in adapters.items() if path not in full and path not in rows}
     to_modules = for_vllm if profile == "vllm" else modules_to_save
     found = to_modules(factored, key_map, params)
+    if tied == "both":
+        found = with_heads(found, key_map)
     # 2. From modules to tensors, and the config that follows from these.
     beside, entries = _beside(found, full, rows, whole, key_map, params)
+    if tied == "both":
+        beside, entries = with_whole_heads(beside, entries, key_map, found)
     shared, seed = found.format.shared_to_tensors([*factored.values()])
     entries |= seed | {"base_model_name_or_path": base_model, "task_type": task_type}
     entries = with_more(found.format, entries, config or {})
-    tensors = {PREFIX + name: tensor for name, tensor in (_named(found) | beside).items()}
+    tensors = {PREFIX + name: tensor for name, tensor in cast(_named(found) | beside, dtype).items()}
     if found.format.keeps_shared(entries):
         tensors |= shared
     # 3. The folder.

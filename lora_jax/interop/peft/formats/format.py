@@ -10,13 +10,12 @@ from collections.abc import Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
-
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
 from lora_jax.core.layout import field_names
 from lora_jax.core.text import printable
 from lora_jax.interop.key_map import Array, ParameterMatch
+from lora_jax.interop.peft.dtypes import times
 from lora_jax.interop.peft.options import Options, value_of_module
 
 Arrays = dict[str, Array]
@@ -246,9 +245,8 @@ class Format(abc.ABC):
         """Return the same product with another scale."""
         if scale == module.scale:
             return module
-        array = module.arrays[self.scaled]
-        factor = np.asarray(module.scale / scale, array.dtype)
-        return Module(module.arrays | {self.scaled: array * factor}, scale)
+        scaled = times(module.arrays[self.scaled], module.scale / scale)
+        return Module(module.arrays | {self.scaled: scaled}, scale)
 
     def module_kind(self, config: Config, module: str, arrays: Arrays, tensors: Container[str]) -> str:
         """Return the kind of a module, a key of a key map's kinds, by its arrays and the names of a file's tensors."""
