@@ -118,7 +118,20 @@ def gradient_of_experts_inside(p, x):
     return jax.grad(lambda x: jnp.sum(jnp.tanh(jnp.einsum("btd,edk->btek", x, p["w"]))))(x)
 
 
-cases = pytest.mark.parametrize(("case", "stack", "sums"), PROGRAMS, ids=lambda v: getattr(v, "name", ""))
+FEW = ("mixture_of_experts", "summed_along_one_and_shared_along_another", "members_by_vmap")
+
+
+def marked(*values, fast):
+    return pytest.param(*values, marks=[] if fast else pytest.mark.slow)
+
+
+def name_of(value):
+    return getattr(value, "name", value if isinstance(value, str | P) else "")
+
+
+cases = pytest.mark.parametrize(
+    ("case", "stack", "sums"), [marked(*one, fast=one[0].name in FEW) for one in PROGRAMS], ids=name_of
+)
 
 
 def adapters_of(case, stack, rule=RULES["lora"]):
@@ -168,12 +181,12 @@ def test_applying_is_merging_under_every_transform(case, stack, sums, transform)
 @pytest.mark.parametrize(
     ("case", "stack", "sums", "kind"),
     [
-        pytest.param(*one, kind, marks=[] if i in (2, 6) and kind in ("lokr", "dora", "vera") else pytest.mark.slow)
-        for i, one in enumerate(PROGRAMS)
+        marked(*one, kind, fast=one[0].name == FEW[0] and kind in ("lokr", "dora", "vera"))
+        for one in PROGRAMS
         for kind in EVERY
         if kind != "lora"
     ],
-    ids=lambda v: v if isinstance(v, str) else getattr(v, "name", ""),
+    ids=name_of,
 )
 def test_every_kind_is_right_or_refused(case, stack, sums, kind):
     """What scales outputs cannot do so for each matrix once the program has summed over them."""
@@ -184,11 +197,14 @@ def test_every_kind_is_right_or_refused(case, stack, sums, kind):
     assert_trees_close(*both_ways(case, adapters_of(case, stack, EVERY[kind])), rtol=5e-4, atol=5e-4)
 
 
-@pytest.mark.parametrize("spec", [P("one"), P(("two", "four")), P("two", "four"), P(None, "four")], ids=str)
 @pytest.mark.parametrize(
-    ("case", "stack", "sums"),
-    [pytest.param(*one, marks=[] if i in (2, 5) else pytest.mark.slow) for i, one in enumerate(PROGRAMS)],
-    ids=lambda v: getattr(v, "name", ""),
+    ("case", "stack", "sums", "spec"),
+    [
+        marked(*one, spec, fast=one[0].name in FEW[:2] and spec == P("two", "four"))
+        for one in PROGRAMS
+        for spec in (P("one"), P(("two", "four")), P("two", "four"), P(None, "four"))
+    ],
+    ids=name_of,
 )
 def test_wrappers_change_nothing(case, stack, sums, spec):
     """Dropout that drops nothing, and copies for each part of the batch."""
@@ -221,7 +237,7 @@ def test_dropout_drops_x_before_each_a():
     assert len(np.unique(y)) > 5
 
 
-@pytest.mark.parametrize(("case", "stack", "sums"), PROGRAMS[:6], ids=lambda v: getattr(v, "name", ""))
+@cases
 def test_flops_are_those_of_the_program(case, stack, sums):
     """What the plan counts is what the traced program has beyond the base."""
     plan = lora.plan(case.fn, case.params(), case.input(), rules={case.pattern: lora.Lora(rank=2, stack=stack)})
@@ -256,7 +272,7 @@ def test_members_of_an_ensemble_train_apart():
     )()
     x = jax.random.normal(jax.random.key(0), (5, 8))
     fn, params, state = lora.from_linen(members, members.init(jax.random.key(1), x))
-    with pytest.warns(lora.LoraWarning, match=r"'Dense_0/kernel' \[4, 8, 16\].*'Dense_1/kernel' is a stack") as caught:
+    with pytest.warns(lora.LoraWarning, match=r"'Dense_1/kernel' \[4, 8, 16\].*'Dense_0/kernel' is a stack") as caught:
         lora.plan(fn, params, state, x, rules={".*kernel": lora.Lora(rank=2)})
     assert len(caught) == 1
     assert "the rule Lora(rank=2, alpha=None, stack=0); if not, Lora(rank=2, alpha=None, stack=())" in str(
@@ -271,7 +287,7 @@ def test_members_of_an_ensemble_train_apart():
         assert jnp.any(gradient[0] != 0)
         assert not jnp.any(gradient[1:])
     shared = lora.plan(fn, params, state, x, rules={".*kernel": lora.Lora(rank=2, stack=())})  # nor of what is meant
-    assert str(shared["Dense_0/kernel"].axes) == "inputs 1, outputs 0 2"
+    assert str(shared["Dense_1/kernel"].axes) == "inputs 1, outputs 0 2"
 
 
 def test_attention_with_its_heads_first_warns_of_nothing():
@@ -293,7 +309,7 @@ def test_what_one_use_shows_to_be_stacked_is_stacked():
     """A part that is sliced out, and all of it at once."""
 
     def fused(p, x):
-        return x @ p["w"][0] + jnp.einsum("td,cdk->tk", x, p["w"])
+        return x @ p["w"][0] + jnp.einsum("td,cdk->tck", x, p["w"])[:, 1]
 
     params, x = {"w": jnp.ones((3, 8, 4))}, jax.random.normal(jax.random.key(0), (5, 8))
     plan = lora.plan(fused, params, x, rules={"w": lora.Lora(rank=2)})
@@ -389,7 +405,7 @@ def test_experts_are_exported_one_by_one(fn, tmp_path):
     change = np.asarray(lora.merge(EXPERTS, adapters)["down"] - EXPERTS["down"])
     assert [np.linalg.matrix_rank(change[e], rtol=1e-3) for e in range(4)] == [2] * 4
     lora.save_peft(tmp_path / "adapter", adapters, KEY_MAP)
-    found, _ = lora.load_peft(tmp_path / "adapter", EXPERTS, KEY_MAP, plan=plan)
+    found, _ = lora.load_peft(tmp_path / "adapter", plan, KEY_MAP)
     assert {path: adapter.axes for path, adapter in found.items()} == {path: a.axes for path, a in adapters.items()}
     assert_trees_close(lora.merge(EXPERTS, found), lora.merge(EXPERTS, adapters), rtol=1e-6, atol=1e-6)
     assert_trees_close(
@@ -402,12 +418,12 @@ def test_experts_are_exported_one_by_one(fn, tmp_path):
 def test_experts_with_a_shared_factor_are_told_of_the_stack(tmp_path):
     x = jnp.ones((10, 8))
     shared = lora.plan(all_experts, EXPERTS, x, rules={"up|down": lora.Lora(rank=2)})
-    with pytest.raises(lora.LoraError, match=r"'up' has stack 0.* by the key map.*inputs 1, outputs 0 2.*stack=0\)"):
+    with pytest.raises(lora.LoraError, match=r"'down' has stack 0.* by the key map.*has inputs 0 1, .*stack=0\)"):
         lora.save_peft(tmp_path / "adapter", lora.init(jax.random.key(0), EXPERTS, shared), KEY_MAP)
     apart = lora.plan(all_experts, EXPERTS, x, rules={"up|down": lora.Lora(rank=2, stack=0)})
     lora.save_peft(tmp_path / "adapter", lora.init(jax.random.key(0), EXPERTS, apart), KEY_MAP)
     with pytest.raises(lora.LoraError, match=r"by the plan.*stack=0\)"):
-        lora.load_peft(tmp_path / "adapter", EXPERTS, KEY_MAP, plan=shared)
+        lora.load_peft(tmp_path / "adapter", shared, KEY_MAP)
 
 
 def test_adapters_made_by_hand(tmp_path):
