@@ -176,8 +176,10 @@ def in_the_place_of(tree: Any, copies: Sequence[PerShardCopies | None]) -> conte
 def add_to(grads: Any, others: Sequence[Any]) -> Any:
     """Return the gradients of a tree, with those of its copies added where there are copies."""
     nodes, treedef = jax.tree.flatten(grads, is_leaf=is_adapter)
-    pairs = zip(nodes, others, strict=True)
-    return treedef.unflatten([node if other is None else jax.tree.map(jnp.add, node, other) for node, other in pairs])
+    sums = [
+        node if other is None else jax.tree.map(jnp.add, node, other) for node, other in zip(nodes, others, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, sums)
 
 
 def add_up(grads: Any, batch: NamedSharding) -> Any:

@@ -154,7 +154,7 @@ def mark(
     keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_adapter)
     of_base = base or (lambda _: frozen)
     marks = [of_base(at) if is_base else node(at) for (_, at), is_base in zip(keyed, _in_base(keyed), strict=True)]
-    return treedef.unflatten(marks)
+    return jax.tree.unflatten(treedef, marks)
 
 
 def _in_base(keyed: Sequence[tuple[Any, Any]]) -> list[bool]:

@@ -60,7 +60,7 @@ def accumulate(
     def one(i: jax.Array, cut: Sequence[jax.Array]) -> Any:
         rest = iter(cut)
         here = [next(rest) if cuts else leaf for cuts, leaf in zip(rows, leaves, strict=True)]
-        return part(unwrapped(tree.unflatten(here)), None if key is None else jax.random.fold_in(key, i))
+        return part(unwrapped(jax.tree.unflatten(tree, here)), None if key is None else jax.random.fold_in(key, i))
 
     def add(total: jax.Array, array: jax.Array) -> jax.Array:
         return vary(total + array.astype(total.dtype), axes)

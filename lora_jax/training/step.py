@@ -159,10 +159,10 @@ def _check_optimizer(optimizer: optax.GradientTransformation, state: TrainState)
         LoraError: its own state would be of another structure.
     """
     try:
-        expected = jax.eval_shape(optimizer.init, state.trainable)
+        expected: Any = jax.tree.structure(jax.eval_shape(optimizer.init, state.trainable))
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
         return  # it looks at the numbers, so that its state is not known from shapes
-    expected, found = jax.tree.structure(expected), jax.tree.structure(state.opt_state)
+    found: Any = jax.tree.structure(state.opt_state)
     if found != expected:
         here, there = (
             ", ".join(dict.fromkeys(re.findall(r"namedtuple\[(\w+)", str(tree)))) for tree in (found, expected)

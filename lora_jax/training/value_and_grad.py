@@ -158,7 +158,7 @@ def _watching(fn: Callable[[Any, Any], Any], note: Callable[[], None]) -> Callab
         seen, copies = same(([nodes[i] for i in which], copies))
         for i, node in zip(which, seen, strict=True):
             nodes[i] = node
-        return fn(tree.unflatten(nodes), copies)
+        return fn(jax.tree.unflatten(tree, nodes), copies)
 
     return watched
 
