@@ -197,6 +197,8 @@ def test_what_is_frozen_by_default():
     ]:
         marks = by_path(trainable_mask(tree))
         assert [path for path, trained in marks.items() if not trained] == base
+    packed = lora.bases.quantize({"a": {"kernel": weight}}, {".*": lora.bases.Int8()})
+    assert not any(jax.tree.leaves(trainable_mask({"lora": adapters, "p": packed})["p"]))
     marks = trainable_mask({"lora": jax.tree.map(lambda a: a[None], adapters), "p": {"a": {"kernel": weight}}})
     assert marks["p"]["a"]["kernel"] is False  # several sets at once
 

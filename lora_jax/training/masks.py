@@ -11,6 +11,7 @@ import optax
 from lora_jax.core.adapter import Adapter, AdapterWrapper, is_adapter
 from lora_jax.core.errors import LoraError
 from lora_jax.core.layout import field_names
+from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import flatten_with_names
 from lora_jax.core.patterns import first_match
 from lora_jax.core.text import listed
@@ -141,7 +142,7 @@ def mark(
 
     def node(at: Any) -> Any:
         if not is_adapter(at):
-            return other(at)
+            return jax.tree.map(other, at)
         if isinstance(at, AdapterWrapper):
             own = {name: frozen for name in field_names(at, static=False) if name != "inner"}
             return dataclasses.replace(at, inner=node(at.inner), **own)  # type: ignore[type-var]
@@ -151,9 +152,12 @@ def mark(
             marks[name] = jax.tree.map(lambda _, value=value: value, getattr(at, name))
         return dataclasses.replace(at, **marks)
 
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_adapter)
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda at: is_adapter(at) or is_packed(at))
     of_base = base or (lambda _: frozen)
-    marks = [of_base(at) if is_base else node(at) for (_, at), is_base in zip(keyed, _in_base(keyed), strict=True)]
+    marks = [
+        jax.tree.map(of_base, at) if in_base else node(at)
+        for (_, at), in_base in zip(keyed, _in_base(keyed), strict=True)
+    ]
     return jax.tree.unflatten(treedef, marks)
 
 
