@@ -47,7 +47,8 @@ class LossScale:
         Raises:
             LoraError: the value is not a finite number above 0, or the interval no whole number above 0.
         """
-        check_positive("LossScale.create", "value", value, 2.0**15)
+        if not isinstance(value, jax.Array):  # which may be traced
+            check_positive("LossScale.create", "value", value, 2.0**15)
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
             raise LoraError(f"LossScale.create(interval={interval!r}): expected a whole number of at least 1.")
         return cls(jnp.float32(value), jnp.zeros((), jnp.int32), interval)
@@ -186,7 +187,7 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
 
     Args:
         loss, optimizer: as for `train_step`.
-        microbatches: as for `value_and_grad`.
+        microbatches: as for `value_and_grad`; what is no batch is marked, as in `lora.Unbatched(class_weights)`.
     """
 
     steps: dict[Any, Any] = {}  # jitted steps, by the shardings of the batch and the state
