@@ -17,7 +17,7 @@ from lora_jax.adapters.vera import Vera, VeraAdapter
 from lora_jax.checkpoints.manager import Checkpoints
 from lora_jax.core.adapter import Adapter, Rule
 from lora_jax.core.axes import KernelAxes
-from lora_jax.core.errors import LoraError
+from lora_jax.core.errors import LoraError, LoraWarning
 from lora_jax.core.kinds import register_kind
 from lora_jax.core.targets import Plan
 from lora_jax.core.version import __version__ as __version__
@@ -29,6 +29,7 @@ from lora_jax.interop.peft.load import load_peft
 from lora_jax.interop.peft.save import save_peft
 from lora_jax.sharding.adapters import adapter_shardings, adapter_specs
 from lora_jax.sharding.batches import local_rows, shard_batch
+from lora_jax.sharding.unbatched import Unbatched
 from lora_jax.training.adalora_schedule import adapt_budget, prune
 from lora_jax.training.lora_plus import lora_plus
 from lora_jax.training.masks import decay_mask, freeze_base, labels, trainable_mask
@@ -61,6 +62,7 @@ __all__ = [
     "LoraError",
     "LoraFa",
     "LoraFaAdapter",
+    "LoraWarning",
     "LossScale",
     "Plan",
     "Rows",
@@ -68,6 +70,7 @@ __all__ = [
     "RsLora",
     "Rule",
     "TrainState",
+    "Unbatched",
     "Vera",
     "VeraAdapter",
     "adapt_budget",

@@ -9,6 +9,7 @@ from helpers import D, K, assert_trees_close, formed, total
 
 import lora_jax as lora
 from lora_jax import Lora, LoraError
+from lora_jax.transform import materialize as module_of_materialize
 
 W, X = jax.random.normal(jax.random.key(0), (D, K)), jax.random.normal(jax.random.key(1), (3, D))
 PARAMS = {"w": W}
@@ -176,6 +177,23 @@ def test_a_weight_behind_stop_gradient_only():
 def test_the_line_of_a_call_stands_for_one_inside_jax():
     with pytest.raises(LoraError, match=r"`reduce_sum` at .*test_fallback.py"):
         lora.plan(lambda p, x: x @ p["w"] / jnp.var(p["w"]), PARAMS, X, rules={"w": Lora(2)})
+
+
+def test_patterns_are_checked_once_for_each_set_of_paths(monkeypatch):
+    """Not at every call, which may be one of a loop; and again for other parameters."""
+    seen = []
+    check = module_of_materialize.first_match
+    monkeypatch.setattr(
+        module_of_materialize, "first_match", lambda *args, **kw: seen.append(args[1]) or check(*args, **kw)
+    )
+    apply = lora.lora_apply(linear, materialize="w")
+    for _ in range(3):
+        apply(PARAMS, ADAPTERS, X)
+    apply(PARAMS | {"other": X}, ADAPTERS, X)
+    apply(PARAMS, ADAPTERS, X)
+    assert seen == [["w"], ["other", "w"]]
+    with pytest.raises(LoraError, match="materialize: the pattern 'w' matches no parameter"):
+        apply({"v": W}, {"v": ADAPTERS["w"]}, X)
 
 
 @pytest.mark.parametrize("materialize", ["(", 3, [1], None])

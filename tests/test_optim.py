@@ -78,6 +78,15 @@ def everything(key=0):
     return {"adapters": {**pairs(key), "gain": other}, "head": head}
 
 
+def with_base(key=0):
+    """The same beside the base that one of the adapters is of: a weight at the adapter's path, and a bias."""
+    kernel, bias = jax.random.split(jax.random.key(key))
+    return {
+        **everything(key),
+        "base": {"plain": jax.random.normal(kernel, (6, 5)), "bias": jax.random.normal(bias, (5,))},
+    }
+
+
 def by_path(tree):
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)
@@ -88,7 +97,8 @@ def train(optimizer, tree, steps=3, jit=True):
     """Some steps with gradients that do not depend on the parameters."""
     update, state = jax.jit(optimizer.update) if jit else optimizer.update, optimizer.init(tree)
     for step in range(steps):
-        updates, state = update(everything(100 + step) if "head" in tree else pairs(100 + step), state, tree)
+        gradients = with_base if "base" in tree else everything if "head" in tree else pairs
+        updates, state = update(gradients(100 + step), state, tree)
         tree = optax.apply_updates(tree, updates)
     return tree
 
@@ -163,6 +173,44 @@ def test_decay_is_for_matrices():
         np.testing.assert_allclose(update, (-0.05 if marks[path] else 0) * array, rtol=1e-5, err_msg=path)
 
 
+def test_what_is_frozen_by_default():
+    """The base is known by the weights of the adapters in it; masks and labels agree on it."""
+    tree = with_base()
+    frozen = [path for path, trained in by_path(trainable_mask(tree)).items() if not trained]
+    assert frozen == ["adapters/gain/table", "base/bias", "base/plain"]
+    found = by_path(labels(tree, {".*/b": "fast"}, default="slow"))
+    assert [path for path, label in found.items() if label == "freeze"] == frozen
+    named = by_path(labels(tree, {"base/bias": "bias"}, default="slow"))
+    assert (named["base/bias"], named["base/plain"]) == ("bias", "freeze")
+    assert by_path(labels(tree, {"(adapters|head)/.*": "x"}))["base/plain"] == "freeze"  # which need no pattern
+    # At the top, in another container, below another name, as NNX has it.
+    adapters = {"a/kernel": pairs()["plain"]}
+    weight, rest = jnp.ones((6, 5)), {"bias": jnp.ones(5)}
+    for tree, base in [
+        ({"lora": adapters, "a": {"kernel": weight, **rest}}, ["a/bias", "a/kernel"]),
+        ({"lora": adapters, "p": [{"a": {"kernel": weight, **rest}}], "q": rest}, ["p/0/a/bias", "p/0/a/kernel"]),
+        ({"lora": adapters, "p": {"a": {"kernel": {"value": weight}}}, "q": rest}, ["p/a/kernel/value"]),
+        ({"lora": {"deep": adapters}, "p": {"a": {"kernel": weight}}, "q": rest}, ["p/a/kernel"]),
+        ({"lora": adapters, "p": {"a": {"kernel": jnp.ones((6, 4))}}}, []),  # of another shape
+        ({"lora": adapters, "p": {"kernel": weight}}, []),
+        (adapters, []),
+    ]:
+        marks = by_path(trainable_mask(tree))
+        assert [path for path, trained in marks.items() if not trained] == base
+    packed = lora.bases.quantize({"a": {"kernel": weight}}, {".*": lora.bases.Int8()})
+    assert not any(jax.tree.leaves(trainable_mask({"lora": adapters, "p": packed})["p"]))
+    marks = trainable_mask({"lora": jax.tree.map(lambda a: a[None], adapters), "p": {"a": {"kernel": weight}}})
+    assert marks["p"]["a"]["kernel"] is False  # several sets at once
+
+
+def test_a_mask_may_freeze_a_part_as_a_whole():
+    tree = everything()
+    optimizer = freeze_base(optax.sgd(1.0), lambda tree: {**trainable_mask(tree), "head": False})
+    moved = by_path(train(optimizer, tree, steps=1))
+    for path, array in by_path(tree).items():
+        assert (np.asarray(moved[path]) == array).all() == path.startswith(("head", "adapters/gain/table")), path
+
+
 def mask_of_all(tree):
     return {"adapters": trainable_mask(tree["adapters"]), "head": {"kernel": True, "bias": True}}
 
@@ -187,11 +235,13 @@ def test_lora_plus_of_ratio_1_is_the_optimizer():
     assert_close(train(lora_plus(optax.adamw, 1e-2, ratio=1), tree), train(expected, tree), rtol=1e-6)
 
 
-def test_lora_plus_leaves_the_base_alone():
-    tree = everything()
-    moved = by_path(train(freeze_base(lora_plus(optax.adam, 1e-2)), tree))
+@pytest.mark.parametrize("freeze", [freeze_base, lambda optimizer: optimizer], ids=["freeze_base", "by itself"])
+def test_lora_plus_leaves_the_base_alone(freeze):
+    """And trains the head, which is beside the adapters as the base is, and has none of their weights."""
+    tree = with_base()
+    moved = by_path(train(freeze(lora_plus(optax.adam, 1e-2)), tree))
     for path, array in by_path(tree).items():
-        assert (np.asarray(moved[path]) == array).all() == path.startswith(("head", "adapters/gain/table")), path
+        assert (np.asarray(moved[path]) == array).all() == path.startswith(("base", "adapters/gain/table")), path
 
 
 @pytest.mark.parametrize("ratio", [0, -1.0, float("nan"), float("inf"), True, None, "16"])
@@ -358,12 +408,13 @@ def test_lora_fa_computes_no_gradient_of_a():
     ids=["lora_plus", "riemannian", "lora_fa"],
 )
 def test_only_adapters_move(optimizer):
-    """With the base frozen, in a chain, compiled or not; and as part of a training step."""
-    tree = everything()
+    """And what is trained beside them, with the base frozen, in a chain, compiled or not."""
+    tree = with_base()
     optimizer = optax.chain(freeze_base(optimizer), optax.scale(0.5))
     found = train(optimizer, tree)
     assert_close(found, train(optimizer, tree, jit=False), rtol=1e-4, atol=1e-6)
-    assert_close(found["head"], tree["head"], rtol=0)
+    assert_close(found["base"], tree["base"], rtol=0)
+    assert all(abs(found["head"][name] - array).min() > 0 for name, array in tree["head"].items())
     np.testing.assert_array_equal(found["adapters"]["gain"].table, tree["adapters"]["gain"].table)
     assert all(abs(found["adapters"][path].b - tree["adapters"][path].b).min() > 0 for path in WEIGHTS)
 

@@ -120,6 +120,7 @@ def test_adding_a_weight_does_not_change_the_others_start():
         ({"(": Lora(7)}, ["'('", "not a regular expression"]),
         ({".*kernel": 8}, ["'.*kernel' is 8", "lora.Lora(rank=8)"]),
         ({}, ["rules are a dict"]),
+        ({".*kernel": None, "unused": None}, ["all rules are None", "'.*kernel': None", "at least"]),
         (Lora(2), ["rules are a dict"]),
     ],
 )

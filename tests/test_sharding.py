@@ -18,7 +18,7 @@ import lora_jax as lora
 from lora_jax import LoraError
 from lora_jax.core.paths import flatten_with_names
 from lora_jax.sharding.batches import combined_sharding
-from lora_jax.sharding.gradient_copies import PerShardCopies, add_up, make_copies
+from lora_jax.sharding.gradient_copies import PerShardCopies, add_to, add_up, copies_alone, make_copies
 from lora_jax.transform.merge import _in_place
 
 PLACED = next(p for p in PLACEMENTS if p.name == "data, fsdp and tensor")
@@ -351,6 +351,24 @@ def test_copies_are_of_one_adapter():
     assert_trees_equal(copied.asked, adapter)
     assert copied.kernel_shape() == adapter.kernel_shape()
     assert_trees_equal(lora.merge(case.params(), copies), lora.merge(case.params(), adapters))
+
+
+def test_copies_are_of_nothing_else():
+    """No zeros are carried for what has no copies: a head, a weight that is trained whole, explicit or whole meshes."""
+    case = next(case for case in MODELS if case.name == "two_layers")
+    p, x = case.params(), case.input()
+    plan = lora.plan(case.fn, p, x, rules={"w1": lora.Lora(rank=2), "w2": lora.Full()})
+    tree = {"lora": lora.init(jax.random.key(0), p, plan), "head": jnp.ones(3)}
+    split = NamedSharding(make_mesh((2, 4), ("data", "sequence")), P("data"))
+    found = jax.jit(lambda tree: copies_alone(tree, split))(tree)
+    assert [copies and copies.inner.a.shape for copies in found] == [None, (2, *tree["lora"]["w1"].a.shape), None]
+    explicit = NamedSharding(jax.make_mesh((8,), ("data",), (AxisType.Explicit,)), P("data"))
+    for batch_sharding in (explicit, NamedSharding(split.mesh, P())):
+        assert copies_alone(tree, batch_sharding) == [None, None, None]
+    sums = add_to(tree, [None, jax.tree.map(jnp.ones_like, tree["lora"]["w1"]), None])
+    moved = jax.tree.map(lambda a, b: bool(jnp.all(a == b + 1)), sums, tree)
+    assert jax.tree.leaves(moved["lora"]["w1"]) == [True, True]
+    assert_trees_equal((sums["head"], sums["lora"]["w2"]), (tree["head"], tree["lora"]["w2"]))
 
 
 def test_dropout_is_the_same_with_copies():

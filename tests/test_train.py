@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,136 @@ def test_a_mask_of_ones_own():
     optimizer = lora.freeze_base(optax.sgd(1.0), mask)
     updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, tree), optimizer.init(tree), tree)
     assert jnp.all(updates["head"] == -1)
+
+
+def test_a_head_beside_adapters_is_trained():
+    """Under `freeze_base`, as by the optimizer itself; the step gives out both."""
+    optimizer, apply = lora.freeze_base(optax.sgd(0.1)), lora.lora_apply(CASE.fn)
+    tree = {"lora": CASE.adapters(RULES["lora"]), "head": jnp.ones(CASE.input().shape[-1])}
+
+    def loss(trainable, params, x):
+        return jnp.mean((apply(params, trainable["lora"], x) * trainable["head"][None, None]) ** 2)
+
+    expected = jax.tree.map(lambda t, g: t - 0.1 * g, tree, jax.grad(loss)(tree, CASE.params(), CASE.input()))
+    state = lora.TrainState.create(jax.tree.map(jnp.copy, tree), optimizer)
+    state, _ = lora.jit_step(loss, optimizer)(state, CASE.params(), CASE.input())
+    assert_trees_close(state.trainable, expected, rtol=1e-5, atol=1e-6)
+    assert jnp.all(state.trainable["head"] != 1)
+
+
+UNUSED = {
+    "nothing": lambda apply, t, p, x: jnp.mean(x**2),
+    "the base alone": lambda apply, t, p, x: jnp.mean(CASE.fn(p, x) ** 2),
+    "the head alone": lambda apply, t, p, x: jnp.mean(CASE.fn(p, x) ** 2) * t["head"].sum(),
+    "stopped": lambda apply, t, p, x: jnp.mean(apply(p, jax.lax.stop_gradient(t["lora"]), x) ** 2) + t["head"].sum(),
+    "in a metric": lambda apply, t, p, x: (jnp.mean(x**2), {"y": apply(p, t["lora"], x).sum()}),
+}
+USED = {
+    "applied": lambda apply, t, p, x: jnp.mean(apply(p, t["lora"], x) ** 2),
+    "merged": lambda apply, t, p, x: jnp.mean(CASE.fn(lora.merge(p, t["lora"]), x) ** 2),
+    "held down": lambda apply, t, p, x: optax.tree.norm(t["lora"]["w1"]),
+    "rematerialized": lambda apply, t, p, x: jnp.mean(jax.checkpoint(apply)(p, t["lora"], x) ** 2),
+    "in a branch": lambda apply, t, p, x: jax.lax.cond(
+        x.sum() > 0, lambda: apply(p, t["lora"], x).sum(), lambda: 0 * x.sum()
+    ),
+}
+
+
+HOW = ["eager", "jit", "microbatches", "mesh", "shard_map", "pmap"]
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        pytest.param(
+            name, how, marks=[] if how == "mesh" or name in ("the base alone", "applied") else pytest.mark.slow
+        )
+        for name in UNUSED | USED
+        for how in HOW
+    ],
+)
+def test_a_loss_that_does_not_use_the_adapters(name, how):
+    """Found while it is traced, and for what it does: fresh adapters, whose A has a gradient of zero, are used."""
+    apply, optimizer = lora.lora_apply(CASE.fn), optax.sgd(0.1)
+    plan = CASE.plan(RULES["lora"])
+    tree = {"lora": lora.init(jax.random.key(0), CASE.params(), plan), "head": jnp.ones(3)}
+    x = jnp.ones((8, *CASE.input().shape[1:]))
+    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
+    whole, rows = jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P("data"))
+
+    def loss(trainable, params, x):
+        return (UNUSED | USED)[name](apply, trainable, params, x)
+
+    def run():
+        state, params = lora.TrainState.create(tree, optimizer), CASE.params()
+        if how == "eager":
+            return lora.value_and_grad(loss)(tree, params, x)
+        if how == "mesh":
+            step = functools.partial(lora.value_and_grad, loss, batch_sharding=rows)
+            return jax.eval_shape(step(), tree, params, jax.device_put(x, rows))
+        steps = {
+            "jit": lambda: lora.jit_step(loss, optimizer),
+            "microbatches": lambda: lora.jit_step(loss, optimizer, microbatches=2),
+            "shard_map": lambda: lora.shard_map_step(loss, optimizer, mesh, jax.P("data")),
+            "pmap": lambda: lora.pmap_step(loss, optimizer, replicated=False),
+        }
+        state = jax.device_put(state, whole) if how == "shard_map" else state
+        return jax.eval_shape(steps[how](), state, params, x[:, None] if how == "pmap" else x)
+
+    if name in USED:
+        run()
+    else:
+        with pytest.raises(lora.LoraError, match="the loss does not use what is trained, so that no gradient reaches"):
+            run()
+
+
+def test_what_is_watched_costs_nothing():
+    """The compiled gradient is the one of `jax.grad`."""
+    loss, _, adapters = setup(optax.sgd(0.1))
+    args = adapters, CASE.params(), CASE.input()
+    ours = jax.jit(lora.value_and_grad(lambda *a: loss(*a)[0])).lower(*args).compile()
+    plain = jax.jit(jax.value_and_grad(lambda *a: loss(*a)[0])).lower(*args).compile()
+    assert ours.cost_analysis()["flops"] <= plain.cost_analysis()["flops"] + 8 * sum(
+        map(jnp.size, jax.tree.leaves(adapters))
+    )
+    assert ours.memory_analysis().temp_size_in_bytes <= plain.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("trainable", [{}, {"lora": {}}, None])
+def test_nothing_to_train(trainable):
+    with pytest.raises(lora.LoraError, match="there is nothing to train"):
+        lora.value_and_grad(lambda t, p, x: x.sum())(trainable, {}, jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("created", "stepped", "says"),
+    [
+        (optax.sgd(0.1), optax.adam(0.1), "expected ScaleByAdamState"),
+        (optax.adam(0.1), optax.sgd(0.1), "is made of ScaleByAdamState"),
+        (optax.adam(0.1), lora.freeze_base(optax.adam(0.1)), "made of ScaleByAdamState.*expected PartitionState"),
+        (optax.adam(0.1), optax.chain(optax.clip(1.0), optax.adam(0.1)), "not one of this optimizer"),
+    ],
+    ids=["sgd, then adam", "adam, then sgd", "not frozen", "not clipped"],
+)
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+def test_another_optimizer_in_the_step_than_in_the_state(created, stepped, says, jit):
+    loss, state, _ = setup(created)
+    step = lora.jit_step(loss, stepped) if jit else functools.partial(lora.train_step, loss, stepped)
+    with pytest.raises(lora.LoraError, match=f"{says}.*TrainState.create"):
+        step(state, CASE.params(), CASE.input())
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_an_optimizer_whose_start_looks_at_numbers():
+    """What its state is cannot be known from shapes: it is taken as it is."""
+
+    def init(params):
+        return {"large": jnp.ones(())} if float(optax.tree.norm(params)) > 0 else {}
+
+    optimizer = optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+    loss, state, _ = setup(optimizer)
+    state, _ = lora.jit_step(loss, optimizer)(state, CASE.params(), CASE.input())
+    assert state.opt_state == {"large": 1}
 
 
 @pytest.mark.parametrize("d", [1024])
@@ -192,6 +324,26 @@ def test_the_loss_scale_lets_small_gradients_through_fp16_and_finds_its_size():
     assert (after.loss_scale.value, after.skipped) == (2.0**39, 1)
     _, after, _ = gradient(lora.LossScale.create(2.0**10, interval=1))
     assert after.loss_scale.value == 2.0**11
+
+
+def test_the_loss_scale_stays_where_it_can_come_back_from():
+    scale = lora.LossScale.create(interval=1)
+    for _ in range(200):
+        scale = scale.update(jnp.array(True))
+    assert scale.value == 2.0**24
+    for start, after in [(2.0**126, 2.0**121), (2.0**24, 2.0**19), (2.0**3, 1.0)]:
+        scale = lora.LossScale.create(start, interval=1).update(jnp.array(True))
+        assert scale.value == (start if start >= 2.0**24 else 2 * start)
+        scale = lora.LossScale.create(start, interval=1)
+        for _ in range(5):
+            scale = scale.update(jnp.array(False))
+        assert scale.value == after
+    for value in (0.0, -1.0, float("inf"), float("nan"), True, "1"):
+        with pytest.raises(lora.LoraError, match=r"LossScale\.create\(value=.*a number above 0"):
+            lora.LossScale.create(value)
+    for interval in (0, 1.5, True):
+        with pytest.raises(lora.LoraError, match=r"LossScale\.create\(interval=.*a whole number"):
+            lora.LossScale.create(interval=interval)
 
 
 def test_each_step_and_each_microbatch_has_a_random_key_of_its_own():

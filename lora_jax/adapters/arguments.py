@@ -20,6 +20,16 @@ def check_dtype(name: str, dtype: Any) -> None:
         raise LoraError(f"{name}(dtype={dtype!r}): adapters are trained, give a floating dtype such as jnp.float32.")
 
 
+def check_stack(name: str, stack: Any) -> tuple[int, ...] | None:
+    """Return axes of a weight as a tuple; None for None. Raise if they are no whole numbers, or repeat."""
+    if stack is None:
+        return None
+    given = tuple(stack) if isinstance(stack, list | tuple) else (stack,)
+    if any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in given) or len(set(given)) < len(given):
+        raise LoraError(f"{name}(stack={stack!r}): the stack is an axis of the weight, such as 0, or several, (0, 1).")
+    return tuple(map(int, given))
+
+
 def rank_above(rank: Any, d: int, k: int) -> str | None:
     """Return what is wrong with a rank for d inputs and k outputs; None if nothing is."""
     return f"rank {rank} is above min({d}, {k}), give it at most {min(d, k)}" if rank > min(d, k) else None

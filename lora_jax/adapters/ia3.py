@@ -15,17 +15,19 @@ import jax.numpy as jnp
 from lora_jax.adapters.arguments import check_dtype
 from lora_jax.adapters.low_rank import LowRank
 from lora_jax.adapters.output_scaled import OutputScaled, along_outputs
-from lora_jax.core.adapter import Adapter, Rule
+from lora_jax.adapters.stacked_rule import StackedRule
+from lora_jax.core.adapter import Adapter
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.kinds import register_kind
 
 
 @dataclass(frozen=True)
-class Ia3(Rule):
+class Ia3(StackedRule):
     """W' = W diag(g), with g starting at one.
 
     Args:
         dtype: of g.
+        stack: as of `Lora`.
 
     Raises:
         LoraError: a dtype that is not a floating one.
@@ -33,11 +35,14 @@ class Ia3(Rule):
 
     dtype: Any = jnp.float32
 
+    shares = MappingProxyType({"inputs": "g"})
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_dtype("Ia3", self.dtype)
 
     def __str__(self) -> str:
-        return "Ia3()"
+        return f"Ia3({self.of_stack.removeprefix(', ')})"
 
     def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> "Ia3Adapter":
         stack, inputs, outputs = axes.sizes(w.shape)

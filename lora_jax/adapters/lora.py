@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from lora_jax.adapters import initializers
 from lora_jax.adapters.arguments import check_dtype, check_rank, is_usable_alpha, rank_above
 from lora_jax.adapters.low_rank import LowRank, add_low_rank
-from lora_jax.core.adapter import Adapter, Rule
+from lora_jax.adapters.stacked_rule import StackedRule
+from lora_jax.core.adapter import Adapter
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.kinds import register_kind
@@ -25,7 +26,7 @@ Rank = int | Callable[[str, tuple[int, ...]], int]
 
 
 @dataclass(frozen=True)
-class Lora(Rule):
+class Lora(StackedRule):
     """W' = W + (alpha / rank) A B.
 
     Args:
@@ -34,6 +35,7 @@ class Lora(Rule):
         alpha: the numerator of the scale; None stands for the rank, that is a scale of 1.
         init_a: how A starts, one of `lora_jax.initializers` or a function like them; B starts at zero.
         dtype: of A and B. fp32 by default, also on a bf16 base: Adam's updates vanish in bf16.
+        stack: axes of W, as `stack=0`, with a matrix at each index that has factors of its own: experts, members.
 
     Raises:
         LoraError: rank below 1; a scale that is zero or not finite in fp32; a dtype that is not a floating one;
@@ -46,6 +48,7 @@ class Lora(Rule):
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         name = type(self).__name__
         check_rank(name, self.rank)
         if self.alpha is not None and not is_usable_alpha(self.alpha, 1 if callable(self.rank) else self.rank):
@@ -55,7 +58,7 @@ class Lora(Rule):
             raise LoraError(f"{name}(init_a={self.init_a!r}): give a function, such as lora.initializers.gaussian.")
 
     def __str__(self) -> str:
-        return f"{type(self).__name__}(rank={self.rank}, alpha={self.alpha})"
+        return f"{type(self).__name__}(rank={self.rank}, alpha={self.alpha}{self.of_stack})"
 
     @property
     def scale(self) -> float:

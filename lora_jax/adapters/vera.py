@@ -19,14 +19,15 @@ import numpy as np
 from lora_jax.adapters.arguments import check_dtype, check_rank
 from lora_jax.adapters.factored import Compact
 from lora_jax.adapters.lora import LoraAdapter
-from lora_jax.core.adapter import Adapter, Rule
+from lora_jax.adapters.stacked_rule import StackedRule
+from lora_jax.core.adapter import Adapter
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.kinds import register_kind
 
 
 @dataclass(frozen=True)
-class Vera(Rule):
+class Vera(StackedRule):
     """W' = W + A diag(d) B diag(b), A [inputs, rank] and B [rank, outputs] being cut out of two shared matrices.
 
     All weights of a plan that have the same `Vera` share A and B, which are as wide as the widest of them: with other
@@ -38,6 +39,7 @@ class Vera(Rule):
         start: what the entries of d start at; those of b start at zero.
         dtype: of d and b.
         widths: the largest numbers of inputs and of outputs among the weights. `lora.plan` fills it in.
+        stack: as of `Lora`.
 
     Raises:
         LoraError: an argument that is not of this kind.
@@ -49,7 +51,10 @@ class Vera(Rule):
     dtype: Any = jnp.float32
     widths: tuple[int, int] | None = None
 
+    shares = MappingProxyType({"outputs": "d", "inputs": "b"})
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_dtype("Vera", self.dtype)
         if callable(self.rank):
             raise LoraError("Vera(rank=...) is a whole number: all weights share A and B.")
@@ -60,7 +65,7 @@ class Vera(Rule):
             raise LoraError(f"Vera(start={self.start!r}): d starts at a finite number, such as 0.1.")
 
     def __str__(self) -> str:
-        return f"Vera(rank={self.rank}, seed={self.seed})"
+        return f"Vera(rank={self.rank}, seed={self.seed}{self.of_stack})"
 
     def among(self, fans: Iterable[tuple[int, int]]) -> Self:
         if self.widths is not None:

@@ -11,7 +11,7 @@ import abc
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
@@ -26,11 +26,14 @@ class Rule(abc.ABC):
     """Say which adapter the weights that a pattern matches get. Arguments are checked when a rule is made.
 
     `whole` is for rules that take arrays of any shape, used in any way; `reads_weight` for those whose `init` looks at
-    the numbers in W and not at its shape alone.
+    the numbers in W and not at its shape alone. `stack` are axes of the weight that are stacked matrices beside those
+    that the program shows; `shares` names, for a group of axes, the array that all indices along them have in common.
     """
 
     whole: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
+    stack: int | Sequence[int] | None = None
+    shares: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @abc.abstractmethod
     def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> "Adapter":

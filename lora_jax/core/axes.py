@@ -1,6 +1,7 @@
 """Which axes of a weight are inputs, outputs and stacked matrices."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -43,6 +44,16 @@ class KernelAxes(NamedTuple):
         KernelAxes(stack=(0,), inputs=(2,), outputs=(1, 3))
         """
         return KernelAxes(*(tuple(sorted(permutation.index(i) for i in group)) for group in self))
+
+    def with_stack(self, axes: Iterable[int]) -> "KernelAxes":
+        """Return the groups with these axes stacked, whichever group they were in.
+
+        >>> KernelAxes((), (1,), (0, 2)).with_stack([0])
+        KernelAxes(stack=(0,), inputs=(1,), outputs=(2,))
+        """
+        stack = tuple(sorted({*self.stack, *axes}))
+        inputs, outputs = (tuple(i for i in group if i not in stack) for group in (self.inputs, self.outputs))
+        return KernelAxes(stack, inputs, outputs)
 
     def drop(self, axis: int) -> "KernelAxes":
         """Return the groups without one axis; later axes move up."""

@@ -1,4 +1,4 @@
-"""The one exception of the library."""
+"""The one exception of the library, and its one warning."""
 
 from typing import Any
 
@@ -14,6 +14,10 @@ class LoraError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__("\n".join(map(printable, message.split("\n"))))
+
+
+class LoraWarning(UserWarning):
+    """Something is allowed and probably not meant. The message says what, and how to say which of the two it is."""
 
 
 def short(value: Any) -> str:

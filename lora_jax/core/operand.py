@@ -151,10 +151,19 @@ class Operand(abc.ABC):
     def used_as(self, axes: KernelAxes, eqn: JaxprEqn) -> "Operand | None":
         """Return this operand for a product along these axes; None if it was made for other ones.
 
-        The weight may be used the other way round, and its axes of size 1 may be read in any way.
+        The weight may be used the other way round, and its axes of size 1 may be read in any way. In a matrix product,
+        axes that the operand has stacked may be inputs or outputs: `core/restacked.py` says how that is computed.
         """
         operand = self._along(axes)
+        if operand is None and eqn.primitive.name == "dot_general":
+            operand = self._stacking_more(axes)
         return operand if operand is None or operand.can_multiply else None
+
+    def _stacking_more(self, axes: KernelAxes) -> "Operand | None":
+        wanted = axes.with_stack(self.axes.stack)
+        operand = None if wanted == axes else self._along(wanted)
+        sums = any(axis in wanted.stack for axis in axes.inputs)  # y is a sum over matrices, which no factor can scale
+        return None if operand is None or (sums and not operand.is_additive) else operand
 
     def _along(self, axes: KernelAxes) -> "Operand | None":
         if axes in (self.axes, self.axes.transpose()):

@@ -22,6 +22,7 @@ class Use:
     times: int  # that a call runs it
     stopped: bool  # no gradient passes the weight there
     where: str  # the operation and its source line
+    is_matmul: bool = False  # no convolution, ragged product or lookup: a rule may stack any of its axes
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,19 @@ class Target:
 
     def flops(self) -> int:
         """Return the FLOPs that the adapter adds to a forward pass of the planned batch, a third of a gradient's."""
-        return sum(use.times * self.rule.flops(self.shape, self.axes, use.rows) for use in self.uses)
+        return sum(use.times * self.rule.flops(self.shape, self.axes, self._rows(use)) for use in self.uses)
+
+    def _rows(self, use: Use) -> tuple[int, int]:
+        """Return the rows of a use over all matrices of the target, which may be more than the program knows of."""
+        more = math.prod(self.shape[axis] for axis in self.axes.stack if axis not in use.axes.stack)
+        return use.rows[0] * more, use.rows[1] * more
+
+    def shared(self) -> list[str]:
+        """Say in words what several axes have in common, which a rule could give to each index along one of them."""
+        if not any(use.is_matmul for use in self.uses) and not self.materialized:
+            return []
+        groups = [(name, getattr(self.axes, group)) for group, name in self.rule.shares.items()]
+        return [f"axes {' and '.join(map(str, group))} share one {name}" for name, group in groups if len(group) > 1]
 
 
 @dataclass(frozen=True)
@@ -94,4 +107,17 @@ class Plan(Mapping[str, Target]):
             f"{len(self)} of {self.base_leaves} weights adapted: {parameters:,} parameters beside "
             f"{self.base_parameters:,} ({share:.2%}), {size(memory)}. FLOPs are those added to one forward pass."
         )
-        return "\n".join([table, summary, *formed])
+        return "\n".join([table, summary, *self._shared(), *formed])
+
+    def _shared(self) -> list[str]:
+        """Return lines that say which axes share a factor, one for all weights of a shape that do so in one way."""
+        alike: dict[tuple[Any, ...], list[str]] = {}
+        for target in self.targets.values():
+            for words in target.shared():
+                alike.setdefault((target.shape, words), []).append(target.path)
+        lines = []
+        for (shape, words), paths in alike.items():
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            lines.append(f"{paths[0]!r}{more} {list(shape)}: {words}.")
+        advice = "Where each index along an axis is a matrix of its own (experts, members), name that axis: stack=0."
+        return [*lines, advice] if lines else []

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from lora_jax.core.errors import LoraError
 from lora_jax.core.partition import full_spec, names_of, quoted_names, size_of
 from lora_jax.sharding.devices import on_mesh
+from lora_jax.sharding.unbatched import is_unbatched
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> slice:
@@ -46,7 +47,8 @@ def shard_batch(batch: Any, sharding: NamedSharding, rows: int | None = None) ->
     Args:
         batch: a pytree of NumPy arrays `[n, ...]`: this process's rows, `local_rows(sharding, rows)` of the whole.
         sharding: of the whole batch, such as `NamedSharding(mesh, P("data"))` or `P(("data", "fsdp"), "sequence")`.
-            Arrays with fewer axes than its spec has entries use the first entries.
+            Arrays with fewer axes than its spec has entries use the first entries. What is marked as
+            `lora.Unbatched(...)` is the same in every process, and is put on every device.
         rows: of the whole batch. Without it, the processes exchange their numbers of rows at every call.
 
     Returns:
@@ -56,7 +58,8 @@ def shard_batch(batch: Any, sharding: NamedSharding, rows: int | None = None) ->
         LoraError: the processes have different numbers of rows; an axis cannot be split evenly; the spec names an axis
             that the mesh lacks.
     """
-    leaves, tree = jax.tree.flatten(batch)
+    nodes, tree = jax.tree.flatten(batch, is_leaf=is_unbatched)
+    leaves = [node for node in nodes if not is_unbatched(node)]
     sizes = {len(leaf) if getattr(leaf, "ndim", 0) else 0 for leaf in leaves}
     if len(sizes) != 1 or 0 in sizes:
         found = [list(getattr(leaf, "shape", ())) for leaf in leaves]
@@ -81,13 +84,15 @@ def shard_batch(batch: Any, sharding: NamedSharding, rows: int | None = None) ->
                     f"axis {axis} of the batch has size {leaf.shape[axis]}, which cannot be split evenly over the mesh "
                     f"axes {quoted_names(names)} of size {size_of(names, mesh)}: pad it."
                 )
-    placed = [
-        jax.make_array_from_process_local_data(
-            NamedSharding(mesh, P(*spec[: leaf.ndim])), leaf, (rows, *leaf.shape[1:])
-        )
-        for leaf in leaves
-    ]
-    return jax.tree.unflatten(tree, placed)
+
+    def placed(node: Any) -> Any:
+        if is_unbatched(node):
+            whole = NamedSharding(mesh, P())
+            return jax.tree.map(lambda a: jax.make_array_from_process_local_data(whole, a, np.shape(a)), node)
+        place = NamedSharding(mesh, P(*spec[: node.ndim]))
+        return jax.make_array_from_process_local_data(place, node, (rows, *node.shape[1:]))
+
+    return jax.tree.unflatten(tree, list(map(placed, nodes)))
 
 
 def _check_equal_over_processes(here: int) -> None:
@@ -109,9 +114,10 @@ def combined_sharding(batch: Any) -> NamedSharding | None:
 
     It is the sharding with the most parts (of several, that of the first array), extended by what the other arrays are
     split over along axes that it leaves whole. Nothing is added that uses a mesh axis twice. Mesh axes of size 1 are
-    left out. None if no array is on a mesh of several devices.
+    left out, and so is what is marked to be no batch. None if no array is on a mesh of several devices.
     """
-    found = [leaf.sharding for leaf in jax.tree.leaves(batch) if on_mesh(leaf) is not None]
+    leaves = [leaf for leaf in jax.tree.leaves(batch, is_leaf=is_unbatched) if not is_unbatched(leaf)]
+    found = [leaf.sharding for leaf in leaves if on_mesh(leaf) is not None]
     if not found:
         return None
     largest = max(found, key=lambda sharding: size_of(_all_names(_entries(sharding)), sharding.mesh))

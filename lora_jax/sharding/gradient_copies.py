@@ -157,15 +157,29 @@ def make_copies(tree: Any, batch: NamedSharding) -> Any:
     return jax.tree.map(copy, tree, is_leaf=is_adapter)
 
 
-def in_the_place_of(tree: Any, copies: Any) -> contextlib.AbstractContextManager[None]:
+def copies_alone(tree: Any, batch: NamedSharding) -> list[PerShardCopies | None]:
+    """Return what `make_copies` copies, for each adapter and each other array: None where it copies none."""
+    nodes = jax.tree.leaves(make_copies(tree, batch), is_leaf=is_adapter)
+    return [node if isinstance(node, PerShardCopies) else None for node in nodes]
+
+
+def in_the_place_of(tree: Any, copies: Sequence[PerShardCopies | None]) -> contextlib.AbstractContextManager[None]:
     """Apply the copies, inside, wherever a program applies the adapters of this tree.
 
     The program goes on seeing the adapters themselves: whatever else it does with them, penalties and ensembles among
     that, means the same as without copies.
     """
-    nodes, others = (jax.tree.leaves(of, is_leaf=is_adapter) for of in (tree, copies))
-    pairs = zip(nodes, others, strict=True)
-    return stand_ins([(node, other) for node, other in pairs if isinstance(other, PerShardCopies)])
+    pairs = zip(jax.tree.leaves(tree, is_leaf=is_adapter), copies, strict=True)
+    return stand_ins([(node, other) for node, other in pairs if other is not None])
+
+
+def add_to(grads: Any, others: Sequence[Any]) -> Any:
+    """Return the gradients of a tree, with those of its copies added where there are copies."""
+    nodes, treedef = jax.tree.flatten(grads, is_leaf=is_adapter)
+    sums = [
+        node if other is None else jax.tree.map(jnp.add, node, other) for node, other in zip(nodes, others, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, sums)
 
 
 def add_up(grads: Any, batch: NamedSharding) -> Any:

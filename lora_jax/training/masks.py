@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,24 +11,31 @@ import optax
 from lora_jax.core.adapter import Adapter, AdapterWrapper, is_adapter
 from lora_jax.core.errors import LoraError
 from lora_jax.core.layout import field_names
+from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import flatten_with_names
 from lora_jax.core.patterns import first_match
 from lora_jax.core.text import listed
 
 
 def trainable_mask(tree: Any) -> Any:
-    """Return the same tree of booleans: True at the trained arrays of adapters, False at everything else.
+    """Return the same tree of booleans: True at what is trained, False at what is frozen.
 
-    Optimizer masks and parameter counts all use this mask. Adapters may be anywhere in the tree, also beside the base.
+    Frozen are the arrays that an adapter never trains, and the base: a part of the tree that has the weights of the
+    tree's adapters, at the adapters' own paths. All else is trained: adapters, and what lies beside them, such as a new
+    head. Optimizer masks and parameter counts all use this mask.
+
+    Adapters may be anywhere in the tree. To freeze more of it, say so beside this mask:
+    `lora.freeze_base(optimizer, lambda tree: {**lora.trainable_mask(tree), "statistics": False})`.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"w": jnp.ones((4, 4))}
     >>> plan = lora.plan(lambda p, x: x @ p["w"], params, jnp.ones((1, 4)), rules={"w": lora.Lora(rank=1)})
-    >>> mask = trainable_mask({"adapters": lora.init(jax.random.key(0), params, plan), "params": params})
-    >>> mask["adapters"]["w"].a, mask["adapters"]["w"].b, mask["params"]["w"]
-    (True, True, False)
+    >>> adapters = lora.init(jax.random.key(0), params, plan)
+    >>> mask = trainable_mask({"adapters": adapters, "params": params, "head": jnp.ones((4, 2))})
+    >>> mask["adapters"]["w"].a, mask["adapters"]["w"].b, mask["params"]["w"], mask["head"]
+    (True, True, False, True)
     """
-    return jax.tree.map(lambda node: node.trainable() if is_adapter(node) else False, tree, is_leaf=is_adapter)
+    return mark(tree, lambda *_: True, lambda _: True, frozen=False)
 
 
 def freeze_base(
@@ -40,7 +47,8 @@ def freeze_base(
 
     Args:
         optimizer: any optax transformation.
-        mask: a tree of booleans, or a function that makes one from the optimized tree.
+        mask: a tree of booleans, or a function that makes one from the optimized tree; one boolean may stand for a
+            whole part of it. By default adapters are trained, and what lies beside them, and their base is frozen.
     """
 
     def labels(tree: Any) -> Any:
@@ -53,7 +61,8 @@ def freeze_base(
 def labels(tree: Any, rules: Mapping[str, str], default: str | None = None) -> Any:
     """Return the same tree of labels, for `optax.partition`: that of the first pattern that matches an array's path.
 
-    Arrays that an adapter never trains are labelled "freeze", whatever the patterns say.
+    Arrays that an adapter never trains are labelled "freeze", whatever the patterns say. So are those of the base of
+    the tree's adapters (as for `trainable_mask`), unless a pattern matches them: the default is not for them.
 
     Args:
         tree: what is optimized: adapters, or any tree that holds them.
@@ -75,10 +84,11 @@ def labels(tree: Any, rules: Mapping[str, str], default: str | None = None) -> A
     if not isinstance(rules, Mapping):
         raise LoraError(f"labels: rules are a dict such as {{'.*/b': 'fast', '.*': 'slow'}}, found {rules!r}.")
     names, _, treedef = flatten_with_names(tree)
-    is_trained = jax.tree.leaves(mark(tree, lambda *_: True, lambda _: True, frozen=False))
-    trained = [name for name, moves in zip(names, is_trained, strict=True) if moves]
+    marks = jax.tree.leaves(mark(tree, lambda *_: "train", lambda _: "train", frozen="freeze", base=lambda _: "base"))
+    trained = [name for name, found in zip(names, marks, strict=True) if found == "train"]
+    open_to = [name for name, found in zip(names, marks, strict=True) if found != "freeze"]
     hint = "A pattern stands for a whole path, that of an adapter and the field; the nearest are"
-    chosen = first_match(rules, trained, call="labels: ", one="trained array", many="arrays", hint=hint)
+    chosen = first_match(rules, open_to, call="labels: ", one="trained array", many="arrays", hint=hint)
     missing = [name for name in trained if name not in chosen]
     if missing and default is None:
         raise LoraError(
@@ -108,10 +118,16 @@ def decay_mask(tree: Any) -> Any:
     def is_factor(adapter: Adapter, name: str) -> bool:
         return len([group for group in adapter.layout[name] if group != "stack"]) > 1
 
-    return mark(tree, is_factor, is_matrix, frozen=False)
+    return mark(tree, is_factor, is_matrix, frozen=False, base=is_matrix)
 
 
-def mark(tree: Any, array: Callable[[Adapter, str], Any], other: Callable[[Any], Any], frozen: Any) -> Any:
+def mark(
+    tree: Any,
+    array: Callable[[Adapter, str], Any],
+    other: Callable[[Any], Any],
+    frozen: Any,
+    base: Callable[[Any], Any] | None = None,
+) -> Any:
     """Return the same tree with a mark in the place of each array.
 
     Masked nodes of optax have no leaves, and stay as they are.
@@ -120,11 +136,13 @@ def mark(tree: Any, array: Callable[[Adapter, str], Any], other: Callable[[Any],
         array: gives the mark of a trained array, from its adapter and the name of its field.
         other: gives the mark of an array beside adapters.
         frozen: the mark of arrays that an adapter never trains.
+        base: gives the mark of an array of the base, which is the tree's part that has the adapters' weights; without
+            it that is `frozen`.
     """
 
     def node(at: Any) -> Any:
         if not is_adapter(at):
-            return other(at)
+            return jax.tree.map(other, at)
         if isinstance(at, AdapterWrapper):
             own = {name: frozen for name in field_names(at, static=False) if name != "inner"}
             return dataclasses.replace(at, inner=node(at.inner), **own)  # type: ignore[type-var]
@@ -134,7 +152,43 @@ def mark(tree: Any, array: Callable[[Adapter, str], Any], other: Callable[[Any],
             marks[name] = jax.tree.map(lambda _, value=value: value, getattr(at, name))
         return dataclasses.replace(at, **marks)
 
-    return jax.tree.map(node, tree, is_leaf=is_adapter)
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda at: is_adapter(at) or is_packed(at))
+    of_base = base or (lambda _: frozen)
+    marks = [
+        jax.tree.map(of_base, at) if in_base else node(at)
+        for (_, at), in_base in zip(keyed, _in_base(keyed), strict=True)
+    ]
+    return jax.tree.unflatten(treedef, marks)
+
+
+def _in_base(keyed: Sequence[tuple[Any, Any]]) -> list[bool]:
+    """Return for each leaf of a tree, given with its path, whether it is in the base of some adapter of the tree.
+
+    An adapter's key is the path of its weight from where the base begins: the base of {"adapters": {"a/w": ...},
+    "base": {"a": {"w": ..., "b": ...}}} is all below "base".
+    """
+    adapters = {str(getattr(path[-1], "key", "")): node for path, node in keyed if path and is_adapter(node)}
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in keyed]
+    arrays = [not is_adapter(node) for _, node in keyed]
+    roots: dict[str, None] = {}
+    for name, (_, leaf), is_array in zip(names, keyed, arrays, strict=True):
+        for whole in (name, name.removesuffix("/value")) if is_array else ():  # NNX has a level of its own
+            parts = whole.split("/")
+            for start in range(len(parts)):
+                adapter = adapters.get("/".join(parts[start:]))
+                if adapter is not None and _may_be_of(adapter, leaf):
+                    roots["/".join([*parts[:start], ""])] = None
+    return [is_array and name.startswith(tuple(roots)) for name, is_array in zip(names, arrays, strict=True)]
+
+
+def _may_be_of(adapter: Adapter, leaf: Any) -> bool:
+    """Return whether a leaf has the shape of an adapter's weight; True where arrays of the adapter are not there."""
+    if not all(hasattr(array, "shape") for array in adapter.arrays().values()):
+        return True  # optax has masked some
+    try:
+        return adapter.kernel_shape() == getattr(leaf, "shape", None)
+    except LoraError:
+        return True  # several sets of adapters at once, or updates: the path decides
 
 
 def is_matrix(leaf: Any) -> bool:

@@ -1,6 +1,7 @@
 """One training step as a pure function, and the same under `jax.jit`, `jax.pmap` and `jax.shard_map`."""
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +13,17 @@ from jax import P
 from jax.sharding import Mesh, NamedSharding
 
 from lora_jax.core.errors import LoraError
-from lora_jax.core.partition import names_of
+from lora_jax.core.partition import names_of, quoted_names
 from lora_jax.sharding.batches import combined_sharding
 from lora_jax.sharding.devices import check_together, on_mesh
+from lora_jax.sharding.unbatched import is_unbatched
+from lora_jax.training.hyperparameters import check_positive
+from lora_jax.training.microbatches import check_rows, has_rows
 from lora_jax.training.value_and_grad import Loss, value_and_grad
 
 Step = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
+
+LARGEST_SCALE = 2.0**24  # that a loss scale grows to
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +31,8 @@ Step = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
 class LossScale:
     """Dynamic loss scaling for fp16: the loss is multiplied by a scale, and its gradient divided by it.
 
-    The scale is halved after a gradient that is not finite, and doubled after `interval` finite ones in a row.
+    The scale is halved after a gradient that is not finite, and doubled after `interval` finite ones in a row, up to
+    2^24: beyond that it would run into fp32's infinity where no gradient ever overflows, and not come back.
     Micikevicius et al. 2018, "Mixed Precision Training", arXiv 1710.03740.
     """
 
@@ -35,13 +42,22 @@ class LossScale:
 
     @classmethod
     def create(cls, value: float = 2.0**15, interval: int = 2000) -> "LossScale":
-        """Return the scale before the first step."""
+        """Return the scale before the first step.
+
+        Raises:
+            LoraError: the value is not a finite number above 0, or the interval no whole number above 0.
+        """
+        if not isinstance(value, jax.Array):  # which may be traced
+            check_positive("LossScale.create", "value", value, 2.0**15)
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise LoraError(f"LossScale.create(interval={interval!r}): expected a whole number of at least 1.")
         return cls(jnp.float32(value), jnp.zeros((), jnp.int32), interval)
 
     def update(self, is_finite: jax.Array) -> "LossScale":
         """Return the scale after a gradient that was or was not finite."""
         grows = self.finite + 1 >= self.interval
-        value = jnp.where(is_finite, jnp.where(grows, self.value * 2, self.value), jnp.maximum(self.value / 2, 1.0))
+        larger = jnp.where(self.value * 2 <= LARGEST_SCALE, self.value * 2, self.value)
+        value = jnp.where(is_finite, jnp.where(grows, larger, self.value), jnp.maximum(self.value / 2, 1.0))
         return LossScale(value, jnp.where(is_finite & ~grows, self.finite + 1, 0), self.interval)
 
 
@@ -105,7 +121,8 @@ def train_step(
             `optax.clip_by_global_norm` before it: it gets the gradient of the whole batch.
         state: as `TrainState.create` makes it.
         params: the frozen base.
-        batch: further arguments of the loss, pytrees of arrays `[rows, ...]`.
+        batch: further arguments of the loss, pytrees of arrays `[rows, ...]`; what has no rows is marked, as in
+            `lora.Unbatched(class_weights)`.
         microbatches, axis_name, batch_sharding: as for `value_and_grad`.
 
     Returns:
@@ -113,8 +130,9 @@ def train_step(
         the loss reports.
 
     Raises:
-        LoraError: as `value_and_grad`.
+        LoraError: as `value_and_grad`; the state was made with another optimizer.
     """
+    _check_optimizer(optimizer, state)
     gradient = value_and_grad(loss, microbatches=microbatches, axis_name=axis_name, batch_sharding=batch_sharding)
     key = None if state.key is None else jax.random.fold_in(state.key, state.step)
     scale = 1.0 if state.loss_scale is None else state.loss_scale.value
@@ -135,6 +153,28 @@ def train_step(
     return TrainState(state.step + 1, trainable, opt_state, skipped, state.key, loss_scale), metrics
 
 
+def _check_optimizer(optimizer: optax.GradientTransformation, state: TrainState) -> None:
+    """Check that a state is one of this optimizer, which takes no time once a step is compiled.
+
+    Raises:
+        LoraError: its own state would be of another structure.
+    """
+    try:
+        expected: Any = jax.tree.structure(jax.eval_shape(optimizer.init, state.trainable))
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+        return  # it looks at the numbers, so that its state is not known from shapes
+    found: Any = jax.tree.structure(state.opt_state)
+    if found != expected:
+        here, there = (
+            ", ".join(dict.fromkeys(re.findall(r"namedtuple\[(\w+)", str(tree)))) for tree in (found, expected)
+        )
+        raise LoraError(
+            "the state's `opt_state` is not one of this optimizer for these arrays: it is made of "
+            f"{here or 'other parts'}, expected {there or 'none'}. Make the state with the optimizer of the step: "
+            "lora.TrainState.create(trainable, optimizer)."
+        )
+
+
 def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatches: int = 1) -> Step:
     """Return `step(state, params, *batch)`: `train_step` under `jax.jit`, on one device or over a mesh.
 
@@ -147,7 +187,7 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
 
     Args:
         loss, optimizer: as for `train_step`.
-        microbatches: as for `value_and_grad`.
+        microbatches: as for `value_and_grad`; what is no batch is marked, as in `lora.Unbatched(class_weights)`.
     """
 
     steps: dict[Any, Any] = {}  # jitted steps, by the shardings of the batch and the state
@@ -183,6 +223,8 @@ def pmap_step(
 ) -> Step:
     """Return `step(state, params, *batch)`: `train_step` under `jax.pmap`, for a batch of `[devices, rows, ...]`.
 
+    What is marked as `lora.Unbatched(...)` has no axis of devices: each gets all of it.
+
     Args:
         loss, optimizer: as for `train_step`.
         axis_name: the name of the axis of devices, should the loss need it.
@@ -195,8 +237,17 @@ def pmap_step(
     def step(state: TrainState, params: Any, batch: tuple[Any, ...]) -> Any:
         return train_step(loss, optimizer, state, params, *batch, microbatches=microbatches, axis_name=axis_name)
 
-    mapped = jax.pmap(step, axis_name, in_axes=(axis, axis, 0), out_axes=axis, donate_argnums=0 if replicated else ())
-    return lambda state, params, *batch: mapped(state, params, batch)
+    @functools.cache
+    def mapped(tree: Any, batched: tuple[bool, ...]) -> Any:
+        axes = tree.unflatten([0 if is_batched else None for is_batched in batched])
+        donated = 0 if replicated else ()
+        return jax.pmap(step, axis_name, in_axes=(axis, axis, axes), out_axes=axis, donate_argnums=donated)
+
+    def run(state: TrainState, params: Any, *batch: Any) -> Any:
+        nodes, tree = jax.tree.flatten(batch, is_leaf=is_unbatched)
+        return mapped(tree, tuple(not is_unbatched(node) for node in nodes))(state, params, batch)
+
+    return run
 
 
 def shard_map_step(
@@ -216,11 +267,13 @@ def shard_map_step(
     Args:
         loss, optimizer: as for `train_step`.
         mesh: the devices.
-        batch: the spec of the batch's arrays, such as `P("data")`.
+        batch: the spec of the batch's arrays, such as `P("data")`. Scalars, and what is marked as
+            `lora.Unbatched(...)`, are on every device.
         microbatches: for each device.
 
     Raises:
-        LoraError: the spec names an axis that the mesh lacks, or splits the batch over no axis.
+        LoraError: the spec names an axis that the mesh lacks, or splits the batch over no axis; (when called) arrays
+            have different numbers of rows.
     """
     names = tuple(name for entry in batch for name in names_of(entry))
     if missing := [name for name in names if name not in mesh.shape]:
@@ -235,5 +288,11 @@ def shard_map_step(
     def local(state: TrainState, params: Any, rows: tuple[Any, ...]) -> Any:
         return train_step(loss, optimizer, state, params, *rows, microbatches=microbatches, axis_name=names)
 
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), batch), out_specs=P(), axis_names=set(names))
-    return jax.jit(lambda state, params, *rows: mapped(state, params, rows), donate_argnums=0)
+    def step(state: TrainState, params: Any, *rows: Any) -> Any:
+        if batch[0] is not None:
+            check_rows(rows, f"the mesh, over {quoted_names(batch[0])},")
+        specs = jax.tree.map(lambda node: batch if has_rows(node) else P(), rows, is_leaf=is_unbatched)
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), specs), out_specs=P(), axis_names=set(names))
+        return mapped(state, params, rows)
+
+    return jax.jit(step, donate_argnums=0)

@@ -14,9 +14,12 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from lora_jax.core._compat import vary
+from lora_jax.core.adapter import is_adapter
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.errors import LoraError
-from lora_jax.sharding.gradient_copies import add_up, in_the_place_of, make_copies
+from lora_jax.sharding.gradient_copies import add_to, add_up, copies_alone, in_the_place_of
+from lora_jax.sharding.unbatched import unwrapped
+from lora_jax.training.microbatches import accumulate
 
 RESERVED = {"loss", "grad_norm", "skipped", "loss_scale"}  # metrics of the step itself
 
@@ -41,7 +44,7 @@ def value_and_grad(
             tokens that are not padding: the weight is then their number. Metrics are averaged as the loss is.
         microbatches: how many parts the rows of the batch are cut into. They run one after the other, so that the
             activations of one part are in memory at a time. Part i has the rows i, i + microbatches, and so on. Scalars
-            and single random keys in the batch go to each part.
+            and single random keys in the batch go to each part, and so does what is marked as `lora.Unbatched(...)`.
         axis_name: inside `jax.pmap` or `jax.shard_map`, the axes over which each device has a part of the batch.
         batch_sharding: under `jax.jit` over a mesh, the sharding of the batch: the gradients of adapters are then
             summed over devices once a step, also in scanned layers and with microbatches.
@@ -51,17 +54,21 @@ def value_and_grad(
         With a keyword `scale`, the loss is multiplied by it and the gradient divided by it.
 
     Raises:
-        LoraError: `microbatches` is no whole number above 0; (when `f` is called) it does not divide the rows; the loss
-            returns something else, or reports a metric with one of the step's own names.
+        LoraError: `microbatches` is no whole number above 0; (when `f` is called) it does not divide the rows, or
+            arrays have different numbers of them; there is nothing to train; the loss returns something else, reports a
+            metric with one of the step's own names, or does not use the adapters at all (found while it is traced: no
+            gradient could ever reach them; of a tree without adapters, what is in it).
     """
     if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
         raise LoraError(f"microbatches is {microbatches!r}, expected a whole number of at least 1.")
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
 
     def run(trainable: Any, params: Any, *batch: Any, scale: Any = 1.0, key: jax.Array | None = None) -> Any:
+        if not jax.tree.leaves(trainable):
+            raise LoraError("there is nothing to train: the first argument of the loss holds no arrays.")
         # In `shard_map`, the gradient of an array that does not vary over devices would be summed at each of its uses.
         trainable = jax.tree.map(lambda array: vary(array, axes), trainable)
-        copies = None if batch_sharding is None else make_copies(trainable, batch_sharding)
+        copies = [] if batch_sharding is None else copies_alone(trainable, batch_sharding)
         if key is not None:
             for name in axes:
                 key = jax.random.fold_in(key, lax.axis_index(name))
@@ -72,13 +79,13 @@ def value_and_grad(
             keys = {} if key is None else {"key": key}
             return _sums(loss, trainable, copies, params, batch, keys, scale, weigh=not whole)
 
-        sums = part(batch, key) if microbatches == 1 else _accumulate(part, batch, key, microbatches, axes)
+        sums = part(unwrapped(batch), key) if microbatches == 1 else accumulate(part, batch, key, microbatches, axes)
         if axes:
             sums = lax.psum(jax.tree.map(lambda array: vary(array, axes), sums), axes)
         grads, values, weight = sums
         grads, of_copies = grads
         if batch_sharding is not None:
-            grads = jax.tree.map(jnp.add, grads, add_up(of_copies, batch_sharding))
+            grads = add_to(grads, add_up(of_copies, batch_sharding))
         if not whole:
             values, scale = jax.tree.map(lambda value: value / weight, values), weight * scale
         return values, jax.tree.map(lambda g: (g / scale).astype(g.dtype), grads)
@@ -109,7 +116,7 @@ def _sums(
     """
 
     def weighted(trainable: Any, copies: Any) -> Any:
-        with contextlib.nullcontext() if copies is None else in_the_place_of(trainable, copies):
+        with in_the_place_of(trainable, copies) if copies else contextlib.nullcontext():
             value, metrics, weight = _parts(loss(trainable, params, *batch, **key))
         if weight is None or not weigh:
             return value * scale, ((value, metrics), jnp.ones((), value.dtype))
@@ -117,8 +124,43 @@ def _sums(
         values = jax.tree.map(lambda m: m.astype(accumulator(m.dtype)) * weight, (value, metrics))
         return value * weight * scale, (values, weight)
 
-    grads, (values, weight) = jax.grad(weighted, argnums=(0, 1), has_aux=True)(trainable, copies)
+    reached: list[bool] = []
+    watched = _watching(weighted, lambda: reached.append(True))
+    grads, (values, weight) = jax.grad(watched, argnums=(0, 1), has_aux=True)(trainable, copies)
+    if not reached:
+        raise LoraError(
+            "the loss does not use what is trained, so that no gradient reaches it: the loss gets it as its first "
+            "argument, and applies it as in lora.lora_apply(fn)(params, adapters, ...)."
+        )
     return grads, values, weight
+
+
+def _watching(fn: Callable[[Any, Any], Any], note: Callable[[], None]) -> Callable[[Any, Any], Any]:
+    """Return `fn(trainable, copies)`, which calls `note` while its gradient with respect to adapters is traced, if any.
+
+    JAX asks for the derivative of an operation only where the loss depends on it. So this costs nothing when it runs,
+    and values do not matter: the gradient of a fresh A is zero, and yet it is one.
+    """
+
+    @jax.custom_vjp
+    def same(arrays: Any) -> Any:
+        return arrays
+
+    def backward(_: None, gradient: Any) -> tuple[Any]:
+        note()
+        return (gradient,)
+
+    same.defvjp(lambda arrays: (arrays, None), backward)
+
+    def watched(trainable: Any, copies: Any) -> Any:
+        nodes, tree = jax.tree.flatten(trainable, is_leaf=is_adapter)
+        which = [i for i, node in enumerate(nodes) if is_adapter(node)] or range(len(nodes))
+        seen, copies = same(([nodes[i] for i in which], copies))
+        for i, node in zip(which, seen, strict=True):
+            nodes[i] = node
+        return fn(jax.tree.unflatten(tree, nodes), copies)
+
+    return watched
 
 
 def _parts(out: Any) -> tuple[jax.Array, dict[str, Any], jax.Array | None]:
@@ -133,31 +175,3 @@ def _parts(out: Any) -> tuple[jax.Array, dict[str, Any], jax.Array | None]:
     if taken := sorted(RESERVED & metrics.keys()):
         raise LoraError(f"the loss reports a metric {taken[0]!r}, which is the step's own: give it another name.")
     return value.astype(accumulator(value.dtype)), metrics, None if weight is None else jnp.asarray(weight)
-
-
-def _accumulate(
-    part: Callable[..., Any], batch: Sequence[Any], key: jax.Array | None, n: int, axes: Sequence[str]
-) -> Any:
-    """Sum `part` over n microbatches."""
-    leaves, tree = jax.tree.flatten(batch)
-    rows = [leaf.ndim > 0 for leaf in leaves]
-    for leaf in leaves:
-        if leaf.ndim and len(leaf) % n:
-            raise LoraError(f"a batch of shape {list(leaf.shape)} cannot be cut into {n} microbatches of equal size.")
-    # Every n-th row, so that on a mesh that splits the rows each device keeps its own.
-    cut = [leaf.reshape(-1, n, *leaf.shape[1:]).swapaxes(0, 1) for leaf in leaves if leaf.ndim]
-
-    def one(i: jax.Array, cut: Sequence[jax.Array]) -> Any:
-        rest = iter(cut)
-        whole = [next(rest) if has_rows else leaf for has_rows, leaf in zip(rows, leaves, strict=True)]
-        return part(jax.tree.unflatten(tree, whole), None if key is None else jax.random.fold_in(key, i))
-
-    def add(total: jax.Array, array: jax.Array) -> jax.Array:
-        return vary(total + array.astype(total.dtype), axes)
-
-    def step(sums: Any, xs: Any) -> tuple[Any, None]:
-        return jax.tree.map(add, sums, one(*xs)), None
-
-    shapes = jax.eval_shape(lambda: one(jnp.zeros((), jnp.int32), [c[0] for c in cut]))
-    zeros = jax.tree.map(lambda s: vary(jnp.zeros(s.shape, accumulator(s.dtype)), axes), shapes)
-    return lax.scan(step, zeros, (jnp.arange(n), cut))[0]

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lora_jax.core.errors import LoraError
 from lora_jax.core.patterns import first_match
@@ -16,6 +16,7 @@ class Materialize:
     """Allow W' to be formed for the weights of some paths, and refuse it for all others."""
 
     patterns: tuple[re.Pattern[str], ...]
+    checked: set[tuple[str, ...]] = field(default_factory=set)  # the sets of paths that the patterns were found to fit
 
     @classmethod
     def of(cls, patterns: Patterns) -> "Materialize":
@@ -39,8 +40,10 @@ class Materialize:
         Raises:
             LoraError: a pattern matches no parameter path (the nearest are listed), or only such as earlier ones match.
         """
-        if self.patterns != (re.compile(".*"),):
-            first_match({pattern.pattern: True for pattern in self.patterns}, names, call="materialize: ")
+        if not self.patterns or self.patterns == (re.compile(".*"),) or tuple(names) in self.checked:
+            return
+        first_match({pattern.pattern: True for pattern in self.patterns}, names, call="materialize: ")
+        self.checked.add(tuple(names))
 
     def allows(self, path: str) -> bool:
         """Return whether W' may be formed for the weight of this path."""

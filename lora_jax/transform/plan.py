@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from lora_jax.core.adapter import Rule
 from lora_jax.core.axes import KernelAxes
-from lora_jax.core.errors import LoraError
+from lora_jax.core.errors import LoraError, LoraWarning
 from lora_jax.core.paths import flatten_with_names, is_array
 from lora_jax.core.patterns import first_match
 from lora_jax.core.targets import Plan, Target
@@ -49,7 +50,11 @@ def plan(
     Raises:
         LoraError: a pattern is no regular expression, or matches no path (the nearest are listed), or only paths that
             earlier rules took; a matched weight cannot be adapted (each with the reason and the source line); a rank
-            is larger than a weight's smaller side.
+            is larger than a weight's smaller side; all rules are None; a rule's `stack` does not fit the weight.
+
+    Warns:
+        LoraWarning: a weight that looks like a batch of matrices meets an input that is no batch, as in `jax.vmap` over
+            the members of an ensemble: they share A, unless its rule names the stack.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> model = lambda params, x: jnp.tanh(x @ params["up"]["kernel"]) @ params["down"]["kernel"].T
@@ -101,6 +106,7 @@ def plan(
     problems |= {path: why for path, target in targets.items() if (why := _never_trained(target))}
     if problems:
         raise LoraError(_report({path: problems[path] for path in chosen if path in problems}, formable))
+    _warn_of_batched(targets)
     total = sum(math.prod(leaf.shape) for leaf in leaves if is_array(leaf))
     return Plan(targets, len(leaves), total)
 
@@ -109,6 +115,10 @@ def _choose(rules: Mapping[str, Rule | None], names: list[str]) -> dict[str, Rul
     """Return the rule of each path that a pattern matches, in the order of the paths."""
     if not isinstance(rules, Mapping) or not rules:
         raise LoraError(f"rules are a dict such as {{'.*/kernel': lora.Lora(rank=8)}}, found {rules!r}.")
+    if all(rule is None for rule in rules.values()):
+        raise LoraError(
+            f"all rules are None and would leave everything frozen: {dict(rules)!r}. Give one rule at least."
+        )
     for pattern, rule in rules.items():
         if rule is not None and not isinstance(rule, Rule):
             raise LoraError(
@@ -138,10 +148,51 @@ def _target(path: str, leaf: Any, rule: Rule, log: Log, materialize: bool) -> Ta
     # The first use that a gradient passes decides which way round the factors are.
     uses.sort(key=lambda use: use.stopped)
     axes = uses[0].axes if uses else KernelAxes((), tuple(range(leaf.ndim - 1)), (leaf.ndim - 1,))
+    # What one use shows to be stacked is stacked, though another may multiply by all of it as one matrix.
+    shown = axes.with_stack(axis for use in uses for axis in use.axes.stack)
+    axes = shown if shown.inputs and shown.outputs else axes
     rule = rule.at(path, tuple(leaf.shape))
+    if problem := _stack_problem(rule, leaf.ndim, axes):
+        return f"{shape} with {axes}: {problem}"
+    axes = axes.with_stack(axis % leaf.ndim for axis in rule.stack or ())  # type: ignore[union-attr]
     if problem := rule.problem(tuple(leaf.shape), axes):
         return f"{shape} with {axes}: {problem}"
     return Target(path, tuple(leaf.shape), leaf.dtype, axes, rule, tuple(uses))
+
+
+def _stack_problem(rule: Rule, ndim: int, axes: KernelAxes) -> str | None:
+    """Return why the weight cannot have the stack that its rule names; None if it can."""
+    stack: Any = rule.stack or ()
+    if wrong := [axis for axis in stack if not -ndim <= axis < ndim]:
+        return f"{rule} names the axis {wrong[0]}, and the weight has the axes 0 to {ndim - 1}"
+    left = axes.with_stack(axis % ndim for axis in stack)
+    lost = next((name for name in ("inputs", "outputs") if not getattr(left, name)), None)
+    return lost and f"{rule} leaves no {lost} to the matrices of the stack"
+
+
+def _warn_of_batched(targets: Mapping[str, Target]) -> None:
+    """Warn of weights that look like a batch of matrices and meet an input that all of the batch has in common.
+
+    In `jax.vmap` over members of an ensemble, the first layer of each gets the same x, so that the program multiplies x
+    by all of them as one matrix [d, members k] and they would share A. Other layers show that they are a batch: those
+    are stacked along the same axis.
+    """
+    stacks = {(axis, target.shape[axis]): path for path, target in targets.items() for axis in target.axes.stack}
+    for path, target in targets.items():
+        _, inputs, outputs = target.axes
+        if target.rule.stack is not None or "outputs" not in target.rule.shares or not inputs or len(outputs) < 2:
+            continue
+        for axis in outputs:
+            if axis < min(inputs) and (like := stacks.get((axis, target.shape[axis]))):
+                stacked, whole = (dataclasses.replace(target.rule, stack=stack) for stack in ((axis,), ()))  # type: ignore[type-var]
+                warnings.warn(
+                    f"{path!r} {list(target.shape)} multiplies an input that all of its axis {axis} has in common, so "
+                    f"that one A is trained for all indices along it; {like!r} is a stack of matrices along that axis. "
+                    f"If they are members or experts, each with factors of its own, give {path!r} the rule {stacked}; "
+                    f"if not, {whole}.",
+                    LoraWarning,
+                    stacklevel=3,
+                )
 
 
 def _among(target: Target, targets: Mapping[str, Target]) -> Rule:
@@ -175,7 +226,8 @@ def _try(program: Program, targets: Mapping[str, Target]) -> dict[str, list[str]
 def _refusal(target: Target, reasons: list[str]) -> str:
     shape, first = f"{target.dtype}{list(target.shape)}", target.uses[0]
     for use in target.uses:
-        if target.axes not in (use.axes, use.axes.transpose()):
+        axes = use.axes.with_stack(target.axes.stack)
+        if target.axes not in (axes, axes.transpose()):
             return f"{shape} is used in two ways: {first.axes} by {first.where}, {use.axes} by {use.where}"
     return f"{shape}: {reasons[0]}"
 

@@ -12,7 +12,7 @@ import jax
 from lora_jax.core._compat import JaxprEqn, describe
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.operand import Leaf
-from lora_jax.core.products import Product
+from lora_jax.core.products import Matmul, Product
 from lora_jax.core.targets import Use
 from lora_jax.transform.adapted_weight import AdaptedWeight
 
@@ -89,7 +89,7 @@ class Probe(Leaf):
         for member in self.members:
             axes = member.groups(product.axes)
             assert axes is not None, "used_as has seen to it"
-            self._use(member, axes, product.rows(), self.where)
+            self._use(member, axes, product.rows(), self.where, isinstance(product, Matmul))
         return product.y
 
     def used_as(self, axes: KernelAxes, eqn: JaxprEqn) -> "Probe | None":
@@ -143,8 +143,10 @@ class Probe(Leaf):
             else:
                 self.log.obstacle(member.path, why)
 
-    def _use(self, member: Member, axes: KernelAxes, rows: tuple[int, int], where: str) -> None:
-        use = Use(axes, rows, self.times, self.stopped, where)
+    def _use(
+        self, member: Member, axes: KernelAxes, rows: tuple[int, int], where: str, is_matmul: bool = False
+    ) -> None:
+        use = Use(axes, rows, self.times, self.stopped, where, is_matmul)
         self.log.uses.setdefault(member.path, []).append(use)
 
     def _move(self, change: Callable[[Any], Sequence[tuple[int, ...]]]) -> Self:

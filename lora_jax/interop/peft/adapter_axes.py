@@ -24,6 +24,16 @@ def with_axes(adapter: Adapter, axes: KernelAxes, path: str, source: str) -> Ada
     for candidate in (adapter, adapter.transpose()) if isinstance(adapter, LoraAdapter) else (adapter,):
         if candidate.axes == axes:
             return candidate
-    raise LoraError(
-        f"{path!r} has {axes} by {source}, but its adapter has {adapter.axes}: mend its entry in the key map."
+    raise LoraError(f"{path!r} has {axes} by {source}, but its adapter has {adapter.axes}: {_mend(adapter, axes)}.")
+
+
+def _mend(adapter: Adapter, axes: KernelAxes) -> str:
+    """Return what is to be done: name the stack in a rule, where one side has factors of its own for each matrix."""
+    stack = sorted({*adapter.axes.stack, *axes.stack})
+    if adapter.axes.stack == axes.stack:
+        return "mend its entry in the key map"
+    rule = f"lora.Lora(rank=8, stack={stack[0] if len(stack) == 1 else tuple(stack)})"
+    return (
+        f"plan it with a rule that names the stack, as in {rule}, so that each matrix has factors of its own, or mend "
+        "its entry in the key map"
     )

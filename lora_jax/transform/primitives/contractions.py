@@ -15,6 +15,7 @@ from lora_jax.core.axes import KernelAxes
 from lora_jax.core.operand import Operand
 from lora_jax.core.packed import is_packed
 from lora_jax.core.products import Matmul, Product, product_dtype
+from lora_jax.core.restacked import along
 from lora_jax.transform.adapted_weight import AdaptedWeight, plain
 from lora_jax.transform.primitives.registry import no_rule, rule
 
@@ -55,7 +56,7 @@ def _product(
     reduce: Reduce, operation: Operation, axes: KernelAxes, operand: Operand, w: Any, *arrays: Any
 ) -> jax.Array:
     product, restore = reduce(operation, axes, w, *arrays)
-    return restore(operand.apply(product))
+    return restore(operand.apply(along(product, operand.axes)))
 
 
 _traced_product = jax.jit(_product, static_argnums=(0, 1, 2), inline=True)
@@ -63,7 +64,7 @@ _traced_product = jax.jit(_product, static_argnums=(0, 1, 2), inline=True)
 
 @jax.jit
 def _compiled_apply(operand: Operand, product: Product) -> jax.Array:
-    return operand.apply(product)
+    return operand.apply(along(product, operand.axes))
 
 
 @rule("dot_general")
