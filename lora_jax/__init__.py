@@ -17,7 +17,7 @@ from lora_jax.adapters.vera import Vera, VeraAdapter
 from lora_jax.checkpoints.manager import Checkpoints
 from lora_jax.core.adapter import Adapter, Rule
 from lora_jax.core.axes import KernelAxes
-from lora_jax.core.errors import LoraError
+from lora_jax.core.errors import LoraError, LoraWarning
 from lora_jax.core.kinds import register_kind
 from lora_jax.core.targets import Plan
 from lora_jax.core.version import __version__ as __version__
@@ -61,6 +61,7 @@ __all__ = [
     "LoraError",
     "LoraFa",
     "LoraFaAdapter",
+    "LoraWarning",
     "LossScale",
     "Plan",
     "Rows",

@@ -1,10 +1,14 @@
-"""The one exception of the library."""
+"""The one exception of the library, and its one warning."""
 
 from typing import Any
 
 
 class LoraError(ValueError):
     """Something does not fit. The message names the path, what was found, what was expected and the mend."""
+
+
+class LoraWarning(UserWarning):
+    """Something was done as asked, and may not be what was meant. The message names the path, and the mend."""
 
 
 def short(value: Any) -> str:
