@@ -81,14 +81,14 @@ def placed(place, params, x, rng):
     return jax.device_put(params, there), jax.device_put(x, batch), batch
 
 
-def check(seed: int) -> None:
+def check(seed: int, wrapper: str | None = None, place: str | None = None) -> None:
     """Compare the program with adapters, wrapped and placed, with the merged one as it is, on one device."""
     rng, program = random.Random(-seed), Program(seed)
     params, x = program.params(seed), program.input(seed)
     plan = planned(program, params, x, rng)
     if plan is None:
         return
-    wrapper, place = rng.choice(WRAPPERS), rng.choice(PLACES)
+    wrapper, place = wrapper or rng.choice(WRAPPERS), place or rng.choice(PLACES)
     if wrapper == "vmap" and program.is_ragged:
         wrapper = "dropout"  # JAX has no such vmap of it
     adapters = trained(plan, seed)
@@ -119,7 +119,8 @@ def check(seed: int) -> None:
         exact = Program(seed, exact=True)
         rounded, expected = expected, leaves(run(without_rounding, adapters, exact.params(seed), exact.input(seed)))
         allowed = 0.03 + 3 * difference(rounded, expected)
-    assert difference(found, expected) <= allowed, f"{wrapper}, {place}, {plan}"
+    off = difference(found, expected)
+    assert off <= allowed, f"off by {off:.2g}, {allowed:.2g} is allowed: {wrapper}, {place}, {plan}"
 
 
 def leaves(tree):
