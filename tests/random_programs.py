@@ -33,7 +33,7 @@ class Program:
     def __init__(self, seed: int, exact: bool = False) -> None:
         self.rng = random.Random(seed)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.forward_only = self.no_vmap = self.is_ragged = self.casts = False
+        self.forward_only = self.no_vmap = self.is_ragged = self.has_branches = self.casts = False
         self.stored = self.rng.choices(["float32", "bfloat16"], [5, 1])[0]
         self.narrow = jnp.float32 if exact else jnp.bfloat16
         self.dtype = jnp.float32 if exact else jnp.dtype(self.stored)
@@ -52,6 +52,10 @@ class Program:
     def rounds(self) -> bool:
         """Return whether it computes in a narrow dtype somewhere."""
         return self.casts or self.stored != "float32"
+
+    @property
+    def is_small(self) -> bool:
+        return len(self.layers) == 1 and len(self.shapes) <= 2
 
     def params(self, seed: int) -> Params:
         """Return weights, and two numbers that no adapter is for: a factor, and an index that is 1."""
@@ -251,7 +255,7 @@ def formed(m: Program, shape: Any, depth: int) -> Get:
 @way
 def chosen(m: Program, shape: Any, depth: int) -> Get:
     one, other = m.matrix(*shape, depth=depth), m.matrix(*shape, depth=0)
-    return lambda p: jax.lax.cond(p["index"] > 0, lambda a, b: a, lambda a, b: b, one(p), other(p))
+    return lambda p: jnp.where(p["index"] > 0, one(p), other(p))
 
 
 @jax.custom_jvp
@@ -418,9 +422,11 @@ def loop_of_unknown_length(m: Program, d: int) -> tuple[Layer, int]:
 
 @product
 def branches(m: Program, d: int) -> tuple[Layer, int]:
-    w, other = m.matrix(d, d), m.matrix(d, d)
+    """Of stored matrices alone: XLA's CPU backend (0.10) may abort over a batched product within a conditional."""
+    w, other, m.has_branches = m.new(d, d), m.new(d, d), True
     both = [lambda w, v, x: x @ w, lambda w, v, x: jnp.sin(x) @ w.T, lambda w, v, x: x @ v]
-    return lambda p, x: jax.lax.switch(p["index"] + int(m.no_vmap), both, w(p), other(p), x), d
+    at = m.rng.choice([0, 1])
+    return lambda p, x: jax.lax.switch(p["index"] + at, both, w(p), other(p), x), d
 
 
 # What a layer is called in
@@ -438,5 +444,4 @@ CALLS: list[Callable[[Layer], Layer]] = [
     by_row,
     lambda f: lambda p, x: jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names("lora_h"))(p, x),
     lambda f: lambda p, x: jax.lax.scan(lambda c, x: (c, f(p, x)), 0, jnp.stack([x, 2 * x]))[1].sum(0),
-    lambda f: lambda p, x: jax.lax.cond(p["index"] > 0, f, lambda p, x: f(p, 2 * x), p, x),
 ]

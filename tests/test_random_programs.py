@@ -4,6 +4,7 @@
 value; which of them are refused is the subject of `test_programs.py`.
 """
 
+import itertools
 import random
 import re
 
@@ -89,8 +90,8 @@ def check(seed: int, wrapper: str | None = None, place: str | None = None) -> No
     if plan is None:
         return
     wrapper, place = wrapper or rng.choice(WRAPPERS), place or rng.choice(PLACES)
-    if wrapper == "vmap" and program.is_ragged:
-        wrapper = "dropout"  # JAX has no such vmap of it
+    if (wrapper == "vmap" and program.is_ragged) or program.has_branches:
+        wrapper = "dropout"  # what others would do, JAX or XLA does not take
     adapters = trained(plan, seed)
     there, x_there, batch = placed(place, params, x, rng)
     adapters_there = adapters if batch is None else jax.device_put(adapters, lora.adapter_shardings(plan, there))
@@ -133,7 +134,10 @@ def difference(found, expected):
     return max(float(np.abs(a - b).max(initial=0)) for a, b in zip(found, expected, strict=True)) / size
 
 
-@pytest.mark.parametrize("seed", range(20))
+SMALL = list(itertools.islice((seed for seed in itertools.count() if Program(seed).is_small), 10))
+
+
+@pytest.mark.parametrize("seed", SMALL)
 def test_applying_is_merging_anywhere(seed):
     check(seed)
 
