@@ -1,5 +1,6 @@
 """`lora-jax`: what it prints, what it writes, and how it exits."""
 
+import dataclasses
 import json
 import math
 import re
@@ -46,6 +47,61 @@ def test_spectrum_is_that_of_the_change():
     np.testing.assert_allclose(found.effective_rank, np.mean(ranks), rtol=1e-9)
     assert spectrum(a, 0 * b, 1.0) == (0, 0, True)
     assert not spectrum(a * np.nan, b, 1.0).finite
+
+
+@pytest.mark.parametrize(("d", "r", "k"), [(3, 4, 8), (8, 4, 3), (3, 7, 4), (2, 6, 2), (1, 3, 5), (5, 5, 5)])
+@pytest.mark.parametrize("stack", [(), (4,), (2, 3)])
+def test_spectrum_where_the_rank_is_above_the_inputs_or_the_outputs(d, r, k, stack):
+    """Against the singular values of each change, formed."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(*stack, d, r)).astype(np.float32), rng.normal(size=(*stack, r, k)).astype(np.float32)
+    found, ranks, squares = spectrum(a, b, -2.0), [], 0.0
+    for one, other in zip(a.reshape(-1, d, r), b.reshape(-1, r, k), strict=True):
+        values = np.linalg.svd(-2.0 * one.astype(np.float64) @ other, compute_uv=False)
+        shares = values / values.sum()
+        ranks.append(np.exp(-(shares * np.log(shares)).sum()))
+        squares += (values**2).sum()
+    np.testing.assert_allclose(found, (np.sqrt(squares), np.mean(ranks), True), rtol=1e-9)
+
+
+def test_inspect_of_what_is_wide_and_stacked(capsys, tmp_path):
+    """Several input axes, stacked layers, and a rank above the inputs; of adapters in bf16."""
+    shapes = {
+        "wide": ((3, 8), lora.KernelAxes((), (0,), (1,)), 4),
+        "heads": ((2, 2, 3, 5), lora.KernelAxes((0,), (1, 3), (2,)), 7),
+    }
+    rng, adapters = np.random.default_rng(0), {}
+    for path, (shape, axes, r) in shapes.items():
+        stack, inputs, outputs = axes.sizes(shape)
+        a, b = rng.normal(size=(*stack, *inputs, r)), rng.normal(size=(*stack, r, *outputs))
+        adapters[path] = lora.LoraAdapter(jnp.asarray(a, jnp.bfloat16), jnp.asarray(b, jnp.bfloat16), axes, 0.5)
+    lora.checkpoint.save(tmp_path / "own", adapters)
+    code, out, _ = run(capsys, "inspect", tmp_path / "own", "--json")
+    assert code == 0
+    rows = {row["weight"]: row for row in json.loads(out)}
+    for path, (shape, axes, r) in shapes.items():
+        change = np.asarray(lora.merge({path: np.zeros(shape, np.float32)}, {path: adapters[path]})[path], np.float64)
+        matrices = change.transpose([*axes.stack, *axes.inputs, *axes.outputs]).reshape(axes.fans(shape))
+        values = np.linalg.svd(matrices, compute_uv=False)
+        shares = values / values.sum(-1, keepdims=True)
+        assert (rows[path]["shape"], rows[path]["rank"]) == (list(axes.fans(shape)[1:]), r)
+        np.testing.assert_allclose(rows[path]["spectrum"]["norm"], np.linalg.norm(change), rtol=1e-5)
+        rank = np.exp(-(shares * np.log(shares)).sum(-1)).mean()
+        np.testing.assert_allclose(rows[path]["spectrum"]["effective_rank"], rank, rtol=1e-5)
+    assert run(capsys, "verify", tmp_path / "own")[0] == 0
+
+
+@pytest.mark.parametrize("what", ["a", "b"])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_is_not_finite_is_said(what, number, capsys, tmp_path):
+    sound = lora.LoraAdapter(jnp.ones((3, 4)), jnp.ones((4, 8)), lora.KernelAxes((), (0,), (1,)), 1.0)
+    broken = dataclasses.replace(sound, **{what: getattr(sound, what).at[0, 0].set(number)})
+    lora.checkpoint.save(tmp_path / "own", {"sound": sound, "w": broken})
+    code, out, _ = run(capsys, "inspect", tmp_path / "own", "--json")
+    assert code == 0
+    assert [row["spectrum"]["finite"] for row in json.loads(out)] == [True, False]
+    assert run(capsys, "verify", tmp_path / "own")[:2] == (1, "w: holds a NaN or an infinity\n")
+    assert not spectrum(np.ones((3, 4)), np.ones((4, 8)), number).finite
 
 
 def test_inspect(capsys, tmp_path):

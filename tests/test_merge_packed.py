@@ -139,3 +139,34 @@ def test_what_cannot_be_merged():
     broken = {"w": dataclasses.replace(change["w"], a=change["w"].a.at[0, 0].set(jnp.inf))}
     with pytest.raises(lora.LoraError, match="'w' holds NaN or infinity once its adapter is merged"):
         bases.merge(base, broken)
+
+
+FORMATS_AND_NONE = {**FORMATS, "dense": None}
+
+
+@pytest.mark.parametrize("format", FORMATS_AND_NONE)
+@pytest.mark.parametrize("what", ["a", "b", "scale"])
+def test_adapters_that_are_not_finite_are_refused_before_any_work(format, what):
+    """Whatever is donated is still there."""
+    base = bases.quantize({"v": normal((64, 20)), "w": normal((64, 20))}, {".*": FORMATS_AND_NONE[format]})
+    sound = adapter((64, 20))
+    for number in (np.nan, np.inf):
+        factor = number if what == "scale" else getattr(sound, what).at[0, 0].set(number)
+        broken = dataclasses.replace(sound, **{what: factor})
+        with pytest.raises(lora.LoraError, match="'w' holds NaN or infinity once its adapter is merged"):
+            bases.merge(base, {"v": sound, "w": broken}, donate=True)
+    assert not any(array.is_deleted() for array in jax.tree.leaves(base))
+
+
+@pytest.mark.parametrize("format", ["dense", "int8", "nf4"])
+def test_what_overflows_its_dtype_is_refused(format):
+    w = jnp.full((64, 64), 6e4, jnp.float16)
+    base = bases.quantize({"v": w + 0, "w": w}, {".*": FORMATS_AND_NONE[format]})
+    large = lora.LoraAdapter(jnp.ones((64, 1)), jnp.full((1, 64), 1e4), PLAIN, 1.0)
+    small = dataclasses.replace(large, b=large.b / 100)
+    with pytest.raises(lora.LoraError, match=r"'w' overflows float16 .* largest \|W'\| is .*e\+04, expected at most"):
+        bases.merge(base, {"v": small, "w": large}, donate=True)
+    assert not any(array.is_deleted() for array in jax.tree.leaves(base))
+    merged, losses = bases.merge(base, {"v": small}, donate=True)
+    assert bool(jnp.isfinite(bases.dense(merged)["v"]).all())
+    assert np.isfinite(losses["v"])

@@ -376,6 +376,75 @@ def test_what_a_start_leaves_of_a_packed_weight_is_packed_again(name, format):
         assert jax.tree.all(jax.tree.map(jnp.array_equal, base, again))
 
 
+LOFTQ = {
+    "loftq_nf4": (bases.Nf4(), 2),
+    "loftq_nf4_single": (bases.Nf4(double=False), 1),
+    "loftq_int8": (bases.Int8(), 1),
+    "loftq_fp8": (bases.Fp8(), 1),
+}
+ON_A_MESH = ("pissa", "olora", "orthogonal", "eva", "corda", "lora_ga_ArB2r_stable", *LOFTQ)
+TWO = ("plain", "experts")  # of the weights: each shape is compiled anew
+
+
+def on_a_mesh(over):
+    """The model over eight devices: all weights whole, or each split along the first axis that can be."""
+    mesh = jax.make_mesh((2, 4), ("fsdp", "other"), (jax.sharding.AxisType.Auto,) * 2)
+
+    def spec(shape):
+        axis = next(i for i, n in enumerate(shape) if n % 2 == 0) if over else None
+        return jax.P(*("fsdp" if i == axis else None for i in range(len(shape))))
+
+    def there(path, leaf):
+        return jax.device_put(leaf, jax.NamedSharding(mesh, spec(leaf.shape) if path in WEIGHTS else jax.P()))
+
+    params, adapters = two()
+    places = {
+        path: jax.tree.map(lambda s: jax.NamedSharding(mesh, s), adapter.specs(spec(WEIGHTS[path][0])))
+        for path, adapter in adapters.items()
+    }
+    return {path: there(path, leaf) for path, leaf in params.items()}, jax.device_put(adapters, places)
+
+
+def two():
+    params, adapters = model()
+    return {path: params[path] for path in (*TWO, "bias")}, {path: adapters[path] for path in TWO}
+
+
+@pytest.mark.parametrize(
+    ("name", "over", "packed"),
+    [
+        pytest.param(name, over, packed, marks=() if (name, over) == ("loftq_nf4", "fsdp") else pytest.mark.slow)
+        for name in ON_A_MESH
+        for over in ("fsdp", None)
+        for packed in (False, True)
+        if not (packed and name in LOFTQ)  # LoftQ is for what is not packed yet
+    ],
+)
+def test_a_start_leaves_every_array_on_the_mesh(name, over, packed):
+    """Where it was, or where packing it there would put it; and with the numbers of one device."""
+    format, iterations = LOFTQ.get(name, (FORMATS["nf4"], 0))
+    rules = dict.fromkeys(TWO, format)
+
+    def start(params, adapters):
+        if name in LOFTQ:
+            return starts.loftq(params, adapters, format, iterations=iterations)
+        return STARTS[name](params, adapters)
+
+    params, adapters = two()
+    expected, _ = start(bases.quantize(params, rules) if packed else params, adapters)
+    params, adapters = on_a_mesh(over)
+    params = bases.quantize(params, rules) if packed else params
+    base, started = start(params, adapters)
+    like = bases.quantize(params, rules) if name in LOFTQ else params
+    for found, before in ((base, like), (started, adapters)):
+        assert jax.tree.structure(found) == jax.tree.structure(before) or name == "eva"
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(before), strict=True):
+            assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
+            assert len(one.sharding.device_set) == 8
+    for path, leaf in jax.device_get(bases.dense(base)).items():
+        np.testing.assert_allclose(leaf, bases.dense(expected)[path], atol=1e-4)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_packing_what_pissa_leaves_loses_less_than_packing_the_weight(format):
     """Where few singular values are large. A weight that is packed already keeps what it has lost."""

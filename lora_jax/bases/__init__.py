@@ -1,13 +1,15 @@
 """Frozen weights of fewer bits: quantized formats, on a mesh, on disk and from files.
 
 Start with `format`: what a format is. `nf4` (its kernels in `nf4_pallas`), `int8_fp8` and `qwix` are the formats;
-`quantize` packs the weights of a tree, `placement` puts them on a mesh, `merge` merges adapters into them, `checkpoint`
-saves and loads them. `lazy` and `bitsandbytes` read weights from files one at a time.
+`quantize` packs the weights of a tree and `change` measures what that changes, `placement` puts them on a mesh, `merge`
+merges adapters into them, `checkpoint` saves and loads them. `lazy` and `bitsandbytes` read weights from files one at a
+time.
 
 May import core, sharding, checkpoints' folders of arrays, and interop's key map and safetensors index.
 """
 
 from lora_jax.bases.bitsandbytes import open_safetensors
+from lora_jax.bases.change import Change
 from lora_jax.bases.checkpoint import load, save
 from lora_jax.bases.format import Format, dense
 from lora_jax.bases.int8_fp8 import EightBits, Fp8, Int8
@@ -20,6 +22,7 @@ from lora_jax.bases.qwix import QwixWeight
 from lora_jax.core.packed import Packed
 
 __all__ = [
+    "Change",
     "EightBits",
     "Format",
     "Fp8",

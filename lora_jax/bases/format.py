@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.core.aliases import same
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed, is_packed, unpacked
 from lora_jax.core.paths import flatten_with_names, is_array
@@ -33,11 +34,17 @@ class Format(abc.ABC):
     def pack(self, w: jax.Array, stack: int, dtype: Any) -> "Packed":
         """Pack a finite weight with this many stack axes; `dtype` is that of the dequantized values."""
 
+    def finer(self) -> str:
+        """Return what to pack a weight in that this format changes too much, as messages name it."""
+        return "a format of more bits, or None"
+
 
 def dense(params: Any) -> Any:
-    """Return the same tree with every packed weight dequantized to an array."""
+    """Return the same tree with every packed weight dequantized to an array; two that are one stay one array."""
     _, leaves, treedef = flatten_with_names(params)
-    return treedef.unflatten(map(unpacked, leaves))
+    keys = list(map(same, leaves))
+    found = {key: unpacked(leaf) for key, leaf in dict(zip(keys, leaves, strict=True)).items()}
+    return treedef.unflatten([found[key] for key in keys])
 
 
 def check_weight(path: str, w: Any, stack: int | None) -> int:

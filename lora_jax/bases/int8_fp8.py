@@ -72,6 +72,10 @@ class EightBits(Packed):
         n = len(self.stack)
         return self.q.astype(jnp.float32) * jnp.expand_dims(self.scales, range(n, n + self.inputs))
 
+    def blocks(self, w: jax.Array) -> jax.Array:
+        n = len(self.stack)
+        return jnp.moveaxis(w, range(n, n + self.inputs), range(-self.inputs, 0)).reshape(*self.scales.shape, -1)
+
     def repack(self, w: jax.Array) -> "EightBits":
         format = Int8 if self.q.dtype == jnp.int8 else Fp8
         return format(inputs=self.inputs).pack(w, len(self.stack), self.value_dtype)

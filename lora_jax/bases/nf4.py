@@ -56,6 +56,9 @@ class Nf4(Format):
         small, outer, mean = _pack_scales(scales, stack)
         return Nf4Weight(codes, small, outer, mean, inner, dtype, kernel=self.kernel)
 
+    def finer(self) -> str:
+        return "lora.bases.Nf4(double=False), with scales in fp32" if self.double else super().finer()
+
 
 def _whole(inner: tuple[int, ...]) -> int:
     """Return how many of a matrix's first axes no block crosses; 0 if the matrix is flattened and padded."""
@@ -123,6 +126,9 @@ class Nf4Weight(Packed):
             return product(x.reshape(rows, -1), w.codes.reshape(d, -1), scales, _CODE, dtypes, precision, platform)
 
         return jax.checkpoint(run)(self).reshape(*free, *outputs)  # the residual is the packed weight
+
+    def blocks(self, w: jax.Array) -> jax.Array:
+        return _blocks(w.reshape(*w.shape[: len(self.stack) + _whole(self.inner)], -1), BLOCK)
 
     def repack(self, w: jax.Array) -> "Nf4Weight":
         return Nf4(double=self.outer is not None, kernel=self.kernel).pack(w, len(self.stack), self.value_dtype)

@@ -6,7 +6,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from lora_jax.bases.change import Change, change
 from lora_jax.bases.format import Format
+from lora_jax.core.aliases import same
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed, is_packed
 from lora_jax.core.partition import BATCH_AXES, check_spec
@@ -43,21 +45,27 @@ def place(params: Any, shardings: Any, *, batch_axes: Sequence[str] = BATCH_AXES
             if not isinstance(where[name], NamedSharding):
                 raise LoraError(f"the sharding of {name!r} is {where[name]!r}, expected a NamedSharding.")
             check_spec(name, leaf.shape, where[name])
-    placed = [
-        leaf.placed(where[name], batch_axes) if is_packed(leaf) else jax.device_put(leaf, where[name])
-        for name, leaf in zip(names, leaves, strict=True)
-    ]
-    return treedef.unflatten(placed)
+    moved: dict[Any, Any] = {}  # two leaves that are one array stay one
+    keys = [(same(leaf), where[name]) for name, leaf in zip(names, leaves, strict=True)]
+    for key, leaf in zip(keys, leaves, strict=True):
+        if key not in moved:
+            moved[key] = leaf.placed(key[1], batch_axes) if is_packed(leaf) else jax.device_put(leaf, key[1])
+    return treedef.unflatten([moved[key] for key in keys])
 
 
-def pack_there(format: Format, w: Any, stack: int, dtype: Any) -> Packed:
-    """Pack an array, and shard the packed weight as the array is sharded."""
+def pack_there(format: Format, w: Any, stack: int, dtype: Any) -> tuple[Packed, Change | None]:
+    """Pack an array, shard the packed weight as the array is sharded, and measure how much that changes it."""
     sharding = None if isinstance(w, jax.core.Tracer) else w.sharding
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
-        return format.pack(w, stack, dtype)
+        packed = format.pack(w, stack, dtype)
+        return packed, change(w, packed)
     if AxisType.Explicit not in sharding.mesh.axis_types:
-        return format.pack(w, stack, dtype).placed(sharding, BATCH_AXES)
+        packed = format.pack(w, stack, dtype).placed(sharding, BATCH_AXES)
+        return packed, change(w, packed)
     auto = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)  # formats state no shardings of what they compute
     with jax.set_mesh(auto):
-        packed = format.pack(jax.device_put(w, NamedSharding(auto, sharding.spec)), stack, dtype)
-    return packed.placed(sharding, BATCH_AXES)
+        there = NamedSharding(auto, sharding.spec)
+        w = jax.device_put(w, there)
+        packed = format.pack(w, stack, dtype).placed(there, BATCH_AXES)
+        changed = change(w, packed)
+    return packed.placed(sharding, BATCH_AXES), changed

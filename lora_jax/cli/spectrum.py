@@ -17,7 +17,7 @@ class Spectrum(NamedTuple):
         norm: the Frobenius norm of all matrices together.
         effective_rank: the exponential of the entropy of the singular values' shares, which is r if all are equal (Roy
             and Vetterli 2007, "The effective rank"); the mean over the matrices that change.
-        finite: whether no factor has a NaN or an infinity.
+        finite: whether neither a factor nor the scale is a NaN or an infinity.
     """
 
     norm: float
@@ -37,13 +37,14 @@ def spectrum(a: Array, b: Array, scale: float) -> Spectrum:
     >>> print(f"{found.norm:.3f} {found.effective_rank:.3f}")
     4.243 2.000
     """
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+    if not (math.isfinite(scale) and np.isfinite(a).all() and np.isfinite(b).all()):
         return Spectrum(math.nan, math.nan, False)
-    # A = Q R and B^T = Q' R', so the singular values of A B are those of the small matrix R R'^T.
+    # A = Q R and B^T = Q' R', so the singular values of A B are those of the small matrix R R'^T, which is not square
+    # where the rank is above the inputs or the outputs.
     left = np.asarray(np.linalg.qr(a.astype(np.float64), mode="r"))
     right = np.asarray(np.linalg.qr(b.astype(np.float64).swapaxes(-1, -2), mode="r"))
     small = left @ right.swapaxes(-1, -2)
-    values = abs(scale) * singular_values(small).reshape(-1, small.shape[-1])
+    values = abs(scale) * singular_values(small).reshape(-1, min(small.shape[-2:]))
     changing = values[values.sum(-1) > 0]
     shares = changing / changing.sum(-1, keepdims=True)
     entropy = -np.sum(shares * np.log(np.where(shares > 0, shares, 1)), axis=-1)

@@ -61,6 +61,10 @@ class Packed(abc.ABC):
         An axis that cannot be split in that way, because a block would be cut, is whole.
         """
 
+    def blocks(self, w: jax.Array) -> jax.Array:
+        """Return matrices [*s, *inner] as blocks [..., n] of numbers that share a scale, by default whole matrices."""
+        return w.reshape(*w.shape[: len(self.stack)], -1)
+
     @property
     def stack(self) -> tuple[int, ...]:
         """Return the sizes of the stack axes."""

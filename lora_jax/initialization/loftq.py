@@ -6,6 +6,8 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.bases.format import Format, check_weight
+from lora_jax.bases.placement import pack_there
+from lora_jax.core.arrays import placed
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed, is_packed
 from lora_jax.initialization.checks import check_weights
@@ -52,9 +54,9 @@ def loftq(
         w, axes, rank = weights[path], adapter.axes, adapter.a.shape[-1]
         rest = w
         for _ in range(iterations):
-            packed[path] = format.pack(rest, stacks[path], jnp.dtype(format.dtype or w.dtype))
+            packed[path], _ = pack_there(format, rest, stacks[path], jnp.dtype(format.dtype or w.dtype))
             lost = to_matrices(w, axes) - to_matrices(packed[path].dense(), axes)
             factors = balanced_factors(*svd(lost, slice(rank)), adapter.scale)
             started[path] = with_factors(path, adapter, *factors)
-            rest = subtract(w, started[path]).astype(w.dtype)
+            rest = placed(subtract(w, started[path]).astype(w.dtype), w)
     return with_weights(params, packed), started
