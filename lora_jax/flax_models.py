@@ -49,9 +49,10 @@ def from_nnx(model: Any) -> tuple[Function, Any, Any]:
     """`fn, params, state` of an NNX module: `fn(params, state, *args, **kwargs) -> (out, state)`.
 
     `state` holds all that is no `nnx.Param`: statistics, caches, the counters of random streams; each call gives back
-    what it has made of it. Whether the model trains or evaluates is fixed as it was given (`model.eval()` before), or
-    a keyword of its call (`train=False`). `method="encode"` calls another method than the model itself. After training,
-    `nnx.update(model, lora.merge(params, adapters), state)` puts everything back.
+    what it has made of it, and leaves what was passed as it is. Whether the model trains or evaluates is fixed as it
+    was given (`model.eval()` before), or a keyword of its call (`train=False`). `method="encode"` calls another method
+    than the model itself. After training, `nnx.update(model, lora.merge(params, adapters), state)` puts everything
+    back.
 
     >>> import jax.numpy as jnp, flax.nnx as nnx, lora_jax as lora
     >>> fn, params, state = lora.from_nnx(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
@@ -62,10 +63,15 @@ def from_nnx(model: Any) -> tuple[Function, Any, Any]:
     from flax import nnx  # it takes a while to import
 
     graph, *parts = nnx.split(model, nnx.Param, ...)
-    params, state = jax.tree.map(lambda array: array, parts)  # variables of their own: the model's may change
+
+    def variables_of_their_own(parts: Any) -> Any:
+        """Return the same arrays in new variables: a module writes into those that it is made of."""
+        return jax.tree.map(lambda array: array, parts)
+
+    params, state = variables_of_their_own(parts)
 
     def fn(params: Any, state: Any, *args: Any, method: str = "__call__", **kwargs: Any) -> tuple[Any, Any]:
-        model = nnx.merge(graph, params, state)
+        model = nnx.merge(graph, *variables_of_their_own((params, state)))
         out = getattr(model, method)(*args, **kwargs)
         return out, nnx.state(model, nnx.Not(nnx.Param))
 

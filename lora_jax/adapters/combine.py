@@ -6,9 +6,13 @@ terms.
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.core.adapter import Adapter
@@ -22,7 +26,8 @@ def combine(parts: Sequence[tuple[Mapping[str, Adapter], float]]) -> dict[str, A
         parts: `[(adapters, weight), ...]`. A path that a part lacks is one that it does not change.
 
     Raises:
-        LoraError: there are none; a weight is not finite; an adapter is no LoRA in any form; two of a path do not fit.
+        LoraError: there are none; a weight is no finite number; an adapter is no LoRA in any form, or holds infinity or
+            NaN; two of a path do not fit; a sum has numbers that its dtype cannot hold.
 
     >>> import jax, lora_jax as lora
     >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
@@ -35,14 +40,35 @@ def combine(parts: Sequence[tuple[Mapping[str, Adapter], float]]) -> dict[str, A
         raise LoraError("combine([(adapters, weight), ...]): expected one part at least.")
     found: dict[str, list[LoraAdapter]] = {}
     for adapters, weight in parts:
-        if not math.isfinite(weight):
-            raise LoraError(f"combine: a weight is {weight}, expected a finite number.")
+        if not isinstance(weight, numbers.Real | np.ndarray | jax.Array) or not math.isfinite(weight):
+            raise LoraError(f"combine: a weight is {weight!r}, expected a finite number, such as 0.5.")
         for path, adapter in adapters.items():
             factors = adapter.to_lora() if isinstance(adapter, Adapter) else None
             if not isinstance(factors, LoraAdapter):
                 raise LoraError(f"{path!r} is a {type(adapter).__name__}; sums are of what is LoRA in some form.")
-            found.setdefault(path, []).append(dataclasses.replace(factors, scale=factors.scale * weight))
+            found.setdefault(path, []).append(_weighted(path, factors, float(weight)))
     return {path: _sum(path, adapters) for path, adapters in found.items()}
+
+
+def _weighted(path: str, adapter: LoraAdapter, weight: float) -> LoraAdapter:
+    """Return an adapter with its scale times the weight, if the numbers that it stands for are finite."""
+    if not (_is_finite(adapter.a) and _is_finite(adapter.b)):
+        raise LoraError(
+            f"{path!r} holds infinity or NaN, in the part with the weight {weight}: no sum of it has a meaning. "
+            "Take the adapters of an earlier checkpoint."
+        )
+    scaled = dataclasses.replace(adapter, scale=adapter.scale * weight)
+    if abs(scaled.scale) > float(jnp.finfo(jnp.float32).max) or not _is_finite(jnp.asarray(scaled.b) * scaled.scale):
+        raise LoraError(
+            f"{path!r} with the weight {weight} has numbers that {scaled.b.dtype.name} cannot hold: the scale is "
+            f"{scaled.scale:.3g}. Give a smaller weight, or adapters of a wider dtype."
+        )
+    return scaled
+
+
+def _is_finite(array: Any) -> bool:
+    """Return whether all numbers are finite; of traced arrays, which have none yet, True."""
+    return isinstance(array, jax.core.Tracer) or bool(jnp.isfinite(array).all())
 
 
 def _sum(path: str, adapters: Sequence[LoraAdapter]) -> LoraAdapter:

@@ -2,8 +2,9 @@
 
 Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353. No gradient passes n (their section
 4.3). In a program n^2 = |W|^2 + 2 s B . (A^T W) + s^2 B . (A^T A B), with the dots over each output's own numbers:
-nothing of W's shape is formed. Dropout meets x on its way to A alone, where HF PEFT also drops what the change of
-length multiplies: that would take a second product with W.
+nothing of W's shape is formed. Where an output of W + s A B is short beside W, these terms cancel; then n^2 is the sum
+of squares of W + s A B, formed block by block. Dropout meets x on its way to A alone, where HF PEFT also drops what the
+change of length multiplies: that would take a second product with W.
 """
 
 import functools
@@ -22,6 +23,9 @@ from lora_jax.core.adapter import Adapter
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.kinds import register_kind
+
+CANCELS = 0.1  # |W + s A B|^2 beside |W|^2 + |s A B|^2, below which the terms of n^2 are not to be trusted
+BLOCK = 2**22  # entries of W + s A B that are formed at a time
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def length_gain(m: jax.Array, n: jax.Array) -> jax.Array:
 def _lengths(w: jax.Array, factors: LowRank) -> jax.Array:
     """Return n [*stack, *outputs] without forming a value of W's shape; no gradient passes it."""
     axes, scale, n = factors.axes, factors.scale, len(factors.axes.stack)
-    a, b = lax.stop_gradient((factors.a, factors.b))
+    w, a, b = lax.stop_gradient((w, factors.a, factors.b))
     wide = accumulator(w.dtype, a.dtype)
     stack, inputs, each = tuple(range(n)), tuple(range(n, a.ndim - 1)), (*axes.stack, *axes.outputs)
 
@@ -85,11 +89,39 @@ def _lengths(w: jax.Array, factors: LowRank) -> jax.Array:
         return lax.dot_general(x, y, (contracted, stacked), precision="highest", preferred_element_type=wide)
 
     squares = dot(w, w, (axes.inputs, axes.inputs), (each, each))  # no matrix product: one pass over W
-    aw = dot(a.astype(w.dtype), w, (inputs, axes.inputs), (stack, axes.stack))  # A^T W [*stack, r, *outputs]
     a, b = a.astype(wide), b.astype(wide)
+
+    def thin(a: jax.Array, w: jax.Array) -> jax.Array:  # A^T W [*stack, r, *outputs]
+        return dot(a, w, (inputs, axes.inputs), (stack, axes.stack))
+
+    # XLA's CPU backend fails for most shapes of bf16 here, and multiplies in fp32 in any case.
+    aw = lax.platform_dependent(a, w, cpu=thin, default=lambda a, w: thin(a.astype(w.dtype), w))
     aab = dot(dot(a, a, (inputs, inputs), (stack, stack)), b, ((n + 1,), (n,)), (stack, stack))
-    change = jnp.sum(b * (2 * scale * aw + scale * scale * aab), axis=n)
-    return lax.stop_gradient(jnp.sqrt(jnp.maximum(squares + change, 0)))
+    mixed, change = (jnp.sum(b * term, axis=n) for term in (2 * scale * aw, scale * scale * aab))
+    n2 = squares + mixed + change
+    cancels = jnp.any(n2 < CANCELS * (squares + change))
+    n2 = lax.cond(cancels, lambda: _squares_in_blocks(w, a, b, axes, scale), lambda: n2)
+    return jnp.sqrt(jnp.maximum(n2, 0))
+
+
+def _squares_in_blocks(w: jax.Array, a: jax.Array, b: jax.Array, axes: KernelAxes, scale: float) -> jax.Array:
+    """Return the sums of squares [*stack, *outputs] of W + scale A B, of which one block of inputs is formed at a time.
+
+    A block has every m-th input, so that inputs that are split over devices stay where they are.
+    """
+    axis, stack = max(axes.inputs, key=lambda i: w.shape[i]), tuple(range(len(axes.stack)))
+    of_a, size = len(stack) + axes.inputs.index(axis), w.shape[axis]
+    m = next((m for m in range(max(2, w.size // BLOCK), size) if size % m == 0), size)
+    w, a = (x.reshape(*x.shape[:i], size // m, m, *x.shape[i + 1 :]) for x, i in ((w, axis), (a, of_a)))
+    contracted = ((a.ndim - 2,), (len(stack),))  # the rank, of a block of A and of B
+
+    def squares(j: Any) -> jax.Array:
+        part, of_part = (lax.dynamic_index_in_dim(x, j, i + 1, keepdims=False) for x, i in ((w, axis), (a, of_a)))
+        change = lax.dot_general(of_part, b, (contracted, (stack, stack)), precision="highest")
+        v = part.astype(b.dtype) + scale * change.transpose(axes.from_canonical())
+        return _as_m(jnp.sum(jnp.square(v), axis=axes.inputs, keepdims=True), axes)
+
+    return lax.fori_loop(1, m, lambda j, total: total + squares(j), squares(0))
 
 
 def _as_m(n: jax.Array, axes: KernelAxes) -> jax.Array:

@@ -20,8 +20,9 @@ from lora_jax.core.adapter import Adapter
 from lora_jax.core.arrays import accumulator, matmul_highest
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
+from lora_jax.core.factor_products import matmul
 from lora_jax.core.kinds import register_kind
-from lora_jax.core.products import Matmul, Product, matmul
+from lora_jax.core.products import Matmul, Product, as_matrices
 
 
 @dataclass(frozen=True)
@@ -110,15 +111,15 @@ class LokrAdapter(Compact):
         if not isinstance(product, Matmul):
             return super().apply(product)
         n, x, y = len(self.axes.stack), product.x, product.y
-        stack, tokens, p = y.shape[:n], product.token_axes(), self.w1.shape[-2]
+        stack, tokens, sides = y.shape[:n], product.token_axes(), (self.w1.shape[-2], self.a.shape[-2])
         w1 = self.w1.astype(accumulator(self.w1.dtype)) * self.scale
 
         def times(h: jax.Array, w: jax.Array) -> jax.Array:
             """Return h [*s, *T, rows, i] @ w [*s, i, j]."""
-            flat = h.reshape(*stack, -1, h.shape[-1]) if product.flat() else h
+            flat = as_matrices(h, n, h.ndim - n - 1) if product.flat() else h
             return matmul(flat, w, product.precision, n).astype(x.dtype).reshape(*h.shape[:-1], w.shape[-1])
 
-        h = times(x.reshape(*stack, *tokens, p, -1), self.a).swapaxes(-1, -2)  # [*s, *T, r, p]
+        h = times(x.reshape(*stack, *tokens, *sides), self.a).swapaxes(-1, -2)  # [*s, *T, r, p]
         h = times(h, w1).swapaxes(-1, -2)  # [*s, *T, q, r]
         if self.b is not None:
             h = times(h, self.b)

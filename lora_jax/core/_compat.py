@@ -7,10 +7,11 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jax.extend.core.primitives import jit_p, remat_p
@@ -24,6 +25,7 @@ __all__ = [
     "as_differentiated",
     "at_equation",
     "bind",
+    "called_function",
     "describe",
     "jit_p",
     "open_jaxpr",
@@ -68,11 +70,13 @@ class Operation:
     """A primitive and its parameters: equal for equations that compute the same."""
 
     primitive: Any
-    items: tuple[tuple[str, Any], ...]
+    key: tuple[tuple[str, Any], ...]  # the parameters, with 0.0 and -0.0 apart and NaN equal to NaN
+    items: tuple[tuple[str, Any], ...] = field(compare=False)
 
     @classmethod
     def of(cls, eqn: JaxprEqn) -> "Operation":
-        return cls(eqn.primitive, tuple(sorted(eqn.params.items())))
+        items = tuple(sorted(eqn.params.items()))
+        return cls(eqn.primitive, tuple((name, _exactly(value)) for name, value in items), items)
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
@@ -82,6 +86,10 @@ class Operation:
         """Run the primitive; the results are always a list."""
         out = self.primitive.bind(*args, **self.primitive.get_bind_params(self.params))
         return list(out) if self.primitive.multiple_results else [out]
+
+
+def _exactly(value: Any) -> Any:
+    return (type(value), repr(value)) if isinstance(value, float | complex | np.inexact) else value
 
 
 def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
@@ -122,6 +130,12 @@ def as_differentiated(run: Callable[..., Any], *args: Any) -> Any:
         params = eqn.params | ({"differentiated": True} if eqn.primitive is remat_p else {})
         env |= zip(eqn.outvars, Operation.of(eqn.replace(params=params)).bind(*map(read, eqn.invars)), strict=True)
     return jax.tree.unflatten(jax.tree.structure(out), [read(v) for v in jaxpr.outvars])
+
+
+def called_function(eqn: JaxprEqn) -> str:
+    """Return the name of the function that a `custom_jvp` is of."""
+    jaxpr, _ = open_jaxpr(eqn.params["call_jaxpr"])
+    return str(jaxpr.debug_info.func_name)
 
 
 # Their parameters hold programs, for which JAX has caches of its own.

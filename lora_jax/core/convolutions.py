@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.products import STATIC, Product, as_columns, as_rows, matmul
+from lora_jax.core.factor_products import matmul, of_one_dtype, with_factor
+from lora_jax.core.products import STATIC, Product, as_columns, as_rows
 
 Settings = tuple[tuple[str, Any], ...]  # strides, padding and dilations of a convolution, by JAX's names
 
@@ -39,12 +40,12 @@ class Conv(Product):
         if self.groups == 1:
             return matmul(h, b, self.precision)
         grouped = matmul(
-            h.reshape(len(h), self.groups, -1).swapaxes(0, 1),  # [g, T, n]
+            h.reshape(len(h), self.groups, len(b)).swapaxes(0, 1),  # [g, T, n]
             b.reshape(len(b), self.groups, -1).swapaxes(0, 1),  # [g, n, k / g]
             self.precision,
             stack=1,
         )
-        return grouped.swapaxes(0, 1).reshape(len(h), -1)
+        return grouped.swapaxes(0, 1).reshape(self.y.shape)
 
     def rows(self) -> tuple[int, int]:
         return len(self.y) * self.groups, len(self.y)
@@ -64,7 +65,7 @@ class BackwardConv(Product):
     def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
         channels = self.dims.lhs_spec[1]
         shape = [size for i, size in enumerate(self.x.shape) if i != channels]
-        image = jnp.moveaxis(h.reshape(*shape, -1), -1, channels).astype(self.x.dtype)
+        image = jnp.moveaxis(h.reshape(*shape, len(b)), -1, channels).astype(self.x.dtype)
         kernel = jnp.moveaxis(b, 0, self.dims.rhs_spec[1])
         return channels_last(conv(image, kernel, self.dims, 1, self.precision, self.settings), self.dims)
 
@@ -94,14 +95,21 @@ class Ragged(Product):
         return gain.reshape(len(gain), -1)[experts]
 
     def _dot(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.ragged_dot(x, w.astype(x.dtype), self.group_sizes, precision=self.precision)
+        def product(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
+            return lax.ragged_dot(x, w, group_sizes, precision=self.precision)
+
+        return with_factor(of_one_dtype(product), x, w, self.group_sizes)
 
 
 def conv(x: jax.Array, w: jax.Array, dims: Any, groups: int, precision: Any, settings: Settings) -> jax.Array:
     """Convolve in x's dtype. JAX cannot differentiate a convolution of a narrow x with a wider result."""
-    return lax.conv_general_dilated(
-        x, w.astype(x.dtype), dimension_numbers=dims, feature_group_count=groups, precision=precision, **dict(settings)
-    )
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(
+            x, w, dimension_numbers=dims, feature_group_count=groups, precision=precision, **dict(settings)
+        )
+
+    return with_factor(of_one_dtype(product), x, w)
 
 
 def channels_last(image: jax.Array, dims: lax.ConvDimensionNumbers, of: int = 2) -> jax.Array:

@@ -15,11 +15,11 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
+from lora_jax.core.factor_products import contract, matmul
 
 STATIC = {"static": True}
 
@@ -108,7 +108,8 @@ class Matmul(Product):
             for i, n in enumerate(counts):
                 if n > 1:
                     axis = at + moved + i
-                    array = array.reshape(*array.shape[:axis], n, -1, *array.shape[axis + 1 :])
+                    size = array.shape[axis] // n
+                    array = array.reshape(*array.shape[:axis], n, size, *array.shape[axis + 1 :])
                     array = jnp.moveaxis(array, axis, at + moved)
                     moved += 1
             return array
@@ -118,8 +119,9 @@ class Matmul(Product):
     def join(self, y: jax.Array, counts: Sequence[int]) -> jax.Array:
         at, split = self._stacked(), [i for i, n in enumerate(counts) if n > 1]
         for moved, i in reversed(list(enumerate(split))):
-            y = jnp.moveaxis(y, at + moved, at + moved + i)
-            y = y.reshape(*y.shape[: at + moved + i], -1, *y.shape[at + moved + i + 2 :])
+            first = at + moved + i
+            y = jnp.moveaxis(y, at + moved, first)
+            y = y.reshape(*y.shape[:first], y.shape[first] * y.shape[first + 1], *y.shape[first + 2 :])
         return y
 
     def _stacked(self) -> int:
@@ -170,48 +172,9 @@ def lowrank(product: Product, a: jax.Array, b: jax.Array, scale: float) -> jax.A
     a is [*stack, *inputs, r] and b [*stack, r, *outputs]. The result has y's shape and at least fp32 (x's dtype for
     convolutions).
 
-    The factors are used in x's dtype and matrix products accumulate in fp32. The scale meets B, in fp32 or wider: no
-    product over tokens is touched again, and none overflows fp16 by it.
+    The factors are used in x's dtype, matrix products accumulate in fp32, and gradients keep the factors' own dtype.
+    The scale meets B, in fp32 or wider: no product over tokens is touched again, and none overflows fp16 by it.
     x @ A is named `lora_h` for the policies of `jax.checkpoint`: keeping it costs r/d of x and saves a pass over x.
     """
     h = checkpoint_name(product.contract(a).astype(product.x.dtype), "lora_h")
     return product.expand(h, b if scale == 1.0 else b.astype(accumulator(b.dtype, h.dtype)) * scale)
-
-
-def matmul(x: jax.Array, w: jax.Array, precision: Any, stack: int = 0, like: jax.Array | None = None) -> jax.Array:
-    """Return x [*s, *T, d] @ w [*s, d, *k], with `stack` axes s, in x's dtype and accumulated in fp32 or wider.
-
-    On a mesh with explicit axes the result is sharded as `like` is.
-    """
-    place = None if like is None else _explicit(like)
-    return _dot(x, w, ((x.ndim - 1,), (stack,)), precision, stack, place)
-
-
-def contract(x: jax.Array, a: jax.Array, precision: Any, stack: int = 0) -> jax.Array:
-    """Return x [*s, *T, *d] @ a [*s, *d, r], for a thin a.
-
-    A is laid out as [*s, r, *d] first, and the barrier keeps it so: XLA's CPU backend reads a thin matrix along d
-    several times faster (benchmarks/train_step.py), and elsewhere a copy of A costs nothing to speak of.
-    """
-    rows = lax.optimization_barrier(jnp.moveaxis(a.astype(x.dtype), -1, stack))
-    inputs = a.ndim - stack - 1
-    dims = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(stack + 1, a.ndim))
-    place = _explicit(x)
-    return _dot(x, rows, dims, precision, stack, place and jax.P(*place[: x.ndim - inputs], None))
-
-
-def _dot(x: jax.Array, w: jax.Array, dims: Any, precision: Any, stack: int, place: jax.P | None) -> jax.Array:
-    return lax.dot_general(
-        x,
-        w.astype(x.dtype),
-        (dims, (tuple(range(stack)),) * 2),
-        precision=precision,
-        preferred_element_type=accumulator(x.dtype),
-        out_sharding=place,
-    )
-
-
-def _explicit(x: jax.Array) -> jax.P | None:
-    """Return how an array is sharded, where its type says so: on a mesh with explicit axes."""
-    sharding = jax.typeof(x).sharding
-    return sharding.spec if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types else None

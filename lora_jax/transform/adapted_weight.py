@@ -30,7 +30,7 @@ class AdaptedWeight:
     operand: Operand
     paths: tuple[str, ...] = field(metadata={"static": True})  # of the weights that it is made of
     fallback: Fallback = field(metadata={"static": True})  # asked before W' is formed; refuses by raising
-    factor: jax.Array | None = None  # a scalar that the program multiplied all of it by, which waits for the product
+    factor: jax.Array | None = None  # of all of it, which waits for the product: a scalar, or what is left of one
 
     @property
     def ndim(self) -> int:

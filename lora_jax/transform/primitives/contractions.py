@@ -11,6 +11,7 @@ import jax
 from jax import lax
 
 from lora_jax.core._compat import JaxprEqn, Operation
+from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.operand import Operand
 from lora_jax.core.packed import is_packed
@@ -44,7 +45,10 @@ def multiply(
     else:
         product, restore = reduce(operation, axes, weight.value, *arrays)
         y = restore(_compiled_apply(operand, product))
-    return [y if weight.factor is None else y * weight.factor.astype(y.dtype)]
+    if weight.factor is None:
+        return [y]
+    wide = accumulator(y.dtype, weight.factor.dtype)
+    return [(y.astype(wide) * weight.factor.astype(wide)).astype(y.dtype)]
 
 
 def frozen_product(product: Callable[[jax.Array], jax.Array], w: Any) -> jax.Array:

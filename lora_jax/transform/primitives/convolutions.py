@@ -45,7 +45,7 @@ def _conv(conv: Operation, axes: KernelAxes, w: Any, x: jax.Array) -> Any:
     shape = [n for i, n in enumerate(y.shape) if i != channels]
 
     def restore(adapted: jax.Array) -> jax.Array:
-        return jnp.moveaxis(adapted.reshape(*shape, -1), -1, channels)
+        return jnp.moveaxis(adapted.reshape(*shape, y.shape[channels]), -1, channels)
 
     return Conv(*of, groups, settings) if is_forward else BackwardConv(*of, settings), restore
 

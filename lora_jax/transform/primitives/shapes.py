@@ -54,9 +54,15 @@ def convert_element_type(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
     dtype = eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
         return no_rule(eqn, weight, why=f"casts it to {jnp.dtype(dtype).name}, which rounds W' itself")
+    if is_packed(weight.value) and weight.factor is not None and not _has_fp32s_range(dtype):
+        weight = weight.scaled()
     if is_packed(weight.value):
         return [weight.replace(weight.value.with_deferred("cast", jnp.dtype(dtype)))]
     return of_the_value(eqn, weight)
+
+
+def _has_fp32s_range(dtype: Any) -> bool:
+    return bool(jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp)
 
 
 @rule("transpose")
@@ -182,20 +188,38 @@ def all_gather(eqn: JaxprEqn, weight: AdaptedWeight) -> list[Any]:
 
 @rule("mul", "div", "neg")
 def scale(eqn: JaxprEqn, *args: Any) -> list[Any]:
-    """Multiply by a scalar. A constant is multiplied into W and one factor; a computed one waits for the product.
+    """Multiply by a scalar: W and one factor of the operand.
 
-    x @ (c W) = c (x @ W): else the derivative by c would multiply W with a matrix of its size.
+    So nothing overflows, and nothing is rounded, that the program does not overflow or round. The derivative by a
+    computed scalar waits for the product, as x @ (c W) = c (x @ W): else it would multiply W with a matrix of its size.
+    A packed weight stays as it is, and the scalar itself waits, unless its dtype has no room for x @ W.
     """
     weight, *others = args if isinstance(args[0], AdaptedWeight) else args[::-1]
-    divides = eqn.primitive.name == "div"
+    divides, wide = eqn.primitive.name == "div", accumulator(weight.value.dtype)
     if (divides and weight is args[1]) or any(isinstance(other, AdaptedWeight) or jnp.ndim(other) for other in others):
         return no_rule(eqn, *args, why="takes it with more than a scalar factor")
-    factor = jnp.asarray(others[0] if others else -1, accumulator(weight.value.dtype))
-    factor = 1 / factor if divides else factor
-    if is_packed(weight.value) or (others and isinstance(others[0], jax.Array)):
-        return [dataclasses.replace(weight, factor=factor if weight.factor is None else weight.factor * factor)]
-    [value] = bind(eqn, [a.value if isinstance(a, AdaptedWeight) else a for a in args])
+
+    def as_factor(other: Any) -> jax.Array:
+        return 1 / jnp.asarray(other, wide) if divides else jnp.asarray(other, wide)
+
+    factor = as_factor(others[0] if others else -1)
+    if is_packed(weight.value) and _has_fp32s_range(weight.value.dtype):
+        return [_waiting(weight, factor)]
+    if others and isinstance(others[0], jax.Array):
+        others = [_held(others[0])]
+        weight, factor = _waiting(weight, factor / as_factor(others[0])), as_factor(others[0])
+    [value] = bind(eqn, [unpacked(weight.value) if isinstance(a, AdaptedWeight) else others[0] for a in args])
     return [weight.replace(value, weight.operand.scale_by(factor))]
+
+
+def _waiting(weight: AdaptedWeight, factor: jax.Array) -> AdaptedWeight:
+    return dataclasses.replace(weight, factor=factor if weight.factor is None else weight.factor * factor)
+
+
+def _held(scalar: jax.Array) -> jax.Array:
+    """Return a scalar without its derivative; 1 for one that cannot be divided by again."""
+    held = lax.stop_gradient(scalar)
+    return jnp.where(jnp.isfinite(held) & (held != 0), held, jnp.ones_like(held))
 
 
 @rule("concatenate")
