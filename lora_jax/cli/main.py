@@ -33,9 +33,9 @@ from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
 from lora_jax.core.text import count, printable, size
-from lora_jax.core.untrusted import read_json
 from lora_jax.interop.key_map import Entry, KeyMap
 from lora_jax.interop.merge_checkpoint import check_checkpoint, merge_checkpoint, read_tensors
+from lora_jax.interop.model_config import model_facts
 from lora_jax.interop.name_templates import literal
 from lora_jax.interop.peft.load import CONFIG, load_by_module
 from lora_jax.interop.peft.save import save_peft
@@ -50,7 +50,6 @@ except ImportError as error:
     sys.exit(f"error: {error.name} is not installed, which the command line needs: pip install 'lora_jax[cli]'")
 
 Folder = Annotated[Path, tyro.conf.Positional]
-LARGEST_CONFIG = 2**23  # bytes of a model's config.json; with the names of many classes it has some hundred thousand
 
 
 def inspect(adapters: Folder, /, plot: Path | None = None, json: bool = False) -> int:
@@ -272,7 +271,7 @@ def diff(
     if list(old) != list(new) and sorted(old) != sorted(new):
         other = sorted(set(old) ^ set(new))[0]
         raise LoraError(f"only one of {before} and {after} has {other!r}: they are not versions of one model.")
-    kind = "conv1d" if _model_type(before) == "gpt2" else "linear"
+    kind = "conv1d" if model_facts(before).get("model_type") == "gpt2" else "linear"
     chosen = dict.fromkeys(_modules(before, old.places, modules))
     entries, adapters, rows, left = [], {}, [], []
     for name, change in _changes(before, after, old, new):
@@ -347,13 +346,6 @@ def _changes(
             raise LoraError(f"{name!r} has shape {list(w0.shape)} in {before}, and {list(w1.shape)} in {after}.")
         if not np.array_equal(w0, w1):
             yield name, w1 - w0
-
-
-def _model_type(base: Path) -> Any:
-    """Return the "model_type" of a model's config.json, or None if the folder holds weights alone."""
-    path = base / "config.json"
-    facts = read_json(path, LARGEST_CONFIG, "config of a model", finite=False) if os.path.lexists(path) else {}
-    return facts.get("model_type") if isinstance(facts, dict) else None
 
 
 def _weighted(part: str) -> tuple[Path, float]:

@@ -17,11 +17,7 @@ class LoraError(ValueError):
 
 
 class LoraWarning(UserWarning):
-    """Something is allowed and probably not meant. The message says what, and how to say which of the two it is."""
-
-
-class LoraWarning(UserWarning):
-    """Something was done as asked, and may not be what was meant. The message names the path, and the mend."""
+    """Something was done as asked, and may not be what was meant. The message names the path and the mend."""
 
 
 def short(value: Any) -> str:

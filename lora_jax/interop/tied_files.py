@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.core.errors import LoraError, short
+from lora_jax.interop.model_config import CONFIG, model_facts
 from lora_jax.interop.peft.tied_tables import HEADS, Tied, is_head
 from lora_jax.interop.safetensors_index import INDEX, Tensor
 from lora_jax.interop.tensor_changes import Change, Changes
 
-CONFIG = "config.json"
 _HEAD = "lm_head.weight"
 # Types of models of transformers whose head is `lm_head` with the table's own weight, and nothing else that depends on
 # `tie_word_embeddings`.
@@ -39,7 +39,7 @@ def tie_of(source: Path, tensors: Mapping[str, Tensor]) -> Tie | None:
 
     A config that says nothing of it is of a class that ties by default, or has no head.
     """
-    facts = _facts(source)
+    facts = model_facts(source)
     says, entries = facts.get("tie_word_embeddings"), facts.get("vocab_size")
     tables = [
         name
@@ -112,8 +112,8 @@ def settled(
     if tie.head is None or head is None:
         raise LoraError(
             f"{source} ties {tie.table!r} to the head in a way that this version cannot take apart in files, since it "
-            f"does not know what {short(str(_facts(source).get('model_type')))} calls the head: save the model with "
-            "tie_word_embeddings=False in transformers, and merge into that; or have both ends changed: tied='both'."
+            f"does not know what {short(str(model_facts(source).get('model_type')))} calls the head: save the model "
+            "with tie_word_embeddings=False in transformers, and merge into that; or have both ends changed: tied='both'."
         )
     table = tensors[tie.table]
     head_change = _with_shared(at_head or Change(table.shape), at_table)
@@ -126,7 +126,7 @@ def write_untied(new: Path, untied: Untied | None) -> None:
     """Change the config and the index of the written files to those of a model with a head of its own."""
     if untied is None:
         return
-    _rewrite(new / CONFIG, _facts(new) | {"tie_word_embeddings": False})
+    _rewrite(new / CONFIG, model_facts(new) | {"tie_word_embeddings": False})
     if untied.added and (new / INDEX).exists():
         index = json.loads((new / INDEX).read_bytes())
         total = index.get("metadata", {}).get("total_size")
@@ -182,15 +182,6 @@ def _refusal(source: Path, tie: Tie, name: str) -> LoraError:
         "head of its own, so that the merged model is the adapted one; tied='both' changes both ends, which is right "
         "for adapters that were trained in a program that has one table for both."
     )
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    """Return the config.json of a model, empty if there is none."""
-    try:
-        facts = json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}  # a folder of weights alone
-    return facts if isinstance(facts, dict) else {}
 
 
 def _rewrite(path: Path, facts: Mapping[str, Any]) -> None:
