@@ -113,7 +113,8 @@ def settled(
         raise LoraError(
             f"{source} ties {tie.table!r} to the head in a way that this version cannot take apart in files, since it "
             f"does not know what {short(str(model_facts(source).get('model_type')))} calls the head: save the model "
-            "with tie_word_embeddings=False in transformers, and merge into that; or have both ends changed: tied='both'."
+            "with tie_word_embeddings=False in transformers, and merge into that; or have both ends changed: "
+            "tied='both'."
         )
     table = tensors[tie.table]
     head_change = _with_shared(at_head or Change(table.shape), at_table)
