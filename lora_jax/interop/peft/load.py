@@ -217,10 +217,12 @@ def _check_that_nothing_is_left(
         return
     known = [name for match in matches.values() for name in (*match.names.values(), *match.tensors().values())]
     where = "the planned weights" if planned else "the parameters"
-    tied = any(is_head(name) for name in left) * (
-        " A head that is tied to a table is no parameter of its own: for what the folder changes of the head alone, "
-        "give the model one that begins as a copy of the table."
-    )
+    tied = ""
+    if any(is_head(name) for name in left):
+        tied = (
+            " A head that is tied to a table is no parameter of its own: for what is changed of the head alone, give "
+            "the model one that begins as a copy of the table."
+        )
     hint = "Plan these too, or give the parameters in the plan's place" if planned else "Mend the key map"
     raise LoraError(
         f"{folder} holds {len(left)} module(s) or tensor(s) that the key map gives to none of {where}:\n"
