@@ -36,7 +36,14 @@ KINDS = [
     None,
 ]
 SMALLEST = lora.Lora(rank=1, alpha=2)
-REASONS = ("is above", "is for a table of two axes", "has the index", "behind `stop_gradient` only", "is used in two")
+REASONS = (
+    "is not used by the function",
+    "is above",
+    "is for a table of two axes",
+    "has the index",
+    "behind `stop_gradient` only",
+    "is used in two",
+)
 WRAPPERS = ("none", "dropout", "copies", "vmap")
 PLACES = ("one device", "data", "data and model")
 
