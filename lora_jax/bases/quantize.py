@@ -58,7 +58,7 @@ def quantize(
     >>> packed["kernel"].shape, packed["kernel"].nbytes
     ((64, 128), 4232)
     >>> print(f"{changes['kernel'].weight:.2f} {changes['kernel'].block:.2f}")
-    0.09 0.12
+    0.09 0.11
     """
     names, leaves, treedef = flatten_with_names(params)
     formats = {name: format for name, format in _choose(rules, names).items() if format is not None}
