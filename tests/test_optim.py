@@ -193,6 +193,8 @@ def test_what_is_frozen_by_default():
         ({"lora": {"deep": adapters}, "p": {"a": {"kernel": weight}}, "q": rest}, ["p/a/kernel"]),
         ({"lora": adapters, "p": {"a": {"kernel": jnp.ones((6, 4))}}}, []),  # of another shape
         ({"lora": adapters, "p": {"kernel": weight}}, []),
+        ({"lora": {**adapters, "head": adapters["a/kernel"]}, "head": weight}, []),  # a head in the place of one
+        ({"one": adapters, "two": {"b": pairs()["plain"]}, "p": {"b": weight, **rest}, "q": rest}, ["p/b", "p/bias"]),
         (adapters, []),
     ]:
         marks = by_path(trainable_mask(tree))

@@ -20,8 +20,8 @@ from lora_jax.core.text import listed
 def trainable_mask(tree: Any) -> Any:
     """Return the same tree of booleans: True at what is trained, False at what is frozen.
 
-    Frozen are the arrays that an adapter never trains, and the base: a part of the tree that has the weights of the
-    tree's adapters, at the adapters' own paths. All else is trained: adapters, and what lies beside them, such as a new
+    Frozen are the arrays that an adapter never trains, and the base: a part of the tree that has the weights of
+    the adapters, at the adapters' own paths. All else is trained: adapters, and what lies beside them, such as a new
     head. Optimizer masks and parameter counts all use this mask.
 
     Adapters may be anywhere in the tree. To freeze more of it, say so beside this mask:
@@ -162,23 +162,29 @@ def mark(
 
 
 def _in_base(keyed: Sequence[tuple[Any, Any]]) -> list[bool]:
-    """Return for each leaf of a tree, given with its path, whether it is in the base of some adapter of the tree.
+    """Return for each leaf of a tree, given with its path, whether it is in the base of adapters of the tree.
 
     An adapter's key is the path of its weight from where the base begins: the base of {"adapters": {"a/w": ...},
-    "base": {"a": {"w": ..., "b": ...}}} is all below "base".
+    "base": {"a": {"w": ..., "b": ...}}} is all below "base". One weight shows that. A base without a key of its own is
+    beside what is new: that takes the weights of all adapters, for a new head may have the name of an old one.
     """
-    adapters = {str(getattr(path[-1], "key", "")): node for path, node in keyed if path and is_adapter(node)}
+    together: dict[Any, dict[str, Adapter]] = {}
+    for path, node in keyed:
+        if is_adapter(node) and path:
+            together.setdefault(path[:-1], {})[str(getattr(path[-1], "key", ""))] = node
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in keyed]
     arrays = [not is_adapter(node) for _, node in keyed]
-    roots: dict[str, None] = {}
+    found: dict[tuple[str, Any], dict[str, None]] = {}  # below each part of the tree, the weights of some adapters
     for name, (_, leaf), is_array in zip(names, keyed, arrays, strict=True):
         for whole in (name, name.removesuffix("/value")) if is_array else ():  # NNX has a level of its own
             parts = whole.split("/")
             for start in range(len(parts)):
-                adapter = adapters.get("/".join(parts[start:]))
-                if adapter is not None and _may_be_of(adapter, leaf):
-                    roots["/".join([*parts[:start], ""])] = None
-    return [is_array and name.startswith(tuple(roots)) for name, is_array in zip(names, arrays, strict=True)]
+                root, weight = "/".join([*parts[:start], ""]), "/".join(parts[start:])
+                for place, adapters in together.items():
+                    if weight in adapters and _may_be_of(adapters[weight], leaf):
+                        found.setdefault((root, place), {})[weight] = None
+    bases = tuple(root for (root, place), weights in found.items() if root or len(weights) == len(together[place]))
+    return [is_array and name.startswith(bases) for name, is_array in zip(names, arrays, strict=True)]
 
 
 def _may_be_of(adapter: Adapter, leaf: Any) -> bool:
