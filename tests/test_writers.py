@@ -301,9 +301,6 @@ def at(name, tmp_path):
 def test_where_nothing_can_be_written(name, where, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     target = at(where, tmp_path)
-    if name == "merge":
-        target = target.with_name(target.name)
-        (tmp_path / "model").mkdir()
 
     def save():
         if name != "merge":
@@ -315,9 +312,8 @@ def test_where_nothing_can_be_written(name, where, tmp_path):
     if name == "file" and where == "a file":
         save()  # a file is replaced
         return
-    with pytest.raises(LoraError, match=says) as caught:
+    with pytest.raises(LoraError, match=says):
         save()
-    assert "lora_jax" in str(caught.value) or "file" in str(caught.value) or "n" * 20 in str(caught.value) or where
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -558,7 +554,7 @@ def test_forty_races_that_one_wins(name, server, place):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
 def test_three_fill_levels(name, server, place):
-    """No file can become longer than a part of the longest: nothing is changed, and nothing is left that the next save does not clear."""
+    """No file can become longer than a part of the longest: nothing changes, and the next save clears what is left."""
     writer, target = WRITERS[name], place / "out"
     writer.save(target, 1)
     first = contents(place)
