@@ -37,6 +37,7 @@ import tyro
 from peers import Start, States, Task
 
 import lora_jax as lora
+from lora_jax.checkpoints.atomic_dir import written_file
 from lora_jax.core.text import format_table
 
 matplotlib.use("Agg")
@@ -316,10 +317,8 @@ class Results:
         text = (
             f'{{"setting": {json.dumps(self.setting)},\n"runs": [\n{lines}\n],\n"times": {json.dumps(self.times)}}}\n'
         )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_name(self.path.name + ".new")
-        new.write_text(text)
-        new.replace(self.path)
+        with written_file(self.path) as new:
+            new.write_text(text)
 
 
 def score(run: dict[str, Any]) -> tuple[float, float]:
@@ -396,8 +395,8 @@ def draw(rows: list[Row], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with written_file(path) as new:
+        figure.savefig(new, dpi=120, format=path.suffix[1:] or "png")
     plt.close(figure)
 
 

@@ -36,6 +36,7 @@ from tokenizers import Tokenizer
 
 import lora_jax as lora
 from lora_jax import checkpoint
+from lora_jax.checkpoints.atomic_dir import written_file
 from lora_jax.core.text import format_table, size
 
 matplotlib.use("Agg")
@@ -293,8 +294,8 @@ def save_adapters(folder: Path, trainable: Tree) -> None:
 
 
 def save_head(path: Path, head: Tree) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.asarray(value) for name, value in head.items()}, path)
+    with written_file(path) as new:
+        save_file({name: np.asarray(value) for name, value in head.items()}, new)
 
 
 def export(task: Task, logits: Logits, trainable: Tree, output: Path) -> float:
@@ -394,8 +395,8 @@ def draw(runs: list[Run], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with written_file(path) as new:
+        figure.savefig(new, dpi=120, format=path.suffix[1:] or "png")
     plt.close(figure)
 
 

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from lora_jax import key_maps
+from lora_jax.checkpoints.atomic_dir import written_file
 
 Params = dict[str, Any]
 
@@ -95,10 +96,8 @@ def save(path: Path, params: Params, original: Path, config: Config = Config()) 
     for ours, theirs, transposed in _names(config):
         value = np.asarray(flat[ours], tensors[theirs].dtype)
         tensors[theirs] = np.ascontiguousarray(value.T if transposed else value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    save_file(tensors, new, metadata={"format": "pt"})
-    new.replace(path)
+    with written_file(path) as new:
+        save_file(tensors, new, metadata={"format": "pt"})
 
 
 def load_tokenizer(path: Path, length: int) -> Tokenizer:

@@ -2,6 +2,7 @@
 
     python tests/host_worker.py placements FOLDER        # on two meshes; and batches that do not fit together
     python tests/host_worker.py train FOLDER KILL_AT     # with checkpoints; process 1 is killed once, before a step
+    python tests/host_worker.py save FOLDER              # adapters, by all processes at once
 
 What was trained is written to FOLDER, by each process for itself, to be compared.
 """
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 import placements
 from jax import P
+from jax.experimental import multihost_utils
 
 import lora_jax as lora
 from lora_jax.checkpoints.manager import Checkpoints
@@ -97,6 +99,37 @@ def train(folder, kill_at):
     write(folder, "end", **arrays(state.trainable, mesh, "last"))
 
 
+def save(folder):
+    """All processes save at once: adapters that are spread are refused, and those that each of them has are written."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    axes, keys = lora.KernelAxes((), (0,), (1,)), lora.key_maps.KeyMap(lora.key_maps.linear("w", "m"))
+
+    def place(array, spec):
+        return jax.make_array_from_callback(array.shape, jax.NamedSharding(mesh, spec), lambda index: array[index])
+
+    a, b = np.arange(32, dtype=np.float32).reshape(16, 2), np.ones((2, 3), np.float32)
+    spread = {"w": lora.LoraAdapter(place(a, P("x")), place(b, P()), axes, 2.0)}
+    copies = {"w": lora.LoraAdapter(place(a, P()), place(b, P()), axes, 2.0)}
+    whole = multihost_utils.process_allgather(spread, tiled=True)
+    writers = {
+        "adapters": lambda path, adapters: lora.checkpoint.save(path, adapters),
+        "peft": lambda path, adapters: lora.save_peft(path, adapters, keys),
+    }
+    for name, writer in writers.items():
+        said = ""
+        try:
+            writer(folder / "refused", spread)
+        except lora.LoraError as error:
+            said = str(error)
+        write(folder, name, said=said)
+        for adapters in (copies, whole):
+            for _ in range(3):
+                writer(folder / name, adapters)
+
+
 if __name__ == "__main__":
     action, folder, *rest = sys.argv[1:]
-    run_placements(Path(folder)) if action == "placements" else train(Path(folder), int(rest[0]))
+    if action == "train":
+        train(Path(folder), int(rest[0]))
+    else:
+        {"placements": run_placements, "save": save}[action](Path(folder))

@@ -124,3 +124,50 @@ def test_a_newer_file_is_refused(tmp_path, edit, says):
 def test_nothing_there(tmp_path):
     with pytest.raises(LoraError, match="holds no adapters saved by"):
         checkpoint.load(tmp_path / "missing")
+
+
+def damages(folder):
+    """What may become of the files of a folder, one at a time."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        data = file.read_bytes()
+        for damaged in (None, b"", data[: len(data) // 2], b"[]", b"\xff" + data[1:]):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            yield f"{file.relative_to(folder)} {damaged!r:.20}"
+            file.write_bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the other reads, once one failed
+def test_damaged_files(tmp_path):
+    """Whichever file it is: an error that says what to do, or the right numbers."""
+    adapters, failed = CASE.adapters(RULES["lora"]), 0
+    checkpoint.save(tmp_path / "a", adapters, {"head": jnp.ones(3)})
+    for damage in damages(tmp_path / "a"):
+        try:
+            found, said = checkpoint.load(tmp_path / "a")[0], ""
+        except LoraError as error:
+            found, said = adapters, str(error)
+        assert_trees_equal(found, adapters)
+        assert not said or any(word in said for word in ("save it again", "holds no adapters", "format")), damage
+        failed += bool(said)
+    assert failed > 10
+    assert_trees_equal(checkpoint.load(tmp_path / "a")[0], adapters)
+
+
+@pytest.mark.parametrize("gone", ["scale", "axes", "kind"])
+def test_a_description_that_lacks_something(tmp_path, gone):
+    checkpoint.save(tmp_path / "a", CASE.adapters(RULES["lora"]))
+    file = tmp_path / "a" / "description" / "metadata"
+    description = json.loads(file.read_text())
+    del description["adapters"]["w"][gone]
+    file.write_text(json.dumps(description))
+    with pytest.raises(LoraError, match=rf"a cannot be loaded: .*{gone}.*save it again"):
+        checkpoint.load(tmp_path / "a")
+
+
+def test_what_is_no_adapter_by_itself(tmp_path):
+    adapters = CASE.adapters(RULES["lora"])
+    with pytest.raises(LoraError, match="is no kind of its own: take the adapters as they were before"):
+        checkpoint.save(tmp_path / "a", lora.with_dropout(adapters, jax.random.key(0), 0.1))
+    with pytest.raises(LoraError, match=r"adapters\['w'\] is a dict, expected an adapter"):
+        checkpoint.save(tmp_path / "a", {"w": {"a": jnp.ones(3)}})
+    assert not list(tmp_path.iterdir())

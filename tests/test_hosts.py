@@ -152,6 +152,25 @@ def test_told_to_end(trained, tmp_path):
     check_undisturbed(trained, tmp_path)
 
 
+@pytest.mark.slow
+def test_all_processes_save_at_once(tmp_path):
+    """To one place: what is there is whole, whichever was the last; what no process holds whole is refused by name."""
+    code, output = finish(two_processes("tests/host_worker.py", "save", tmp_path))
+    assert code == 0, output
+    for name in ("adapters", "peft"):
+        said = str(written(tmp_path, name)["said"])
+        assert re.search(r"'\S*w\S*' is spread over several hosts.*process_allgather", said), said
+    a, b = np.arange(32, dtype=np.float32).reshape(16, 2), np.ones((2, 3), np.float32)
+    keys = lora.key_maps.KeyMap(lora.key_maps.linear("w", "m"))
+    own, _ = lora.checkpoint.load(tmp_path / "adapters")
+    theirs, _ = lora.load_peft(tmp_path / "peft", {"w": np.ones((16, 3), np.float32)}, keys)
+    for found in (own, theirs):
+        np.testing.assert_array_equal(found["w"].a, a)
+        np.testing.assert_array_equal(found["w"].b, b)
+        assert found["w"].scale == 2.0
+    assert [path.name for path in sorted(tmp_path.iterdir()) if path.is_dir()] == ["adapters", "peft"]
+
+
 def check_undisturbed(trained, folder):
     """The adapters are those of the training that nothing happened to, bit for bit."""
     expected, found = written(trained, host_worker.NAMES[0]), written(folder, "end")

@@ -1,6 +1,7 @@
 """What was saved comes back exactly or not at all, whenever the process ended and whatever became of the files."""
 
 import dataclasses
+import json
 import os
 import random
 import re
@@ -287,6 +288,35 @@ def test_the_metric_of_the_best_has_to_be_there(tmp_path):
         pytest.raises(LoraError, match=r"lacks 'accuracy', .* there are: loss. Give None where it was not measured"),
     ):
         kept.save(at(new(), 1), {"loss": 1.0})
+
+
+def test_metrics_that_are_no_numbers_are_left_out(tmp_path):
+    """A text beside the numbers costs nobody a checkpoint; the metric of the best has to be a number."""
+    metrics = {"note": "abc", "loss": jnp.float32(1.5), "table": [[1], [2, 3]], "list": np.ones(3), "on": True, "z": 1j}
+    with checkpoints(tmp_path) as kept:
+        kept.save(at(new(), 1), metrics)
+    description = json.loads((tmp_path / "step_1" / "description" / "metadata").read_text())
+    assert description["facts"]["metrics"] == {"loss": 1.5, "on": 1.0}
+    for wrong in ("abc", np.ones(3)):
+        with (
+            checkpoints(tmp_path / "b", best=("note", "max"), every=100) as kept,
+            pytest.raises(LoraError, match=r"'note' is a \w+, expected a number, or None if not measured"),
+        ):
+            kept.save(at(new(), 1), {"note": wrong})
+
+
+def test_a_kind_that_cannot_be_saved_is_refused_at_the_first_step(tmp_path):
+    """And not hours later, when a checkpoint is due."""
+
+    @jax.tree_util.register_dataclass
+    @dataclass(frozen=True)
+    class Mine(lora.LoraAdapter):
+        pass
+
+    mine = {path: Mine(a.a, a.b, a.axes, a.scale) for path, a in new().trainable["adapters"].items()}
+    state = dataclasses.replace(new(), step=jnp.int32(1), trainable={"adapters": mine})
+    with checkpoints(tmp_path, every=100) as kept, pytest.raises(LoraError, match="Mine is no registered kind"):
+        kept.save(state)
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "step_5/photo.jpg", "step_5"])

@@ -49,6 +49,10 @@ def save(folder: str | Path, adapters: Mapping[str, Adapter], others: Mapping[st
         LoraError: the folder holds something else, which is named and left alone, or it cannot be written; `others` are
             not dicts of arrays; an array is spread over several hosts. Then nothing has changed.
     """
+    for path, adapter in adapters.items():
+        if not isinstance(adapter, Adapter):
+            found = type(adapter).__name__
+            raise LoraError(f"adapters[{path!r}] is a {found}, expected an adapter; other arrays go into `others`.")
     arrays = {"adapters": {path: adapter.arrays() for path, adapter in adapters.items()}, "others": dict(others or {})}
     check_arrays(arrays, "", " beside adapters")
     refuse_spread(arrays)

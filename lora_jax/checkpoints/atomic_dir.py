@@ -159,10 +159,18 @@ def _sync_folder(folder: str | Path) -> None:
 def _work_folder(target: Path, format: Format | None) -> Iterator[Path]:
     """Make the hidden folder of one save, and remove it in the end."""
     work, lock = _claim(target)
+    with _closing(lock):
+        try:
+            yield work
+        finally:
+            _remove(work, target, format)
+
+
+@contextlib.contextmanager
+def _closing(lock: int | None) -> Iterator[None]:
     try:
-        yield work
+        yield
     finally:
-        _remove(work, target, format)
         if lock is not None:
             os.close(lock)
 
@@ -216,8 +224,8 @@ def _clear(target: Path, format: Format | None) -> None:
         except OSError:
             continue  # of a process that is alive, or of another user
         if lock is not None:
-            _remove(work, target, format)
-            os.close(lock)
+            with _closing(lock), contextlib.suppress(OSError):  # it stays where it is
+                _remove(work, target, format)
 
 
 def leftovers(target: Path) -> list[Path]:

@@ -50,7 +50,8 @@ class Checkpoints:
                 if checkpoints.save(state, metrics, position=batches.get_state):
                     break                                  # the process was told to end, and all is on disk
 
-    Leaving the block waits until all is on disk. Where there are several processes, each makes the same calls.
+    Leaving the block waits until all is on disk. Where there are several processes, each makes the same calls. While
+    this run is alive, another one may read the folder, and saves nothing there. Files of others are never removed.
 
     Args:
         folder: of the checkpoints; made if missing.
@@ -255,9 +256,9 @@ class Checkpoints:
             Whether the process was told to end. Then this state is on disk: leave the loop.
 
         Raises:
-            LoraError: the folder holds checkpoints and none was restored; the state, the metrics or the position
-                cannot be saved; this checkpoint or the one before was not written. The earlier ones are untouched, and
-                after a full disk has room again the next call writes again.
+            LoraError: another run has the folder; it holds checkpoints and none was restored; the state, the metrics or
+                the position cannot be saved; this checkpoint or the one before was not written. The earlier ones are
+                untouched, and after a full disk has room again the next call writes again.
         """
         self._check(state, metrics)
         ending = self._notice.came(state)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.checkpoints.arrays import refuse_spread
 from lora_jax.checkpoints.atomic_dir import written
 from lora_jax.checkpoints.replaceable import check_target
 from lora_jax.core.adapter import Adapter
@@ -87,6 +88,8 @@ def merge_checkpoint(
     """
     source, target = Path(source).absolute(), Path(target).absolute()
     check_target(target, None)
+    if isinstance(adapters, Mapping):
+        refuse_spread(adapters)
     work = _checked(source, adapters, key_map, others, params, tied)
     with written(target) as new:
         for path in sorted(source.iterdir()):
