@@ -16,6 +16,10 @@ SHORT = [1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4]
 axes_of_two = lora.KernelAxes((), (0,), (1,))
 
 
+def mostly_slow(values, often):
+    return [pytest.param(value, marks=[] if value in often else pytest.mark.slow) for value in values]
+
+
 def linear(p, x):
     return x @ p["w"]
 
@@ -51,7 +55,7 @@ AXES = {
 }
 
 
-@pytest.mark.parametrize("name", AXES)
+@pytest.mark.parametrize("name", mostly_slow(AXES, ["a matrix", "heads"]))
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_lengths_are_right_however_short(name, dtype):
     shape, axes = AXES[name]
@@ -63,8 +67,8 @@ def test_lengths_are_right_however_short(name, dtype):
         np.testing.assert_allclose(lengths(w, adapter), exact(w, adapter), rtol=rounding, err_msg=str(short))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("short", SHORT)
+@pytest.mark.parametrize("dtype", mostly_slow([jnp.float32, jnp.bfloat16], [jnp.float32]))
+@pytest.mark.parametrize("short", mostly_slow(SHORT, [1.0, 1e-3]))
 def test_applying_is_merging_however_short(short, dtype):
     """Of fp32 activations over a base of either dtype: values and gradients."""
     w = jax.random.normal(jax.random.key(0), (D, K)).astype(dtype)
@@ -126,12 +130,11 @@ def test_blocks_are_bounded(monkeypatch):
     dora._lengths.clear_cache()
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("spec", [jax.P(None, "data"), jax.P("data", None)])
+@pytest.mark.parametrize(
+    ("kind", "spec"), [("Auto", jax.P("data", None)), ("Auto", jax.P(None, "data")), ("Explicit", jax.P(None, "data"))]
+)  # of split inputs JAX asks, on a mesh with explicit axes, where a product over them is to be
 def test_on_a_mesh(spec, kind):
     """Inputs that are split over devices stay where they are."""
-    if kind == "Explicit" and spec[0]:
-        pytest.skip("JAX asks there where a product over split inputs is to be")
     types = (getattr(jax.sharding.AxisType, kind),)
     mesh = eight_devices() if kind == "Auto" else jax.make_mesh((8,), ("data",), axis_types=types)
     w = jax.random.normal(jax.random.key(0), (D, K))

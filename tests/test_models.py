@@ -160,7 +160,7 @@ PURE = {
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        pytest.param(name, how, marks=[] if "cache" in name or (how == "alone" and "NNX" in name) else pytest.mark.slow)
+        pytest.param(name, how, marks=[] if "cache" in name else pytest.mark.slow)
         for name in PURE
         for how in ("alone", "with adapters")
     ],

@@ -19,7 +19,8 @@ from lora_jax.core.kinds import register_kind
 class Full(Rule):
     """W' = W + D, for arrays of any shape that are used in any way.
 
-    D starts at zero, so that weight decay draws W' to W and not to zero.
+    D starts at zero, so that weight decay draws W' to W and not to zero. Its gradient is what the program's own
+    operations give for W': over a bf16 base, numbers of bf16.
 
     Args:
         dtype: of D. fp32 by default, also on a bf16 base, where it keeps what is too small for W's own dtype.
