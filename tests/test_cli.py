@@ -19,7 +19,7 @@ from test_export import published, tensors_in
 from test_peft import DATA, MLP, assert_same_tensors, case, stacked, tensors_of
 
 import lora_jax as lora
-from lora_jax.cli.main import main
+from lora_jax.cli import main
 from lora_jax.cli.output import print_table
 from lora_jax.cli.spectrum import low_rank, spectrum
 from lora_jax.interop.peft.load import load_by_module

@@ -22,12 +22,13 @@ from test_peft import DATA, MLP, P, case, edit_config
 
 import lora_jax as lora
 from lora_jax import LoraError, bases
-from lora_jax.cli.main import _model_type, main
+from lora_jax.cli import main
 from lora_jax.core import untrusted
 from lora_jax.core.patterns import first_match
 from lora_jax.core.text import format_table, printable
 from lora_jax.interop import safetensors_index
 from lora_jax.interop.merge_checkpoint import read_tensors
+from lora_jax.interop.model_config import model_facts
 from lora_jax.interop.name_templates import NameTable, fill, literal, split
 from lora_jax.interop.peft import module_patterns
 from lora_jax.interop.peft.config import read_config
@@ -72,7 +73,7 @@ READERS = {
     "adapter_model.safetensors": lambda folder: lora.load_peft(folder, case("lora")[0], MLP),
     INDEX: bases.open_safetensors,
     "model-00001-of-00002.safetensors": bases.open_safetensors,
-    "config.json": _model_type,
+    "config.json": model_facts,
 }
 
 
@@ -666,7 +667,7 @@ def mutate_index(random, folder):
 def mutate_model_config(random, folder):
     facts = {"model_type": "gpt2", "architectures": ["A"], "rope": {"factor": 1.5, "short": [1.0, 2.0]}}
     (folder / "config.json").write_bytes(mutated_json(random, json.dumps(facts)))
-    _model_type(folder)
+    model_facts(folder)
 
 
 def mutate_names(random, folder):

@@ -20,7 +20,7 @@ from writers import OTHERS, WRITERS, checkpoints, state
 import lora_jax as lora
 from lora_jax import LoraError
 from lora_jax.checkpoints import atomic_dir, reading
-from lora_jax.cli.main import main
+from lora_jax.cli import main
 
 REPLACING = [name for name, writer in WRITERS.items() if writer.foreign]
 ALL = [*WRITERS]
@@ -374,7 +374,7 @@ def test_commands_say_it_in_one_line(command, tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_output_that_cannot_be_printed():
     """One line and an exit code, as for any other disk that is full."""
-    program = [sys.executable, "-c", "import sys; from lora_jax.cli.main import main; sys.exit(main())"]
+    program = [sys.executable, "-c", "import sys; from lora_jax.cli import main; sys.exit(main())"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     with open("/dev/full", "w") as full:
         done = subprocess.run(
