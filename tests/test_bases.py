@@ -100,7 +100,7 @@ FAST = ("two_layers", "attention_kernels", "scan_over_remat", "experts", "embedd
         if case.name in FAST or (format == "nf4" and i % 2)
     ],
 )
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_a_packed_base_is_the_base_that_it_stands_for(case, format):
     """In every program: plans, outputs, gradients and merged weights."""
     params, x = case.params(), case.input()
@@ -135,7 +135,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["two_layers", "scan_over_remat"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_every_kind_of_adapter_stands_beside_a_packed_base(kind, name):
     case = next(c for c in MODELS if c.name == name)
     base, x = bases.quantize(case.params(), {case.pattern: bases.Nf4()}), case.input()
@@ -299,6 +299,7 @@ def test_a_packed_weight_is_neither_packed_again_nor_started_from():
 
 @pytest.mark.parametrize("name", ["two_layers", "scan_over_remat", "attention_kernels"])
 @pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.sampled(3)
 def test_loftq_makes_up_for_what_packing_loses(name, format):
     """A B is the best of its rank, for any scale. More iterations need not be better, and are near."""
     case, rule = next(c for c in MODELS if c.name == name), lora.Lora(rank=3, alpha=12)

@@ -96,6 +96,7 @@ def test_what_is_trained_is_counted(task):
     assert numbers(task, "probe") == head
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on_where_it_was(task, tmp_path, monkeypatch):
     build = comparison.build
     compiled = functools.cache(lambda method, size: build(task, method, size, SETTING))

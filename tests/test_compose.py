@@ -12,7 +12,7 @@ import lora_jax as lora
 
 
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_a_sum_is_the_sum_of_changes(case):
     """Of several ranks and scales; where one part has no adapter, the other one counts."""
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), case.params())  # of changes alone

@@ -261,6 +261,7 @@ def test_generation_with_a_cache_is_greedy_without(params, adapters, adapted):
 
 
 @pytest.mark.parametrize("format", [None, lora.bases.Nf4(stack=1)])
+@pytest.mark.slow
 def test_merged_weights_say_what_adapters_do(params, adapters, format):
     base = lora.bases.quantize(params, {LINEAR: format})
     ids, mask = decoder.pad_prompts(PROMPTS, multiple=8)
@@ -486,6 +487,7 @@ def test_smollm2_is_the_model_of_its_file(smollm2):
 
 @pytest.mark.assets
 @needs_smollm2
+@pytest.mark.slow
 def test_smollm2_answers(smollm2):
     _, config, params, tokenizer = smollm2
     prompts = ["The capital of France is", decoder.chat("What is the capital of France?")]
@@ -582,6 +584,7 @@ def test_packing(examples):
         demo.pack([b], 20)
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_batch_is_that_of_each_story_by_itself(params, adapters, examples):
     task = demo.Task(TINY, params, decoder.tiny_tokenizer(), [], [])
     a, b, c = examples
@@ -612,6 +615,7 @@ def test_an_epoch_has_every_story_once(examples):
         next(demo.training_batches(many, demo.Config(rows=99, length=64)))
 
 
+@pytest.mark.slow
 def test_the_base_is_kept_in_few_bits():
     numbers = {16: 2.0, 8: 1.2, 4: 0.6}  # bytes of each number in a linear layer, at most, with its scales
     for bits, most in numbers.items():
@@ -623,7 +627,7 @@ def test_the_base_is_kept_in_few_bits():
             assert demo.tree_bytes(weight) <= most * np.prod(weight.shape)
 
 
-@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow), 16])
+@pytest.mark.parametrize("bits", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 16))])
 def test_the_fine_tuning(bits, tmp_path, capsys):
     config = demo.Config(bits=bits, tiny=True, output=tmp_path, steps=12, rows=2, length=256, held_out=8, samples=2)
     task = demo.load_task(config)
@@ -706,6 +710,7 @@ def test_a_loss_that_is_no_number_stops(params, tmp_path):
         demo.train(task, config, demo.make_loss(task), adapters, batches)
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_step_is_measured(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     import quantised_memory as memory

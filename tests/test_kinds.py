@@ -86,7 +86,7 @@ def by_hand(w, adapter):
 
 @kinds
 @cases
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_merging_is_the_formula(kind, case):
     params, adapters = case.params(), case.adapters(KINDS[kind])
     for path, merged in lora.merge(params, adapters).items():
@@ -96,7 +96,7 @@ def test_merging_is_the_formula(kind, case):
 
 @kinds
 @cases
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_applying_is_merging(kind, case):
     """Values, and the gradients of what is trained."""
     params, x, adapters = case.params(), case.input(), case.adapters(KINDS[kind])
@@ -114,7 +114,7 @@ def test_applying_is_merging(kind, case):
 
 @kinds
 @cases
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_starting_is_identity(kind, case):
     params, x = case.params(), case.input()
     adapters = lora.init(jax.random.key(0), params, case.plan(KINDS[kind]))
@@ -124,7 +124,7 @@ def test_starting_is_identity(kind, case):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("full", "lokr_whole")])
 @cases
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_factored_stays_factored(kind, case: Case):
     params, x, adapters = case.params(), case.input(), case.adapters(KINDS[kind])
     apply = lora.lora_apply(case.fn)

@@ -30,6 +30,7 @@ def matrix(d, k, seed=0):
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("shape", [(1, 64, 64), (5, 128, 512), (70, 256, 192), (300, 1024, 256), (17, 576, 128)])
+@pytest.mark.sampled(2)
 def test_both_products_and_their_derivatives(platform, shape):
     """Several tiles along every axis, rows that fill none, axes that are one tile."""
     rows, d, k = shape

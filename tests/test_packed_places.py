@@ -42,6 +42,7 @@ SEVERAL_AXES = [pytest.param(p, id=p.name, marks=() if len(p.axes) > 1 else pyte
 
 
 @pytest.mark.parametrize("placement", SEVERAL_AXES)
+@pytest.mark.sampled(3)
 def test_training_over_a_mesh(placement):
     """Law 5 over a packed base, placed after it was packed."""
     mesh = placement.mesh()
@@ -86,7 +87,7 @@ def test_packed_bases_add_no_communication(name):
 @pytest.mark.parametrize(
     "spec", [P(), P("x"), P(None, "x"), P(None, None, "y"), P(None, "x", "y"), P(None, ("x", "y"))]
 )
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_each_device_has_its_part(format, spec):
     mesh = jax.make_mesh((2, 4), ("x", "y"), (AxisType.Auto,) * 2)
     w = jax.device_put(jax.random.normal(jax.random.key(0), (2, 64, 512)), NamedSharding(mesh, spec))
@@ -168,6 +169,7 @@ def test_places_that_cannot_be(places, says):
 
 @pytest.mark.parametrize("packed", ["before", "there"])
 @pytest.mark.parametrize("format", [bases.Nf4(stack=0), bases.Int8(stack=0, inputs=1)])
+@pytest.mark.sampled(2)
 def test_explicit_axes(format, packed):
     """A model that says how its results are sharded, on a mesh whose axes ask for it; one of them is Auto."""
     kinds = (AxisType.Explicit, AxisType.Explicit, AxisType.Auto)

@@ -93,6 +93,7 @@ def assert_same_tensors(found, expected):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.sampled(2)
 def test_outputs_are_those_of_peft(name):
     fn, key_map = MODELS[name]
     params, ids, expected = case(name)
@@ -109,6 +110,7 @@ def test_outputs_are_those_of_peft(name):
 
 
 @pytest.mark.parametrize("name", [*MODELS, "conv", "conv_dora"])
+@pytest.mark.sampled(2)
 def test_what_came_in_goes_out(name, tmp_path):
     key_map = MODELS[name][1] if name in MODELS else MLP
     adapters, others = lora.load_peft(DATA / name, case(name)[0], key_map)
@@ -676,7 +678,7 @@ def test_what_cannot_be_saved(tmp_path):
         lora.save_peft(tmp_path / "a", adapters, KeyMap(linear("lin0/kernel", "x", "in out out"), *MLP.entries))
     stack = KeyMap(linear("lin0/kernel", "x.{i}", "i out"), *MLP.entries)
     with pytest.raises(
-        lora.LoraError, match="has stack 0, outputs 1 by the key map, but its adapter has inputs 0, outputs 1: mend"
+        lora.LoraError, match="has stack 0, outputs 1 by the key map, but its adapter has inputs 0, outputs 1: plan"
     ):
         lora.save_peft(tmp_path / "a", adapters, stack)
     with pytest.raises(lora.LoraError, match="there are no adapters to save"):

@@ -176,7 +176,7 @@ def test_adapters_and_base_on_two_meshes():
 
 @pytest.mark.parametrize("policy", ["tensor", "replicate", "inherit"])
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda p: p.name)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_adapters_start_on_their_shards_and_with_the_same_numbers(placement, policy):
     p = placement.params(placement.mesh())
     shardings = lora.adapter_shardings(plan(), p, policy=policy)
@@ -317,7 +317,7 @@ def test_a_step_over_arrays_that_are_split_in_different_ways():
 
 
 @pytest.mark.parametrize("case", spreadable, ids=lambda case: case.name)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_copies_change_nothing(case):
     """Law 1 with copies, whatever the program does to the weight: values, and the gradient once added up.
 
