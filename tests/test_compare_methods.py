@@ -16,6 +16,8 @@ import snippets
 
 import lora_jax as lora
 
+pytestmark = pytest.mark.slow  # an example
+
 SETTING = comparison.QUICK
 FEW = tuple(m for m in comparison.QUICK_METHODS if m.name in ("LoRA", "AdaLoRA"))
 

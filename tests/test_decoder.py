@@ -25,6 +25,8 @@ from safetensors.numpy import load_file
 import lora_jax as lora
 from lora_jax import checkpoint, key_maps
 
+pytestmark = pytest.mark.slow  # an example
+
 # GGUF: a writer of our own -------------------------------------------------------------------------------------------
 
 

@@ -42,7 +42,7 @@ SEVERAL_AXES = [pytest.param(p, id=p.name, marks=() if len(p.axes) > 1 else pyte
 
 
 @pytest.mark.parametrize("placement", SEVERAL_AXES)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_training_over_a_mesh(placement):
     """Law 5 over a packed base, placed after it was packed."""
     mesh = placement.mesh()
@@ -68,6 +68,7 @@ def setup(name):
 
 
 @pytest.mark.parametrize("name", ["fsdp 8", "data 2, fsdp 2, tensor 2"])
+@pytest.mark.sampled(2)
 def test_fsdp_gathers_packed_bytes(name):
     """Codes and scales of each weight, for each of its two uses, and nothing of a dense one."""
     gathers = [c for c in setup(name).lora(MICROBATCHES) if c.kind == "all-gather"]
@@ -78,6 +79,7 @@ def test_fsdp_gathers_packed_bytes(name):
 
 
 @pytest.mark.parametrize("name", ["tensor 8", "data 2, tensor 4", "data 8"])
+@pytest.mark.sampled(3)
 def test_packed_bases_add_no_communication(name):
     dense, packed = Setup(PLACES[name]).lora(MICROBATCHES), setup(name).lora(MICROBATCHES)
     assert sorted((c.kind, c.shapes, c.times) for c in packed) == sorted((c.kind, c.shapes, c.times) for c in dense)

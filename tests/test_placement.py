@@ -95,6 +95,7 @@ def per_device(rows):
     return jax.tree.map(lambda array: array.reshape(8, -1, *array.shape[1:]), rows)
 
 
+@pytest.mark.slow
 def test_pmap_with_replicated_and_with_one_state():
     """The sums are over the same rows in the same order, and so equal bit for bit."""
     replicate, unreplicate = flax.jax_utils.replicate, flax.jax_utils.unreplicate

@@ -84,7 +84,7 @@ BASE_STAYS = ("orthogonal", "eva")
 
 @pytest.mark.parametrize("scale", [1.5, -0.5])
 @pytest.mark.parametrize("name", STARTS)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 def test_starting_changes_nothing(name, scale):
     params, adapters = model(scale=scale)
     base, started = STARTS[name](params, adapters)
@@ -232,6 +232,7 @@ def test_eva_gives_ranks_to_what_explains_most():
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.sampled(3)
 def test_the_budget_of_eva_is_exact(seed):
     draw = np.random.default_rng(seed)
     axes = lora.KernelAxes((), (0,), (1,))
@@ -298,6 +299,7 @@ def test_gradients_may_be_a_tree_like_the_parameters():
 
 
 @pytest.mark.parametrize(("mode", "which"), [("instruction", slice(0, RANK)), ("knowledge", slice(-RANK, None))])
+@pytest.mark.sampled(2)
 def test_corda_is_a_part_of_the_weight_that_the_data_chooses(mode, which):
     """In torch's way of writing: W C = U S V^T, A B = U S V^T C^-1."""
     params, adapters = model()
@@ -364,7 +366,7 @@ FORMATS = {"nf4": bases.Nf4(), "int8": bases.Int8(), "fp8": bases.Fp8()}
     ("name", "format"),
     [("pissa", "int8"), *((name, "nf4") for name in ("pissa", "olora", "eva", "corda", "lora_ga_ArB2r_stable"))],
 )
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_what_a_start_leaves_of_a_packed_weight_is_packed_again(name, format):
     """As if it had been unpacked before and packed after."""
     params, adapters = model()

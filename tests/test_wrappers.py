@@ -127,7 +127,7 @@ def test_vmap_over_sets_of_adapters(case, kind):
 
 @pytest.mark.parametrize("spec", SPLITS, ids=name_of)
 @pytest.mark.parametrize("name", ["scan_over_remat", "attention_kernels", "tied"])
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 def test_gradients_of_copies_add_up(name, spec):
     """The gradient of the adapters, from that of their copies: with dropout around them, and without."""
     case = eight_rows(next(c for c in MODELS if c.name == name))
