@@ -32,12 +32,16 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--slow"):
         return
+    tables = {}  # the cases of each sampled test
     for item in items:
-        sampled = item.get_closest_marker("sampled")
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow, as CI does"))
-        elif sampled and zlib.crc32(item.nodeid.encode()) % sampled.args[0]:
-            item.add_marker(pytest.mark.skip(reason=f"one in {sampled.args[0]} is run here, all with --slow, as in CI"))
+        elif sampled := item.get_closest_marker("sampled"):
+            tables.setdefault((item.path, item.originalname, sampled.args[0]), []).append(item)
+    for (*_, n), cases in tables.items():
+        cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        for item in cases[-(-len(cases) // n) :]:
+            item.add_marker(pytest.mark.skip(reason=f"one in {n} is run here, and all with --slow, as in CI"))
 
 
 def pytest_runtest_teardown(item):

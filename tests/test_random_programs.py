@@ -7,6 +7,7 @@ value; which of them are refused is the subject of `test_programs.py`.
 import itertools
 import random
 import re
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from jax import NamedSharding, P
 from random_programs import Program
 
 import lora_jax as lora
+
+pytestmark = pytest.mark.filterwarnings("ignore::lora_jax.LoraWarning")  # stacks that a random rule does not name
 
 KINDS = [
     lora.Lora(rank=1, alpha=2),
@@ -44,6 +47,8 @@ REASONS = (
     "behind `stop_gradient` only",
     "is used in two",
 )
+# Programs with a product of stacks at which XLA's CPU backend of 0.10 ends the process, as `conftest.py` has set it.
+WITH_EMITTERS = (89,) if version("jaxlib").startswith("0.10.") else ()
 WRAPPERS = ("none", "dropout", "copies", "vmap")
 PLACES = ("one device", "data", "data and model")
 
@@ -120,7 +125,9 @@ def check(seed: int, wrapper: str | None = None, place: str | None = None) -> No
         copies = wrapper == "copies" and batch is not None
         grad = lora.value_and_grad(fn, batch_sharding=batch) if copies else jax.value_and_grad(fn)
         fn = fn if program.forward_only else grad
-        return jax.jit(jax.vmap(fn, in_axes=(0, None, None)) if wrapper == "vmap" else fn)(a, p, x)
+        fn = jax.vmap(fn, in_axes=(0, None, None)) if wrapper == "vmap" else fn
+        options = {"xla_cpu_use_fusion_emitters": True} if seed in WITH_EMITTERS else None
+        return jax.jit(fn, compiler_options=options)(a, p, x)
 
     found = leaves(run(factored, adapters_there, there, x_there, batch))
     expected = leaves(run(merged, adapters, params, x))
