@@ -21,7 +21,8 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-KEPT = 50  # tests whose compiled programs are kept together
+KEPT = 50  # tests whose compiled programs are kept together; CI has memory for more, and less to compile again
+KEPT_IN_CI = 200
 _run = 0
 
 
@@ -48,7 +49,7 @@ def pytest_runtest_teardown(item):
     """Drop what was compiled now and then: JAX keeps all of it, some megabytes for each test."""
     global _run
     _run += not item.get_closest_marker("skip")
-    if _run >= KEPT:
+    if _run >= (KEPT_IN_CI if item.config.getoption("--slow") else KEPT):
         _run = 0
         jax.clear_caches()
         gc.collect()
