@@ -33,7 +33,7 @@ class Program:
     def __init__(self, seed: int, exact: bool = False) -> None:
         self.rng = random.Random(seed)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.forward_only = self.no_vmap = self.is_ragged = self.has_branches = self.convolves = self.casts = False
+        self.forward_only = self.no_vmap = self.has_groups = self.has_branches = self.convolves = self.casts = False
         self.stored = self.rng.choices(["float32", "bfloat16"], [5, 1])[0]
         self.narrow = jnp.float32 if exact else jnp.bfloat16
         self.dtype = jnp.float32 if exact else jnp.dtype(self.stored)
@@ -365,6 +365,7 @@ def convolution(m: Program, d: int) -> tuple[Layer, int]:
     """
     m.convolves = True
     window, k, groups = m.rng.choice([1, 2, 3]), m.rng.choice([2, 4]), m.rng.choice([1, 2]) if d % 2 == 0 else 1
+    m.has_groups = m.has_groups or groups > 1
     spec, sizes = m.rng.choice(["WIO", "OIW", "IWO"]), {"W": window, "I": d // groups, "O": k}
     w = m.matrix(*(sizes[axis] for axis in spec))
 
@@ -378,7 +379,7 @@ def convolution(m: Program, d: int) -> tuple[Layer, int]:
 
 @product
 def ragged(m: Program, d: int) -> tuple[Layer, int]:
-    k, m.no_vmap, m.is_ragged = m.rng.choice(SIZES), True, True
+    k, m.no_vmap, m.has_groups = m.rng.choice(SIZES), True, True
     w = m.matrix(3, d, k)
     return lambda p, x: jax.lax.ragged_dot(x, w(p), jnp.array([1, 0, ROWS - 1])), k
 

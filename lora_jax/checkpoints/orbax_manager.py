@@ -26,6 +26,7 @@ from lora_jax.core.errors import LoraError
 
 DELETED = ".lora_jax-deleted"  # checkpoints are moved here to be deleted
 ITEMS = ("arrays", "description")
+_UNFINISHED = re.compile(r"step_\d+\.orbax-checkpoint-tmp")  # what the name of a half written one begins with
 
 
 def lock(folder: Path) -> RunLock | None:
@@ -67,17 +68,17 @@ def open_manager(folder: Path, preserve: Callable[[Sequence[int]], set[int]], is
         step_prefix="step",
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),  # `save` raises if it cannot
         preservation_policy=_Preservation(folder, preserve),
-        cleanup_tmp_directories=is_ours,
+        cleanup_tmp_directories=False,  # it would go on in a thread after the manager is closed
         todelete_subdir=DELETED,
         lightweight_initialize=True,
         save_root_metadata=False,
     )
     items = {"arrays": handler, "description": ocp.JsonCheckpointHandler()}
     try:
-        manager = ocp.CheckpointManager(folder, options=options, item_names=tuple(items), item_handlers=items)
         if is_ours:
+            _remove_unfinished(folder)
             remove_deleted(folder)
-        return manager
+        return ocp.CheckpointManager(folder, options=options, item_names=tuple(items), item_handlers=items)
     except OSError as error:
         raise LoraError(f"{folder} cannot be used for checkpoints: {first_line(error)}.") from error
 
@@ -137,6 +138,14 @@ def read_arrays(manager: Any, step: int, like: Mapping[str, jax.Array]) -> dict[
     return manager.restore(step, args=ocp.args.Composite(arrays=args)).arrays
 
 
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what killed and failed saves have left half written."""
+    if jax.process_index() == 0:
+        for entry in folder.iterdir():
+            if _UNFINISHED.match(entry.name):
+                shutil.rmtree(entry, ignore_errors=True)
+
+
 def remove_deleted(folder: Path) -> None:
     """Remove the checkpoints that were moved away to be deleted, as far as that is possible."""
     if jax.process_index() == 0:
@@ -157,7 +166,7 @@ def check_folder(folder: str | Path) -> Path:
         raise LoraError(f"{folder} cannot be used for checkpoints: {first_line(error)}.") from error
     named = [entry for entry in entries if re.fullmatch(r"step_\d+", entry.name)]
     others = [entry for entry in named if not any((entry / part).is_dir() for part in ITEMS)]
-    unfinished = [entry for entry in entries if re.match(rf"step_\d+\.orbax-checkpoint-tmp|{DELETED}$", entry.name)]
+    unfinished = [entry for entry in entries if _UNFINISHED.match(entry.name) or entry.name == DELETED]
     if others or (entries and not (named or unfinished)):
         raise LoraError(
             f"{folder} exists and holds {(others or entries)[0].name}, which is no checkpoint; all is left as it is. "
