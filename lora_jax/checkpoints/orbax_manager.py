@@ -141,7 +141,7 @@ def read_arrays(manager: Any, step: int, like: Mapping[str, jax.Array]) -> dict[
 def _remove_unfinished(folder: Path) -> None:
     """Remove what killed and failed saves have left half written."""
     if jax.process_index() == 0:
-        for entry in folder.iterdir():
+        for entry in folder.glob("step_*"):  # of nothing, where something else has taken the folder's place
             if _UNFINISHED.match(entry.name):
                 shutil.rmtree(entry, ignore_errors=True)
 
