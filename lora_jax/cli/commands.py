@@ -37,6 +37,7 @@ from lora_jax.interop.key_map import Entry, KeyMap
 from lora_jax.interop.merge_checkpoint import check_checkpoint, merge_checkpoint, read_tensors
 from lora_jax.interop.model_config import model_facts
 from lora_jax.interop.name_templates import literal
+from lora_jax.interop.peft.dtypes import in_fp32
 from lora_jax.interop.peft.load import CONFIG, load_by_module
 from lora_jax.interop.peft.save import save_peft
 from lora_jax.interop.peft.tied_tables import Tied
@@ -163,7 +164,7 @@ def convert(
     if (adapters / CONFIG).exists():
         found, others, table = load_by_module(adapters)
         if to == "orbax":  # from which training goes on
-            found, others = _in_fp32((found, others))
+            found, others = in_fp32((found, others))
     else:
         found, others = checkpoint.load(adapters)
         if key_map is None and to != "orbax":
@@ -197,7 +198,7 @@ def compose(output: Folder, parts: Annotated[tuple[str, ...], tyro.conf.Position
         if others:
             raise LoraError(f"{folder} also holds {next(iter(others))!r} whole, which no sum of adapters expresses.")
         dtypes += [array.dtype for array in jax.tree.leaves(adapters)]
-        sums.append(({path: adapter.to_lora() or adapter for path, adapter in _in_fp32(adapters).items()}, weight))
+        sums.append(({path: adapter.to_lora() or adapter for path, adapter in in_fp32(adapters).items()}, weight))
         table += own
     combined = combine(sums)
     save_peft(output, combined, table, dtype=jnp.result_type(*dtypes))
@@ -294,11 +295,6 @@ def diff(
 
 
 # What the commands share ----------------------------------------------------------------------------------------------
-
-
-def _in_fp32(tree: Any) -> Any:
-    """Return the same adapters and arrays in fp32 or wider."""
-    return jax.tree.map(lambda array: array.astype(jnp.promote_types(array.dtype, jnp.float32)), tree)
 
 
 def _rank(adapter: Adapter) -> int | None:

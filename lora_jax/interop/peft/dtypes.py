@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core.arrays import accumulator
 from lora_jax.core.errors import LoraError
 from lora_jax.interop.key_map import Array
 
@@ -13,6 +15,11 @@ from lora_jax.interop.key_map import Array
 def widened(array: Array) -> Array:
     """Return an array of a thin dtype in fp32, which holds all of its values, and others as they are."""
     return array.astype(np.float32) if array.dtype.itemsize < 4 else array
+
+
+def in_fp32(tree: Any) -> Any:
+    """Return the same adapters and arrays with numbers of fp32 or wider."""
+    return jax.tree.map(lambda array: array.astype(accumulator(array.dtype)), tree)
 
 
 def times(array: Array, factor: float) -> Array:

@@ -39,8 +39,7 @@ def residuals(
         module = name.removesuffix(parts[0].entry.suffix)
         if kind == "array" or module not in modules:
             continue
-        if kind not in _MODULES[start]:
-            raise LoraError(f"{module} is of the kind {kind!r}, which PEFT does not start with {start!r}.")
+        _check_kind(start, module, kind)
         indices = {p.path: next(i for i, tensor in p.tensors().items() if tensor == name) for p in parts}
         pieces = [match.to_torch(array(match.path)[match.where(indices[match.path])]) for match in parts]
         whole = np.concatenate(pieces, axis=parts[0].output_axis(2))
@@ -63,10 +62,15 @@ def first_factors(start: str, module: str, kind: str, w: Array, rank: int, scale
     Raises:
         LoraError: PEFT has no such start for a module of this kind; what the start raises.
     """
-    if kind not in _MODULES[start]:
-        raise LoraError(f"{module} is of the kind {kind!r}, which PEFT does not start with {start!r}.")
+    _check_kind(start, module, kind)
     started = _started(start, module, w, rank, scale)[1][module]
     return np.asarray(started.a), np.asarray(started.b)
+
+
+def _check_kind(start: str, module: str, kind: str) -> None:
+    """Raise if PEFT has no such start for a module of this kind."""
+    if kind not in _MODULES[start]:
+        raise LoraError(f"{module} is of the kind {kind!r}, which PEFT does not start with {start!r}.")
 
 
 def _residual(start: str, module: str, w: Array, rank: int, scale: float) -> Array:

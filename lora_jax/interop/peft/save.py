@@ -4,9 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-
 from lora_jax.adapters.arguments import check_dtype
 from lora_jax.adapters.full import FullAdapter
 from lora_jax.adapters.token_rows import RowsAdapter
@@ -19,7 +16,7 @@ from lora_jax.core.text import printable
 from lora_jax.interop.key_map import Array, KeyMap
 from lora_jax.interop.peft.biases import biases_to_tensors
 from lora_jax.interop.peft.config import entries_of, with_more
-from lora_jax.interop.peft.dtypes import cast
+from lora_jax.interop.peft.dtypes import cast, in_fp32
 from lora_jax.interop.peft.experts import names_in_files
 from lora_jax.interop.peft.files import LORALIB, PREFIX, WEIGHTS, format_of, write_folder
 from lora_jax.interop.peft.full_weights import rest_of_modules, whole_to_tensors, with_base
@@ -87,7 +84,7 @@ def save_peft(
         refuse_to_save_one_end([*of_one_end, *whole], key_map, params)
     if dtype is not None:
         check_dtype("save_peft", dtype)
-        adapters = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), dict(adapters))
+        adapters = in_fp32(dict(adapters))
     if profile == "loralib":
         if config:
             raise LoraError(f"profile='loralib' has no config, found config={short(dict(config))}: leave it out.")
