@@ -37,7 +37,7 @@ from lora_jax.training.preconditioners import lora_fa, lora_fa_gradient, riemann
 from lora_jax.training.step import LossScale, TrainState, jit_step, pmap_step, shard_map_step, train_step
 from lora_jax.training.value_and_grad import value_and_grad
 from lora_jax.transform.apply import lora_apply
-from lora_jax.transform.merge import merge
+from lora_jax.transform.merge import merge, unmerge
 from lora_jax.transform.plan import plan
 
 __all__ = [
@@ -111,6 +111,7 @@ __all__ = [
     "starts",
     "train_step",
     "trainable_mask",
+    "unmerge",
     "value_and_grad",
     "with_dropout",
 ]

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,9 +54,20 @@ class Case:
 
 
 def trained(adapters: Any, key: int) -> Any:
-    """Adapters as training leaves them: nothing zero any more."""
+    """Adapters as training leaves them: nothing zero any more, and what is frozen as it was."""
     leaves, tree = jax.tree.flatten(adapters)
-    return tree.unflatten([a + jnp.asarray(0.3 * normal((key, i), a.shape), a.dtype) for i, a in enumerate(leaves)])
+    i = itertools.count()
+    return tree.unflatten(
+        [
+            a + jnp.asarray(0.3 * normal((key, next(i)), a.shape), a.dtype) if is_trained else a
+            for a, is_trained in zip(leaves, jax.tree.leaves(lora.trainable_mask(adapters)), strict=True)
+        ]
+    )
+
+
+def add(number: float, adapters: Any) -> Any:
+    """Adapters with a number added to all that is trained."""
+    return jax.tree.map(lambda a, is_trained: a + number if is_trained else a, adapters, lora.trainable_mask(adapters))
 
 
 def normal(seed: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:

@@ -153,7 +153,7 @@ def test_damaged_files(tmp_path):
     assert_trees_equal(checkpoint.load(tmp_path / "a")[0], adapters)
 
 
-@pytest.mark.parametrize("gone", ["scale", "axes", "kind"])
+@pytest.mark.parametrize("gone", ["axes", "kind"])
 def test_a_description_that_lacks_something(tmp_path, gone):
     checkpoint.save(tmp_path / "a", CASE.adapters(RULES["lora"]))
     file = tmp_path / "a" / "description" / "metadata"

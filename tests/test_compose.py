@@ -17,7 +17,7 @@ def test_a_sum_is_the_sum_of_changes(case):
     """Of several ranks and scales; where one part has no adapter, the other one counts."""
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), case.params())  # of changes alone
     one, other = case.adapters(RULES["lora"], key=1), case.adapters(RULES["lora"], key=2)
-    other = {path: dataclasses.replace(adapter, scale=-1.75) for path, adapter in other.items()}
+    other = {path: dataclasses.replace(adapter, ratio=-1.75) for path, adapter in other.items()}
     *_, missing = other
     del other[missing]
 

@@ -34,18 +34,22 @@ def scanned(params, x):
 
 
 def by_hand(params, adapters, x, scan):
+    scales = {name: jax.lax.stop_gradient(adapter.scale) for name, adapter in adapters.items()}
+    factors = {name: (adapter.a, adapter.b) for name, adapter in adapters.items()}
+
     def layer(x, of):
-        p, a = of
+        p, factors = of
 
         def dense(name, x):
-            return x @ p[name] + (x @ a[name].a) @ (a[name].b * a[name].scale)
+            a, b = factors[name]
+            return x @ p[name] + (x @ a) @ (b * scales[name])
 
         return block(dense, x), None
 
     if scan:
-        return jax.lax.scan(layer, x, (params, adapters))[0].sum()
+        return jax.lax.scan(layer, x, (params, factors))[0].sum()
     for i in range(LAYERS):
-        x, _ = layer(x, jax.tree.map(lambda leaf, i=i: leaf[i], (params, adapters)))
+        x, _ = layer(x, jax.tree.map(lambda leaf, i=i: leaf[i], (params, factors)))
     return x.sum()
 
 

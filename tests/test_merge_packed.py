@@ -145,13 +145,13 @@ FORMATS_AND_NONE = {**FORMATS, "dense": None}
 
 
 @pytest.mark.parametrize("format", FORMATS_AND_NONE)
-@pytest.mark.parametrize("what", ["a", "b", "scale"])
+@pytest.mark.parametrize("what", ["a", "b", "ratio"])
 def test_adapters_that_are_not_finite_are_refused_before_any_work(format, what):
     """Whatever is donated is still there."""
     base = bases.quantize({"v": normal((64, 20)), "w": normal((64, 20))}, {".*": FORMATS_AND_NONE[format]})
     sound = adapter((64, 20))
     for number in (np.nan, np.inf):
-        factor = number if what == "scale" else getattr(sound, what).at[0, 0].set(number)
+        factor = number if what == "ratio" else getattr(sound, what).at[0, 0].set(number)
         broken = dataclasses.replace(sound, **{what: factor})
         with pytest.raises(lora.LoraError, match="'w' holds NaN or infinity once its adapter is merged"):
             bases.merge(base, {"v": sound, "w": broken}, donate=True)

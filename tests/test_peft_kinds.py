@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import twins
+from helpers import add
 from safetensors.numpy import save_file
 from test_export import published, tensors_in
 from test_peft import (
@@ -196,7 +197,7 @@ def test_adalora_of_modules_with_other_ranks_and_scales(tmp_path):
     params = case("adalora")[0]
     adapters, _ = lora.load_peft(DATA / "adalora", params, MLP)
     one = adapters["lin1/kernel"]
-    adapters["lin1/kernel"] = dataclasses.replace(one, a=one.a[:, :2], e=one.e[:2], b=one.b[:2], scale=-0.7)
+    adapters["lin1/kernel"] = dataclasses.replace(one, a=one.a[:, :2], e=one.e[:2], b=one.b[:2], ratio=-0.7)
     lora.save_peft(tmp_path / "out", adapters, MLP)
     config = config_of(tmp_path / "out")
     assert config["rank_pattern"] == {"lin0.lora_E": [True] * 3, "lin1.lora_E": [True, True, False]}
@@ -334,7 +335,7 @@ def test_lora_bias_is_of_all_modules(tmp_path):
     """A module without a trained bias gets zeros; a plan has its biases as it has them."""
     params, ids, _ = case("lora")
     plan = lora.plan(twins.mlp, params, ids, rules={"lin./kernel": lora.Lora(2, 3), "lin0/bias": lora.Full()})
-    adapters = jax.tree.map(lambda a: a + 0.3, lora.init(jax.random.key(0), params, plan))
+    adapters = add(0.3, lora.init(jax.random.key(0), params, plan))
     lora.save_peft(tmp_path / "out", adapters, MLP)
     tensors = tensors_of(tmp_path / "out")
     np.testing.assert_array_equal(tensors[P + "lin1.lora_B.bias"], np.zeros(4))

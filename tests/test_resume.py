@@ -373,7 +373,7 @@ def test_another_base(tmp_path, change):
 def other_states():
     wider = lora.plan(CASE.fn, CASE.params(), CASE.input(), rules={"w.*": lora.Lora(rank=5)})
     adapters = lora.init(jax.random.key(3), CASE.params(), wider)
-    scaled = {path: dataclasses.replace(a, scale=9.0) for path, a in new().trainable["adapters"].items()}
+    scaled = {path: dataclasses.replace(a, ratio=9.0) for path, a in new().trainable["adapters"].items()}
     fewer = {"w1": CASE.adapters(RULES["lora"], key=5)["w1"]}
     adam = optax.adam(1e-2)
 

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from lora_jax.cli import main
 
 REPLACING = [name for name, writer in WRITERS.items() if writer.foreign]
 ALL = [*WRITERS]
+PATIENCE = 120  # seconds for a process to say its next word, on a machine however busy
 ALONE = [name for name in ALL if name != "loralib"]  # which is the writer of "peft" with one file
 
 
@@ -439,26 +441,33 @@ class Server:
             "JAX_COMPILATION_CACHE_DIR": str(compiled),  # what one process compiled, the next ones read
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "OPENBLAS_NUM_THREADS": "1",  # a fork of several threads may wait for ever for a lock that one of them had
         }
         command = [sys.executable, str(here / "writers.py")]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
         )
 
     def order(self, name, folder, count, first, saves, limit=0):
         """Begin; return the processes."""
-        self.process.stdin.write("\t".join(map(str, (name, folder, count, first, saves, limit))) + "\n")
+        self.process.stdin.write(("\t".join(map(str, (name, folder, count, first, saves, limit))) + "\n").encode())
         self.said = []
         return [int(word) for word in self.wait_for("pids")[1:]]
 
     def wait_for(self, word):
         """Read on until a line begins with this word."""
-        for line in self.process.stdout:
+        while line := self.next_line():
             words = line.split(" ", 2)
             self.said.append([word.strip() for word in words] if words[0] != "pids" else line.split())
             if self.said[-1][0] == word:
                 return self.said[-1]
         raise AssertionError(f"the server ended: {self.said}")
+
+    def next_line(self):
+        """The next line, or an error with all that was said where none comes."""
+        ready, *_ = select.select([self.process.stdout], [], [], PATIENCE)
+        assert ready, f"nothing in {PATIENCE} seconds after {self.said}"
+        return self.process.stdout.readline().decode()
 
     def numbers(self, word):
         """The versions of which this was said."""
@@ -468,9 +477,13 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     found = Server(tmp_path_factory.mktemp("compiled"))
-    with found.process:
-        yield found
-        found.process.stdin.close()
+    yield found
+    found.process.stdin.close()
+    try:
+        found.process.wait(timeout=PATIENCE)
+    finally:
+        found.process.kill()
+        found.process.stdout.close()
 
 
 def kill_often(server, name, place, times):

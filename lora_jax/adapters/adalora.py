@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Factored
 from lora_jax.adapters.lora import Lora, LoraAdapter
+from lora_jax.adapters.scaled import OF_RATIO, Scaled
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.arrays import matmul_highest
 from lora_jax.core.axes import KernelAxes
@@ -39,22 +40,22 @@ class AdaLora(Lora):
 
 @register_kind("adalora")
 @dataclass(frozen=True)
-class AdaLoraAdapter(Factored):
+class AdaLoraAdapter(Scaled, Factored):
     """The factors of one weight's change, scale * A diag(e) B."""
 
     a: jax.Array  # [*stack, *inputs, r]
     e: jax.Array  # [*stack, r]
     b: jax.Array  # [*stack, r, *outputs]
     axes: KernelAxes = field(metadata={"static": True})
-    scale: float = field(metadata={"static": True})
+    ratio: Any  # f32 [2]
 
     layout = MappingProxyType(
-        {"a": ("stack", "inputs", "rank"), "e": ("stack", "rank"), "b": ("stack", "rank", "outputs")}
+        {"a": ("stack", "inputs", "rank"), "e": ("stack", "rank"), "b": ("stack", "rank", "outputs"), "ratio": OF_RATIO}
     )
 
     def to_lora(self) -> LoraAdapter:
         e = self.e.reshape(*self.e.shape, *[1] * len(self.axes.outputs))
-        return LoraAdapter(self.a, e * self.b, self.axes, self.scale)
+        return LoraAdapter(self.a, e * self.b, self.axes, self.ratio)
 
 
 def orthogonality(adapters: Mapping[str, Adapter]) -> jax.Array:

@@ -57,13 +57,16 @@ def _weighted(path: str, adapter: LoraAdapter, weight: float) -> LoraAdapter:
             f"{path!r} holds infinity or NaN, in the part with the weight {weight}: no sum of it has a meaning. "
             "Take the adapters of an earlier checkpoint."
         )
-    scaled = dataclasses.replace(adapter, scale=adapter.scale * weight)
-    if abs(scaled.scale) > float(jnp.finfo(jnp.float32).max) or not _is_finite(jnp.asarray(scaled.b) * scaled.scale):
+    if isinstance(adapter.ratio, jax.core.Tracer):
+        return dataclasses.replace(adapter, ratio=adapter.scale * weight)
+    scale = float(adapter.scale) * weight
+    fits = abs(scale) <= float(jnp.finfo(jnp.float32).max)
+    if not (fits and _is_finite(jnp.asarray(adapter.b) * scale)):
         raise LoraError(
-            f"{path!r} with the weight {weight} has numbers that {scaled.b.dtype.name} cannot hold: the scale is "
-            f"{scaled.scale:.3g}. Give a smaller weight, or adapters of a wider dtype."
+            f"{path!r} with the weight {weight} has numbers that {adapter.b.dtype.name} cannot hold: the scale is "
+            f"{scale:.3g}. Give a smaller weight, or adapters of a wider dtype."
         )
-    return scaled
+    return dataclasses.replace(adapter, ratio=scale)
 
 
 def _is_finite(array: Any) -> bool:
@@ -78,7 +81,7 @@ def _sum(path: str, adapters: Sequence[LoraAdapter]) -> LoraAdapter:
     n = len(first.axes.stack)
     turned = [_like(path, first, adapter) for adapter in adapters]
     a = jnp.concatenate([adapter.a for adapter in turned], axis=-1)
-    b = jnp.concatenate([adapter.b * adapter.scale for adapter in turned], axis=n)
+    b = jnp.concatenate([adapter.b * jnp.asarray(adapter.scale, adapter.b.dtype) for adapter in turned], axis=n)
     return LoraAdapter(a, b, first.axes, 1.0)
 
 

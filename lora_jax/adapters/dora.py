@@ -19,6 +19,7 @@ from jax import lax
 from lora_jax.adapters.lora import Lora
 from lora_jax.adapters.low_rank import LowRank, add_low_rank
 from lora_jax.adapters.output_scaled import OutputScaled, along_outputs
+from lora_jax.adapters.scaled import OF_RATIO, Scaled
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
@@ -39,7 +40,7 @@ class Dora(Lora):
 
     def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> Adapter:
         factors = self.factors(key, w.shape, axes)
-        return DoraAdapter(factors.a, factors.b, _lengths(w, factors.lower(w)), axes, factors.scale)
+        return DoraAdapter(factors.a, factors.b, _lengths(w, factors.lower(w)), axes, factors.ratio)
 
     def flops(self, shape: tuple[int, ...], axes: KernelAxes, rows: tuple[int, int]) -> int:
         stack, d, k = axes.fans(shape)
@@ -48,27 +49,32 @@ class Dora(Lora):
 
 @register_kind("dora")
 @dataclass(frozen=True)
-class DoraAdapter(Adapter):
+class DoraAdapter(Scaled):
     """The factors and lengths of one weight. In a program it is an `OutputScaled` LoRA."""
 
     a: jax.Array  # [*stack, *inputs, r]
     b: jax.Array  # [*stack, r, *outputs]
     m: jax.Array  # [*stack, *outputs]
     axes: KernelAxes = field(metadata={"static": True})
-    scale: float = field(metadata={"static": True})
+    ratio: Any  # f32 [2]
 
     reads_weight = True
     layout = MappingProxyType(
-        {"a": ("stack", "inputs", "rank"), "b": ("stack", "rank", "outputs"), "m": ("stack", "outputs")}
+        {
+            "a": ("stack", "inputs", "rank"),
+            "b": ("stack", "rank", "outputs"),
+            "m": ("stack", "outputs"),
+            "ratio": OF_RATIO,
+        }
     )
 
     def merge(self, w: jax.Array) -> jax.Array:
-        v = add_low_rank(w, self.a, self.b, self.axes, self.scale)
+        v = add_low_rank(w, self.a, self.b, self.axes, self.ratio)
         n = jnp.sqrt(jnp.sum(jnp.square(lax.stop_gradient(v)), axis=self.axes.inputs, keepdims=True))
         return along_outputs(length_gain(self.m.astype(w.dtype), _as_m(n, self.axes)), self.axes) * v
 
     def lower(self, w: jax.Array) -> OutputScaled:
-        factors = LowRank(self.a, self.b, self.axes, self.scale)
+        factors = LowRank(self.a, self.scaled(self.b), self.axes)
         return OutputScaled(factors, length_gain(self.m, _lengths(w, factors)), self.axes)
 
 
@@ -79,8 +85,8 @@ def length_gain(m: jax.Array, n: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, inline=True)  # weights of equal shapes share a trace
 def _lengths(w: jax.Array, factors: LowRank) -> jax.Array:
-    """Return n [*stack, *outputs] without forming a value of W's shape; no gradient passes it."""
-    axes, scale, n = factors.axes, factors.scale, len(factors.axes.stack)
+    """Return n [*stack, *outputs], the scale being in B, without forming a value of W's shape; no gradient passes it."""
+    axes, n = factors.axes, len(factors.axes.stack)
     w, a, b = lax.stop_gradient((w, factors.a, factors.b))
     wide = accumulator(w.dtype, a.dtype)
     stack, inputs, each = tuple(range(n)), tuple(range(n, a.ndim - 1)), (*axes.stack, *axes.outputs)
@@ -97,15 +103,15 @@ def _lengths(w: jax.Array, factors: LowRank) -> jax.Array:
     # XLA's CPU backend fails for most shapes of bf16 here, and multiplies in fp32 in any case.
     aw = lax.platform_dependent(a, w, cpu=thin, default=lambda a, w: thin(a.astype(w.dtype), w))
     aab = dot(dot(a, a, (inputs, inputs), (stack, stack)), b, ((n + 1,), (n,)), (stack, stack))
-    mixed, change = (jnp.sum(b * term, axis=n) for term in (2 * scale * aw, scale * scale * aab))
+    mixed, change = (jnp.sum(b * term, axis=n) for term in (2 * aw, aab))
     n2 = squares + mixed + change
     cancels = jnp.any(n2 < CANCELS * (squares + change))
-    n2 = lax.cond(cancels, lambda: _squares_in_blocks(w, a, b, axes, scale), lambda: n2)
+    n2 = lax.cond(cancels, lambda: _squares_in_blocks(w, a, b, axes), lambda: n2)
     return jnp.sqrt(jnp.maximum(n2, 0))
 
 
-def _squares_in_blocks(w: jax.Array, a: jax.Array, b: jax.Array, axes: KernelAxes, scale: float) -> jax.Array:
-    """Return the sums of squares [*stack, *outputs] of W + scale A B, of which one block of inputs is formed at a time.
+def _squares_in_blocks(w: jax.Array, a: jax.Array, b: jax.Array, axes: KernelAxes) -> jax.Array:
+    """Return the sums of squares [*stack, *outputs] of W + A B, of which one block of inputs is formed at a time.
 
     A block has every m-th input, so that inputs that are split over devices stay where they are.
     """
@@ -118,7 +124,7 @@ def _squares_in_blocks(w: jax.Array, a: jax.Array, b: jax.Array, axes: KernelAxe
     def squares(j: Any) -> jax.Array:
         part, of_part = (lax.dynamic_index_in_dim(x, j, i + 1, keepdims=False) for x, i in ((w, axis), (a, of_a)))
         change = lax.dot_general(of_part, b, (contracted, (stack, stack)), precision="highest")
-        v = part.astype(b.dtype) + scale * change.transpose(axes.from_canonical())
+        v = part.astype(b.dtype) + change.transpose(axes.from_canonical())
         return _as_m(jnp.sum(jnp.square(v), axis=axes.inputs, keepdims=True), axes)
 
     return lax.fori_loop(1, m, lambda j, total: total + squares(j), squares(0))

@@ -52,7 +52,8 @@ class Compact(Factored):
 
     def kernel_shape(self) -> tuple[int, ...]:
         sizes = dict(zip((*self.axes.inputs, *self.axes.outputs), (*self.inputs, *self.outputs), strict=True))
-        stacks = {name: array.shape[: len(self.axes.stack)] for name, array in self.arrays().items()}
+        n, arrays = len(self.axes.stack), self.arrays()
+        stacks = {name: array.shape[:n] for name, array in arrays.items() if "stack" in self.layout[name]}
         if len(set(stacks.values())) > 1:
             raise LoraError(f"is not of one piece: its stacked axes are {stacks}.")
         sizes |= zip(self.axes.stack, next(iter(stacks.values())), strict=True)

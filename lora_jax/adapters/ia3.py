@@ -70,7 +70,7 @@ class Ia3Adapter(Adapter):
         n = len(self.axes.stack)
         a = jnp.zeros((*self.gain.shape[:n], *self.inputs, 0), self.gain.dtype)
         b = jnp.zeros((*self.gain.shape[:n], 0, *self.gain.shape[n:]), self.gain.dtype)
-        return OutputScaled(LowRank(a, b, self.axes, 1.0), self.gain, self.axes)
+        return OutputScaled(LowRank(a, b, self.axes), self.gain, self.axes)
 
     def kernel_shape(self) -> tuple[int, ...]:
         sizes = (*self.gain.shape, *self.inputs)

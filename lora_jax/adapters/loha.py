@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.factored import Factored
 from lora_jax.adapters.lora import Lora, LoraAdapter
+from lora_jax.adapters.scaled import OF_RATIO, Scaled
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.kinds import register_kind
@@ -31,7 +32,7 @@ class Loha(Lora):
         first, second = (self.factors(k, w.shape, axes) for k in (one, two))
         stack, _, outputs = axes.sizes(w.shape)
         turned = self.init_a(three, (*stack, *outputs, self.rank), self.rank, self.dtype)
-        return LohaAdapter(first.a, jnp.moveaxis(turned, -1, len(stack)), second.a, second.b, axes, first.scale)
+        return LohaAdapter(first.a, jnp.moveaxis(turned, -1, len(stack)), second.a, second.b, axes, first.ratio)
 
     def flops(self, shape: tuple[int, ...], axes: KernelAxes, rows: tuple[int, int]) -> int:
         return int(self.rank) * super().flops(shape, axes, rows)  # type: ignore[arg-type]
@@ -39,7 +40,7 @@ class Loha(Lora):
 
 @register_kind("loha")
 @dataclass(frozen=True)
-class LohaAdapter(Factored):
+class LohaAdapter(Scaled, Factored):
     """The factors of one weight's change, scale * (A1 B1) * (A2 B2)."""
 
     a1: jax.Array  # [*stack, *inputs, r]
@@ -47,7 +48,7 @@ class LohaAdapter(Factored):
     a2: jax.Array
     b2: jax.Array
     axes: KernelAxes = field(metadata={"static": True})
-    scale: float = field(metadata={"static": True})
+    ratio: Any  # f32 [2]
 
     layout = MappingProxyType(
         {
@@ -55,6 +56,7 @@ class LohaAdapter(Factored):
             "b1": ("stack", "rank", "outputs"),
             "a2": ("stack", "inputs", "rank"),
             "b2": ("stack", "rank", "outputs"),
+            "ratio": OF_RATIO,
         }
     )
 
@@ -63,5 +65,5 @@ class LohaAdapter(Factored):
         a = self.a1[..., :, None] * self.a2[..., None, :]
         b = jnp.expand_dims(self.b1, n + 1) * jnp.expand_dims(self.b2, n)
         return LoraAdapter(
-            a.reshape(*a.shape[:-2], -1), b.reshape(*b.shape[:n], -1, *b.shape[n + 2 :]), self.axes, self.scale
+            a.reshape(*a.shape[:-2], -1), b.reshape(*b.shape[:n], -1, *b.shape[n + 2 :]), self.axes, self.ratio
         )

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.factored import Compact
+from lora_jax.adapters.factored import Compact, CompactOperand
 from lora_jax.adapters.lora import Lora, LoraAdapter
+from lora_jax.adapters.scaled import OF_RATIO, Scaled
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.arrays import accumulator, matmul_highest
 from lora_jax.core.axes import KernelAxes
@@ -77,18 +78,20 @@ class Lokr(Lora):
 
 @register_kind("lokr")
 @dataclass(frozen=True)
-class LokrAdapter(Compact):
+class LokrAdapter(Scaled, Compact):
     """The factors of one weight's change, scale * W1 (x) (A B); without B, scale * W1 (x) A."""
 
     w1: jax.Array  # [*stack, p, q]
     a: jax.Array  # [*stack, m, r], or W2 [*stack, m, n]
     axes: KernelAxes = field(metadata={"static": True})
-    scale: float = field(metadata={"static": True})
+    ratio: Any  # f32 [2], or None for 1
     inputs: tuple[int, ...] = field(metadata={"static": True})
     outputs: tuple[int, ...] = field(metadata={"static": True})
     b: jax.Array | None = None  # [*stack, r, n]
 
-    layout = MappingProxyType({"w1": ("stack", "p", "q"), "a": ("stack", "m", "r"), "b": ("stack", "r", "n")})
+    layout = MappingProxyType(
+        {"w1": ("stack", "p", "q"), "a": ("stack", "m", "r"), "b": ("stack", "r", "n"), "ratio": OF_RATIO}
+    )
 
     def to_lora(self) -> LoraAdapter:
         """Return W1 (x) A B as (W1 (x) A) (I (x) B), of rank q r; where B is missing it is the unit matrix."""
@@ -98,11 +101,18 @@ class LokrAdapter(Compact):
         unit = jnp.eye(q, dtype=b.dtype).reshape(*[1] * len(stack), q, 1, q, 1)
         b = unit * jnp.broadcast_to(b, (*stack, *b.shape[-2:]))[..., None, :, None, :]
         a, b = a.reshape(*stack, *self.inputs, q * r), b.reshape(*stack, q * r, *self.outputs)
-        return LoraAdapter(a, b, self.axes, self.scale)
+        return LoraAdapter(a, b, self.axes, 1.0 if self.ratio is None else self.ratio)
+
+    def lower(self, w: Any) -> CompactOperand:
+        """Convert to the operand, in which W1 has the scale."""
+        return CompactOperand(dataclasses.replace(self, w1=self._scaled_w1(), ratio=None), self.axes)
+
+    def _scaled_w1(self) -> jax.Array:
+        return self.w1 if self.ratio is None else self.scaled(self.w1)
 
     def merge(self, w: jax.Array) -> jax.Array:
         w2 = self.a if self.b is None else matmul_highest(self.a, self.b)
-        delta = self.scale * self.w1[..., :, None, :, None] * w2[..., None, :, None, :]
+        delta = self._scaled_w1()[..., :, None, :, None] * w2[..., None, :, None, :]
         delta = delta.reshape(*self.w1.shape[:-2], *self.inputs, *self.outputs)
         return w + delta.transpose(self.axes.from_canonical()).astype(w.dtype)
 
@@ -112,7 +122,7 @@ class LokrAdapter(Compact):
             return super().apply(product)
         n, x, y = len(self.axes.stack), product.x, product.y
         stack, tokens, sides = y.shape[:n], product.token_axes(), (self.w1.shape[-2], self.a.shape[-2])
-        w1 = self.w1.astype(accumulator(self.w1.dtype)) * self.scale
+        w1 = self._scaled_w1()
 
         def times(h: jax.Array, w: jax.Array) -> jax.Array:
             """Return h [*s, *T, rows, i] @ w [*s, i, j]."""

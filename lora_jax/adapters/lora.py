@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Self
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from lora_jax.adapters import initializers
 from lora_jax.adapters.arguments import check_dtype, check_rank, is_usable_alpha, rank_above
 from lora_jax.adapters.low_rank import LowRank, add_low_rank
+from lora_jax.adapters.scaled import OF_RATIO, Scaled
 from lora_jax.adapters.stacked_rule import StackedRule
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.axes import KernelAxes
@@ -104,26 +106,26 @@ class RsLora(Lora):
 
 @register_kind("lora")
 @dataclass(frozen=True)
-class LoraAdapter(Adapter):
+class LoraAdapter(Scaled):
     """The factors of one weight's change, scale * A B."""
 
     a: jax.Array  # [*stack, *inputs, r]
     b: jax.Array  # [*stack, r, *outputs]
     axes: KernelAxes = field(metadata={"static": True})
-    scale: float = field(metadata={"static": True})
+    ratio: Any  # f32 [2]
 
-    layout = LowRank.layout
+    layout = MappingProxyType({**LowRank.layout, "ratio": OF_RATIO})
 
     def merge(self, w: jax.Array) -> jax.Array:
-        return add_low_rank(w, self.a, self.b, self.axes, self.scale)
+        return add_low_rank(w, self.a, self.b, self.axes, self.ratio)
 
     def lower(self, w: Any) -> LowRank:
-        return LowRank(self.a, self.b, self.axes, self.scale)
+        return LowRank(self.a, self.scaled(self.b), self.axes)
 
     def to_lora(self) -> "LoraAdapter":
         return self
 
     def transpose(self) -> "LoraAdapter":
         """Return the adapter of W with inputs and outputs exchanged, as a table that is also a head needs it."""
-        other = LowRank(self.a, self.b, self.axes, self.scale).transpose()
-        return LoraAdapter(other.a, other.b, other.axes, other.scale)
+        other = LowRank(self.a, self.b, self.axes).transpose()
+        return LoraAdapter(other.a, other.b, other.axes, self.ratio)

@@ -21,7 +21,7 @@ class LoraFa(Lora):
 
     def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> "LoraFaAdapter":
         factors = self.factors(key, w.shape, axes)
-        return LoraFaAdapter(factors.a, factors.b, axes, factors.scale)
+        return LoraFaAdapter(factors.a, factors.b, axes, factors.ratio)
 
 
 @register_kind("lora_fa")
@@ -29,10 +29,10 @@ class LoraFa(Lora):
 class LoraFaAdapter(LoraAdapter):
     """The factors of one weight's change, of which B alone is trained."""
 
-    frozen = ("a",)
+    frozen = ("a", "ratio")
 
     def lower(self, w: Any) -> LowRank:
-        return LowRank(jax.lax.stop_gradient(self.a), self.b, self.axes, self.scale)
+        return LowRank(jax.lax.stop_gradient(self.a), self.scaled(self.b), self.axes)
 
     def merge(self, w: jax.Array) -> jax.Array:
         return self.lower(w).merge(w)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.joined_factors import side_by_side, stacked
+from lora_jax.adapters.scaled import times_ratio
 from lora_jax.core.arrays import accumulator, matmul_highest
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.operand import Leaf
@@ -19,29 +20,28 @@ from lora_jax.core.products import Product, lowrank
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowRank(Leaf):
-    """The factors of one weight's change, scale * A B. A rank of 0 is no change."""
+    """The factors of one weight's change, A B, the scale being in B. A rank of 0 is no change."""
 
     a: jax.Array  # [*stack, *inputs, r]
     b: jax.Array  # [*stack, r, *outputs]
     axes: KernelAxes = field(metadata={"static": True})
-    scale: float = field(metadata={"static": True})
 
     layout = MappingProxyType({"a": ("stack", "inputs", "rank"), "b": ("stack", "rank", "outputs")})
 
     def merge(self, w: jax.Array) -> jax.Array:
-        return add_low_rank(w, self.a, self.b, self.axes, self.scale)
+        return add_low_rank(w, self.a, self.b, self.axes)
 
     def apply(self, product: Product) -> jax.Array:
         if self.a.shape[-1] == 0:
             return product.y
-        y, delta = product.y, lowrank(product, self.a, self.b, self.scale)
+        y, delta = product.y, lowrank(product, self.a, self.b)
         wide = accumulator(y.dtype, delta.dtype)
         return (y.astype(wide) + delta.astype(wide)).astype(y.dtype)
 
     def transpose(self) -> "LowRank":
         n = len(self.axes.stack)
         a, b = jnp.moveaxis(self.b, n, -1), jnp.moveaxis(self.a, -1, n)
-        return LowRank(a, b, self.axes.transpose(), self.scale)
+        return LowRank(a, b, self.axes.transpose())
 
     def scale_by(self, factor: jax.Array) -> "LowRank":
         return dataclasses.replace(self, b=self.b * factor.astype(self.b.dtype))
@@ -52,21 +52,22 @@ class LowRank(Leaf):
         if axis in self.axes.inputs:
             joined = self.transpose().concatenate([p and p.transpose() for p in parts], sizes, axis)
             return joined and joined.transpose()
-        n, pairs = len(self.axes.stack), [p and (p.a, p.b * p.scale) for p in parts]
+        n, pairs = len(self.axes.stack), [p and (p.a, p.b) for p in parts]
         if axis in self.axes.stack:
             a, b = stacked(pairs, sizes, n, self.axes.stack.index(axis))
         else:
             a, b = side_by_side(pairs, sizes, n, n + 1 + self.axes.outputs.index(axis))
-        return LowRank(a, b, self.axes, 1.0)
+        return LowRank(a, b, self.axes)
 
 
-def add_low_rank(w: jax.Array, a: jax.Array, b: jax.Array, axes: KernelAxes, scale: float) -> jax.Array:
-    """Return W + scale A B with W's own axes and dtype; a [*stack, *inputs, r], b [*stack, r, *outputs]."""
+def add_low_rank(w: jax.Array, a: jax.Array, b: jax.Array, axes: KernelAxes, ratio: Any = None) -> jax.Array:
+    """Return W + s A B with W's own axes and dtype; a [*stack, *inputs, r], b [*stack, r, *outputs], s of a ratio."""
     if a.shape[-1] == 0:
         return w
     n = len(axes.stack)
     a = a.reshape(*a.shape[:n], -1, a.shape[-1])
     b = b.reshape(*b.shape[: n + 1], -1)
-    delta = matmul_highest(a.astype(w.dtype), b.astype(w.dtype)) * scale
+    delta = matmul_highest(a.astype(w.dtype), b.astype(w.dtype))
+    delta = delta if ratio is None else times_ratio(delta, ratio)
     stack, inputs, outputs = axes.sizes(w.shape)
     return w + delta.reshape(stack + inputs + outputs).transpose(axes.from_canonical())

@@ -95,8 +95,8 @@ class RowsAdapter(Adapter):
         change = self.values - now.astype(self.values.dtype)  # [n, d]
         which = jax.nn.one_hot(np.array(self.indices), self.size, dtype=change.dtype)  # [n, size]
         if self.axes.inputs == (self.axis,):
-            return LowRank(which.T, change, self.axes, 1.0)
-        return LowRank(change.T, which, self.axes, 1.0)
+            return LowRank(which.T, change, self.axes)
+        return LowRank(change.T, which, self.axes)
 
     def specs(self, spec: jax.P) -> "RowsAdapter":
         return self.replace_arrays(lambda *_: jax.P(None, spec[1 - self.axis]))

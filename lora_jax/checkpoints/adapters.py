@@ -111,4 +111,6 @@ def _rebuild(path: str, facts: dict[str, Any], arrays: dict[str, jax.Array]) -> 
     static = {name: facts[name] for name in field_names(KINDS[kind], static=True) if name in facts}
     static = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in static.items()}
     static["axes"] = KernelAxes(*map(tuple, static["axes"]))
+    if "scale" in facts:  # of folders that are older than `ratio`
+        arrays = {"ratio": jnp.asarray([facts["scale"], 1], jnp.float32)} | arrays
     return KINDS[kind](**arrays, **static)

@@ -115,8 +115,15 @@ def describe_adapters(state: Any, rules: Mapping[str, str]) -> dict[str, dict[st
         if is_adapter(node):
             path = jax.tree_util.keystr(keys, simple=True, separator="/")
             rule = rules.get(getattr(keys[-1], "key", path)) if keys else None
-            found[path] = json.loads(json.dumps(describe_adapter(node))) | {"rule": rule}
+            found[path] = json.loads(json.dumps(describe_adapter(node))) | _scale_of(node) | {"rule": rule}
     return found
+
+
+def _scale_of(adapter: Any) -> dict[str, float]:
+    """Return the scale of an adapter that has one, so that no run goes on with another alpha."""
+    ratio = adapter.arrays().get("ratio")
+    known = isinstance(ratio, jax.Array | np.ndarray) and ratio.shape == (2,)
+    return {"scale": float(np.divide(*np.asarray(ratio)))} if known else {}
 
 
 def digest(facts: dict[str, Any]) -> str:

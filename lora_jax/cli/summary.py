@@ -58,5 +58,5 @@ def _summary(path: str, kind: str, adapter: LoraAdapter) -> WeightSummary:
     _, d, k = adapter.axes.fans(adapter.kernel_shape())
     rank = adapter.a.shape[-1]
     a, b = np.asarray(adapter.a).reshape(*stack, d, rank), np.asarray(adapter.b).reshape(*stack, rank, k)
-    change = spectrum(a, b, adapter.scale)
-    return WeightSummary(path, kind, (d, k), math.prod(stack), rank, adapter.scale, change)
+    scale = float(adapter.scale)
+    return WeightSummary(path, kind, (d, k), math.prod(stack), rank, scale, spectrum(a, b, scale))

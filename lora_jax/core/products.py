@@ -166,15 +166,15 @@ def _masked(x: jax.Array, mask: jax.Array, probability: float) -> jax.Array:
     return jnp.where(mask, x / jnp.asarray(probability, x.dtype), jnp.zeros((), x.dtype))
 
 
-def lowrank(product: Product, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """Return scale * x @ A @ B, computed from left to right, so that nothing of A B's shape exists.
+def lowrank(product: Product, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return x @ A @ B, computed from left to right, so that nothing of A B's shape exists.
 
     a is [*stack, *inputs, r] and b [*stack, r, *outputs]. The result has y's shape and at least fp32 (x's dtype for
     convolutions).
 
     The factors are used in x's dtype, matrix products accumulate in fp32, and gradients keep the factors' own dtype.
-    The scale meets B, in fp32 or wider: no product over tokens is touched again, and none overflows fp16 by it.
+    B has the scale, in fp32 or wider: no product over tokens is touched again, and none overflows fp16 by it.
     x @ A is named `lora_h` for the policies of `jax.checkpoint`: keeping it costs r/d of x and saves a pass over x.
     """
     h = checkpoint_name(product.contract(a).astype(product.x.dtype), "lora_h")
-    return product.expand(h, b if scale == 1.0 else b.astype(accumulator(b.dtype, h.dtype)) * scale)
+    return product.expand(h, b)

@@ -85,8 +85,9 @@ class Plan(Mapping[str, Target]):
     def __str__(self) -> str:
         rows, parameters, memory = [], 0, 0
         for target in self.targets.values():
-            arrays = jax.tree.leaves(target.abstract())
-            n = sum(math.prod(a.shape) for a in arrays)
+            adapter = target.abstract()
+            arrays = jax.tree.leaves(adapter)
+            n = sum(math.prod(array.shape) for name, array in adapter.arrays().items() if name not in adapter.frozen)
             nbytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
             parameters, memory = parameters + n, memory + nbytes
             rows.append(

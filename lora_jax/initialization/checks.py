@@ -54,12 +54,10 @@ def _check_adapter(path: str, adapter: LoraAdapter) -> None:
         raise LoraError(f"the adapter for {path!r} {error} lora.init makes one that fits.") from None
     if problem := rank_above(adapter.a.shape[-1], d, k):
         raise LoraError(f"{path!r}: {problem}.")
-    if not math.isfinite(adapter.scale) or adapter.scale == 0:
-        raise LoraError(
-            f"{path!r} has the scale {adapter.scale}, expected a finite number other than 0: set its alpha."
-        )
     for name, factor in (("A", adapter.a), ("B", adapter.b)):
         check_numbers(f"{name} of {path!r}", factor)
+    if not math.isfinite(scale := float(adapter.scale)) or not scale:
+        raise LoraError(f"{path!r} has the scale {scale}, expected a finite number other than 0: set its alpha.")
     with jax.ensure_compile_time_eval():
         started = bool(jnp.any(adapter.b != 0))
     if started:

@@ -58,7 +58,7 @@ def corda(
         rank, count = adapter.a.shape[-1], min(w.shape[1:])
         which = slice(rank) if mode == "instruction" else slice(count - rank, count)
         u, values, vt = svd(matmul_highest(c, w), which)
-        return balanced_factors(matmul_highest(inverse, u), values, vt, adapter.scale)
+        return balanced_factors(matmul_highest(inverse, u), values, vt, float(adapter.scale))
 
     return rebase(params, weights, adapters, factors)
 

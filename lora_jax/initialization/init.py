@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
@@ -43,7 +44,8 @@ def init(key: jax.Array, params: Any, plan: Plan, shardings: Any = None) -> dict
 
     def draw(key: jax.Array, read: dict[str, Any]) -> dict[str, Adapter]:
         given = shapes | read
-        return {path: t.rule.init(path_key(key, path), unpacked(given[path]), t.axes) for path, t in plan.items()}
+        drawn = {path: t.rule.init(path_key(key, path), unpacked(given[path]), t.axes) for path, t in plan.items()}
+        return jax.tree.map(jnp.asarray, drawn)
 
     if shardings is None and on_mesh(weights):
         shardings = adapter_shardings(plan, params)

@@ -56,7 +56,7 @@ def loftq(
         for _ in range(iterations):
             packed[path], _ = pack_there(format, rest, stacks[path], jnp.dtype(format.dtype or w.dtype))
             lost = to_matrices(w, axes) - to_matrices(packed[path].dense(), axes)
-            factors = balanced_factors(*svd(lost, slice(rank)), adapter.scale)
+            factors = balanced_factors(*svd(lost, slice(rank)), float(adapter.scale))
             started[path] = with_factors(path, adapter, *factors)
             rest = placed(subtract(w, started[path]).astype(w.dtype), w)
     return with_weights(params, packed), started

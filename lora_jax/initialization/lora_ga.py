@@ -83,7 +83,7 @@ def lora_ga(
         if scale == "weight_svd":
             top, own = jnp.linalg.norm(w, 2, axis=(-2, -1)), values.max(-1)
             return a, b * jnp.where(own > 0, top / jnp.where(own > 0, own, 1), 1)[:, None, None]
-        return (a / adapter.scale, b / adapter.scale) if scale == "gd_scale" else (a, b)
+        return (a / float(adapter.scale), b / float(adapter.scale)) if scale == "gd_scale" else (a, b)
 
     return rebase(params, weights, adapters, factors)
 

@@ -48,7 +48,7 @@ def pissa(
     def factors(path: str, adapter: LoraAdapter, w: jax.Array) -> Factors:
         rank = adapter.a.shape[-1]
         if key is None or iterations is None:
-            return balanced_factors(*svd(w, slice(rank)), adapter.scale)
-        return balanced_factors(*randomised_svd(path_key(key, path), w, rank, iterations), adapter.scale)
+            return balanced_factors(*svd(w, slice(rank)), float(adapter.scale))
+        return balanced_factors(*randomised_svd(path_key(key, path), w, rank, iterations), float(adapter.scale))
 
     return rebase(params, weights, adapters, factors)

@@ -51,7 +51,7 @@ def rebase(
 
 def subtract(w: jax.Array, adapter: LoraAdapter) -> jax.Array:
     """Return W - s A B in fp32 or wider, with A and B as stored: what rounding them loses stays in the base."""
-    return dataclasses.replace(adapter, scale=-adapter.scale).merge(to_fp32(w))
+    return dataclasses.replace(adapter, ratio=-adapter.scale).merge(to_fp32(w))
 
 
 def with_weights(params: Any, weights: Mapping[str, Any]) -> Any:

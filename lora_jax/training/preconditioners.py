@@ -42,7 +42,7 @@ def riemannian(reg: float = 1e-2) -> optax.GradientTransformation:
     """
     check_positive("riemannian", "reg", reg, 1e-2)
 
-    def precondition(gradients: Factors, factors: Factors, scale: float) -> Factors:
+    def precondition(gradients: Factors, factors: Factors, ratio: Any) -> Factors:
         (grad_a, grad_b), (a, b) = gradients, factors
         for_a, for_b = _inverse(matmul_highest(b, b.mT), reg), _inverse(matmul_highest(a.mT, a), reg)
         return matmul_highest(grad_a, for_a), matmul_highest(for_b, grad_b)
@@ -82,11 +82,17 @@ def lora_fa_gradient(dtype: Any = jnp.float32) -> optax.GradientTransformation:
     def rounded(x: jax.Array) -> jax.Array:  # a compiler may remove a cast there and back, but not this
         return jax.lax.reduce_precision(x, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
 
-    def precondition(gradients: Factors, factors: Factors, scale: float) -> Factors:
+    def precondition(gradients: Factors, factors: Factors, ratio: Any) -> Factors:
         (grad_a, grad_b), (a, _) = gradients, factors
+        if isinstance(ratio, optax.MaskedNode):
+            raise LoraError(
+                "lora_fa_gradient needs the scale of the adapters, which is masked here: put it before what masks, as in "
+                "optax.chain(lora.lora_fa_gradient(), lora.freeze_base(...)). lora.lora_fa(...) freezes the base itself, "
+                "and needs no lora.freeze_base."
+            )
         inverse = _inverse(matmul_highest(a.mT, a), DAMPING)
         projected = rounded(matmul_highest(rounded(inverse), rounded(grad_b)))
-        return jnp.zeros_like(grad_a), projected / scale**2
+        return jnp.zeros_like(grad_a), projected * (ratio[1] / ratio[0]) ** 2
 
     return _on_pairs("lora_fa_gradient", precondition)
 
@@ -138,8 +144,8 @@ def lora_fa(
     )
 
 
-def _on_pairs(call: str, precondition: Callable[[Factors, Factors, float], Factors]) -> optax.GradientTransformation:
-    """Make a transformation that maps `precondition(gradients, factors, scale)` over every pair of factors, in fp32."""
+def _on_pairs(call: str, precondition: Callable[[Factors, Factors, Any], Factors]) -> optax.GradientTransformation:
+    """Make a transformation that maps `precondition(gradients, factors, ratio)` over every pair of factors, in fp32."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
@@ -155,7 +161,7 @@ def _on_pairs(call: str, precondition: Callable[[Factors, Factors, float], Facto
 
 
 def _update(
-    call: str, precondition: Callable[[Factors, Factors, float], Factors], path: str, gradient: Any, adapter: Any
+    call: str, precondition: Callable[[Factors, Factors, Any], Factors], path: str, gradient: Any, adapter: Any
 ) -> Any:
     """Return the preconditioned gradient of one leaf; of what is no pair of factors, its gradient as it is."""
     arrays = jax.tree.leaves((gradient.a, gradient.b)) if isinstance(adapter, LoraAdapter) else []
@@ -167,10 +173,10 @@ def _update(
             f"optax.chain(lora.{call}(), optax.partition(...))."
         )
     try:
-        LoraAdapter(adapter.a, adapter.b, adapter.axes, adapter.scale).kernel_shape()
+        LoraAdapter(adapter.a, adapter.b, adapter.axes, 1.0).kernel_shape()
     except LoraError as error:
         raise LoraError(f"{call}: the adapter {path!r} {error}") from None
-    found = precondition(_matrices(gradient), _matrices(adapter), adapter.scale)
+    found = precondition(_matrices(gradient), _matrices(adapter), adapter.ratio)
     a, b = (new.reshape(old.shape).astype(old.dtype) for new, old in zip(found, arrays, strict=True))
     return dataclasses.replace(gradient, a=a, b=b)
 

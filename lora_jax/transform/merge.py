@@ -6,31 +6,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.adapter_checks import check_adapters
 from lora_jax.core.aliases import Uses, same
-from lora_jax.core.arrays import accumulator, concrete, placed
+from lora_jax.core.arrays import accumulator, concrete, describe, placed
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import as_given, is_packed, unpacked
-from lora_jax.core.paths import flatten_with_names
+from lora_jax.core.paths import flatten_with_names, nearest
 
 
-def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False) -> Any:
+def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False, keep: bool = False) -> Any:
     """Return the parameters with W' in the place of each adapted W: same tree, dtypes and shardings.
 
     A packed weight that is adapted becomes an array; `lora.bases.merge` packs it again.
     Computed in fp32 (or better) and cast once to W's dtype. `params` are left as they are: keep them, and there is
-    no need to ever take a merge back, which rounding makes inexact. Two leaves that are one array, with adapters that
-    are one too, are merged once and stay one array.
+    no need to ever take a merge back. Subtracting the change again would be inexact, for W' was rounded; `lora.unmerge`
+    puts back what `keep` kept. Two leaves that are one array, with adapters that are one too, are merged once and stay
+    one array.
 
     Args:
         donate: each merged weight takes the memory of the weight itself, one after the other on its own devices: for
             models of which there is no room for two. The adapted leaves of `params` are gone afterwards, except where
             another leaf lies in the same memory and is still needed, as a tied weight of which one name is adapted.
+        keep: return `(merged, kept)`, the latter for `lora.unmerge`: `{path: W}` of the adapted weights, bit by bit.
+            They are the very arrays of `params`; with `donate`, which reuses these, copies in the memory of the host.
 
     Raises:
-        LoraError: an adapter has no weight, or does not fit it; `donate` of what is no array on a device.
+        LoraError: an adapter has no weight, or does not fit it; `donate` of what is no array on a device; `keep` and
+            `donate` of arrays that are spread over several hosts.
     """
     names, leaves, treedef = flatten_with_names(params)
     check_adapters(adapters, names, leaves)
@@ -40,6 +45,11 @@ def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False)
                 f"merge(donate=True) takes the memory of arrays on devices, but {name!r} is a {type(leaf).__name__}: "
                 "leave donate out."
             )
+    kept = {
+        name: _on_host(name, leaf) if donate else leaf
+        for name, leaf in zip(names, leaves, strict=True)
+        if keep and name in adapters
+    }
     work = {
         name: (same(leaf), same(adapters[name])) for name, leaf in zip(names, leaves, strict=True) if name in adapters
     }
@@ -54,7 +64,55 @@ def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False)
             done[work[name]] = change(leaf, adapters[name])
         return done[work[name]]
 
-    return treedef.unflatten([merged(name, leaf) for name, leaf in zip(names, leaves, strict=True)])
+    result = treedef.unflatten([merged(name, leaf) for name, leaf in zip(names, leaves, strict=True)])
+    return (result, kept) if keep else result
+
+
+def unmerge(merged: Any, kept: Mapping[str, Any]) -> Any:
+    """Return the parameters before `lora.merge(params, adapters, keep=True)`, bit by bit.
+
+    Args:
+        merged, kept: what that returned. `merged` may be on other devices by now: weights go where theirs are.
+
+    Raises:
+        LoraError: `merged` has no such path, or another shape or dtype there: it is not what was merged.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params = {"w": jnp.full((4, 4), 0.3, jnp.bfloat16)}
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, jnp.ones((1, 4), jnp.bfloat16), rules={"w": lora.Lora(rank=2)})
+    >>> adapters = jax.tree.map(lambda array: array + 0.1, lora.init(jax.random.key(0), params, plan))
+    >>> merged, kept = lora.merge(params, adapters, keep=True)
+    >>> bool((lora.unmerge(merged, kept)["w"] == params["w"]).all())
+    True
+    """
+    names, leaves, treedef = flatten_with_names(merged)
+    found = dict(zip(names, leaves, strict=True))
+    for path, w in kept.items():
+        if path not in found:
+            near = ", ".join(map(repr, nearest(path, names)))
+            raise LoraError(f"{path!r} was kept, but `merged` has no such path; the nearest are {near}.")
+        if tuple(found[path].shape) != tuple(w.shape) or (not is_packed(w) and found[path].dtype != w.dtype):
+            raise LoraError(
+                f"{path!r} was kept as {describe(w)}, but `merged` has {describe(found[path])} there: give what "
+                "lora.merge(..., keep=True) returned."
+            )
+
+    def back(name: str, leaf: Any) -> Any:
+        if name not in kept:
+            return as_given(leaf)
+        w = kept[name]
+        return jax.device_put(w, leaf.sharding) if isinstance(w, np.ndarray) and concrete(leaf) else as_given(w)
+
+    return treedef.unflatten([back(name, leaf) for name, leaf in zip(names, leaves, strict=True)])
+
+
+def _on_host(name: str, w: jax.Array) -> np.ndarray:
+    if not w.is_fully_addressable:
+        raise LoraError(
+            f"merge(donate=True, keep=True) copies weights to this host, but {name!r} is spread over several: leave "
+            "donate out."
+        )
+    return np.array(w)  # a copy: on the CPU the array itself would be given away
 
 
 def _merge(leaf: Any, adapter: Adapter) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.adapters.scaled import OF_RATIO
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError, short
 from lora_jax.core.layout import Layout
@@ -86,6 +87,8 @@ def _adapter(
     parts = {index: format.rescaled(module, scale).arrays for index, module in found.items()}
     arrays: dict[str, jax.Array | None] = {}
     for field, layout in format.adapter.layout.items():
+        if layout == OF_RATIO:
+            continue  # which the config says
         own = {index: part[field] for index, part in parts.items() if field in part}
         arrays[field] = jnp.asarray(_stack(match, own, layout, parts)) if own else None
     return format.build(match, arrays, scale, shared)

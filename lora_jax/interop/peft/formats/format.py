@@ -5,14 +5,15 @@ transposed. Between a file and the adapters, `Module` holds them in torch's layo
 """
 
 import abc
+import dataclasses
 import re
 from collections.abc import Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
+from lora_jax.adapters.scaled import as_ratio
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
-from lora_jax.core.layout import field_names
 from lora_jax.core.text import printable
 from lora_jax.interop.key_map import Array, ParameterMatch
 from lora_jax.interop.peft.dtypes import times
@@ -323,9 +324,15 @@ class Format(abc.ABC):
         self, match: ParameterMatch, arrays: Mapping[str, Any], scale: float, shared: Mapping[str, Any]
     ) -> Adapter:
         """Return the adapter of a parameter with these arrays."""
-        known = {"axes": match.axes, "scale": scale, "inputs": match.sizes_of("in"), "outputs": match.sizes_of("out")}
+        known = {
+            "axes": match.axes,
+            "ratio": as_ratio(scale),
+            "inputs": match.sizes_of("in"),
+            "outputs": match.sizes_of("out"),
+        }
         known |= shared
-        return self.adapter(**arrays, **{name: known[name] for name in field_names(self.adapter, static=True)})
+        fields = [field.name for field in dataclasses.fields(self.adapter)]  # type: ignore[arg-type]
+        return self.adapter(**{name: known[name] for name in fields if name in known}, **arrays)
 
     def holds(self, adapters: Mapping[str, Adapter], matches: Matches) -> bool:
         """Return whether a folder of this format can hold all of these adapters as they are."""

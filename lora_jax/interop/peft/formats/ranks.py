@@ -36,6 +36,6 @@ def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def alpha_of(scale: float, rank: float) -> int | float:
-    """Return scale * rank; where alpha was a whole number, alpha / rank * rank need not be one."""
+    """Return scale * rank; where alpha was a whole number, alpha / rank * rank need not be one, and scales are fp32."""
     alpha = scale * rank
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=2**-23) else alpha

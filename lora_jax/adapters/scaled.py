@@ -1,0 +1,63 @@
+"""The scale of a kind's change, alpha / r: data of the adapter, and never trained.
+
+One compiled program then serves adapters of any alpha, and adapters of several can be stacked.
+"""
+
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax.core.adapter import Adapter
+from lora_jax.core.arrays import accumulator
+from lora_jax.core.layout import Layout
+
+OF_RATIO: Layout = ("ratio",)
+
+
+class Scaled(Adapter):
+    """An adapter whose change is a product of its arrays times `scale`.
+
+    The scale is kept as two numbers of which only the quotient counts: weight decay, which shrinks all that is
+    optimized by one factor, leaves it as it is even where no mask does.
+    """
+
+    ratio: Any  # f32 [2], such as alpha and r; when an adapter is made by hand, the scale itself
+    frozen: ClassVar[tuple[str, ...]] = ("ratio",)
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None and np.ndim(self.ratio) == 0 and self._has_arrays():
+            object.__setattr__(self, "ratio", as_ratio(self.ratio))
+
+    def _has_arrays(self) -> bool:
+        """Return whether this is an adapter, and no tree of its form that holds masks, labels or norms."""
+        others = (getattr(self, name) for name in self.layout if name != "ratio")
+        return all(array is None or getattr(array, "ndim", 0) > 0 for array in others)
+
+    @property
+    def scale(self) -> Any:
+        """Return the scale, an fp32 scalar."""
+        return self.ratio[..., 0] / self.ratio[..., 1]
+
+    def scaled(self, array: jax.Array) -> jax.Array:
+        """Return scale * array, in fp32 or wider: the smallest factor takes the scale."""
+        if isinstance(self.ratio, np.ndarray) and self.scale == 1:
+            return array
+        return times_ratio(array, self.ratio)
+
+
+def as_ratio(scale: Any) -> Any:
+    """Return a scale as its adapter keeps it."""
+    if isinstance(scale, jax.Array):
+        return jnp.stack([scale, jnp.ones_like(scale)], -1).astype(jnp.float32)
+    return np.array([scale, 1], np.float32)
+
+
+@functools.partial(jax.jit, inline=True)  # one operation of an eager call, and none of its own in a trace
+def times_ratio(array: jax.Array, ratio: Any) -> jax.Array:
+    """Return an array times ratio[0] / ratio[1], in fp32 or wider. No gradient reaches the ratio."""
+    ratio = lax.stop_gradient(jnp.asarray(ratio, accumulator(array.dtype)))
+    return array.astype(ratio.dtype) * (ratio[0] / ratio[1])
