@@ -65,6 +65,12 @@ def trained(adapters: Any, key: int) -> Any:
     )
 
 
+def trained_leaves(tree: Any) -> list[Any]:
+    """The arrays of adapters, or of their gradients, that are trained."""
+    marks = jax.tree.leaves(lora.trainable_mask(tree))
+    return [leaf for leaf, is_trained in zip(jax.tree.leaves(tree), marks, strict=True) if is_trained]
+
+
 def add(number: float, adapters: Any) -> Any:
     """Adapters with a number added to all that is trained."""
     return jax.tree.map(lambda a, is_trained: a + number if is_trained else a, adapters, lora.trainable_mask(adapters))

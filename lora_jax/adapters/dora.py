@@ -85,7 +85,7 @@ def length_gain(m: jax.Array, n: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, inline=True)  # weights of equal shapes share a trace
 def _lengths(w: jax.Array, factors: LowRank) -> jax.Array:
-    """Return n [*stack, *outputs], the scale being in B, without forming a value of W's shape; no gradient passes it."""
+    """Return n [*stack, *outputs] without forming a value of W's shape; no gradient passes it. B has the scale."""
     axes, n = factors.axes, len(factors.axes.stack)
     w, a, b = lax.stop_gradient((w, factors.a, factors.b))
     wide = accumulator(w.dtype, a.dtype)

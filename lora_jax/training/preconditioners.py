@@ -86,9 +86,9 @@ def lora_fa_gradient(dtype: Any = jnp.float32) -> optax.GradientTransformation:
         (grad_a, grad_b), (a, _) = gradients, factors
         if isinstance(ratio, optax.MaskedNode):
             raise LoraError(
-                "lora_fa_gradient needs the scale of the adapters, which is masked here: put it before what masks, as in "
-                "optax.chain(lora.lora_fa_gradient(), lora.freeze_base(...)). lora.lora_fa(...) freezes the base itself, "
-                "and needs no lora.freeze_base."
+                "lora_fa_gradient needs the scale of the adapters, which is masked here: put it before what masks, as "
+                "in optax.chain(lora.lora_fa_gradient(), lora.freeze_base(...)). lora.lora_fa(...) freezes the base "
+                "itself, and needs no lora.freeze_base."
             )
         inverse = _inverse(matmul_highest(a.mT, a), DAMPING)
         projected = rounded(matmul_highest(rounded(inverse), rounded(grad_b)))

@@ -79,7 +79,8 @@ def unmerge(merged: Any, kept: Mapping[str, Any]) -> Any:
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"w": jnp.full((4, 4), 0.3, jnp.bfloat16)}
-    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, jnp.ones((1, 4), jnp.bfloat16), rules={"w": lora.Lora(rank=2)})
+    >>> x = jnp.ones((1, 4), jnp.bfloat16)
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Lora(rank=2)})
     >>> adapters = jax.tree.map(lambda array: array + 0.1, lora.init(jax.random.key(0), params, plan))
     >>> merged, kept = lora.merge(params, adapters, keep=True)
     >>> bool((lora.unmerge(merged, kept)["w"] == params["w"]).all())
