@@ -37,7 +37,7 @@ def first_match(
     {'head/bias': 4, 'head/kernel': 8}
     """
     known = dict.fromkeys(names)
-    matched = {pattern: _matching(pattern, known, call) for pattern in rules}
+    matched = {pattern: matching(pattern, known, call) for pattern in rules}
     chosen: dict[str, T] = {}
     for pattern, found in matched.items():
         fresh = [name for name in found if name not in chosen]
@@ -53,8 +53,12 @@ def first_match(
     return {name: chosen[name] for name in names if name in chosen}
 
 
-def _matching(pattern: str, names: Mapping[str, None], call: str) -> list[str]:
-    """Return the names that a pattern matches as a whole. A pattern that is a name, as many are, is looked up."""
+def matching(pattern: str, names: Mapping[str, None], call: str = "") -> list[str]:
+    """Return the names that a pattern matches as a whole. A pattern that is a name, as many are, is looked up.
+
+    Raises:
+        LoraError: it is no regular expression.
+    """
     try:
         if _NAME.fullmatch(pattern):
             return [pattern] if pattern in names else []

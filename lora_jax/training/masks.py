@@ -1,6 +1,7 @@
 """Masks and labels of trees for optax: which arrays are trained, which decay, and which optimizer each one has."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from lora_jax.core.errors import LoraError
 from lora_jax.core.layout import field_names
 from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import flatten_with_names
-from lora_jax.core.patterns import first_match
+from lora_jax.core.patterns import first_match, matching
 from lora_jax.core.text import listed
 
 
@@ -38,12 +39,39 @@ def trainable_mask(tree: Any) -> Any:
     return mark(tree, lambda *_: True, lambda _: True, frozen=False)
 
 
+def map_frozen(change: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Return a tree with `change(array, *others)` in the place of each array that an adapter never trains.
+
+    Args:
+        change: makes an array of that of the tree, and those at the same place of the other trees.
+        tree: that holds adapters.
+        others: like it.
+    """
+
+    def node(at: Any, *others: Any) -> Any:
+        if not is_adapter(at):
+            return at
+        mask = trainable_mask(at)
+        return jax.tree.map(lambda trained, *arrays: arrays[0] if trained else change(*arrays), mask, at, *others)
+
+    return jax.tree.map(node, tree, *others, is_leaf=is_adapter)
+
+
 def freeze_base(
     optimizer: optax.GradientTransformation, mask: Any | Callable[[Any], Any] = trainable_mask
 ) -> optax.GradientTransformationExtraArgs:
     """Apply an optimizer to the arrays that `mask` marks; the others get zero updates and have no optimizer state.
 
-    `optax.masked` alone would pass on the gradients of the others as their updates.
+    `optax.masked` alone would pass on the gradients of the others as their updates. Without this function there are two
+    more ways to say the same:
+
+        optax.partition(
+            {"train": optimizer, "freeze": optax.set_to_zero()}, lambda tree: lora.labels(tree, {".*": "train"})
+        )
+        optax.chain(
+            optax.masked(optimizer, lora.trainable_mask),
+            optax.masked(optax.set_to_zero(), lambda tree: jax.tree.map(operator.not_, lora.trainable_mask(tree))),
+        )
 
     Args:
         optimizer: any optax transformation.
@@ -61,8 +89,9 @@ def freeze_base(
 def labels(tree: Any, rules: Mapping[str, str], default: str | None = None) -> Any:
     """Return the same tree of labels, for `optax.partition`: that of the first pattern that matches an array's path.
 
-    Arrays that an adapter never trains are labelled "freeze", whatever the patterns say. So are those of the base of
-    the tree's adapters (as for `trainable_mask`), unless a pattern matches them: the default is not for them.
+    What `trainable_mask` marks as frozen is labelled "freeze": the arrays that an adapter never trains, whatever the
+    patterns say, and those of the base of the tree's adapters. Patterns that match anything trained, and the default,
+    are not for the base; one that matches arrays of the base alone is.
 
     Args:
         tree: what is optimized: adapters, or any tree that holds them.
@@ -88,7 +117,11 @@ def labels(tree: Any, rules: Mapping[str, str], default: str | None = None) -> A
     trained = [name for name, found in zip(names, marks, strict=True) if found == "train"]
     open_to = [name for name, found in zip(names, marks, strict=True) if found != "freeze"]
     hint = "A pattern stands for a whole path, that of an adapter and the field; the nearest are"
-    chosen = first_match(rules, open_to, call="labels: ", one="trained array", many="arrays", hint=hint)
+    known = dict.fromkeys(trained)
+    for_base = {pattern: label for pattern, label in rules.items() if not matching(pattern, known, "labels: ")}
+    others = {pattern: label for pattern, label in rules.items() if pattern not in for_base}
+    first = functools.partial(first_match, call="labels: ", one="trained array", many="arrays", hint=hint)
+    chosen = first(for_base, open_to) | first(others, trained)
     missing = [name for name in trained if name not in chosen]
     if missing and default is None:
         raise LoraError(
