@@ -249,7 +249,7 @@ def all_kinds():
             "base": case.params(), "head": jnp.ones(3)}  # fmt: skip
 
 
-@pytest.mark.parametrize("rules", [{".*": "x"}, {".*w1.*": "y", "head": "x", ".*": "z"}])
+@pytest.mark.parametrize("rules", [{".*": "x"}, {".*w1/b": "y", "head": "x", ".*": "z"}])
 def test_labels_and_mask_freeze_the_same(rules):
     tree = all_kinds()
     marks, found = by_path(trainable_mask(tree)), by_path(labels(tree, rules))
@@ -259,6 +259,8 @@ def test_labels_and_mask_freeze_the_same(rules):
         path for path, trained in marks.items() if not trained
     }
     assert by_path(labels(tree, rules | {"base/w1": "base"}))["base/w1"] == "base", "for what is named by itself"
+    last = by_path(labels(tree, {"adapters/.*": "x", "head": "x", "base/w1": "base", ".*": "rest"}))
+    assert (last["base/w1"], last["base/w2"], last["adapters/lora/w1/a"]) == ("base", "rest", "x")
 
 
 @pytest.mark.parametrize("name", ["adamw", pytest.param("masked", marks=pytest.mark.slow)])

@@ -1,7 +1,6 @@
 """Masks and labels of trees for optax: which arrays are trained, which decay, and which optimizer each one has."""
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from lora_jax.core.errors import LoraError
 from lora_jax.core.layout import field_names
 from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import flatten_with_names
-from lora_jax.core.patterns import first_match, matching
+from lora_jax.core.patterns import first_match
 from lora_jax.core.text import listed
 
 
@@ -90,8 +89,8 @@ def labels(tree: Any, rules: Mapping[str, str], default: str | None = None) -> A
     """Return the same tree of labels, for `optax.partition`: that of the first pattern that matches an array's path.
 
     What `trainable_mask` marks as frozen is labelled "freeze": the arrays that an adapter never trains, whatever the
-    patterns say, and those of the base of the tree's adapters. Patterns that match anything trained, and the default,
-    are not for the base; one that matches arrays of the base alone is.
+    patterns say, and those of the base of the tree's adapters. A pattern that decides on anything trained is not for
+    the base, nor is the default; one that decides on nothing else, as "base/.*/bias" or a last ".*" may, is.
 
     Args:
         tree: what is optimized: adapters, or any tree that holds them.
@@ -115,13 +114,9 @@ def labels(tree: Any, rules: Mapping[str, str], default: str | None = None) -> A
     names, _, treedef = flatten_with_names(tree)
     marks = jax.tree.leaves(mark(tree, lambda *_: "train", lambda _: "train", frozen="freeze", base=lambda _: "base"))
     trained = [name for name, found in zip(names, marks, strict=True) if found == "train"]
-    open_to = [name for name, found in zip(names, marks, strict=True) if found != "freeze"]
+    base = [name for name, found in zip(names, marks, strict=True) if found == "base"]
     hint = "A pattern stands for a whole path, that of an adapter and the field; the nearest are"
-    known = dict.fromkeys(trained)
-    for_base = {pattern: label for pattern, label in rules.items() if not matching(pattern, known, "labels: ")}
-    others = {pattern: label for pattern, label in rules.items() if pattern not in for_base}
-    first = functools.partial(first_match, call="labels: ", one="trained array", many="arrays", hint=hint)
-    chosen = first(for_base, open_to) | first(others, trained)
+    chosen = first_match(rules, trained, base, call="labels: ", one="trained array", many="arrays", hint=hint)
     missing = [name for name in trained if name not in chosen]
     if missing and default is None:
         raise LoraError(

@@ -82,9 +82,9 @@ def accumulate(
         shapes, _ = jax.eval_shape(lambda: one(model_state, jnp.zeros((), jnp.int32), [c[0] for c in cut]))
     except Exception as error:
         error.add_note(
-            f"With microbatches={n} the loss gets parts of the batch, of shapes {[list(c.shape[1:]) for c in cut]}. Mark "
-            "what is no batch, as in lora.Unbatched(class_weights); what a model carries from step to step goes into "
-            "lora.TrainState.create(..., model_state=state)."
+            f"With microbatches={n} the loss gets parts of the batch, of shapes {[list(c.shape[1:]) for c in cut]}. "
+            "Mark what is no batch, as in lora.Unbatched(class_weights); what a model carries from step to step goes "
+            "into lora.TrainState.create(..., model_state=state)."
         )
         raise
     zeros = jax.tree.map(lambda s: vary(jnp.zeros(s.shape, accumulator(s.dtype)), axes), shapes)
