@@ -1,8 +1,8 @@
 """LoRA on a Flax Linen model: a CNN with batch statistics and dropout learns to read digits that lie on their side.
 
 The base reads upright digits, drawn from a bitmap font at any place of a small noisy image. Turned by 90 degrees they
-are nearly new to it. Adapters on its convolutions and on its dense layer are trained in Flax's own `TrainState`, and
-merged into the variables that `model.apply` takes.
+are nearly new to it. Adapters on its convolutions and on its dense layer are trained, and merged into the variables
+that `model.apply` takes. The statistics move with each step: they are the model state of a `lora.TrainState`.
 
     python examples/linen.py
 
@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.training import train_state
 
 import lora_jax as lora
 
@@ -55,26 +54,20 @@ class Reader(nn.Module):
         return nn.Dense(10)(x)
 
 
-class TrainState(train_state.TrainState):
-    statistics: Any  # of BatchNorm: they move in training, but by no gradient
+def train(
+    fn: Any, trained: Any, *frozen: Any, statistics: Any, rate: float, seed: int, turned: bool
+) -> lora.TrainState:
+    """Trains parameters, or adapters beside frozen parameters: what `fn` takes last before the statistics."""
 
+    def loss(trained: Any, frozen: Any, images: jax.Array, digits: jax.Array, *, key: Any, model_state: Any) -> Any:
+        logits, model_state = fn(*frozen, trained, model_state, images, train=True, rngs={"dropout": key})
+        return optax.softmax_cross_entropy_with_integer_labels(logits, digits).mean(), model_state
 
-@jax.jit
-def step(state: TrainState, frozen: Any, images: jax.Array, digits: jax.Array, key: jax.Array) -> TrainState:
-    def loss(trained: Any) -> tuple[jax.Array, Any]:
-        rngs = {"dropout": key}
-        logits, statistics = state.apply_fn(*frozen, trained, state.statistics, images, train=True, rngs=rngs)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, digits).mean(), statistics
-
-    grads, statistics = jax.grad(loss, has_aux=True)(state.params)
-    return state.apply_gradients(grads=grads, statistics=statistics)
-
-
-def train(state: TrainState, *frozen: Any, turned: bool, seed: int) -> TrainState:
-    """Trains what is in `state.params`: parameters, or adapters beside frozen parameters."""
-    rng, key = np.random.default_rng(seed), jax.random.key(seed)
-    for i in range(STEPS):
-        state = step(state, frozen, *new_images(rng, 64, turned), jax.random.fold_in(key, i))
+    optimizer = lora.freeze_base(optax.adam(optax.cosine_decay_schedule(rate, STEPS)))  # of adapters, what is trained
+    state = lora.TrainState.create(trained, optimizer, key=jax.random.key(seed), model_state=statistics)
+    step, rng = lora.jit_step(loss, optimizer), np.random.default_rng(seed)
+    for _ in range(STEPS):
+        state, _ = step(state, frozen, *new_images(rng, 64, turned))
     return state
 
 
@@ -89,30 +82,27 @@ def main() -> dict[str, Any]:
     # fn(params, statistics, images, train=..., rngs=...) -> (logits, statistics)
     model = Reader()
     fn, params, statistics = lora.from_linen(model, model.init(jax.random.key(1), upright))
-    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, STEPS))
-    base = TrainState.create(apply_fn=fn, params=params, tx=optimizer, statistics=statistics)
-    base = train(base, turned=False, seed=2)
-    kept = jax.tree.map(np.array, base.params)
+    base = train(fn, params, statistics=statistics, rate=5e-3, seed=2, turned=False)
+    params, statistics = base.trainable, base.model_state
+    kept = jax.tree.map(np.array, params)
 
     # A convolution is adapted as the matrix that it is, from the pixels and channels of a window to features.
     rule = lora.Lora(rank=4, alpha=8)
-    plan = lora.plan(fn, base.params, base.statistics, turned, rules={".*/kernel": rule})
+    plan = lora.plan(fn, params, statistics, turned, rules={".*/kernel": rule})
     print(plan)
 
     # apply(params, adapters, statistics, images, train=..., rngs=...) -> (logits, statistics)
     apply = lora.lora_apply(fn)
-    adapters = lora.init(jax.random.key(3), base.params, plan)
-    optimizer = lora.freeze_base(optax.adam(optax.cosine_decay_schedule(1e-2, STEPS)))  # moves adapters, nothing else
-    tuned = TrainState.create(apply_fn=apply, params=adapters, tx=optimizer, statistics=base.statistics)
-    tuned = train(tuned, base.params, turned=True, seed=4)
+    adapters = lora.init(jax.random.key(3), params, plan)
+    tuned = train(apply, adapters, params, statistics=statistics, rate=1e-2, seed=4, turned=True)
 
     # The merged weights go where the base's were. The statistics have moved on, and go with them.
-    logits, _ = apply(base.params, tuned.params, tuned.statistics, turned)
-    merged = model.apply({"params": lora.merge(base.params, tuned.params), **tuned.statistics}, turned)
-    own = error(fn(base.params, base.statistics, upright)[0], which)
-    before, after = error(fn(base.params, base.statistics, turned)[0], digits), error(logits, digits)
+    logits, _ = apply(params, tuned.trainable, tuned.model_state, turned)
+    merged = model.apply({"params": lora.merge(params, tuned.trainable), **tuned.model_state}, turned)
+    own = error(fn(params, statistics, upright)[0], which)
+    before, after = error(fn(params, statistics, turned)[0], digits), error(logits, digits)
     difference = float(jnp.abs(logits - merged).max())
-    unchanged = jax.tree.all(jax.tree.map(np.array_equal, base.params, kept))
+    unchanged = jax.tree.all(jax.tree.map(np.array_equal, params, kept))
     print(f"Digits read wrongly: upright {own:.1%}; turned {before:.1%} before, {after:.1%} after.")
     print(f"Adapted and merged logits differ by at most {difference:.0e}; the base is bit-identical: {unchanged}.")
     return {"base": own, "before": before, "after": after, "difference": difference, "unchanged": unchanged}

@@ -93,21 +93,21 @@ def main() -> dict[str, Any]:
     adapters = lora.init(jax.random.key(3), params, plan)
     apply = lora.lora_apply(fn)  # apply(params, adapters, state, ids, train=...) -> (logits, state)
 
-    # Here nothing is changed in place: what a call makes of the state comes back, and goes into the next step.
-    def loss(adapters: Any, params: Any, state: Any, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    # Here nothing is changed in place: what a call makes of the model's state is returned beside the loss, and the
+    # training state takes it to the next step.
+    def loss(adapters: Any, params: Any, key: jax.Array, *, model_state: Any) -> tuple[jax.Array, Any]:
         ids, answers = new_lines(key, side=-1)
-        logits, state = apply(params, adapters, state, ids, train=True)
-        return cross_entropy(logits, answers), {"state": state}
+        logits, model_state = apply(params, adapters, model_state, ids, train=True)
+        return cross_entropy(logits, answers), model_state
 
     adam = lora.freeze_base(optax.adam(optax.cosine_decay_schedule(1e-2, 300)))
-    step, train = lora.jit_step(loss, adam), lora.TrainState.create(adapters, adam)
+    step, train = lora.jit_step(loss, adam), lora.TrainState.create(adapters, adam, model_state=state)
     for i in range(300):
-        train, metrics = step(train, params, state, jax.random.fold_in(jax.random.key(4), i))
-        state = metrics["state"]
+        train, _ = step(train, params, jax.random.fold_in(jax.random.key(4), i))
 
     # The model with merged weights and the new statistics does what the function with adapters does.
-    logits, _ = apply(params, train.trainable, state, ids)
-    nnx.update(model, lora.merge(params, train.trainable), state)
+    logits, _ = apply(params, train.trainable, train.model_state, ids)
+    nnx.update(model, lora.merge(params, train.trainable), train.model_state)
     after, difference = error(logits, answers), float(jnp.abs(logits - model(ids)).max())
     unchanged = jax.tree.all(jax.tree.map(np.array_equal, params, kept))
     print(

@@ -1,6 +1,7 @@
 """Save and load adapters alone, without a training run around them.
 
-`lora.Checkpoints` saves and restores a whole run: adapters, optimizer state and the position of the data.
+`lora.Checkpoints` saves and restores a whole run: adapters, optimizer state and the position of the data. The adapters
+alone can be loaded out of its folder as well: `lora.checkpoint.load("run")`, or `load("run", step=300)`.
 
 >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lora
 >>> params = {"w": jnp.eye(6, 4)}
@@ -13,6 +14,7 @@
 ((6, 2), (3,))
 """
 
-from lora_jax.checkpoints.adapters import load, save
+from lora_jax.checkpoints.adapters import save
+from lora_jax.checkpoints.runs import load
 
 __all__ = ["load", "save"]

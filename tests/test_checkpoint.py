@@ -1,11 +1,15 @@
+import dataclasses
 import json
 import os
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from helpers import MODELS, RULES, assert_trees_equal, eight_devices
+from helpers import KINDS, MODELS, RULES, assert_trees_equal, eight_devices
 
 import lora_jax as lora
 from lora_jax import LoraError, checkpoint
@@ -53,6 +57,111 @@ def test_a_save_that_was_killed_between_its_renames(tmp_path):
         checkpoint.load(tmp_path / "a")
     checkpoint.save(tmp_path / "a", adapters)
     assert_trees_equal(checkpoint.load(tmp_path / "a")[0], adapters)
+
+
+# Out of the checkpoints of a run --------------------------------------------------------------------------------------
+
+
+def run(folder, trainable, steps=(1,), params=None):
+    """A folder of checkpoints, of which each step has other numbers; and what the last of them had."""
+    state = lora.TrainState.create(trainable, optax.adam(0.1), key=jax.random.key(0))
+    with lora.Checkpoints(folder, CASE.params() if params is None else params, {}, every=1) as kept:
+        for step in steps:
+            changed = jax.tree.map(lambda a, step=step: a * jnp.asarray(step, a.dtype), trainable)
+            kept.save(dataclasses.replace(state, step=jnp.int32(step), trainable=changed))
+    return changed
+
+
+def test_adapters_of_a_run(tmp_path):
+    """Without a plan: of the newest step, of another one, of a step's own folder; they merge and apply."""
+    adapters = {"w": CASE.adapters(RULES["gaussian lora"])["w"]}
+    run(tmp_path, adapters, steps=(2, 9, 10))
+    for found, others in (checkpoint.load(tmp_path), checkpoint.load(f"{tmp_path}/step_10")):
+        assert_trees_equal(found, jax.tree.map(lambda a: a * 10, adapters))
+        assert others == {}
+    assert_trees_equal(checkpoint.load(tmp_path, step=9)[0], jax.tree.map(lambda a: a * 9, adapters))
+    lora.lora_apply(CASE.fn)(CASE.params(), found, CASE.input())
+
+
+def test_what_was_trained_beside_adapters_of_a_run(tmp_path):
+    """Adapters deep in a tree have the paths of their weights, packed ones too; what is beside them comes along."""
+    case = next(case for case in MODELS if case.name == "two_layers")
+    adapters = case.adapters(KINDS["dora"])
+    head = {"kernel": jnp.ones((3, 2), jnp.bfloat16), "empty": jnp.zeros((0, 2)), "bias": jnp.zeros(())}
+    params = lora.bases.quantize(case.params(), {"w1": lora.bases.Int8()})  # w2 is plain
+    trained = run(tmp_path / "run", {"deep": [adapters], "head": head}, params=params)
+    found, others = checkpoint.load(tmp_path / "run")
+    assert_trees_equal(found, trained["deep"][0])
+    assert_trees_equal(others, {"head": trained["head"]})
+    checkpoint.save(tmp_path / "again", found, {"head": {"bias": others["head"]["bias"]}})
+
+
+@pytest.mark.slow
+def test_all_kinds_of_a_run(tmp_path):
+    """Several sets for the same weights have the paths that they have in the tree."""
+    case = next(case for case in MODELS if case.name == "two_layers")
+    sets = {name: case.adapters(rule) for name, rule in KINDS.items()}
+    trained = run(tmp_path, sets, params=case.params())
+    expected = {f"{name}/{path}": a for name, adapters in trained.items() for path, a in adapters.items()}
+    assert_trees_equal(checkpoint.load(tmp_path)[0], expected)
+
+
+def test_a_run_with_a_state_of_ones_own(tmp_path):
+    adapters = CASE.adapters(RULES["lora"])
+    with lora.Checkpoints(tmp_path, CASE.params(), {}, every=1) as kept:
+        kept.save(Own(jnp.int32(1), adapters, jnp.ones(3)))
+        kept.wait()
+        assert_trees_equal(checkpoint.load(tmp_path), (adapters, {}))  # also while the run is alive
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Own:
+    step: Any
+    lora: Any
+    moments: Any
+
+
+def test_steps_of_a_run_that_are_not_there(tmp_path):
+    run(tmp_path / "run", CASE.adapters(RULES["lora"]), steps=(1, 3))
+    with pytest.raises(LoraError, match=r"run has no checkpoint of step 2; there are the steps 1, 3\."):
+        checkpoint.load(tmp_path / "run", step=2)
+    checkpoint.save(tmp_path / "a", CASE.adapters(RULES["lora"]))
+    with pytest.raises(LoraError, match=r"a holds no checkpoints of lora.Checkpoints, which have steps: leave `step`"):
+        checkpoint.load(tmp_path / "a", step=2)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the other reads, once one failed
+@pytest.mark.slow
+def test_damaged_files_of_a_run(tmp_path):
+    """Whichever file it is: an error that names the other step, or the right numbers."""
+    adapters, failed = run(tmp_path, CASE.adapters(RULES["lora"]), steps=(1, 2)), 0
+    for damage in damages(tmp_path / "step_2"):
+        try:
+            found, said = checkpoint.load(tmp_path)[0], ""
+        except LoraError as error:
+            found, said = adapters, str(error)
+        assert_trees_equal(found, adapters)
+        assert not said or re.search(r"step 2 is damaged.*lora.checkpoint.load\(folder, step=1\)", said), damage
+        failed += bool(said)
+    assert failed > 10
+    assert_trees_equal(checkpoint.load(tmp_path)[0], adapters)
+
+
+def test_an_edited_description_of_a_run(tmp_path, monkeypatch):
+    run(tmp_path / "a", CASE.adapters(RULES["lora"]), steps=(1, 2))
+    file = tmp_path / "a" / "step_2" / "description" / "metadata"
+    file.write_text(file.read_text().replace('"scale": 1.5', '"scale": 3.5'))
+    with pytest.raises(LoraError, match=r"step 2 is damaged.*description was edited.*load\(folder, step=1\)"):
+        checkpoint.load(tmp_path / "a")
+    monkeypatch.setattr("lora_jax.checkpoints.state_codec.FORMAT", 9)
+    run(tmp_path / "b", CASE.adapters(RULES["lora"]))
+    monkeypatch.undo()
+    with pytest.raises(LoraError, match=r"step 1 has format 9 of lora_jax .*reads 1: update"):
+        checkpoint.load(tmp_path / "b")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_neighbours_are_left_alone(tmp_path):

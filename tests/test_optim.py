@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import twins
+from helpers import KINDS, MODELS, RULES
 from safetensors.numpy import load_file
 
 import lora_jax as lora
@@ -217,6 +219,76 @@ def test_a_mask_may_freeze_a_part_as_a_whole():
         assert (np.asarray(moved[path]) == array).all() == path.startswith("head") | path.endswith(
             ("table", "ratio")
         ), path
+
+
+def by_masks(optimizer):
+    def frozen(tree):
+        return jax.tree.map(operator.not_, trainable_mask(tree))
+
+    return optax.chain(optax.masked(optimizer, trainable_mask), optax.masked(optax.set_to_zero(), frozen))
+
+
+def by_labels(optimizer):
+    parts = {"train": optimizer, "freeze": optax.set_to_zero()}
+    return optax.partition(parts, functools.partial(labels, rules={".*": "train"}))
+
+
+@pytest.mark.parametrize("form", [by_labels, by_masks])
+def test_two_more_ways_to_freeze(form):
+    """They train as `freeze_base` does and leave the rest as it is, bit by bit; `optax.masked` alone does not."""
+    tree, adam = with_base(), optax.adamw(1e-2, weight_decay=0.1)
+    found, expected = (train(way(adam), tree) for way in (form, freeze_base))
+    alone = by_path(train(optax.masked(adam, trainable_mask), tree))
+    assert_close(found, expected, rtol=1e-6)
+    for path, trained in by_path(trainable_mask(tree)).items():
+        moved = np.asarray(by_path(found)[path]) != by_path(tree)[path]
+        assert moved.all() if trained else not moved.any(), path
+        assert trained or (np.asarray(alone[path]) != by_path(tree)[path]).any()
+
+
+def all_kinds():
+    """Adapters of each kind, each for the same base, and a head."""
+    case = next(case for case in MODELS if case.name == "two_layers")
+    adapters = {name: {"w1": case.adapters(rule)["w1"]} for name, rule in (RULES | KINDS).items()}
+    dropped = lora.with_dropout(adapters["lora"], jax.random.key(0), 0.1)
+    return {"adapters": {**adapters, "dropped": dropped, "gain": {"w1": everything()["adapters"]["gain"]}},
+            "base": case.params(), "head": jnp.ones(3)}  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", [{".*": "x"}, {".*w1/b": "y", "head": "x", ".*": "z"}])
+def test_labels_and_mask_freeze_the_same(rules):
+    tree = all_kinds()
+    marks, found = by_path(trainable_mask(tree)), by_path(labels(tree, rules))
+    assert {path: label != "freeze" for path, label in found.items()} == marks
+    assert not any(trained for path, trained in marks.items() if path.startswith("base/"))
+    assert {"adapters/lora_fa/w1/a", "adapters/gain/w1/table"} <= {
+        path for path, trained in marks.items() if not trained
+    }
+    assert by_path(labels(tree, rules | {"base/w1": "base"}))["base/w1"] == "base", "for what is named by itself"
+    last = by_path(labels(tree, {"adapters/.*": "x", "head": "x", "base/w1": "base", ".*": "rest"}))
+    assert (last["base/w1"], last["base/w2"], last["adapters/lora/w1/a"]) == ("base", "rest", "x")
+
+
+@pytest.mark.parametrize("name", ["adamw", pytest.param("masked", marks=pytest.mark.slow)])
+def test_a_step_never_moves_frozen_arrays(name):
+    """Whatever the optimizer does: decay all of them, or pass gradients on as updates."""
+    adam = optax.adamw(1e-2, weight_decay=0.1)
+    optimizer = {"adamw": adam, "masked": optax.masked(adam, trainable_mask)}[name]
+    tree = all_kinds()["adapters"]
+    del tree["dropped"]  # it holds a key
+
+    def loss(trainable, params):
+        return sum((array.astype(jnp.float32) ** 2).sum() for array in jax.tree.leaves(trainable))
+
+    state = lora.TrainState.create(tree, optimizer)
+    state, metrics = lora.jit_step(loss, optimizer)(state, {})
+    marks, before, after = map(by_path, (trainable_mask(tree), tree, state.trainable))
+    assert not all(marks.values())
+    for path, trained in marks.items():
+        moved = np.asarray(after[path]) != before[path]
+        assert moved.all() if trained else not moved.any(), path
+    squares = sum(4 * (np.asarray(before[path], np.float64) ** 2).sum() for path, trained in marks.items() if trained)
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(squares), rtol=1e-5)  # of what is trained
 
 
 def mask_of_all(tree):

@@ -73,16 +73,15 @@ def load(folder: str | Path) -> tuple[dict[str, Adapter], dict[str, Any]]:
     Raises:
         LoraError: no such folder; not written by `save`; written by a newer version; damaged; of an unknown kind.
     """
-    return read_folder(Path(folder), SAVED, "adapters saved by lora_jax.checkpoint.save", _read)
+    called = "adapters saved by lora_jax.checkpoint.save, nor checkpoints of lora.Checkpoints"
+    return read_folder(Path(folder), SAVED, called, _read)
 
 
 def _read(folder: Path) -> tuple[dict[str, Adapter], dict[str, Any]]:
     """Return the adapters and the other arrays of a folder."""
     description = read_description(folder, DESCRIPTION, FORMAT)
     arrays = jax.tree.map(jnp.asarray, read_arrays(folder, description["arrays"]))
-    adapters = {
-        path: _rebuild(path, facts, arrays["adapters"][path]) for path, facts in description["adapters"].items()
-    }
+    adapters = {path: rebuild(path, facts, arrays["adapters"][path]) for path, facts in description["adapters"].items()}
     return adapters, arrays["others"]
 
 
@@ -99,7 +98,7 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
     return {"kind": kind_name(adapter), **facts}
 
 
-def _rebuild(path: str, facts: dict[str, Any], arrays: dict[str, jax.Array]) -> Adapter:
+def rebuild(path: str, facts: dict[str, Any], arrays: dict[str, jax.Array]) -> Adapter:
     """Return the adapter with this description and these arrays."""
     kind = facts["kind"]
     if kind not in KINDS:

@@ -55,7 +55,7 @@ def write(folder: Path, arrays: Any, format: Format, description: Any) -> None:
     parts = {"arrays": ocp.args.StandardSave(arrays), format.marks[1]: ocp.args.JsonSave(description)}
     with written(folder, format) as new:
         try:
-            with _checkpointer() as checkpointer:
+            with local_checkpointer() as checkpointer:
                 checkpointer.save(new, ocp.args.Composite(**parts), force=True)
         except Exception as error:  # a full disk raises errors of many types
             raise not_written(folder, error) from error
@@ -96,7 +96,7 @@ def read_description(folder: Path, what: str, version: int) -> Any:
     """
     import orbax.checkpoint as ocp
 
-    with _checkpointer() as checkpointer:
+    with local_checkpointer() as checkpointer:
         description = checkpointer.restore(folder, ocp.args.Composite(**{what: ocp.args.JsonRestore()}))[what]
     if description.get("format") != version:
         found = description.get("format")
@@ -116,8 +116,8 @@ def read_arrays(folder: Path, shapes: Any) -> Any:
     """
     import orbax.checkpoint as ocp
 
-    with _checkpointer() as checkpointer:
-        args = ocp.args.StandardRestore(jax.tree.map(_empty, shapes))
+    with local_checkpointer() as checkpointer:
+        args = ocp.args.StandardRestore(jax.tree.map(empty, shapes))
         restored = checkpointer.restore(folder, ocp.args.Composite(arrays=args)).arrays
     for found, expected in zip(*map(jax.tree.leaves, (restored, shapes)), strict=True):
         if describe(found) != expected:
@@ -125,7 +125,7 @@ def read_arrays(folder: Path, shapes: Any) -> Any:
     return restored
 
 
-def _checkpointer() -> Any:
+def local_checkpointer() -> Any:
     """Return a checkpointer of this process alone, so that one of several may save or load without the others."""
     import orbax.checkpoint as ocp
 
@@ -170,7 +170,7 @@ def check_arrays(node: Any, path: str, beside: str = "") -> None:
         raise LoraError(f"{path} of shape {list(node.shape)} is empty, and cannot be saved.")
 
 
-def _empty(text: str) -> np.ndarray[Any, Any]:
+def empty(text: str) -> np.ndarray[Any, Any]:
     """Return an array of the shape and dtype that `describe` wrote, for orbax to restore one like it."""
     dtype, _, dims = text.rstrip("]").partition("[")
     return np.empty([int(n) for n in dims.split(",") if n.strip()], jnp.dtype(dtype))

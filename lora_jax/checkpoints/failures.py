@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,24 @@ def not_written(path: str | Path, error: Exception) -> LoraError:
         code = next((code for code in MENDS if os.strerror(code).lower() in str(error).lower()), None)
     mend = MENDS.get(code, "mend that and call this again, or write to another folder")
     return LoraError(f"{path} was not written, and what was there is untouched: {first_line(error)}; {mend}.")
+
+
+def damaged_step(folder: Path, step: int, steps: Sequence[int], why: Any, call: str) -> LoraError:
+    """Return the error that a checkpoint is damaged, which names the one to take instead.
+
+    Args:
+        folder: of the checkpoints.
+        step: of the damaged one.
+        steps: that there are.
+        why: an error or a text.
+        call: that takes another one, with `{}` in the place of its step.
+    """
+    others = [other for other in steps if other != step]
+    earlier = max((other for other in others if other < step), default=max(others, default=None))
+    mend = "There is no other one: restore a copy, or start again in another folder."
+    if earlier is not None:
+        mend = f"Go on from another one: {call.format(earlier)}. There are {', '.join(map(str, others))}."
+    return LoraError(f"{folder}, step {step} is damaged and cannot be restored: {first_line(why)}. {mend}")
 
 
 def first_line(error: Any) -> str:

@@ -15,16 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.checkpoints import orbax_manager
-from lora_jax.checkpoints.failures import first_line
+from lora_jax.checkpoints.failures import damaged_step, first_line
 from lora_jax.checkpoints.fingerprint import checksums, differences, fingerprint, plain_data
 from lora_jax.checkpoints.preemption import Notice
 from lora_jax.checkpoints.retention import Retention, is_best
 from lora_jax.checkpoints.schedule import Schedule
 from lora_jax.checkpoints.state_codec import (
-    FORMAT,
+    decode_description,
     decode_position,
     describe_adapters,
-    digest,
     encode_state,
     fits,
     is_scalar,
@@ -176,17 +175,11 @@ class Checkpoints:
         """Read the description of a checkpoint, and check that it is whole and of this format."""
         try:
             found = orbax_manager.read_description(self._manager, step)
-            facts, sha256 = found["facts"], found["sha256"]
+            return decode_description(found, f"{self.folder}, step {step}")
+        except LoraError:
+            raise
         except Exception as error:  # damaged files raise errors of many types
             raise self._damaged(step, error) from error
-        if sha256 != digest(facts):
-            raise self._damaged(step, "its description was edited")
-        if facts["format"] != FORMAT:
-            raise LoraError(
-                f"{self.folder}, step {step} has format {facts['format']} of lora_jax {facts['version']}, this version "
-                f"reads {FORMAT}: update lora_jax."
-            )
-        return facts
 
     def _refuse_other_base(self, step: int, facts: dict[str, Any], allowed: bool) -> None:
         """Raise if the base is not the one that a checkpoint was trained on, unless that is allowed."""
@@ -209,10 +202,10 @@ class Checkpoints:
         ]
         lines += differences(facts["arrays"], {path: describe(leaf) for path, leaf in state_arrays(state).items()})
         if lines:
-            rules = {facts["rule"] for facts in before.values() if facts["rule"]}
+            rules = ", ".join(sorted({facts["rule"] for facts in before.values() if facts["rule"]}))
             raise LoraError(
-                f"{self.folder}, step {step} holds another state:\n{listed(lines)}\nGive the rules and the optimizer "
-                f"that it was trained with ({', '.join(sorted(rules)) or 'no rules were noted'}), or take what fits: "
+                f"{self.folder}, step {step} holds another state:\n{listed(lines)}\nGive the rules, the optimizer and "
+                f"the model state that it was trained with ({rules or 'no rules were noted'}), or take what fits: "
                 "restore(state, allow_other_rules=True)."
             )
 
@@ -228,12 +221,7 @@ class Checkpoints:
 
     def _damaged(self, step: int, why: Any) -> LoraError:
         """Return the error that a checkpoint is damaged, which names the one to restore instead."""
-        others = [other for other in self.steps if other != step]
-        earlier = max((other for other in others if other < step), default=max(others, default=None))
-        mend = "There is no other one: start again in another folder."
-        if earlier is not None:
-            mend = f"Go on from another one: restore(state, step={earlier}). There are {', '.join(map(str, others))}."
-        return LoraError(f"{self.folder}, step {step} is damaged and cannot be restored: {first_line(why)}. {mend}")
+        return damaged_step(self.folder, step, self.steps, why, "restore(state, step={})")
 
     # Saving -----------------------------------------------------------------------------------------------------------
 

@@ -152,6 +152,15 @@ def remove_deleted(folder: Path) -> None:
         shutil.rmtree(folder / DELETED, ignore_errors=True)
 
 
+def steps_in(folder: Path) -> list[int]:
+    """Return the steps that have a checkpoint in a folder, in ascending order; none if it cannot be read."""
+    try:
+        names = [entry.name for entry in folder.iterdir() if any((entry / part).is_dir() for part in ITEMS)]
+    except (OSError, ValueError):
+        return []
+    return sorted(int(name.removeprefix("step_")) for name in names if re.fullmatch(r"step_\d+", name))
+
+
 def check_folder(folder: str | Path) -> Path:
     """Return a folder for checkpoints, behind all links.
 

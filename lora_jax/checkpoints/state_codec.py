@@ -131,6 +131,28 @@ def digest(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def decode_description(found: Any, where: str) -> dict[str, Any]:
+    """Return the facts in the description of a checkpoint.
+
+    Args:
+        found: the description as it was read.
+        where: which checkpoint it is of, for messages.
+
+    Raises:
+        LoraError: it has another format than this version's.
+        ValueError: it was edited. If it is damaged, errors of other types.
+    """
+    facts = found["facts"]
+    if found["sha256"] != digest(facts):
+        raise ValueError("its description was edited")
+    if facts["format"] != FORMAT:
+        raise LoraError(
+            f"{where} has format {facts['format']} of lora_jax {facts['version']}, this version reads {FORMAT}: update "
+            "lora_jax."
+        )
+    return facts
+
+
 def decode_position(saved: dict[str, Any]) -> Any:
     """Return the position of the data that was saved: JSON or bytes."""
     return base64.b64decode(saved["base64"]) if "base64" in saved else saved["json"]

@@ -15,6 +15,7 @@ _NAME = re.compile(r"[\w/-]+")  # patterns that match themselves and nothing els
 def first_match(
     rules: Mapping[str, T],
     names: Sequence[str],
+    others: Sequence[str] = (),
     *,
     call: str = "",
     one: str = "parameter",
@@ -26,6 +27,7 @@ def first_match(
     Args:
         rules: `{pattern: value}`; a pattern is a regular expression for a whole name.
         names: what the patterns are matched with; the result has their order.
+        others: further names, which only patterns decide that decide none of `names`; the result has them last.
         call, one, many, hint: words for the messages: what they begin with, what a name stands for, in the singular and
             in the plural, and what comes before the nearest names.
 
@@ -36,21 +38,21 @@ def first_match(
     >>> first_match({".*/kernel": 8, "head/.*": 4}, ["head/bias", "head/kernel", "scale"])
     {'head/bias': 4, 'head/kernel': 8}
     """
-    known = dict.fromkeys(names)
+    first, known = dict.fromkeys(names), dict.fromkeys([*names, *others])
     matched = {pattern: _matching(pattern, known, call) for pattern in rules}
     chosen: dict[str, T] = {}
     for pattern, found in matched.items():
         fresh = [name for name in found if name not in chosen]
         if not found:
-            near = listed(nearest(pattern, names))
+            near = listed(nearest(pattern, known))
             raise LoraError(f"{call}the pattern {pattern!r} matches no {one}. {hint}\n{near}")
         if not fresh:
             raise LoraError(
                 f"{call}the pattern {pattern!r} is never reached: all {len(found)} {many} that it matches, "
                 f"{found[0]!r} first, are taken by earlier ones. Put it before them, or drop it."
             )
-        chosen |= dict.fromkeys(fresh, rules[pattern])
-    return {name: chosen[name] for name in names if name in chosen}
+        chosen |= dict.fromkeys([name for name in fresh if name in first] or fresh, rules[pattern])
+    return {name: chosen[name] for name in known if name in chosen}
 
 
 def _matching(pattern: str, names: Mapping[str, None], call: str) -> list[str]:

@@ -38,12 +38,39 @@ def trainable_mask(tree: Any) -> Any:
     return mark(tree, lambda *_: True, lambda _: True, frozen=False)
 
 
+def map_frozen(change: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Return a tree with `change(array, *others)` in the place of each array that an adapter never trains.
+
+    Args:
+        change: makes an array of that of the tree, and those at the same place of the other trees.
+        tree: that holds adapters.
+        others: like it.
+    """
+
+    def node(at: Any, *others: Any) -> Any:
+        if not is_adapter(at):
+            return at
+        mask = trainable_mask(at)
+        return jax.tree.map(lambda trained, *arrays: arrays[0] if trained else change(*arrays), mask, at, *others)
+
+    return jax.tree.map(node, tree, *others, is_leaf=is_adapter)
+
+
 def freeze_base(
     optimizer: optax.GradientTransformation, mask: Any | Callable[[Any], Any] = trainable_mask
 ) -> optax.GradientTransformationExtraArgs:
     """Apply an optimizer to the arrays that `mask` marks; the others get zero updates and have no optimizer state.
 
-    `optax.masked` alone would pass on the gradients of the others as their updates.
+    `optax.masked` alone would pass on the gradients of the others as their updates. Without this function there are two
+    more ways to say the same:
+
+        optax.partition(
+            {"train": optimizer, "freeze": optax.set_to_zero()}, lambda tree: lora.labels(tree, {".*": "train"})
+        )
+        optax.chain(
+            optax.masked(optimizer, lora.trainable_mask),
+            optax.masked(optax.set_to_zero(), lambda tree: jax.tree.map(operator.not_, lora.trainable_mask(tree))),
+        )
 
     Args:
         optimizer: any optax transformation.
@@ -61,8 +88,9 @@ def freeze_base(
 def labels(tree: Any, rules: Mapping[str, str], default: str | None = None) -> Any:
     """Return the same tree of labels, for `optax.partition`: that of the first pattern that matches an array's path.
 
-    Arrays that an adapter never trains are labelled "freeze", whatever the patterns say. So are those of the base of
-    the tree's adapters (as for `trainable_mask`), unless a pattern matches them: the default is not for them.
+    What `trainable_mask` marks as frozen is labelled "freeze": the arrays that an adapter never trains, whatever the
+    patterns say, and those of the base of the tree's adapters. A pattern that decides on anything trained is not for
+    the base, nor is the default; one that decides on nothing else, as "base/.*/bias" or a last ".*" may, is.
 
     Args:
         tree: what is optimized: adapters, or any tree that holds them.
@@ -86,9 +114,9 @@ def labels(tree: Any, rules: Mapping[str, str], default: str | None = None) -> A
     names, _, treedef = flatten_with_names(tree)
     marks = jax.tree.leaves(mark(tree, lambda *_: "train", lambda _: "train", frozen="freeze", base=lambda _: "base"))
     trained = [name for name, found in zip(names, marks, strict=True) if found == "train"]
-    open_to = [name for name, found in zip(names, marks, strict=True) if found != "freeze"]
+    base = [name for name, found in zip(names, marks, strict=True) if found == "base"]
     hint = "A pattern stands for a whole path, that of an adapter and the field; the nearest are"
-    chosen = first_match(rules, open_to, call="labels: ", one="trained array", many="arrays", hint=hint)
+    chosen = first_match(rules, trained, base, call="labels: ", one="trained array", many="arrays", hint=hint)
     missing = [name for name in trained if name not in chosen]
     if missing and default is None:
         raise LoraError(

@@ -41,9 +41,17 @@ def has_rows(node: Any) -> bool:
 
 
 def accumulate(
-    part: Callable[..., Any], batch: Sequence[Any], key: jax.Array | None, n: int, axes: Sequence[str]
-) -> Any:
-    """Return the sum of `part(batch, key)` over n microbatches, computed one after the other by a scan.
+    part: Callable[..., Any], batch: Sequence[Any], key: jax.Array | None, model_state: Any, n: int, axes: Sequence[str]
+) -> tuple[Any, Any]:
+    """Return the sums over n microbatches, computed one after the other by a scan, and the last model state.
+
+    Args:
+        part: `part(batch, key, model_state)` -> what is summed, and the model state for the next part.
+        batch: that is cut.
+        key: of which each part gets another one.
+        model_state: for the first part.
+        n: number of parts.
+        axes: of a `shard_map` around, over whose devices all results may differ.
 
     Raises:
         LoraError: arrays have different numbers of rows, or n does not divide them.
@@ -57,17 +65,27 @@ def accumulate(
     # Every n-th row, so that on a mesh that splits the rows each device keeps its own.
     cut = [leaf.reshape(-1, n, *leaf.shape[1:]).swapaxes(0, 1) for leaf, cuts in zip(leaves, rows, strict=True) if cuts]
 
-    def one(i: jax.Array, cut: Sequence[jax.Array]) -> Any:
+    def one(model_state: Any, i: jax.Array, cut: Sequence[jax.Array]) -> tuple[Any, Any]:
         rest = iter(cut)
         here = [next(rest) if cuts else leaf for cuts, leaf in zip(rows, leaves, strict=True)]
-        return part(unwrapped(jax.tree.unflatten(tree, here)), None if key is None else jax.random.fold_in(key, i))
+        own = None if key is None else jax.random.fold_in(key, i)
+        return part(unwrapped(jax.tree.unflatten(tree, here)), own, model_state)
 
     def add(total: jax.Array, array: jax.Array) -> jax.Array:
         return vary(total + array.astype(total.dtype), axes)
 
-    def step(sums: Any, xs: Any) -> tuple[Any, None]:
-        return jax.tree.map(add, sums, one(*xs)), None
+    def step(carry: tuple[Any, Any], xs: Any) -> tuple[Any, None]:
+        more, model_state = one(carry[1], *xs)
+        return (jax.tree.map(add, carry[0], more), jax.tree.map(lambda leaf: vary(leaf, axes), model_state)), None
 
-    shapes = jax.eval_shape(lambda: one(jnp.zeros((), jnp.int32), [c[0] for c in cut]))
+    try:
+        shapes, _ = jax.eval_shape(lambda: one(model_state, jnp.zeros((), jnp.int32), [c[0] for c in cut]))
+    except Exception as error:
+        error.add_note(
+            f"With microbatches={n} the loss gets parts of the batch, of shapes {[list(c.shape[1:]) for c in cut]}. "
+            "Mark what is no batch, as in lora.Unbatched(class_weights); what a model carries from step to step goes "
+            "into lora.TrainState.create(..., model_state=state)."
+        )
+        raise
     zeros = jax.tree.map(lambda s: vary(jnp.zeros(s.shape, accumulator(s.dtype)), axes), shapes)
-    return lax.scan(step, zeros, (jnp.arange(n), cut))[0]
+    return lax.scan(step, (zeros, model_state), (jnp.arange(n), cut))[0]

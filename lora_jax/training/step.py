@@ -8,16 +8,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import P
 from jax.sharding import Mesh, NamedSharding
 
+from lora_jax.core.arrays import concrete
 from lora_jax.core.errors import LoraError
 from lora_jax.core.partition import names_of, quoted_names
 from lora_jax.sharding.batches import combined_sharding
 from lora_jax.sharding.devices import check_together, on_mesh
 from lora_jax.sharding.unbatched import is_unbatched
 from lora_jax.training.hyperparameters import check_positive
+from lora_jax.training.masks import map_frozen
 from lora_jax.training.microbatches import check_rows, has_rows
 from lora_jax.training.value_and_grad import Loss, value_and_grad
 
@@ -72,6 +75,7 @@ class TrainState:
     skipped: jax.Array  # i32, the number of steps taken whose gradient was not finite, which changed nothing
     key: jax.Array | None = None  # random key, from which the loss gets a new one at each step
     loss_scale: LossScale | None = None  # for fp16
+    model_state: Any = None  # what the model carries from step to step, such as batch statistics: any pytree
 
     @classmethod
     def create(
@@ -80,22 +84,47 @@ class TrainState:
         optimizer: optax.GradientTransformation,
         key: jax.Array | None = None,
         loss_scale: LossScale | None = None,
+        model_state: Any = None,
     ) -> "TrainState":
         """Return the state before the first step, on the mesh of the trainable arrays.
+
+        The arrays given are copied, as steps reuse the memory of the state: they stay as they are.
 
         Args:
             trainable: adapters, or a tree that holds them.
             optimizer: any optax transformation.
             key: a random key, if the loss takes one.
             loss_scale: `LossScale.create()`, to train in fp16.
+            model_state: what the model carries from step to step beside its parameters, if the loss takes it: batch
+                statistics, counts of random numbers; any pytree of arrays.
         """
-        zero = jnp.zeros((), jnp.int32)
-        state = cls(zero, trainable, optimizer.init(trainable), zero.copy(), key, loss_scale)
+        zero, given = jnp.zeros((), jnp.int32), (trainable, key, loss_scale, model_state)
+        state = cls(zero, trainable, optimizer.init(trainable), zero.copy(), key, loss_scale, model_state)
+        state = _with_own_memory(state, given)
         mesh = on_mesh(trainable)
         if mesh is None:
             return state
         whole = NamedSharding(mesh, P())
         return jax.tree.map(lambda leaf: leaf if on_mesh(leaf) else jax.device_put(leaf, whole), state)
+
+
+def _with_own_memory(state: TrainState, given: Any) -> TrainState:
+    """Return a state with copies of the arrays that it shares with what was given, or has more than once.
+
+    An optimizer may hold the trained arrays too. Traced arrays and mere shapes stay as they are.
+    """
+    taken = set(map(id, jax.tree.leaves(given)))
+
+    def own(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray | np.generic | bool | int | float | complex):
+            return jnp.array(leaf, jnp.result_type(leaf))
+        if not concrete(leaf):
+            return leaf
+        copy = leaf.copy() if id(leaf) in taken else leaf
+        taken.add(id(leaf))
+        return copy
+
+    return jax.tree.map(own, state)
 
 
 def train_step(
@@ -111,12 +140,14 @@ def train_step(
     """Take one step, and return the next state and the metrics.
 
     The gradient is taken with respect to `state.trainable` alone: nothing of the base's size is formed. If it is not
-    finite, the step is counted in `skipped` and changes nothing else.
+    finite, the step is counted in `skipped` and changes nothing else. Arrays that an adapter never trains stay as they
+    are, whatever the optimizer does.
 
     Args:
         loss: `loss(trainable, params, *batch)` -> a scalar, `(scalar, {name: array})` to report more, or
             `(scalar, {name: array}, weight)`, as for `value_and_grad`. If the state has a random key, the loss is
-            called with a keyword `key`, a new one for each step.
+            called with a keyword `key`, a new one for each step. If it has a model state, the loss is called with a
+            keyword `model_state`, and returns a pair of what it returns otherwise and the next model state.
         optimizer: any optax transformation; `lora.freeze_base` where adapters hold frozen arrays. To clip, chain
             `optax.clip_by_global_norm` before it: it gets the gradient of the whole batch.
         state: as `TrainState.create` makes it.
@@ -131,26 +162,40 @@ def train_step(
 
     Raises:
         LoraError: as `value_and_grad`; the state was made with another optimizer.
+
+    >>> import jax, jax.numpy as jnp, optax, lora_jax as lora
+    >>> def loss(trainable, params, x, model_state):
+    ...     mean = 0.9 * model_state["mean"] + 0.1 * x.mean()  # as in BatchNorm
+    ...     return jnp.mean((trainable["gain"] * x - mean) ** 2), {"mean": mean}
+    >>> optimizer = optax.sgd(0.1)
+    >>> state = lora.TrainState.create({"gain": jnp.ones(())}, optimizer, model_state={"mean": jnp.zeros(())})
+    >>> state, metrics = train_step(loss, optimizer, state, {}, jnp.arange(4.0))
+    >>> round(float(state.model_state["mean"]), 3)
+    0.15
     """
     _check_optimizer(optimizer, state)
     gradient = value_and_grad(loss, microbatches=microbatches, axis_name=axis_name, batch_sharding=batch_sharding)
     key = None if state.key is None else jax.random.fold_in(state.key, state.step)
     scale = 1.0 if state.loss_scale is None else state.loss_scale.value
-    (value, metrics), grads = gradient(state.trainable, params, *batch, scale=scale, key=key)
+    found = gradient(state.trainable, params, *batch, scale=scale, key=key, model_state=state.model_state)
+    ((value, metrics), grads), model_state = (found, None) if state.model_state is None else found
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
 
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm) & jnp.isfinite(value)
-    trainable, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(good, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
+    trainable, opt_state, model_state = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old),
+        (trainable, opt_state, model_state),
+        (state.trainable, state.opt_state, state.model_state),
     )
+    trainable = map_frozen(lambda new, old: old, trainable, state.trainable)
     skipped = state.skipped + (~good).astype(jnp.int32)
     loss_scale = state.loss_scale and state.loss_scale.update(good)
     metrics = {"loss": value, "grad_norm": norm, "skipped": skipped, **metrics}
     if state.loss_scale is not None:
         metrics["loss_scale"] = state.loss_scale.value
-    return TrainState(state.step + 1, trainable, opt_state, skipped, state.key, loss_scale), metrics
+    return TrainState(state.step + 1, trainable, opt_state, skipped, state.key, loss_scale, model_state), metrics
 
 
 def _check_optimizer(optimizer: optax.GradientTransformation, state: TrainState) -> None:
@@ -180,8 +225,7 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
 
     The shardings of the arguments decide how it runs: the base is used where its arrays are, the next state is where
     the state was, and the adapters' gradients are summed once over the mesh axes that split the batch. The state's
-    buffers are donated, never the base's: use the adapters in the returned state, not those the first state was made
-    from.
+    buffers are donated, never the base's: use the returned state, not the one that was given.
 
     `step.lower(state, params, *batch)` lowers the jitted function.
 

@@ -5,6 +5,7 @@ and the weight w_i for part i.
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,11 +20,15 @@ from lora_jax.core.arrays import accumulator
 from lora_jax.core.errors import LoraError
 from lora_jax.sharding.gradient_copies import add_to, add_up, copies_alone, in_the_place_of
 from lora_jax.sharding.unbatched import unwrapped
+from lora_jax.training.masks import map_frozen
 from lora_jax.training.microbatches import accumulate
+from lora_jax.training.model_state import FORM, split_returned, state_from_sum, state_to_sum
 
 RESERVED = {"loss", "grad_norm", "skipped", "loss_scale"}  # metrics of the step itself
 
-Loss = Callable[..., Any]  # (trainable, params, *batch) -> loss, (loss, metrics) or (loss, metrics, weight)
+# (trainable, params, *batch) -> loss, (loss, metrics) or (loss, metrics, weight); with a keyword `model_state`, a pair
+# of that and the next state
+Loss = Callable[..., Any]
 
 
 def value_and_grad(
@@ -32,7 +37,7 @@ def value_and_grad(
     microbatches: int = 1,
     axis_name: str | tuple[str, ...] | None = None,
     batch_sharding: NamedSharding | None = None,
-) -> Callable[..., tuple[tuple[jax.Array, dict[str, Any]], Any]]:
+) -> Callable[..., Any]:
     """Return `f(trainable, params, *batch) -> ((loss, metrics), gradient)`, as `jax.value_and_grad` does for one batch.
 
     The gradient is taken with respect to `trainable` alone. It is summed over microbatches by a scan, and over devices
@@ -53,21 +58,39 @@ def value_and_grad(
         `f`. With a keyword `key`, a random key, it calls the loss with a keyword `key` too, another one for each part.
         With a keyword `scale`, the loss is multiplied by it and the gradient divided by it.
 
+        With a keyword `model_state`, any pytree that the model carries from step to step, such as batch statistics, it
+        calls the loss with it, and the loss returns a pair of what it returns otherwise and the next state: `return
+        loss, model_state`, or `return (loss, metrics), model_state`. So does `f`: `((loss, metrics), gradient),
+        model_state`. Nothing is differentiated with respect to it. Each microbatch gets the state that the one before
+        returned. Over `axis_name`, floats of the new state are averaged over devices, each device counting the same;
+        all else, such as counts and random keys, is that of the first device.
+
+        The gradient of arrays that an adapter never trains is zero.
+
     Raises:
         LoraError: `microbatches` is no whole number above 0; (when `f` is called) it does not divide the rows, or
-            arrays have different numbers of them; there is nothing to train; the loss returns something else, reports a
-            metric with one of the step's own names, or does not use the adapters at all (found while it is traced: no
-            gradient could ever reach them; of a tree without adapters, what is in it).
+            arrays have different numbers of them; there is nothing to train; the loss does not take `key` or
+            `model_state`, or takes one that is not there; it returns something else, a model state of other paths,
+            shapes or dtypes, reports a metric with one of the step's own names, or does not use the adapters at all
+            (found while it is traced: no gradient could ever reach them; of a tree without adapters, what is in it).
     """
     if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
         raise LoraError(f"microbatches is {microbatches!r}, expected a whole number of at least 1.")
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
 
-    def run(trainable: Any, params: Any, *batch: Any, scale: Any = 1.0, key: jax.Array | None = None) -> Any:
+    def run(
+        trainable: Any,
+        params: Any,
+        *batch: Any,
+        scale: Any = 1.0,
+        key: jax.Array | None = None,
+        model_state: Any = None,
+    ) -> Any:
         if not jax.tree.leaves(trainable):
             raise LoraError("there is nothing to train: the first argument of the loss holds no arrays.")
+        _check_keywords(loss, {"key": key is not None, "model_state": model_state is not None})
         # In `shard_map`, the gradient of an array that does not vary over devices would be summed at each of its uses.
-        trainable = jax.tree.map(lambda array: vary(array, axes), trainable)
+        trainable, model_state = jax.tree.map(lambda array: vary(array, axes), (trainable, model_state))
         copies = [] if batch_sharding is None else copies_alone(trainable, batch_sharding)
         if key is not None:
             for name in axes:
@@ -75,20 +98,27 @@ def value_and_grad(
 
         whole = microbatches == 1 and not axes
 
-        def part(batch: Sequence[Any], key: jax.Array | None) -> Any:
-            keys = {} if key is None else {"key": key}
-            return _sums(loss, trainable, copies, params, batch, keys, scale, weigh=not whole)
+        def part(batch: Sequence[Any], key: jax.Array | None, model_state: Any) -> tuple[Any, Any]:
+            keywords = {} if key is None else {"key": key}
+            keywords |= {} if model_state is None else {"model_state": model_state}
+            return _sums(loss, trainable, copies, params, batch, keywords, scale, weigh=not whole)
 
-        sums = part(unwrapped(batch), key) if microbatches == 1 else accumulate(part, batch, key, microbatches, axes)
+        if microbatches == 1:
+            sums, model_state = part(unwrapped(batch), key, model_state)
+        else:
+            sums, model_state = accumulate(part, batch, key, model_state, microbatches, axes)
         if axes:
-            sums = lax.psum(jax.tree.map(lambda array: vary(array, axes), sums), axes)
+            parts = sums, state_to_sum(model_state, axes)
+            sums, total = lax.psum(jax.tree.map(lambda array: vary(array, axes), parts), axes)
+            model_state = state_from_sum(total, model_state, axes)
         grads, values, weight = sums
         grads, of_copies = grads
         if batch_sharding is not None:
             grads = add_to(grads, add_up(of_copies, batch_sharding))
         if not whole:
             values, scale = jax.tree.map(lambda value: value / weight, values), weight * scale
-        return values, jax.tree.map(lambda g: (g / scale).astype(g.dtype), grads)
+        found = values, jax.tree.map(lambda g: (g / scale).astype(g.dtype), grads)
+        return found if model_state is None else (found, model_state)
 
     def in_context(*args: Any, **kwargs: Any) -> Any:
         if batch_sharding is None:
@@ -105,34 +135,81 @@ def _sums(
     copies: Any,
     params: Any,
     batch: Sequence[Any],
-    key: dict[str, Any],
+    keywords: dict[str, Any],
     scale: Any,
     weigh: bool,
-) -> Any:
-    """Return the gradients, (loss, metrics) and the weight of one part, the first two multiplied by the weight.
+) -> tuple[Any, Any]:
+    """Return what is summed over parts, and the next model state.
 
+    Summed are the gradients, (loss, metrics) and the weight of one part, the first two multiplied by the weight.
     The gradients are those of `trainable` and of `copies`. The loss sees the former alone, so that penalties and
     ensembles mean what they say; the latter are what is applied.
     """
 
     def weighted(trainable: Any, copies: Any) -> Any:
+        trainable, copies = (map_frozen(lax.stop_gradient, tree) for tree in (trainable, copies))
         with in_the_place_of(trainable, copies) if copies else contextlib.nullcontext():
-            value, metrics, weight = _parts(loss(trainable, params, *batch, **key))
+            out = loss(trainable, params, *batch, **keywords)
+        out, new_state = split_returned(out, keywords["model_state"]) if "model_state" in keywords else (out, None)
+        value, metrics, weight = _parts(out)
+        if weigh:
+            _check_numbers(metrics)
         if weight is None or not weigh:
-            return value * scale, ((value, metrics), jnp.ones((), value.dtype))
+            return value * scale, ((value, metrics), jnp.ones((), value.dtype), new_state)
         weight = lax.stop_gradient(weight).astype(value.dtype)
         values = jax.tree.map(lambda m: m.astype(accumulator(m.dtype)) * weight, (value, metrics))
-        return value * weight * scale, (values, weight)
+        return value * weight * scale, (values, weight, new_state)
 
     reached: list[bool] = []
     watched = _watching(weighted, lambda: reached.append(True))
-    grads, (values, weight) = jax.grad(watched, argnums=(0, 1), has_aux=True)(trainable, copies)
+    grads, (values, weight, new_state) = jax.grad(watched, argnums=(0, 1), has_aux=True)(trainable, copies)
     if not reached:
         raise LoraError(
             "the loss does not use what is trained, so that no gradient reaches it: the loss gets it as its first "
             "argument, and applies it as in lora.lora_apply(fn)(params, adapters, ...)."
         )
-    return grads, values, weight
+    return (grads, values, weight), new_state
+
+
+def _check_keywords(loss: Loss, given: dict[str, bool]) -> None:
+    """Check that a loss takes the keywords that it is given, and is given those that it needs.
+
+    Raises:
+        LoraError: it does not, or is not.
+    """
+    try:
+        parameters = inspect.signature(loss).parameters
+    except (TypeError, ValueError):
+        return  # not known
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    needed = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    for name, is_given in given.items():
+        if is_given and name not in parameters and not takes_any:
+            raise LoraError(
+                f"the state has a `{name}`, and the loss does not take it: let it be loss(trainable, params, *batch, "
+                f"{name}), or leave `{name}` out of lora.TrainState.create."
+            )
+        if not is_given and name in needed:
+            raise LoraError(
+                f"the loss takes a keyword `{name}`, and there is none: give it to the state, as in "
+                f"lora.TrainState.create(trainable, optimizer, {name}=...)."
+            )
+
+
+def _check_numbers(metrics: dict[str, Any]) -> None:
+    """Check that metrics can be averaged over parts of a batch.
+
+    Raises:
+        LoraError: one holds a random key, as the state of a model may.
+    """
+    for name, metric in metrics.items():
+        if any(jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended) for leaf in jax.tree.leaves(metric)):
+            raise LoraError(
+                f"the metric {name!r} holds a random key, and metrics are averaged over the parts of a batch. What a "
+                "model carries from step to step is no metric: lora.TrainState.create(trainable, optimizer, "
+                "model_state=state), and a loss with a keyword `model_state` that returns the next one beside the "
+                f"loss: {FORM}."
+            )
 
 
 def _watching(fn: Callable[[Any, Any], Any], note: Callable[[], None]) -> Callable[[Any, Any], Any]:
