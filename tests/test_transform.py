@@ -243,6 +243,60 @@ def test_names_of_arguments_still_name_them():
     assert_trees_close(jitted({"w": W}, ADAPTERS, X, flag=False), X)
 
 
+def test_a_function_with_an_argument_called_adapters():
+    """It is the function's own, by keyword; the adapters that are applied are the second argument, by position."""
+
+    def fn(params, x, adapters):
+        return x @ params["w"] + adapters
+
+    apply, adapters = lora.lora_apply(fn), jax.tree.map(lambda a: a + 0.1, ADAPTERS)
+    assert list(inspect.signature(apply).parameters) == ["params", "outer_adapters", "x", "adapters"]
+    expected = fn(lora.merge({"w": W}, adapters), X, 2.0)
+    assert_trees_close(apply({"w": W}, adapters, X, 2.0), expected)
+    assert_trees_close(jax.jit(apply, static_argnames="adapters")({"w": W}, adapters, x=X, adapters=2.0), expected)
+
+
+def named(params, x, *, gain=1.0):
+    return gain * x @ params["w"]
+
+
+def scaled_by(gain, params, x):
+    return gain * x @ params["w"]
+
+
+WAYS = {
+    "named": named,
+    "a lambda": lambda p, x: x @ p["w"],
+    "of any arguments": lambda *args: args[1] @ args[0]["w"],
+    "a Partial": jax.tree_util.Partial(scaled_by, 1.0),
+    "a partial": functools.partial(named, gain=1.0),
+    "jitted": jax.jit(named),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_applied_twice(way):
+    """`apply(params, outer, inner, x)` is the function of both merged, and so is a third time around."""
+    inner, outer = ({"w": jax.tree.map(lambda a, c=c: a + c, ADAPTERS["w"])} for c in (0.1, -0.2))
+    once = lora.lora_apply(WAYS[way])
+    twice = lora.lora_apply(once)
+    expected = X @ lora.merge(lora.merge({"w": W}, outer), inner)["w"]
+    for apply in (twice, jax.jit(twice)):
+        assert_trees_close(apply({"w": W}, outer, inner, X), expected, rtol=1e-5)
+    assert_trees_close(lora.lora_apply(twice)({"w": W}, {}, outer, inner, X), expected, rtol=1e-5)
+    plan = lora.plan(once, {"w": W}, inner, X, rules={"w": Lora(1)})
+    assert plan["w"].axes == ADAPTERS["w"].axes
+    by_both = jax.grad(lambda pair: twice({"w": W}, *pair, X).sum())((outer, inner))
+    merged = jax.grad(lambda pair: (X @ lora.merge(lora.merge({"w": W}, pair[0]), pair[1])["w"]).sum())((outer, inner))
+    assert_trees_close(by_both, merged, rtol=1e-4)
+
+
+def test_the_signature_of_what_is_applied_twice():
+    twice = lora.lora_apply(lora.lora_apply(named))
+    assert list(inspect.signature(twice).parameters) == ["params", "outer_adapters", "adapters", "x", "gain"]
+    assert_trees_close(twice({"w": W}, ADAPTERS, ADAPTERS, x=X, gain=2.0), 2 * X @ W)
+
+
 def test_numpy_weights():
     """As the function itself would take them: float64 as JAX's default float."""
     params = {"w": np.ones((D, K))}

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from lora_jax.core.errors import LoraError
 from lora_jax.core.partition import names_of, quoted_names
+from lora_jax.core.serialization import register_node
 from lora_jax.sharding.batches import combined_sharding
 from lora_jax.sharding.devices import check_together, on_mesh
 from lora_jax.sharding.unbatched import is_unbatched
@@ -26,7 +27,7 @@ Step = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
 LARGEST_SCALE = 2.0**24  # that a loss scale grows to
 
 
-@jax.tree_util.register_dataclass
+@register_node("lora_jax.LossScale")
 @dataclass(frozen=True)
 class LossScale:
     """Dynamic loss scaling for fp16: the loss is multiplied by a scale, and its gradient divided by it.
@@ -61,7 +62,7 @@ class LossScale:
         return LossScale(value, jnp.where(is_finite & ~grows, self.finite + 1, 0), self.interval)
 
 
-@jax.tree_util.register_dataclass
+@register_node("lora_jax.TrainState")
 @dataclass(frozen=True)
 class TrainState:
     """All that a training step changes. A step takes the state and returns the next one."""
@@ -137,8 +138,9 @@ def train_step(
     key = None if state.key is None else jax.random.fold_in(state.key, state.step)
     scale = 1.0 if state.loss_scale is None else state.loss_scale.value
     (value, metrics), grads = gradient(state.trainable, params, *batch, scale=scale, key=key)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
+    with jax.numpy_dtype_promotion("standard"):  # optax counts on it: its Adam raises a float to an integer
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
 
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm) & jnp.isfinite(value)

@@ -90,13 +90,7 @@ def value_and_grad(
             values, scale = jax.tree.map(lambda value: value / weight, values), weight * scale
         return values, jax.tree.map(lambda g: (g / scale).astype(g.dtype), grads)
 
-    def in_context(*args: Any, **kwargs: Any) -> Any:
-        if batch_sharding is None:
-            return run(*args, **kwargs)
-        with jax.sharding.use_abstract_mesh(batch_sharding.mesh.abstract_mesh):
-            return run(*args, **kwargs)
-
-    return in_context
+    return run
 
 
 def _sums(

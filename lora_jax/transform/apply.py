@@ -93,6 +93,9 @@ def _with_signature(apply: Callable[..., Any], fn: Callable[..., Any]) -> Callab
     first, *rest = signature.parameters.values()
     if first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
         params = first.replace(kind=first.POSITIONAL_ONLY, default=first.empty)
-        adapters = inspect.Parameter("adapters", first.POSITIONAL_ONLY, annotation=Mapping[str, Adapter])
+        name = "adapters"
+        while name in signature.parameters:  # an argument of `fn`: of `lora_apply(f)` it is the inner adapters
+            name = f"outer_{name}"
+        adapters = inspect.Parameter(name, first.POSITIONAL_ONLY, annotation=Mapping[str, Adapter])
         apply.__signature__ = signature.replace(parameters=[params, adapters, *rest])  # type: ignore[attr-defined]
     return apply
