@@ -48,6 +48,7 @@ def test_all_kinds_are_in_the_table():
 
 
 @pytest.mark.parametrize("rule", ALL)
+@pytest.mark.sampled(3)
 def test_adapters_of_every_kind_are_arguments_and_results(rule):
     adapters = adapters_of(rule)
     program = written(lambda a: jax.tree.map(lambda array: 2 * array, a), adapters)
@@ -108,6 +109,7 @@ def base_and_adapters():
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.sampled(2)
 def test_packed_bases_are_arguments(name):
     params, adapters = base_and_adapters()
     packed = lora.bases.quantize(params, {"w": FORMATS[name]})
@@ -210,6 +212,7 @@ def test_a_kind_may_be_defined_again_as_in_a_notebook():
 
 
 @pytest.mark.parametrize("rule", ALL)
+@pytest.mark.sampled(3)
 def test_flax_writes_adapters_of_every_kind(rule):
     adapters = adapters_of(rule)
     fresh = jax.tree.map(jnp.zeros_like, adapters)

@@ -65,7 +65,13 @@ class LossScale:
 @register_node("lora_jax.TrainState")
 @dataclass(frozen=True)
 class TrainState:
-    """All that a training step changes. A step takes the state and returns the next one."""
+    """All that a training step changes. A step takes the state and returns the next one.
+
+    `flax.serialization` writes it, and programs of `jax.export` take it as an argument once optax's own states are
+    registered, for each kind in it, as
+    `jax.export.register_namedtuple_serialization(optax.ScaleByAdamState, serialized_name="optax.ScaleByAdamState")`;
+    its random key has to stay outside, which such programs cannot take.
+    """
 
     step: jax.Array  # i32, steps taken
     trainable: Any  # adapters, or a tree that holds them beside whatever else is trained
