@@ -23,11 +23,6 @@ CASES = {case.name: case for case in MODELS}
 ALL = RULES | KINDS | {"rows": lora.Rows((3, 11, 5))}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _needs_flatbuffers():
-    pytest.importorskip("flatbuffers", reason="jax.export writes programs with it")
-
-
 def case_of(rule):
     return CASES["tied_embedding" if rule == "rows" else "two_layers"]
 
@@ -39,11 +34,12 @@ def adapters_of(rule, key=2):
 
 def written(fn, *args):
     """The program, written and read again."""
+    pytest.importorskip("flatbuffers", reason="jax.export writes programs with it")
     return export.deserialize(export.export(jax.jit(fn))(*args).serialize())
 
 
 def test_all_kinds_are_in_the_table():
-    kinds = {type(adapter) for rule in ALL for adapter in adapters_of(rule).values()}
+    kinds = {type(target.abstract()) for rule in ALL for target in case_of(rule).plan(ALL[rule]).values()}
     assert kinds >= {kind for kind in REGISTERED.values() if kind.__module__.startswith("lora_jax.")}
 
 
@@ -150,14 +146,26 @@ def test_a_state_is_an_argument_and_a_result():
     register_states_of_optax()
     params, adapters = base_and_adapters()
     optimizer, apply = optax.adamw(optax.constant_schedule(1e-2)), lora.lora_apply(model)
-    state = lora.TrainState.create(adapters, optimizer, loss_scale=lora.LossScale.create())
+    state = lora.TrainState.create(adapters, optimizer, jax.random.key(3), lora.LossScale.create())
+
+    def loss(adapters, params, x, key):
+        return jnp.mean(apply(params, lora.with_dropout(adapters, key, 0.5), x) ** 2)
 
     def step(state, params, x):
-        return lora.train_step(lambda a, p, x: jnp.mean(apply(p, a, x) ** 2), optimizer, state, params, x)
+        return lora.train_step(loss, optimizer, state, params, x)
 
     program = written(step, state, params, X)
-    found, expected = program.call(state, params, X), jax.jit(step)(state, params, X)
-    assert_trees_close(found, expected)
+    (found, metrics), (expected, same) = program.call(state, params, X), jax.jit(step)(state, params, X)
+    assert_trees_equal(jax.random.key_data(found.key), jax.random.key_data(state.key))
+    without = [dataclasses.replace(state, key=None) for state in (found, expected)]
+    assert_trees_close((without[0], metrics), (without[1], same))
+
+
+def test_adapters_with_dropout_are_arguments():
+    params, adapters = base_and_adapters()
+    dropped = lora.with_dropout(adapters, jax.random.key(3), 0.5)
+    apply = jax.jit(lora.lora_apply(model))
+    assert_trees_close(written(apply, params, dropped, X).call(params, dropped, X), apply(params, dropped, X))
 
 
 def test_the_state_of_a_budget_is_an_argument():
@@ -275,6 +283,7 @@ np.save(sys.argv[3], program.call(params, adapters, np.load(sys.argv[2])["x"]))
 
 @pytest.mark.slow
 def test_a_program_is_called_in_a_fresh_process(tmp_path):
+    pytest.importorskip("flatbuffers", reason="jax.export writes programs with it")
     params, adapters = base_and_adapters()
     apply = jax.jit(lora.lora_apply(model))
     (tmp_path / "program").write_bytes(export.export(apply)(params, adapters, X).serialize())

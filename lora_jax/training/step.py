@@ -69,8 +69,7 @@ class TrainState:
 
     `flax.serialization` writes it, and programs of `jax.export` take it as an argument once optax's own states are
     registered, for each kind in it, as
-    `jax.export.register_namedtuple_serialization(optax.ScaleByAdamState, serialized_name="optax.ScaleByAdamState")`;
-    its random key has to stay outside, which such programs cannot take.
+    `jax.export.register_namedtuple_serialization(optax.ScaleByAdamState, serialized_name="optax.ScaleByAdamState")`.
     """
 
     step: jax.Array  # i32, steps taken
@@ -245,7 +244,7 @@ def pmap_step(
     def step(state: TrainState, params: Any, batch: tuple[Any, ...]) -> Any:
         return train_step(loss, optimizer, state, params, *batch, microbatches=microbatches, axis_name=axis_name)
 
-    @functools.cache
+    @functools.lru_cache(maxsize=128)
     def mapped(tree: Any, batched: tuple[bool, ...]) -> Any:
         axes = tree.unflatten([0 if is_batched else None for is_batched in batched])
         donated = 0 if replicated else ()
