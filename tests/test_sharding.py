@@ -383,3 +383,43 @@ def test_dropout_is_the_same_with_copies():
     assert_trees_close(copied, run(adapters), rtol=1e-5, atol=1e-5)
     whole = apply(case.params(), adapters, case.input())
     assert jnp.abs(copied[0] - whole[0]).max() > 1e-2
+
+
+class LogicalAxes(nn.Module):
+    """A model whose kernel has logical axes: Flax checks its shape flattened, where no mesh is set to place it on."""
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "heads", "kv"))
+        h = nn.DenseGeneral((4, 8), kernel_init=init, use_bias=False, name="split")(x)
+        return nn.with_logical_constraint(h, ("batch", "heads", "kv")).sum(-1)
+
+
+@pytest.mark.parametrize("how", ["value_and_grad", "jit_step", "microbatches"])
+def test_the_loss_sees_no_mesh_that_its_caller_has_not_set(how):
+    """So that a Linen model with axis rules, which trains in a loop of one's own, trains in ours."""
+    mesh, axes = make_mesh((2, 4), ("data", "tensor")), [("batch", "data"), ("embed", None), ("heads", "tensor")]
+    x = jax.device_put(jnp.linspace(-1, 1, 8 * 16).reshape(8, 16), NamedSharding(mesh, P("data")))
+    variables = LogicalAxes().init(jax.random.key(0), x)
+    places = nn.logical_to_mesh_sharding(nn.get_partition_spec(variables), mesh, [*axes, ("kv", None)])
+    fn, params, state = lora.from_linen(LogicalAxes(), jax.device_put(nn.unbox(variables), places))
+    made = lora.plan(fn, params, state, x, rules={".*kernel": lora.Lora(rank=2)})
+    adapters = lora.init(jax.random.key(1), params, made, shardings=lora.adapter_shardings(made, params))
+    apply, optimizer, seen = lora.lora_apply(fn), optax.sgd(0.1), []
+
+    def loss(adapters, params, x):
+        seen.append(jax.sharding.get_abstract_mesh().empty)
+        return jnp.mean(apply(params, adapters, state, x)[0] ** 2)
+
+    with nn.logical_axis_rules([*axes, ("kv", None)]):
+        grads = jax.jit(jax.grad(loss))(adapters, params, x)
+        if how == "value_and_grad":
+            gradient = jax.jit(lora.value_and_grad(loss, batch_sharding=x.sharding))
+            found, expected = gradient(adapters, params, x)[1], grads
+        else:
+            step = lora.jit_step(loss, optimizer, microbatches=2 if how == "microbatches" else 1)
+            start = lora.TrainState.create(jax.tree.map(jnp.copy, adapters), optimizer)
+            found = step(start, params, x)[0].trainable
+            expected = jax.tree.map(lambda a, g: a - 0.1 * g, adapters, grads)
+    assert_trees_close(found, expected)
+    assert all(seen)

@@ -1,7 +1,9 @@
 import dataclasses
 import functools
+import importlib
 import inspect
 import math
+import pkgutil
 
 import flax.nnx as nnx
 import jax
@@ -12,6 +14,9 @@ from helpers import MODELS, RULES, D, K, assert_trees_close, compilations, eight
 
 import lora_jax as lora
 from lora_jax import Lora, LoraError
+from lora_jax.core.recent import Recent
+from lora_jax.transform import apply as apply_module
+from lora_jax.transform import materialize as materialize_module
 
 CASES = {case.name: case for case in MODELS}
 W, X = jnp.ones((D, K)), jnp.ones((3, D))
@@ -58,6 +63,7 @@ def test_equal_flags_of_different_types_are_different_programs():
     seen = []
 
     def fn(params, x, n):
+        float(n)  # it looks at the number
         seen.append(type(n))
         return x @ params["w"] * n
 
@@ -68,6 +74,85 @@ def test_equal_flags_of_different_types_are_different_programs():
     for n in (0.0, -0.0, math.nan, math.nan):
         apply({"w": W}, ADAPTERS, X, n)
     assert len(seen) == 6
+
+
+def test_another_float_is_no_other_program():
+    """Floats are traced as arrays are, with a weak dtype; so are scalars of numpy."""
+    traces = []
+
+    def fn(params, x, rate, *, eps):
+        traces.append(rate)
+        return x @ params["w"] * rate + eps
+
+    apply, half = lora.lora_apply(fn), jnp.bfloat16
+    params, x = {"w": W.astype(half)}, X.astype(half)
+    assert apply(params, ADAPTERS, x, 0.1, eps=1e-3).dtype == half
+    apply(params, ADAPTERS, x, np.float32(0.1), eps=1e-3)
+    assert len(traces) == 2, "a scalar of numpy has a dtype of its own"
+    rates = [0.2, -0.0, math.nan, np.float32(3.0)]
+    with compilations() as compiled:
+        found = [apply(params, ADAPTERS, x, rate, eps=1e-5) for rate in rates]
+    assert len(traces) == 2
+    assert compiled == []
+    assert_trees_close(found, [fn(params, x, rate, eps=1e-5) for rate in rates], rtol=1e-2)
+    plan = lora.plan(fn, params, x, 0.5, eps=1e-3, rules={"w": Lora(2)})
+    assert list(plan) == ["w"]
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda rate: 1 if rate > 0.5 else 2,
+        lambda rate: math.sqrt(rate),
+        lambda rate: {0.25: 3.0, 0.75: 4.0}[rate],
+        lambda rate: 5 if rate.is_integer() else 6,
+        lambda rate: jax.jit(lambda x, rate: x * len(str(rate)), static_argnums=1)(1.0, rate),
+    ],
+)
+def test_a_function_may_look_at_floats(look):
+    def fn(params, x, rate):
+        return x @ params["w"] * look(rate)
+
+    apply = lora.lora_apply(fn)
+    for rate in (0.25, 0.75, 0.25):
+        assert_trees_close(apply({"w": W}, ADAPTERS, X, rate), fn({"w": W}, X, rate))
+
+
+def test_an_error_of_the_function_is_its_own():
+    def fn(params, x, rate):
+        raise ValueError(f"no rates here: {rate}")
+
+    with pytest.raises(ValueError, match=r"no rates here: 0\.5"):
+        lora.lora_apply(fn)({"w": W}, ADAPTERS, X, 0.5)
+
+
+def test_what_is_kept_does_not_grow_with_the_shapes_seen(monkeypatch):
+    case, kept = CASES["under_jit"], []
+    adapters, x = case.adapters(RULES["lora"]), case.input()
+
+    def small(size):
+        kept.append(Recent(min(size, 3)))
+        return kept[-1]
+
+    monkeypatch.setattr(apply_module, "Recent", small)
+    monkeypatch.setattr(materialize_module, "Recent", small)
+    apply = lora.lora_apply(case.fn, materialize="w")
+    for rows in (1, 2, 3, 4, 5, 1):
+        for extra in range(rows):
+            params = case.params() | {f"unused {extra}": W}
+            expected = case.fn(lora.merge(params, adapters), x[:rows])
+            assert_trees_close(apply(params, adapters, x[:rows]), expected, rtol=1e-4)
+    assert sorted(map(len, kept)) == [3, 3]
+
+
+def test_every_cache_has_a_bound():
+    """But for those of what a process has a handful of: constants, and the kernels of a device."""
+    unbounded = {"scale_code", "works", "_renameat2"}
+    for module in pkgutil.walk_packages(lora.__path__, "lora_jax."):
+        if not module.name.startswith(("lora_jax.cli", "lora_jax.__main__")):
+            for name, value in vars(importlib.import_module(module.name)).items():
+                if hasattr(value, "cache_parameters") and name not in unbounded:
+                    assert value.cache_parameters()["maxsize"] is not None, f"{module.name}.{name}"
 
 
 def test_what_cannot_be_hashed_is_named():
@@ -241,6 +326,60 @@ def test_names_of_arguments_still_name_them():
     jitted = jax.jit(apply, static_argnames="flag")
     assert_trees_close(jitted({"w": W}, ADAPTERS, X, True), X @ W)
     assert_trees_close(jitted({"w": W}, ADAPTERS, X, flag=False), X)
+
+
+def test_a_function_with_an_argument_called_adapters():
+    """It is the function's own, by keyword; the adapters that are applied are the second argument, by position."""
+
+    def fn(params, x, adapters):
+        return x @ params["w"] + adapters
+
+    apply, adapters = lora.lora_apply(fn), jax.tree.map(lambda a: a + 0.1, ADAPTERS)
+    assert list(inspect.signature(apply).parameters) == ["params", "outer_adapters", "x", "adapters"]
+    expected = fn(lora.merge({"w": W}, adapters), X, 2.0)
+    assert_trees_close(apply({"w": W}, adapters, X, 2.0), expected)
+    assert_trees_close(jax.jit(apply, static_argnames="adapters")({"w": W}, adapters, x=X, adapters=2.0), expected)
+
+
+def named(params, x, *, gain=1.0):
+    return gain * x @ params["w"]
+
+
+def scaled_by(gain, params, x):
+    return gain * x @ params["w"]
+
+
+WAYS = {
+    "named": named,
+    "a lambda": lambda p, x: x @ p["w"],
+    "of any arguments": lambda *args: args[1] @ args[0]["w"],
+    "a Partial": jax.tree_util.Partial(scaled_by, 1.0),
+    "a partial": functools.partial(named, gain=1.0),
+    "jitted": jax.jit(named),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_applied_twice(way):
+    """`apply(params, outer, inner, x)` is the function of both merged, and so is a third time around."""
+    inner, outer = ({"w": jax.tree.map(lambda a, c=c: a + c, ADAPTERS["w"])} for c in (0.1, -0.2))
+    once = lora.lora_apply(WAYS[way])
+    twice = lora.lora_apply(once)
+    expected = X @ lora.merge(lora.merge({"w": W}, outer), inner)["w"]
+    for apply in (twice, jax.jit(twice)):
+        assert_trees_close(apply({"w": W}, outer, inner, X), expected, rtol=1e-5)
+    assert_trees_close(lora.lora_apply(twice)({"w": W}, {}, outer, inner, X), expected, rtol=1e-5)
+    plan = lora.plan(once, {"w": W}, inner, X, rules={"w": Lora(1)})
+    assert plan["w"].axes == ADAPTERS["w"].axes
+    by_both = jax.grad(lambda pair: twice({"w": W}, *pair, X).sum())((outer, inner))
+    merged = jax.grad(lambda pair: (X @ lora.merge(lora.merge({"w": W}, pair[0]), pair[1])["w"]).sum())((outer, inner))
+    assert_trees_close(by_both, merged, rtol=1e-4)
+
+
+def test_the_signature_of_what_is_applied_twice():
+    twice = lora.lora_apply(lora.lora_apply(named))
+    assert list(inspect.signature(twice).parameters) == ["params", "outer_adapters", "adapters", "x", "gain"]
+    assert_trees_close(twice({"w": W}, ADAPTERS, ADAPTERS, x=X, gain=2.0), 2 * X @ W)
 
 
 def test_numpy_weights():

@@ -16,6 +16,7 @@ from lora_jax.core.errors import LoraError
 from lora_jax.core.operand import Operand, Wrapper
 from lora_jax.core.paths import path_key
 from lora_jax.core.products import Product
+from lora_jax.core.serialization import register_node
 
 
 def with_dropout(adapters: Mapping[str, Adapter], key: jax.Array, rate: float = 0.1) -> dict[str, Adapter]:
@@ -57,7 +58,7 @@ def _dropped(adapter: Adapter, key: jax.Array, rate: float) -> "DropoutAdapter":
     return DropoutAdapter(adapter, keys, adapter.axes, rate)
 
 
-@jax.tree_util.register_dataclass
+@register_node("lora_jax.dropout")
 @dataclass(frozen=True)
 class DropoutAdapter(AdapterWrapper):
     """An adapter whose input has dropout."""

@@ -1,5 +1,7 @@
 """Rows: some rows of a table of embeddings, trained whole: those of new tokens, for example."""
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -11,16 +13,21 @@ import numpy as np
 from lora_jax.adapters.arguments import check_dtype
 from lora_jax.adapters.low_rank import LowRank
 from lora_jax.core.adapter import Adapter, Rule
+from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.kinds import register_kind
+from lora_jax.core.layout import Layout
+from lora_jax.core.operand import Leaf, Operand
+from lora_jax.core.products import Matmul, Product
 
 
 @dataclass(frozen=True)
 class Rows(Rule):
     """W'[i] = a trained row for each of these i, and W[i] for all others; the table may be the head as well.
 
-    The rows start as W has them. In a program it is LoRA with a fixed A of zeros and ones, so the table is not copied.
+    The rows start as W has them. In a program, lookups and the product of a head find the few changes by their indices:
+    nothing of the table's size is formed.
     Weight decay draws them to zero, as it would the whole table's.
 
     Args:
@@ -90,13 +97,13 @@ class RowsAdapter(Adapter):
         rows = self.values.astype(w.dtype)
         return w.at[at].set(rows) if self.axis == 0 else w.at[:, at].set(rows.T)
 
-    def lower(self, w: Any) -> LowRank:
-        now = jnp.moveaxis(w, self.axis, 0)[np.array(self.indices)]
-        change = self.values - now.astype(self.values.dtype)  # [n, d]
-        which = jax.nn.one_hot(np.array(self.indices), self.size, dtype=change.dtype)  # [n, size]
-        if self.axes.inputs == (self.axis,):
-            return LowRank(which.T, change, self.axes)
-        return LowRank(change.T, which, self.axes)
+    def lower(self, w: Any) -> "RowsOperand":
+        at = np.array(self.indices)
+        now = w[at] if self.axis == 0 else w[:, at].T
+        slots = np.zeros(self.size, np.int32)
+        slots[at] = np.arange(1, len(at) + 1)
+        change = self.values - now.astype(self.values.dtype)
+        return RowsOperand(jnp.asarray(slots), change, self.axes, self.axes.group(self.axis))
 
     def specs(self, spec: jax.P) -> "RowsAdapter":
         return self.replace_arrays(lambda *_: jax.P(None, spec[1 - self.axis]))
@@ -106,3 +113,74 @@ class RowsAdapter(Adapter):
             raise LoraError(f"has values of shape {list(self.values.shape)}, expected {len(self.indices)} rows.")
         d = self.values.shape[1]
         return (self.size, d) if self.axis == 0 else (d, self.size)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RowsOperand(Leaf):
+    """The changes of some rows of a table, and which row of it has which."""
+
+    slots: jax.Array  # i32 [*stack, *rows]: 1 and up, the number of the row's change; 0 for none
+    change: jax.Array  # [*stack, n, *others]
+    axes: KernelAxes = field(metadata={"static": True})
+    side: str = field(metadata={"static": True})  # the group of axes that the rows are counted along
+
+    @property
+    def other(self) -> str:
+        return "inputs" if self.side == "outputs" else "outputs"
+
+    @property
+    def layout(self) -> Mapping[str, Layout]:  # type: ignore[override]
+        return {"slots": ("stack", self.side), "change": ("stack", "rank", self.other)}
+
+    def merge(self, w: jax.Array) -> jax.Array:
+        if _on_explicit_mesh(w):
+            return self.to_lora().merge(w)
+        order = (*self.axes.stack, *getattr(self.axes, self.side), *getattr(self.axes, self.other))
+        delta = self._picked(self.change.astype(w.dtype), len(self.axes.stack))
+        return w + delta.transpose([order.index(i) for i in range(w.ndim)])
+
+    def apply(self, product: Product) -> jax.Array:
+        """Return x @ W'. Of a head, each output of a changed row gets that row's product with x."""
+        if self.side == "inputs" or type(product) is not Matmul or _on_explicit_mesh(product.y):
+            return self.to_lora().apply(product)
+        n, y = len(self.axes.stack), product.y
+        h = product.contract(jnp.moveaxis(self.change, n, -1))  # [*stack, *T, n]
+        delta = self._picked(jnp.moveaxis(h, -1, n), n)  # [*stack, *rows, *T]
+        rows = self.slots.ndim - n
+        delta = jnp.moveaxis(delta, range(n, n + rows), range(-rows, 0)).reshape(y.shape)
+        wide = accumulator(y.dtype, delta.dtype)
+        return (y.astype(wide) + delta.astype(wide)).astype(y.dtype)
+
+    def _picked(self, changes: jax.Array, stack: int) -> jax.Array:
+        """Return for each row the change with its number, zeros for none; changes are [*stack, n, ...]."""
+        padded = jnp.pad(changes, [(int(i == stack), 0) for i in range(changes.ndim)])
+
+        def pick(slots: jax.Array, changes: jax.Array) -> jax.Array:
+            return changes[slots]
+
+        for _ in range(stack):
+            pick = jax.vmap(pick)
+        return pick(self.slots, padded)
+
+    def to_lora(self) -> LowRank:
+        """Return it as LoRA with an A, or a B, of zeros and ones."""
+        n = len(self.axes.stack)
+        which = jax.nn.one_hot(self.slots - 1, self.change.shape[n], dtype=self.change.dtype)
+        if self.side == "inputs":
+            return LowRank(which, self.change, self.axes, 1.0)
+        return LowRank(jnp.moveaxis(self.change, n, -1), jnp.moveaxis(which, -1, n), self.axes, 1.0)
+
+    def transpose(self) -> "RowsOperand":
+        return dataclasses.replace(self, axes=self.axes.transpose(), side=self.other)
+
+    def scale_by(self, factor: jax.Array) -> "RowsOperand":
+        return dataclasses.replace(self, change=self.change * factor.astype(self.change.dtype))
+
+    def concatenate(self, parts: Sequence[Any], sizes: Sequence[int], axis: int) -> Operand | None:
+        return self.to_lora().concatenate([part and part.to_lora() for part in parts], sizes, axis)
+
+
+def _on_explicit_mesh(array: jax.Array) -> bool:
+    """Return whether an array's type says how it is sharded: then that of what is picked by indices is ambiguous."""
+    return jax.sharding.AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types

@@ -17,6 +17,7 @@ from lora_jax.bases.format import Format
 from lora_jax.core.deferred import Deferred, Size
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed
+from lora_jax.core.serialization import register_node
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Fp8(Format):
         return _pack(w, stack, self.inputs, dtype, jnp.float8_e4m3fn, 448.0)
 
 
-@jax.tree_util.register_dataclass
+@register_node("lora_jax.EightBits")
 @dataclass(frozen=True)
 class EightBits(Packed):
     """A weight of `Int8` or `Fp8`."""

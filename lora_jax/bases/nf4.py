@@ -23,6 +23,7 @@ from lora_jax.bases.format import Format
 from lora_jax.core.deferred import Deferred, Size
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed
+from lora_jax.core.serialization import register_node
 
 BLOCK, SCALES = 64, 256  # numbers in a block, and scales in a block of scales
 
@@ -65,7 +66,7 @@ def _whole(inner: tuple[int, ...]) -> int:
     return next((n for n in reversed(range(len(inner))) if math.prod(inner[n:]) % BLOCK == 0), 0)
 
 
-@jax.tree_util.register_dataclass
+@register_node("lora_jax.Nf4Weight")
 @dataclass(frozen=True)
 class Nf4Weight(Packed):
     """A weight in NF4: two codes a byte, the first in the high half, and their scales."""

@@ -31,7 +31,8 @@ def concrete(array: Any) -> bool:
 
 def accumulator(*dtypes: Any) -> Any:
     """Return fp32, or a wider dtype if one of these is. JAX does not promote floats of 8 bits; fp32 holds them."""
-    return jnp.result_type(jnp.float32, *(dtype for dtype in dtypes if jnp.dtype(dtype).itemsize > 1))
+    with jax.numpy_dtype_promotion("standard"):  # it is asked for by name, also where the program's mode is strict
+        return jnp.result_type(jnp.float32, *(dtype for dtype in dtypes if jnp.dtype(dtype).itemsize > 1))
 
 
 def matmul_highest(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 from lora_jax.core.adapter import Adapter, AdapterWrapper
 from lora_jax.core.errors import LoraError
 from lora_jax.core.layout import Layout, field_names
+from lora_jax.core.serialization import register_node
 
 KINDS: dict[str, type[Adapter]] = {}  # by the names that checkpoints know them under
 
@@ -18,10 +19,11 @@ def register_kind(name: str) -> Callable[[Kind], Kind]:
     """Register a kind of adapter: a frozen dataclass, made a pytree here, which checkpoints know under this name.
 
     From then on adapters of the kind are planned, applied, merged, saved, restored and inspected as those of this
-    library are; and exported as the LoRA that `to_lora` gives, or refused by name. `examples/own_kind.py` writes one.
+    library are; and exported as the LoRA that `to_lora` gives, or refused by name. `jax.export` takes them as arguments
+    of programs that it writes, and `flax.serialization` writes them. `examples/own_kind.py` writes one.
 
     Args:
-        name: in checkpoints; it has to stay the same for as long as there are any.
+        name: in checkpoints and exported programs; it has to stay the same for as long as there are any.
 
     Returns:
         The decorator of the class.
@@ -49,7 +51,7 @@ def register_kind(name: str) -> Callable[[Kind], Kind]:
     def register(kind: Kind) -> Kind:
         _check_kind(name, kind)
         try:
-            KINDS[name] = jax.tree_util.register_dataclass(kind)
+            KINDS[name] = register_node(f"lora_jax.adapter.{name}")(kind)
         except ValueError as error:
             raise LoraError(
                 f"{kind.__name__} is a pytree already: register_kind makes it one. Register it once, under one name."

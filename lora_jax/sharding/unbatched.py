@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 
+from lora_jax.core.serialization import register_node
 
-@jax.tree_util.register_dataclass
+
+@register_node("lora_jax.Unbatched")
 @dataclass(frozen=True)
 class Unbatched:
     """An argument of a step, or a part of one, that is no batch: class weights, a teacher's outputs, a model's state.

@@ -4,6 +4,7 @@ Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import export
 
 from lora_jax.adapters.adalora import AdaLoraAdapter
 from lora_jax.core.adapter import Adapter, is_adapter
 from lora_jax.core.errors import LoraError
 
 
+@functools.partial(export.register_namedtuple_serialization, serialized_name="lora_jax.BudgetState")
 class BudgetState(NamedTuple):
     """The state of `adapt_budget`. Lists have one item for each AdaLoRA adapter; shapes never change."""
 

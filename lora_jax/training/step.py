@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from lora_jax.core.arrays import concrete
 from lora_jax.core.errors import LoraError
 from lora_jax.core.partition import names_of, quoted_names
+from lora_jax.core.serialization import register_node
 from lora_jax.sharding.batches import combined_sharding
 from lora_jax.sharding.devices import check_together, on_mesh
 from lora_jax.sharding.unbatched import is_unbatched
@@ -29,7 +30,7 @@ Step = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
 LARGEST_SCALE = 2.0**24  # that a loss scale grows to
 
 
-@jax.tree_util.register_dataclass
+@register_node("lora_jax.LossScale")
 @dataclass(frozen=True)
 class LossScale:
     """Dynamic loss scaling for fp16: the loss is multiplied by a scale, and its gradient divided by it.
@@ -64,10 +65,15 @@ class LossScale:
         return LossScale(value, jnp.where(is_finite & ~grows, self.finite + 1, 0), self.interval)
 
 
-@jax.tree_util.register_dataclass
+@register_node("lora_jax.TrainState")
 @dataclass(frozen=True)
 class TrainState:
-    """All that a training step changes. A step takes the state and returns the next one."""
+    """All that a training step changes. A step takes the state and returns the next one.
+
+    `flax.serialization` writes it, and programs of `jax.export` take it as an argument once optax's own states are
+    registered, for each kind in it, as
+    `jax.export.register_namedtuple_serialization(optax.ScaleByAdamState, serialized_name="optax.ScaleByAdamState")`.
+    """
 
     step: jax.Array  # i32, steps taken
     trainable: Any  # adapters, or a tree that holds them beside whatever else is trained
@@ -179,8 +185,9 @@ def train_step(
     scale = 1.0 if state.loss_scale is None else state.loss_scale.value
     found = gradient(state.trainable, params, *batch, scale=scale, key=key, model_state=state.model_state)
     ((value, metrics), grads), model_state = (found, None) if state.model_state is None else found
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
+    with jax.numpy_dtype_promotion("standard"):  # optax counts on it: its Adam raises a float to an integer
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
 
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm) & jnp.isfinite(value)
@@ -281,7 +288,7 @@ def pmap_step(
     def step(state: TrainState, params: Any, batch: tuple[Any, ...]) -> Any:
         return train_step(loss, optimizer, state, params, *batch, microbatches=microbatches, axis_name=axis_name)
 
-    @functools.cache
+    @functools.lru_cache(maxsize=128)
     def mapped(tree: Any, batched: tuple[bool, ...]) -> Any:
         axes = tree.unflatten([0 if is_batched else None for is_batched in batched])
         donated = 0 if replicated else ()

@@ -120,13 +120,7 @@ def value_and_grad(
         found = values, jax.tree.map(lambda g: (g / scale).astype(g.dtype), grads)
         return found if model_state is None else (found, model_state)
 
-    def in_context(*args: Any, **kwargs: Any) -> Any:
-        if batch_sharding is None:
-            return run(*args, **kwargs)
-        with jax.sharding.use_abstract_mesh(batch_sharding.mesh.abstract_mesh):
-            return run(*args, **kwargs)
-
-    return in_context
+    return run
 
 
 def _sums(

@@ -13,8 +13,9 @@ from lora_jax.core.adapter_checks import check_adapters
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import flatten_with_names, is_array
+from lora_jax.core.recent import Recent
 from lora_jax.transform.adapted_weight import adapted
-from lora_jax.transform.interpreter import Interpreter
+from lora_jax.transform.interpreter import CALLS_KEPT, Interpreter
 from lora_jax.transform.leaked_tracers import describe_leak
 from lora_jax.transform.materialize import Materialize, Patterns
 from lora_jax.transform.tracing import tracer
@@ -30,7 +31,8 @@ def lora_apply(fn: Callable[..., Any], *, materialize: Patterns = False) -> Call
 
     Args:
         fn: any function whose first argument is a pytree of parameters. Other arguments may be arrays, which are
-            traced, or anything hashable (flags, strings, None), which is kept.
+            traced, or anything hashable (flags, strings, None), which is kept. Floats are traced as arrays are, and
+            another one is no other program, unless `fn` looks at the number, as `if rate > 0` does.
         materialize: where W' may be formed at its full size, because the program does something else to the weight
             than multiply by it: True for all weights, or regular expressions for whole paths.
 
@@ -48,7 +50,7 @@ def lora_apply(fn: Callable[..., Any], *, materialize: Patterns = False) -> Call
     >>> bool(jnp.all(apply(params, adapters, x) == model(params, x)))      # a fresh adapter changes nothing
     True
     """
-    trace, interpreter, fallback = tracer(fn), Interpreter(jitted_calls={}), Materialize.of(materialize)
+    trace, interpreter, fallback = tracer(fn), Interpreter(Recent(CALLS_KEPT)), Materialize.of(materialize)
 
     @functools.wraps(fn)
     def apply(*args: Any, **kwargs: Any) -> Any:
@@ -93,6 +95,9 @@ def _with_signature(apply: Callable[..., Any], fn: Callable[..., Any]) -> Callab
     first, *rest = signature.parameters.values()
     if first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
         params = first.replace(kind=first.POSITIONAL_ONLY, default=first.empty)
-        adapters = inspect.Parameter("adapters", first.POSITIONAL_ONLY, annotation=Mapping[str, Adapter])
+        name = "adapters"
+        while name in signature.parameters:  # an argument of `fn`: of `lora_apply(f)` it is the inner adapters
+            name = f"outer_{name}"
+        adapters = inspect.Parameter(name, first.POSITIONAL_ONLY, annotation=Mapping[str, Adapter])
         apply.__signature__ = signature.replace(parameters=[params, adapters, *rest])  # type: ignore[attr-defined]
     return apply

@@ -13,10 +13,12 @@ import jax
 
 from lora_jax.core._compat import Jaxpr, JaxprEqn, Literal, Var, at_equation, bind, called_function, jit_p, open_jaxpr
 from lora_jax.core.factor_products import FACTOR_PRODUCT
+from lora_jax.core.recent import Recent
 from lora_jax.transform.adapted_weight import AdaptedWeight
 from lora_jax.transform.control_flow import CALLS, Call
 from lora_jax.transform.primitives import RULES, no_rule
 
+CALLS_KEPT = 4096  # jits and loops of all shapes that one `lora_apply` has seen
 OWN_DERIVATIVE = "has a derivative rule of its own, which is stated for the whole weight"
 
 
@@ -28,7 +30,7 @@ class Interpreter:
     body is traced by itself, so that a plan sees each.
     """
 
-    jitted_calls: dict[int, tuple[JaxprEqn, Callable[..., Any]]] | None
+    jitted_calls: Recent[tuple[JaxprEqn, Callable[..., Any]]] | None
 
     def evaluate(self, jaxpr: Jaxpr, consts: list[Any], args: Sequence[Any]) -> list[Any]:
         """Return the outputs of a jaxpr for these inputs; any input or output may be an `AdaptedWeight`."""
@@ -70,14 +72,12 @@ class Interpreter:
 
     def _kept(self, eqn: JaxprEqn, call: Call) -> Callable[..., Any]:
         """Return the call under jit, the same for the same equation, which is kept so that its id is not used again."""
-        if self.jitted_calls is not None and id(eqn) in self.jitted_calls:
-            return self.jitted_calls[id(eqn)][1]
 
         def run(args: list[Any]) -> list[Any]:
             return call(self._body, eqn, args)
 
-        run.__name__ = run.__qualname__ = str(eqn.params.get("name", eqn.primitive.name))
-        jitted = jax.jit(run, inline=eqn.primitive is not jit_p or eqn.params["inline"])
-        if self.jitted_calls is not None:
-            self.jitted_calls[id(eqn)] = eqn, jitted
-        return jitted
+        def jitted() -> tuple[JaxprEqn, Callable[..., Any]]:
+            run.__name__ = run.__qualname__ = str(eqn.params.get("name", eqn.primitive.name))
+            return eqn, jax.jit(run, inline=eqn.primitive is not jit_p or eqn.params["inline"])
+
+        return (self.jitted_calls.get(id(eqn), jitted) if self.jitted_calls is not None else jitted())[1]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from lora_jax.core.errors import LoraError
 from lora_jax.core.patterns import first_match
+from lora_jax.core.recent import Recent
 from lora_jax.transform.adapted_weight import AdaptedWeight
 
 Patterns = bool | str | Sequence[str]
@@ -16,7 +17,9 @@ class Materialize:
     """Allow W' to be formed for the weights of some paths, and refuse it for all others."""
 
     patterns: tuple[re.Pattern[str], ...]
-    checked: set[tuple[str, ...]] = field(default_factory=set)  # the sets of paths that the patterns were found to fit
+    checked: Recent[None] = field(
+        default_factory=lambda: Recent(64)
+    )  # lists of paths that the patterns were found to fit
 
     @classmethod
     def of(cls, patterns: Patterns) -> "Materialize":
@@ -40,10 +43,11 @@ class Materialize:
         Raises:
             LoraError: a pattern matches no parameter path (the nearest are listed), or only such as earlier ones match.
         """
-        if not self.patterns or self.patterns == (re.compile(".*"),) or tuple(names) in self.checked:
-            return
+        if self.patterns and self.patterns != (re.compile(".*"),):
+            self.checked.get(tuple(names), lambda: self._check(names))
+
+    def _check(self, names: Sequence[str]) -> None:
         first_match({pattern.pattern: True for pattern in self.patterns}, names, call="materialize: ")
-        self.checked.add(tuple(names))
 
     def allows(self, path: str) -> bool:
         """Return whether W' may be formed for the weight of this path."""

@@ -129,6 +129,6 @@ def _merge_in_place(w: jax.Array, adapter: Adapter) -> jax.Array:
     return _in_place(w.sharding)(w, adapter)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _in_place(sharding: jax.sharding.Sharding) -> Any:
     return jax.jit(_merged, donate_argnums=0, out_shardings=sharding)

@@ -24,7 +24,7 @@ def check_packed(name: str, packed: Packed) -> None:
         )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _misfit(tree: PyTreeDef, kinds: tuple[tuple[tuple[int, ...], Any], ...]) -> str:
     """Return why arrays of these shapes and dtypes cannot be unpacked; nothing if they can."""
     packed = tree.unflatten([jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in kinds])

@@ -1,8 +1,9 @@
 """Trace a function of parameters to a jaxpr, once for each set of shapes."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,12 +12,12 @@ import numpy as np
 from jax.tree_util import PyTreeDef
 
 from lora_jax.core._compat import open_jaxpr
-from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import flatten_with_names, is_array
 from lora_jax.transform.adapted_weight import plain
 from lora_jax.transform.interpreter import Interpreter
 from lora_jax.transform.packed_inputs import as_constant, check_packed
+from lora_jax.transform.static_arguments import Static
 
 
 @dataclass(frozen=True)
@@ -39,52 +40,21 @@ class Program:
         return jax.tree.unflatten(self.out_tree, [plain(o, "the function returns it") for o in out])
 
 
-@dataclass(frozen=True)
-class _Static:
-    """The arguments without their arrays. A trace is valid for equal ones and equal shapes."""
-
-    trees: tuple[PyTreeDef, PyTreeDef]  # of the parameters, and of the rest
-    key: tuple[Any, ...]  # of each leaf; None stands for an array
-    leaves: tuple[Any, ...] = field(compare=False)
-
-    @classmethod
-    def of(cls, leaves: Sequence[Any], trees: tuple[PyTreeDef, PyTreeDef]) -> "_Static":
-        return cls(trees, tuple(map(_key, leaves)), tuple(None if is_array(leaf) else leaf for leaf in leaves))
-
-    def fill(self, arrays: Sequence[Any]) -> Any:
-        rest = iter(arrays)
-        filled = [next(rest) if key is None else leaf for key, leaf in zip(self.key, self.leaves, strict=True)]
-        params, others = self.trees
-        n = params.num_leaves
-        return params.unflatten(filled[:n]), *others.unflatten(filled[n:])
-
-
-def _key(leaf: Any) -> Any:
-    """Return a key that is equal for the same leaf only: 1, 1.0 and True differ, so do 0.0 and -0.0; NaN equals NaN."""
-    if is_array(leaf):
-        return None
-    if isinstance(leaf, float | complex):
-        return type(leaf), repr(leaf)
-    try:
-        hash(leaf)
-    except TypeError:
-        raise LoraError(
-            f"an argument holds a {type(leaf).__name__}, which is neither an array nor hashable: "
-            "pass it as a jax.Array, or bind it with functools.partial before lora_apply."
-        ) from None
-    return type(leaf), leaf
-
-
 def _abstract(array: Any) -> Any:
     """Return what the function is traced with: the shape of a packed weight, of which it knows nothing."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype) if is_packed(array) else array
 
 
 def tracer(fn: Callable[..., Any]) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Program]:
-    """Return `trace(params, args, kwargs) -> Program`. Tracing, and its cache, are those of `jax.jit`."""
+    """Return `trace(params, args, kwargs) -> Program`. Tracing, and its cache, are those of `jax.jit`.
+
+    A float among the arguments is traced as JAX does, with a weak dtype, so that another one is no other program. It is
+    kept as it is for a function that looks at the number, which is found out by trying.
+    """
+    looks_at_floats = False
 
     @functools.partial(jax.jit, static_argnums=0)
-    def call(static: _Static, *arrays: Any) -> Any:
+    def call(static: Static, *arrays: Any) -> Any:
         params, args, kwargs = static.fill(arrays)
         return fn(params, *args, **kwargs)
 
@@ -94,10 +64,23 @@ def tracer(fn: Callable[..., Any]) -> Callable[[Any, tuple[Any, ...], dict[str, 
             if is_packed(weight):
                 check_packed(name, weight)
         others, others_tree = jax.tree.flatten((args, kwargs))
+        nonlocal looks_at_floats
+        floats = [type(leaf) in (float, complex) for leaf in others]
+        if any(floats) and not looks_at_floats:
+            arrays = [jnp.asarray(o) if is_float else o for o, is_float in zip(others, floats, strict=True)]
+            with contextlib.suppress(
+                TypeError, ValueError, AttributeError
+            ):  # what has another reason comes again below
+                return program(names, weights, tree, arrays, others_tree)
+        found = program(names, weights, tree, others, others_tree)
+        looks_at_floats = looks_at_floats or any(floats)
+        return found
+
+    def program(names: list[str], weights: list[Any], tree: Any, others: list[Any], others_tree: Any) -> Program:
         leaves = [*weights, *others]
         arrays = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves if is_array(leaf)]
         with jax.disable_jit(False):  # the program is wanted as it is, scans and all
-            static, shapes = _Static.of(leaves, (tree, others_tree)), list(map(_abstract, arrays))
+            static, shapes = Static.of(leaves, (tree, others_tree)), list(map(_abstract, arrays))
             traced = call.trace(static, *shapes)
             # Values of an outer trace that `fn` closes over have become the first arguments.
             lifted = len(traced.jaxpr.in_avals) - len(arrays)
