@@ -51,7 +51,9 @@ def with_dropout(adapters: Mapping[str, Adapter], key: jax.Array, rate: float = 
         return dict(adapters)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
-    inner = {path: adapter.inner if isinstance(adapter, DropoutAdapter) else adapter for path, adapter in adapters.items()}
+    inner = {
+        path: adapter.inner if isinstance(adapter, DropoutAdapter) else adapter for path, adapter in adapters.items()
+    }
     stacks = {path: adapter.axes.sizes(adapter.kernel_shape())[0] for path, adapter in inner.items()}
     keys = _keys(key, {path: math.prod(stack) for path, stack in stacks.items()})
     return {

@@ -195,10 +195,12 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
     recent: list[tuple[Any, Any, Any]] = []  # the shardings of all arrays, the tree if it matters, and the jitted step
 
     def placed(state: TrainState, params: Any, batch: Any) -> Any:
-        leaves, tree = jax.tree.flatten((state, batch))
-        shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
+        shardings: list[Any] = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(state.trainable)]
         if NamedSharding not in map(type, shardings):
-            shardings = []  # on no mesh, and jax.jit sees to the rest
+            shardings, tree = [], None  # on no mesh, and jax.jit sees to the rest
+        else:
+            leaves, tree = jax.tree.flatten((state, batch))
+            shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
         for known, known_tree, step in recent:  # nearly always the first: lists of the same objects compare fast
             if known == shardings and (known_tree is None or known_tree == tree):
                 return step
