@@ -70,7 +70,7 @@ def _keys(key: jax.Array, counts: Mapping[str, int]) -> dict[str, jax.Array]:
     """
     if str(jax.random.key_impl(key)) != "threefry2x32":  # others may give other numbers under vmap
         return {path: jax.random.split(path_key(key, path), n) for path, n in counts.items()}
-    keys = {}
+    keys: dict[str, jax.Array] = {}
     for n in dict.fromkeys(counts.values()):
         paths = [path for path, count in counts.items() if count == n]
         hashes = np.array([path_hash(path) for path in paths], np.uint32)
