@@ -34,9 +34,10 @@ def with_dropout(adapters: Mapping[str, Adapter], key: jax.Array, rate: float = 
     embeddings, and weights that are materialized. For several sets of adapters at once, call it inside the function
     that is vmapped.
 
-    Keys of `jax.random.key(seed, impl="rbg")` draw the masks by the hardware's own generator, which is much faster on
-    TPUs and compiles faster there; on CPUs they bring nothing. Their masks are as good, but other ones on another
-    sharding, backend or version of XLA: https://docs.jax.dev/en/latest/jax.random.html says what they promise.
+    Keys of `jax.random.key(seed, impl="rbg")` draw the masks by the hardware's own generator, which is the fastest on
+    TPUs; on CPUs they bring nothing. Their masks are the same on every sharding, unless XLA is told otherwise by
+    `--xla_tpu_spmd_rng_bit_generator_unsafe`, but other ones on another backend or version of XLA, and under `jax.vmap`
+    over keys. https://docs.jax.dev/en/latest/jax.random.html compares the generators.
 
     Args:
         key: a `jax.random.key` (or an old-style `PRNGKey`).
