@@ -7,6 +7,7 @@ import pytest
 from helpers import MODELS, RULES, D, K, assert_trees_close, assert_trees_equal, eight_devices, total
 
 import lora_jax as lora
+from lora_jax.core.paths import path_key
 
 CASES = {case.name: case for case in MODELS}
 RULE = RULES["lora"]
@@ -128,3 +129,28 @@ def test_old_style_keys_and_twice():
 def test_bad_rates(rate):
     with pytest.raises(lora.LoraError, match="the rate is a number of at least 0 and below 1"):
         lora.with_dropout({}, KEY, rate)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_keys_depend_on_the_path_alone(impl):
+    def fn(params, x):
+        return jnp.stack([x @ params["c"][0], x @ params["c"][1]]) @ params["a"] @ params["b"]
+
+    key = jax.random.key(3, impl=impl)
+    params = {"a": jnp.ones((K, D)), "b": jnp.ones((D, K)), "c": jnp.ones((2, D, K))}
+    adapters = adapters_of(fn, params, jnp.ones((3, D)))
+    for some in (adapters, {"b": adapters["b"]}):
+        for path, adapter in lora.with_dropout(some, key).items():
+            n = 2 if adapter.axes.stack else 1
+            expected = jax.random.split(path_key(key, path), n).reshape(adapter.keys.shape)
+            assert jnp.array_equal(jax.random.key_data(adapter.keys), jax.random.key_data(expected))
+
+
+def test_a_program_hashes_the_paths_of_all_layers_once():
+    adapters = {
+        f"w{i}": lora.LoraAdapter(jnp.ones((D, 1)), jnp.ones((1, K)), lora.KernelAxes((), (0,), (1,)), 1.0)
+        for i in range(24)
+    }
+    text = jax.jit(lambda a, key: lora.with_dropout(a, key)).lower(adapters, KEY).as_text()
+    assert text.count("call @_threefry_fold_in") == 1
+    assert text.count("call @_threefry_split") == 1

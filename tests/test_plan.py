@@ -200,3 +200,19 @@ def test_params_that_do_not_fit_the_plan():
         lora.init(jax.random.key(0), {**case.params(), "w1": jnp.ones((3, 10))}, case.plan(Lora(2)))
     with pytest.raises(LoraError, match=r"'w2' of shape \[10, 12\], but these parameters have no such path"):
         lora.init(jax.random.key(0), {"w1": case.params()["w1"]}, case.plan(Lora(2)))
+
+
+def test_the_adapters_of_weights_alike_are_traced_once(monkeypatch):
+    traced = []
+    init = Lora.init
+    monkeypatch.setattr(Lora, "init", lambda self, key, w, axes: traced.append(w.shape) or init(self, key, w, axes))
+    params = {**{f"square_{i}": jnp.ones((8, 8)) for i in range(5)}, "out": jnp.ones((8, 3))}
+
+    def chain(params, x):
+        for i in range(5):
+            x = x @ params[f"square_{i}"]
+        return x @ params["out"]
+
+    found = lora.plan(chain, params, jnp.ones((2, 8)), rules={"square_.*": Lora(lambda path, shape: 2), "out": Lora(2)})
+    assert len(found) == 6
+    assert sorted(traced) == [(8, 3), (8, 8)]

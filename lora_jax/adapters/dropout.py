@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.core.adapter import Adapter, AdapterWrapper, lower
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.operand import Operand, Wrapper
-from lora_jax.core.paths import path_key
+from lora_jax.core.paths import path_hash, path_key
 from lora_jax.core.products import Product
 from lora_jax.core.serialization import register_node
 
@@ -34,6 +35,11 @@ def with_dropout(adapters: Mapping[str, Adapter], key: jax.Array, rate: float = 
     embeddings, and weights that are materialized. For several sets of adapters at once, call it inside the function
     that is vmapped.
 
+    Keys of `jax.random.key(seed, impl="rbg")` draw the masks by the hardware's own generator, which is the fastest on
+    TPUs; on CPUs they bring nothing. Their masks are the same on every sharding, unless XLA is told otherwise by
+    `--xla_tpu_spmd_rng_bit_generator_unsafe`, but other ones on another backend or version of XLA, and under `jax.vmap`
+    over keys. https://docs.jax.dev/en/latest/jax.random.html compares the generators.
+
     Args:
         key: a `jax.random.key` (or an old-style `PRNGKey`).
         rate: the probability that an entry is dropped, at least 0 and below 1; 0 returns the adapters as they are.
@@ -47,15 +53,41 @@ def with_dropout(adapters: Mapping[str, Adapter], key: jax.Array, rate: float = 
         return dict(adapters)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
-    return {path: _dropped(adapter, path_key(key, path), float(rate)) for path, adapter in adapters.items()}
+    inner = {
+        path: adapter.inner if isinstance(adapter, DropoutAdapter) else adapter for path, adapter in adapters.items()
+    }
+    stacks = {path: adapter.axes.sizes(adapter.kernel_shape())[0] for path, adapter in inner.items()}
+    keys = _keys(key, {path: math.prod(stack) for path, stack in stacks.items()})
+    return {
+        path: DropoutAdapter(adapter, keys[path].reshape(stacks[path]), adapter.axes, float(rate))
+        for path, adapter in inner.items()
+    }
 
 
-def _dropped(adapter: Adapter, key: jax.Array, rate: float) -> "DropoutAdapter":
-    if isinstance(adapter, DropoutAdapter):
-        adapter = adapter.inner
-    stack, _, _ = adapter.axes.sizes(adapter.kernel_shape())
-    keys = jax.random.split(key, math.prod(stack)).reshape(stack)
-    return DropoutAdapter(adapter, keys, adapter.axes, rate)
+def _keys(key: jax.Array, counts: Mapping[str, int]) -> dict[str, jax.Array]:
+    """Return `jax.random.split(path_key(key, path), count)` for each path.
+
+    All paths of one count are hashed together. Programs of many layers would otherwise be slow to compile: each hash
+    that stands by itself is a program of its own, and each mask too whose key lies at a place known to the compiler.
+    """
+    if str(jax.random.key_impl(key)) != "threefry2x32":  # others may give other numbers under vmap
+        return {path: jax.random.split(path_key(key, path), n) for path, n in counts.items()}
+    keys: dict[str, jax.Array] = {}
+    for n in dict.fromkeys(counts.values()):
+        paths = [path for path, count in counts.items() if count == n]
+        hashes = np.array([path_hash(path) for path in paths], np.uint32)
+        together = jax.vmap(lambda one, n=n: jax.random.split(jax.random.fold_in(key, one), n))(hashes)  # [paths, n]
+        keys |= {path: _row(together, i) for i, path in enumerate(paths)}
+    return keys
+
+
+def _row(table: jax.Array, i: int) -> jax.Array:
+    """Return table[i], in code that is the same for all i, which XLA's CPU backend compiles once for all of them.
+
+    A number that is known would become part of each kernel that reads the row, and so would a scalar constant.
+    """
+    where = jax.lax.optimization_barrier(np.array([i, 0], np.int32))
+    return jax.lax.dynamic_index_in_dim(table, where[0], keepdims=False)
 
 
 @register_node("lora_jax.dropout")

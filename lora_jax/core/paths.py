@@ -106,7 +106,12 @@ def is_array(leaf: Any) -> bool:
 
 def path_key(key: jax.Array, path: str) -> jax.Array:
     """Return the random key of a path: the same on every host, whatever other paths there are."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+    return jax.random.fold_in(key, path_hash(path))
+
+
+def path_hash(path: str) -> int:
+    """Return 32 bits of a path, which `path_key` folds into a key."""
+    return zlib.crc32(path.encode())
 
 
 def _name(path: tuple[Any, ...], below: dict[tuple[Any, ...], int]) -> str:

@@ -65,6 +65,18 @@ class Target:
         return [f"axes {' and '.join(map(str, group))} share one {name}" for name, group in groups if len(group) > 1]
 
 
+def abstract_adapters(targets: Mapping[str, Target]) -> dict[str, Adapter]:
+    """Return the adapter of each target with shapes in the place of arrays, traced once for all targets alike."""
+    made: dict[Any, Adapter] = {}
+    found = {}
+    for path, target in targets.items():
+        alike = target.shape, target.dtype, target.axes, id(target.rule)
+        if alike not in made:
+            made[alike] = target.abstract()
+        found[path] = made[alike]
+    return found
+
+
 @dataclass(frozen=True)
 class Plan(Mapping[str, Target]):
     """`{path: Target}` in the parameters' own order; print it to see what will be trained and what it costs."""

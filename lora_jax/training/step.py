@@ -28,6 +28,7 @@ from lora_jax.training.value_and_grad import Loss, value_and_grad
 Step = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
 
 LARGEST_SCALE = 2.0**24  # that a loss scale grows to
+KEPT_STEPS = 16  # jitted steps that `jit_step` keeps, one for each way in which state and batch are placed
 
 
 @register_node("lora_jax.LossScale")
@@ -242,14 +243,32 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
     """
 
     steps: dict[Any, Any] = {}  # jitted steps, by the shardings of the batch and the state
+    recent: list[tuple[Any, Any, Any]] = []  # the shardings of all arrays, the tree if it matters, and the jitted step
 
     def placed(state: TrainState, params: Any, batch: Any) -> Any:
+        shardings: list[Any] = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(state.trainable)]
+        if NamedSharding not in map(type, shardings):
+            shardings, tree = [], None  # on no mesh, and jax.jit sees to the rest
+        else:
+            leaves, tree = jax.tree.flatten((state, batch))
+            shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
+        for known, known_tree, step in recent:  # nearly always the first: lists of the same objects compare fast
+            if known == shardings and (known_tree is None or known_tree == tree):
+                return step
+        found, is_on_mesh = looked_up(state, params, batch)
+        recent.insert(0, (shardings, tree if is_on_mesh else None, found))
+        del recent[KEPT_STEPS:]
+        return found
+
+    def looked_up(state: TrainState, params: Any, batch: Any) -> tuple[Any, bool]:
         places = on_mesh(state.trainable) and jax.tree.map(lambda leaf: leaf.sharding, state)
         where = places and combined_sharding(batch), tuple(jax.tree.leaves(places)), jax.tree.structure(places)
         if where not in steps:
             check_together(state.trainable, params)
+            if len(steps) == KEPT_STEPS:
+                del steps[next(iter(steps))]
             steps[where] = compiled(where[0], places)
-        return steps[where]
+        return steps[where], places is not None
 
     def compiled(batch_sharding: NamedSharding | None, places: Any) -> Any:
         step = functools.partial(train_step, loss, optimizer, microbatches=microbatches, batch_sharding=batch_sharding)

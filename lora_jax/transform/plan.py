@@ -15,7 +15,7 @@ from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError, LoraWarning
 from lora_jax.core.paths import flatten_with_names, is_array
 from lora_jax.core.patterns import first_match
-from lora_jax.core.targets import Plan, Target
+from lora_jax.core.targets import Plan, Target, abstract_adapters
 from lora_jax.transform.adapted_weight import AdaptedWeight, adapted
 from lora_jax.transform.interpreter import Interpreter
 from lora_jax.transform.materialize import Materialize, Patterns
@@ -91,7 +91,7 @@ def plan(
         else:
             problems[path] = found
 
-    targets = {path: dataclasses.replace(target, rule=_among(target, targets)) for path, target in targets.items()}
+    targets = _among(targets)
 
     formable = {path for path in problems if log.obstacles.get(path) and _is_matrix(weights[path])}
 
@@ -195,10 +195,24 @@ def _warn_of_batched(targets: Mapping[str, Target]) -> None:
                 )
 
 
-def _among(target: Target, targets: Mapping[str, Target]) -> Rule:
-    """Return the rule, told of all matrices that it is used for."""
-    same = (other for other in targets.values() if other.rule == target.rule)
-    return target.rule.among(other.axes.fans(other.shape)[1:] for other in same)
+def _among(targets: Mapping[str, Target]) -> dict[str, Target]:
+    """Return the targets with rules that were told of all matrices they are used for: one object for equal rules."""
+    users: dict[Any, list[Target]] = {}
+    for target in targets.values():
+        users.setdefault(_identity(target.rule), []).append(target)
+    rules = {
+        key: alike[0].rule.among(target.axes.fans(target.shape)[1:] for target in alike) for key, alike in users.items()
+    }
+    return {path: dataclasses.replace(target, rule=rules[_identity(target.rule)]) for path, target in targets.items()}
+
+
+def _identity(rule: Rule) -> Any:
+    """Return what is equal for equal rules; a user's own rule may hold what cannot be hashed, and is itself alone."""
+    try:
+        hash(rule)
+    except TypeError:
+        return id(rule)
+    return rule
 
 
 def _is_matrix(leaf: Any) -> bool:
@@ -219,7 +233,7 @@ def _try(program: Program, targets: Mapping[str, Target]) -> dict[str, list[str]
 
         return program.run(Interpreter(jitted_calls=None), arrays, adapt)
 
-    jax.eval_shape(run, program.arrays, {path: target.abstract() for path, target in targets.items()})
+    jax.eval_shape(run, program.arrays, abstract_adapters(targets))
     return log.obstacles
 
 
