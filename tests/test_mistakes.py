@@ -608,3 +608,37 @@ def test_a_mistake_is_told_what_to_do(make, words, prepare, tmp_path):
     for word in words:
         assert word in str(error.value), str(error.value)
     assert files(tmp_path) == before
+
+
+def test_old_keys_are_keys():
+    """`jax.random.PRNGKey` gives the numbers of `jax.random.key`, wherever a key is taken."""
+    given, new, old = Given(Path()), jax.random.key(3), jax.random.PRNGKey(3)
+    fresh = lora.init(new, given.params, given.plan)
+
+    def loss(adapters, params, x, key):
+        return given.loss(lora.with_dropout(trained(adapters), key, 0.5), params, x)
+
+    def trained(adapters):
+        return jax.tree.map(lambda array: array + 0.1, adapters)
+
+    def all_of(key):
+        state = lora.TrainState.create(fresh, given.optimizer, key)
+        _, metrics = lora.train_step(loss, given.optimizer, state, given.params, given.x)
+        return lora.init(key, given.params, given.plan), starts.orthogonal(key, fresh), metrics["loss"]
+
+    ours, theirs = all_of(new), all_of(old)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for one, other in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_model_may_have_arguments_of_any_name():
+    plan = lora.plan(
+        lambda params, x, fn, rank: x @ params["up"] * fn,
+        weights(),
+        jnp.ones((1, D)),
+        fn=2.0,
+        rank=1,
+        rules={"up": lora.Lora(rank=1)},
+    )
+    assert list(plan) == ["up"]

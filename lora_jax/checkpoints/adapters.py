@@ -54,7 +54,7 @@ def save(folder: str | Path, adapters: Mapping[str, Adapter], others: Mapping[st
     """
     call = "save(folder, adapters, others)"
     check_folder(call, folder)
-    check_adapter_dict(call, adapters)
+    check_adapter_dict(call, adapters, "; other arrays go into `others`")
     for path, adapter in adapters.items():
         check_kept(named_arrays(path, adapter), TAKEN_BY_A_STEP)
     arrays = {"adapters": {path: adapter.arrays() for path, adapter in adapters.items()}, "others": dict(others or {})}

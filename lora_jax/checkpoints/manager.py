@@ -81,7 +81,8 @@ class Checkpoints:
         keep_every: int | None = None,
     ) -> None:
         check_folder(CALL, folder)
-        check_is(CALL, "plan", plan, Plan, "a plan: lora.plan(fn, params, *args, rules={...})")
+        if plan != {}:
+            check_is(CALL, "plan", plan, Plan, "a plan: lora.plan(fn, params, *args, rules={...})")
         for name, value in [("every", every), ("keep", keep), ("keep_every", keep_every)]:
             optional = name == "keep_every" and value is None
             if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -74,8 +74,8 @@ def check_folder(call: str, folder: Any, argument: str = "folder") -> None:
     check_is(call, argument, folder, (str, os.PathLike), 'a path, such as "runs/adapters"')
 
 
-def check_adapter_dict(call: str, adapters: Any) -> None:
-    """Raise unless this is `{path: adapter}`."""
+def check_adapter_dict(call: str, adapters: Any, others: str = "") -> None:
+    """Raise unless this is `{path: adapter}`; the message ends with where other things go, if given."""
     if isinstance(adapters, list | tuple) and not hasattr(adapters, "_fields"):
         refuse(
             call, "adapters", adapters, "one dict {path: adapter}: lora.combine([(adapters, 1.0), ...]) adds several"
@@ -88,7 +88,7 @@ def check_adapter_dict(call: str, adapters: Any) -> None:
     for path, adapter in adapters.items():
         if not isinstance(adapter, Adapter):
             raise LoraError(
-                f"{call}: adapters[{path!r}] is {found(adapter)}, expected an adapter as lora.init makes it."
+                f"{call}: adapters[{path!r}] is {found(adapter)}, expected an adapter as lora.init makes it{others}."
             )
 
 
