@@ -354,7 +354,7 @@ mistake(
 mistake(
     "a mask of names",
     lambda g: lora.freeze_base(g.optimizer, {"up": "train", "down": "train"}).init(g.adapters),
-    "'train' | booleans",
+    "holds 'train' | booleans",
 )
 mistake("a mask of an optimizer", lambda g: lora.trainable_mask(g.optimizer), "optax | adapters")
 mistake("a mask of a plan", lambda g: lora.trainable_mask(g.plan), "plan | lora.init")

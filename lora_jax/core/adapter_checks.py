@@ -12,10 +12,12 @@ from lora_jax.core.argument_checks import (
     TAKEN_BY_DONATION,
     check_adapter_dict,
     check_kept,
+    is_taken,
     named_arrays,
 )
 from lora_jax.core.errors import LoraError
 from lora_jax.core.kinds import check_registered
+from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import is_array, nearest
 
 
@@ -24,7 +26,7 @@ def check_adapters(adapters: Mapping[str, Adapter], names: list[str], leaves: li
 
     Raises:
         LoraError: the adapters are no `{path: adapter}`; a path is not among the parameters, or is no array of floats
-            there; shapes differ.
+            there; shapes differ; an array has been deleted.
     """
     check_adapter_dict("(params, adapters, ...)", adapters)
     weights = dict(zip(names, leaves, strict=True))
@@ -40,9 +42,13 @@ def check_adapters(adapters: Mapping[str, Adapter], names: list[str], leaves: li
         if not (is_array(weight) and jnp.issubdtype(weight.dtype, jnp.floating)):
             found = weight.dtype if is_array(weight) else type(weight).__name__
             raise LoraError(f"there is an adapter for {path!r}, but that is {found}, expected an array of floats.")
-        check_kept(named_arrays(path, adapter), TAKEN_BY_A_STEP)
-        check_kept([(path, weight)], TAKEN_BY_DONATION)
-        dtypes = sorted({str(a.dtype) for a in jax.tree.leaves(adapter) if _is_counted(a.dtype)})
+        arrays = jax.tree.leaves(adapter)
+        if any(map(is_taken, arrays)):
+            check_kept(named_arrays(path, adapter), TAKEN_BY_A_STEP)
+        for part in jax.tree.leaves(weight) if is_packed(weight) else (weight,):
+            if is_taken(part):
+                check_kept([(path, part)], TAKEN_BY_DONATION)
+        dtypes = sorted({str(a.dtype) for a in arrays if _is_counted(a.dtype)})
         if dtypes:
             raise LoraError(
                 f"the adapter for {path!r} holds {', '.join(dtypes)} arrays, expected floats: cast them back with "

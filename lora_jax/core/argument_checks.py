@@ -29,9 +29,9 @@ TAKEN_BY_DONATION = (
 A_KEY_MAP = "a KeyMap: lora.key_maps.LLAMA and the like, or key_maps.KeyMap(key_maps.linear(path, name), ...)"
 
 
-def refuse(call: str, argument: str, value: Any, expected: str) -> NoReturn:
+def refuse(call: str, argument: str, value: Any, expected: str, verb: str = "is") -> NoReturn:
     """Raise for an argument: `call` shows all arguments in their order, and `expected` ends with how to make it."""
-    raise LoraError(f"{call}: `{argument}` is {found(value)}, expected {expected}.")
+    raise LoraError(f"{call}: `{argument}` {verb} {found(value)}, expected {expected}.")
 
 
 def check_is(call: str, argument: str, value: Any, kinds: type | tuple[type, ...], expected: str) -> None:
@@ -99,7 +99,7 @@ def check_tree(call: str, argument: str, tree: Any) -> None:
         no_array = isinstance(leaf, str | Plan | Rule) or is_optimizer(leaf) or callable(leaf)
         if no_array or (leaf is tree and not is_array(leaf) and not isinstance(leaf, bool)):
             whole = "a tree of arrays, such as the adapters that lora.init(key, params, plan) makes"
-            refuse(call, argument, leaf, whole)
+            refuse(call, argument, leaf, whole, "is" if leaf is tree else "holds")
 
 
 def check_kept(named: Iterable[tuple[str, Any]], taken: str, call: str = "") -> None:
@@ -111,8 +111,13 @@ def check_kept(named: Iterable[tuple[str, Any]], taken: str, call: str = "") -> 
         call: what the message begins with.
     """
     for name, array in named:
-        if concrete(array) and array.is_deleted():
+        if is_taken(array):
             raise LoraError(f"{call}{name!r} has been deleted: {taken}")
+
+
+def is_taken(array: Any) -> bool:
+    """Return whether an array is known to be gone."""
+    return concrete(array) and bool(array.is_deleted())
 
 
 def named_arrays(path: str, adapter: Adapter) -> list[tuple[str, Any]]:
@@ -159,9 +164,14 @@ def found(value: Any) -> str:
         return (
             (f"an array of {value.size} random keys" if value.ndim else "a random key") if is_key else describe(value)
         )
-    if callable(value) and not isinstance(value, Adapter):
-        return f"the function {getattr(value, '__name__', name)}"
-    return f"a {name}"
+    if callable(value) and hasattr(value, "__name__"):
+        return f"the function {value.__name__}"
+    return with_article(name)
+
+
+def with_article(name: str) -> str:
+    """Return `a LoraAdapter`, `an Entry`."""
+    return f"an {name}" if name[:1].upper() in "AEIOU" else f"a {name}"
 
 
 def _found_dict(value: Mapping[Any, Any]) -> str:
@@ -169,4 +179,5 @@ def _found_dict(value: Mapping[Any, Any]) -> str:
         if value and all(isinstance(item, kind) for item in value.values()):
             return what
     keys = ", ".join(repr(key) for key in [*value][:3])
-    return f"a dict with the keys {keys}{', ...' * (len(value) > 3)}" if value else "an empty dict"
+    some = f"the key{'s' * (len(value) > 1)} {keys}{', ...' * (len(value) > 3)}"
+    return f"a dict with {some}" if value else "an empty dict"

@@ -27,9 +27,9 @@ class NoArray:
 
 def _refuse(node: Any) -> NoReturn:
     raise LoraError(
-        f"a {type(node).__name__} of shape {list(node.shape)} is a packed weight, and no array: give the parameters to "
-        "lora.lora_apply(fn)(params, {}, ...) in the place of fn(params, ...), with adapters or without, or unpack "
-        "them all: params = lora.bases.dense(params)."
+        f"the {type(node).__name__} of shape {list(node.shape)} is a packed weight, and no array: call "
+        "lora.lora_apply(fn)(params, {}, ...) in the place of fn(params, ...), with adapters or without, or unpack all "
+        "of them: params = lora.bases.dense(params)."
     )
 
 

@@ -39,8 +39,8 @@ def check_fresh(adapters: Any) -> None:
     for path, adapter in adapters.items():
         if not isinstance(adapter, LoraAdapter):
             raise LoraError(
-                f"{path!r} is a {type(adapter).__name__}, and starts are of LoraAdapter: plan it with a lora.Lora rule, "
-                "and give parameters and adapters in this order, (params, adapters, ...)."
+                f"{path!r} is a {type(adapter).__name__}, and starts are of LoraAdapter: plan it with a lora.Lora "
+                "rule, and give parameters and adapters in this order, (params, adapters, ...)."
             )
         _check_adapter(path, adapter)
 

@@ -16,8 +16,8 @@ def check_optimizer(call: str, optimizer: Any) -> None:
         return
     is_rate = isinstance(optimizer, int | float) and not isinstance(optimizer, bool)
     made = f"optax.adamw({optimizer if is_rate else '1e-3'})"
-    called = f"call it with a learning rate, as in {made}" if callable(optimizer) else f"such as {made}"
-    refuse(call, "optimizer", optimizer, f"an optax transformation: {called}")
+    called = f": call it with a learning rate, as in {made}" if callable(optimizer) else f", such as {made}"
+    refuse(call, "optimizer", optimizer, f"an optax transformation{called}")
 
 
 def check_learning_rate(call: str, rate: Any) -> None:
@@ -43,7 +43,8 @@ def check_mask(call: str, mask: Any, tree: Any) -> None:
     """Raise unless a mask holds booleans, and is one of this tree: one of them may stand for a whole part."""
     for leaf in jax.tree.leaves(mask):
         if not (isinstance(leaf, int | np.generic) or (is_array(leaf) and leaf.ndim == 0)):
-            refuse(call, "mask", leaf, "a tree of booleans, such as lora.trainable_mask makes of what is trained")
+            made = "a tree of booleans, such as lora.trainable_mask makes of what is trained"
+            refuse(call, "mask", leaf, made, "is" if leaf is mask else "holds")
     try:
         jax.tree.map(lambda *_: None, mask, tree)
     except ValueError:
