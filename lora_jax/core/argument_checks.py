@@ -93,13 +93,17 @@ def check_adapter_dict(call: str, adapters: Any, others: str = "") -> None:
 
 
 def check_tree(call: str, argument: str, tree: Any) -> None:
-    """Raise unless this is a tree that an optimizer may have: one of arrays, or of what stands for them."""
-    leaves = [tree] if isinstance(tree, Plan) or is_optimizer(tree) else jax.tree.leaves(tree)
-    for leaf in leaves:
-        no_array = isinstance(leaf, str | Plan | Rule) or is_optimizer(leaf) or callable(leaf)
-        if no_array or (leaf is tree and not is_array(leaf) and not isinstance(leaf, bool)):
-            whole = "a tree of arrays, such as the adapters that lora.init(key, params, plan) makes"
-            refuse(call, argument, leaf, whole, "is" if leaf is tree else "holds")
+    """Raise unless this may be a tree that an optimizer has: beside arrays it may hold functions, as models do."""
+    leaves = jax.tree.leaves(tree)
+    alone = bool(leaves) and leaves[0] is tree and not is_array(tree)
+    if (alone and not isinstance(tree, bool)) or (leaves and all(map(_is_no_part, leaves))):
+        whole = "a tree of arrays, such as the adapters that lora.init(key, params, plan) makes"
+        is_one = alone or is_optimizer(tree)
+        refuse(call, argument, tree if is_one else leaves[0], whole, "is" if is_one else "holds")
+
+
+def _is_no_part(leaf: Any) -> bool:
+    return isinstance(leaf, str | Plan | Rule) or callable(leaf)
 
 
 def check_kept(named: Iterable[tuple[str, Any]], taken: str, call: str = "") -> None:
