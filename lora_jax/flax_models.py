@@ -7,6 +7,8 @@ import jax
 
 from lora_jax.core.argument_checks import check_is, flax_library, refuse
 from lora_jax.core.errors import LoraError
+from lora_jax.core.no_array import refuse_use
+from lora_jax.core.packed import is_packed
 
 Function = Callable[..., tuple[Any, Any]]
 
@@ -42,6 +44,8 @@ def from_linen(model: Any, variables: Mapping[str, Any]) -> tuple[Function, Any,
     state = {name: collection for name, collection in variables.items() if name != "params"}
 
     def fn(params: Any, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        for node in filter(is_packed, jax.tree.leaves(params, is_leaf=is_packed)):
+            refuse_use(node)  # Linen would complain of the shapes of its arrays
         out, updated = model.apply({"params": params, **state}, *args, mutable=list(state), **kwargs)
         return out, dict(updated)
 

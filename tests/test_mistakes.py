@@ -261,6 +261,11 @@ mistake(
     lambda g: model(g.packed(), g.x),
     "EightBits | lora_apply(fn)(params, {} | lora.bases.dense",
 )
+mistake(
+    "a packed base in a Linen model",
+    lambda g: packed_linen()(g.x),
+    "EightBits | lora_apply(fn)(params, {} | lora.bases.dense",
+)
 mistake("a packed base on the left", lambda g: g.packed()["up"] @ g.x.T, "EightBits | lora.bases.dense")
 mistake(
     "a packed base in einsum", lambda g: jnp.einsum("td,dk->tk", g.x, g.packed()["up"]), "EightBits | lora.bases.dense"
@@ -277,6 +282,11 @@ mistake("parts by position", lambda g: lora.combine((g.adapters, 0.5)), "combine
 mistake("one set of adapters to sum", lambda g: lora.combine(g.adapters), "combine([(adapters, weight) | adapters")
 mistake("the weight first", lambda g: lora.combine([(0.5, g.adapters)]), "combine([(adapters, weight) | 0.5")
 mistake("starts in the wrong order", lambda g: starts.pissa(g.adapters, g.params), "(params, adapters | 'down'")
+
+
+def packed_linen():
+    fn, params, state = lora.from_linen(nn.Dense(K), {"params": {"kernel": jnp.ones((D, K)), "bias": jnp.ones(K)}})
+    return functools.partial(fn, bases.quantize(params, {"kernel": bases.Int8()}), state)
 
 
 class Unhashable:
@@ -598,6 +608,7 @@ def files(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("make", "words", "prepare"), MISTAKES)
 def test_a_mistake_is_told_what_to_do(make, words, prepare, tmp_path):
     given = Given(tmp_path)

@@ -22,10 +22,11 @@ class NoArray:
     @property
     def T(self) -> Any:  # noqa: N802 (the name of it in JAX and NumPy)
         """Refuse to be transposed."""
-        _refuse(self)
+        refuse_use(self)
 
 
-def _refuse(node: Any) -> NoReturn:
+def refuse_use(node: Any) -> NoReturn:
+    """Raise for a packed weight that a function of arrays is given."""
     raise LoraError(
         f"the {type(node).__name__} of shape {list(node.shape)} is a packed weight, and no array: call "
         "lora.lora_apply(fn)(params, {}, ...) in the place of fn(params, ...), with adapters or without, or unpack all "
@@ -35,7 +36,7 @@ def _refuse(node: Any) -> NoReturn:
 
 def _refusing(name: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _refuse(self)
+        refuse_use(self)
 
     method.__name__, method.__qualname__ = name, f"NoArray.{name}"
     method.__doc__ = "Refuse to be taken for an array."

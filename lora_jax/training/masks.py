@@ -92,9 +92,7 @@ def labels(tree: Any, rules: Mapping[str, str], default: str | None = None) -> A
     ('slow', 'fast', 'head')
     """
     if not isinstance(rules, Mapping):
-        raise LoraError(
-            f"labels(tree, rules): rules are a dict such as {{'.*/b': 'fast', '.*': 'slow'}}, found {rules!r}."
-        )
+        raise LoraError(f"labels: rules are a dict such as {{'.*/b': 'fast', '.*': 'slow'}}, found {rules!r}.")
     check_tree("labels(tree, rules)", "tree", tree)
     names, _, treedef = flatten_with_names(tree)
     marks = jax.tree.leaves(mark(tree, lambda *_: "train", lambda _: "train", frozen="freeze", base=lambda _: "base"))
