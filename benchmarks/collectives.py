@@ -170,7 +170,7 @@ class Setup:
         self.plan = lora.plan(self.model, self.params, self.x, rules={".*": lora.Lora(RANK)})
 
     def adapters(self, policy: Any) -> Tree:
-        shardings = lora.adapter_shardings(self.plan, self.params, policy=policy)
+        shardings = lora.adapter_shardings(self.params, self.plan, policy=policy)
         return lora.init(jax.random.key(2), self.params, self.plan, shardings)
 
     def base(self, microbatches: int) -> list[Collective]:

@@ -106,7 +106,7 @@ PROGRAMS = {
     "lora_jax": """
         import lora_jax, safetensors.numpy
         start()
-        lora_jax.merge_checkpoint(folder / "model", folder / "out", folder / "adapter")
+        lora_jax.merge_checkpoint(folder / "model", folder / "adapter", folder / "out")
     """,
     "HF PEFT": """
         import peft, torch, transformers

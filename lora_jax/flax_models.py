@@ -5,7 +5,10 @@ from typing import Any
 
 import jax
 
+from lora_jax.core.argument_checks import check_is, flax_library, refuse
 from lora_jax.core.errors import LoraError
+from lora_jax.core.no_array import refuse_use
+from lora_jax.core.packed import is_packed
 
 Function = Callable[..., tuple[Any, Any]]
 
@@ -22,7 +25,7 @@ def from_linen(model: Any, variables: Mapping[str, Any]) -> tuple[Function, Any,
         variables: as `model.init` gives them.
 
     Raises:
-        LoraError: the variables have no collection `params`.
+        LoraError: `model` is one of NNX; the variables have no collection `params`.
 
     >>> import jax, jax.numpy as jnp, flax.linen as nn, lora_jax as lora
     >>> model = nn.Dense(3)
@@ -31,6 +34,8 @@ def from_linen(model: Any, variables: Mapping[str, Any]) -> tuple[Function, Any,
     >>> lora.plan(fn, params, state, jnp.ones((2, 4)), rules={"kernel": lora.Lora(rank=1)})["kernel"].axes
     KernelAxes(stack=(), inputs=(0,), outputs=(1,))
     """
+    if flax_library(model) == "NNX":
+        refuse("from_linen(model, variables)", "model", model, "a Linen module: lora.from_nnx(model) is for NNX")
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise LoraError(
             "from_linen takes all variables of a model, {'params': ..., ...} as model.init gives them, "
@@ -39,6 +44,8 @@ def from_linen(model: Any, variables: Mapping[str, Any]) -> tuple[Function, Any,
     state = {name: collection for name, collection in variables.items() if name != "params"}
 
     def fn(params: Any, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        for node in filter(is_packed, jax.tree.leaves(params, is_leaf=is_packed)):
+            refuse_use(node)  # Linen would complain of the shapes of its arrays
         out, updated = model.apply({"params": params, **state}, *args, mutable=list(state), **kwargs)
         return out, dict(updated)
 
@@ -54,6 +61,9 @@ def from_nnx(model: Any) -> tuple[Function, Any, Any]:
     than the model itself. After training, `nnx.update(model, lora.merge(params, adapters), state)` puts everything
     back.
 
+    Raises:
+        LoraError: `model` is no NNX module.
+
     >>> import jax.numpy as jnp, flax.nnx as nnx, lora_jax as lora
     >>> fn, params, state = lora.from_nnx(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
     >>> out, state = fn(params, state, jnp.ones((2, 4)))
@@ -62,6 +72,9 @@ def from_nnx(model: Any) -> tuple[Function, Any, Any]:
     """
     from flax import nnx  # it takes a while to import
 
+    if flax_library(model) == "Linen":
+        refuse("from_nnx(model)", "model", model, "an NNX module: lora.from_linen(model, variables) is for Linen")
+    check_is("from_nnx(model)", "model", model, nnx.Module, "an NNX module, such as nnx.Linear(4, 3, rngs=nnx.Rngs(0))")
     graph, *parts = nnx.split(model, nnx.Param, ...)
 
     def variables_of_their_own(parts: Any) -> Any:

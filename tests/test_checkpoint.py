@@ -277,6 +277,6 @@ def test_what_is_no_adapter_by_itself(tmp_path):
     adapters = CASE.adapters(RULES["lora"])
     with pytest.raises(LoraError, match="is no kind of its own: take the adapters as they were before"):
         checkpoint.save(tmp_path / "a", lora.with_dropout(adapters, jax.random.key(0), 0.1))
-    with pytest.raises(LoraError, match=r"adapters\['w'\] is a dict, expected an adapter"):
+    with pytest.raises(LoraError, match=r"adapters\['w'\] is a dict .*, expected an adapter .*others"):
         checkpoint.save(tmp_path / "a", {"w": {"a": jnp.ones(3)}})
     assert not list(tmp_path.iterdir())

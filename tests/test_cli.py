@@ -329,7 +329,7 @@ def test_diff(name, capsys, tmp_path):
     """What was merged comes out again: of the rank that it had, and with the same effect."""
     published(tmp_path / "base", name)
     (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "gpt2"} if name == "gpt2" else {}))
-    lora.merge_checkpoint(tmp_path / "base", tmp_path / "tuned", DATA / name)
+    lora.merge_checkpoint(tmp_path / "base", DATA / name, tmp_path / "tuned")
     code, *_ = run(capsys, "diff", tmp_path / "base", tmp_path / "tuned", tmp_path / "out", "--energy", "0.999999")
     assert code == 0
     before, after = load_by_module(DATA / name)[0], load_by_module(tmp_path / "out")[0]
@@ -338,7 +338,7 @@ def test_diff(name, capsys, tmp_path):
         assert after[module].a.shape == adapter.a.shape
         change, again = (np.asarray(x.a) @ np.asarray(x.b) * x.scale for x in (adapter, after[module]))
         np.testing.assert_allclose(again, change, atol=1e-5)
-    lora.merge_checkpoint(tmp_path / "base", tmp_path / "again", tmp_path / "out")
+    lora.merge_checkpoint(tmp_path / "base", tmp_path / "out", tmp_path / "again")
     tuned, again = tensors_in(tmp_path / "tuned"), tensors_in(tmp_path / "again")
     assert tuned.keys() == again.keys()
     for key, tensor in tuned.items():
@@ -347,7 +347,7 @@ def test_diff(name, capsys, tmp_path):
 
 def test_diff_of_less_than_all(capsys, tmp_path):
     published(tmp_path / "base", "lora")
-    lora.merge_checkpoint(tmp_path / "base", tmp_path / "tuned", DATA / "lora")  # also changes the head
+    lora.merge_checkpoint(tmp_path / "base", DATA / "lora", tmp_path / "tuned")  # also changes the head
     arguments = ["diff", tmp_path / "base", tmp_path / "tuned", tmp_path / "out", "--modules", "lin."]
     code, _, err = run(capsys, *arguments, "--rank", "1")
     assert code == 1

@@ -57,7 +57,7 @@ def test_merging_is_merging(name, key_map, shards, dtype, tmp_path):
     base = published(tmp_path / "in", name, dtype, shards)
     params = twins.from_torch(base, conv1d=name == "gpt2")
     adapters, _ = lora.load_peft(DATA / name, params, key_map)
-    losses = lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, key_map)
+    losses = lora.merge_checkpoint(tmp_path / "in", adapters, tmp_path / "out", key_map)
     expected = {path: np.asarray(leaf) for path, leaf in lora.merge(params, adapters).items()}
     found = twins.from_torch(tensors_in(tmp_path / "out"), conv1d=name == "gpt2")
     matches = key_map.match({path: leaf.shape for path, leaf in params.items()}, strict=False)
@@ -83,10 +83,10 @@ def test_dora_is_merged_row_by_row(dtype, tmp_path):
     adapters, _ = lora.load_peft(DATA / "dora", params, MLP)
     table = next(path for path in adapters if "emb" in path)
     with pytest.raises(lora.LoraError, match="lengths run along its columns"):
-        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, MLP)
+        lora.merge_checkpoint(tmp_path / "in", adapters, tmp_path / "out", MLP)
     assert not (tmp_path / "out").exists()
     del adapters[table]
-    losses = lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, MLP)
+    losses = lora.merge_checkpoint(tmp_path / "in", adapters, tmp_path / "out", MLP)
     expected, found = lora.merge(params, adapters), twins.from_torch(tensors_in(tmp_path / "out"))
     for path in adapters:
         eps = float(jnp.finfo(found[path].dtype).eps)
@@ -104,7 +104,7 @@ def test_all_else_stays_as_it_was(tmp_path):
     adapters, _ = lora.load_peft(DATA / "llama", twins.from_torch(base), key_maps.LLAMA)
     seen = []
     lora.merge_checkpoint(
-        tmp_path / "in", tmp_path / "out", adapters, key_maps.LLAMA, progress=lambda *n: seen.append(n)
+        tmp_path / "in", adapters, tmp_path / "out", key_maps.LLAMA, progress=lambda *n: seen.append(n)
     )
     assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
@@ -130,7 +130,7 @@ def test_a_folder_of_peft_needs_no_key_map(name, tmp_path):
     if name == "llama_emb_lora":  # it holds the embedding, which need not be the published one
         base["model.embed_tokens.weight"] += 1
         save_file(base, tmp_path / "in" / "model.safetensors", metadata=METADATA)
-    lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / name)
+    lora.merge_checkpoint(tmp_path / "in", DATA / name, tmp_path / "out")
     params = twins.from_torch(base, conv1d=name == "gpt2")
     key_map = {"llama": key_maps.LLAMA, "llama_emb_lora": key_maps.LLAMA, "gpt2": key_maps.GPT2}.get(name, MLP)
     adapters, others = lora.load_peft(DATA / name, params, key_map)
@@ -159,13 +159,13 @@ def test_merged_files_have_the_outputs_of_peft(name, how, tmp_path):
     published(tmp_path / "in", name, shards=2)
     if how == "folder" and name in OF_A_MODEL:
         with pytest.raises(lora.LoraError, match="load it with a key map"):
-            lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / name)
+            lora.merge_checkpoint(tmp_path / "in", DATA / name, tmp_path / "out")
         return
     if how == "folder":
-        losses = lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / name)
+        losses = lora.merge_checkpoint(tmp_path / "in", DATA / name, tmp_path / "out")
     else:
         adapters, others = lora.load_peft(DATA / name, params, key_map)
-        losses = lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, key_map, others=others)
+        losses = lora.merge_checkpoint(tmp_path / "in", adapters, tmp_path / "out", key_map, others=others)
         assert len(losses) == len(adapters | others)
     merged = twins.from_torch(tensors_in(tmp_path / "out"), conv1d=name == "gpt2")
     with jax.default_matmul_precision("highest"):
@@ -188,7 +188,7 @@ def test_all_kinds_of_changes_are_rounded_once(dtype, tmp_path):
         "model/norm/scale": lora.FullAdapter(jnp.asarray(delta), lora.KernelAxes((), (), (0,))),
     }
     others = {"model": {"embed_tokens": {"embedding": new}}}
-    losses = lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, key_map, others=others)
+    losses = lora.merge_checkpoint(tmp_path / "in", adapters, tmp_path / "out", key_map, others=others)
     found = tensors_in(tmp_path / "out")
     expected = dict(base)
     expected["model.embed_tokens.weight"] = new.astype(dtype)
@@ -217,9 +217,9 @@ def test_the_parts_of_a_tensor_that_are_not_given(tmp_path):
         with pytest.raises(
             lora.LoraError, match=f"{name} holds several parameters.*Give all parameters: params=params"
         ):
-            lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, SPLIT, **options)
+            lora.merge_checkpoint(tmp_path / "in", adapters, tmp_path / "out", SPLIT, **options)
         folder = tmp_path / f"out{len(options)}"
-        lora.merge_checkpoint(tmp_path / "in", folder, adapters, SPLIT, params=parts, **options)
+        lora.merge_checkpoint(tmp_path / "in", adapters, folder, SPLIT, params=parts, **options)
         expected = base[name] + np.repeat(np.float32([0, 1, 0]), 16)
         np.testing.assert_allclose(tensors_in(folder)[name], expected, rtol=1e-6)
 
@@ -230,16 +230,16 @@ def test_a_bias_that_the_model_lacks(tmp_path):
     folder = copy("lora_lora_bias", tmp_path / "copy")
     zeros = {"lora_A.weight": (2, 10), "lora_B.weight": (4, 2), "lora_B.bias": (4,)}
     edit_tensors(folder, lambda t: t | {f"{P}lin1.{name}": np.zeros(size, np.float32) for name, size in zeros.items()})
-    lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", folder)
+    lora.merge_checkpoint(tmp_path / "in", folder, tmp_path / "out")
     edit_tensors(folder, lambda t: t | {P + "lin1.lora_B.bias": np.ones(4, np.float32)})
     with pytest.raises(lora.LoraError, match=r"has no tensor 'lin1.bias'"):
-        lora.merge_checkpoint(tmp_path / "in", tmp_path / "again", folder)
+        lora.merge_checkpoint(tmp_path / "in", folder, tmp_path / "again")
 
 
 def test_rows_that_the_model_lacks(tmp_path):
     published(tmp_path / "in", "lora")
     with pytest.raises(lora.LoraError, match=r"holds rows of 'model.embed_tokens.weight', no tensor of the model; the"):
-        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / "llama_tokens")
+        lora.merge_checkpoint(tmp_path / "in", DATA / "llama_tokens", tmp_path / "out")
 
 
 BAD = [np.nan, np.inf, -np.inf]
@@ -254,15 +254,15 @@ def test_what_is_not_finite_is_not_merged(bad, tmp_path):
     one = adapters["lin1/kernel"]
     wrong = adapters | {"lin1/kernel": dataclasses.replace(one, a=one.a.at[0, 0].set(bad))}
     with pytest.raises(lora.LoraError, match=r"the adapter for 'lin1/kernel' in its array 'a' holds NaN or infinity"):
-        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", wrong, MLP)
+        lora.merge_checkpoint(tmp_path / "in", wrong, tmp_path / "out", MLP)
     with pytest.raises(lora.LoraError, match=r"others\['lin0/bias'\] holds NaN or infinity"):
         lora.merge_checkpoint(
-            tmp_path / "in", tmp_path / "out", adapters, MLP, others={"lin0": {"bias": np.full(10, bad)}}
+            tmp_path / "in", adapters, tmp_path / "out", MLP, others={"lin0": {"bias": np.full(10, bad)}}
         )
     folder = copy("lora", tmp_path / "copy")
     edit_tensors(folder, lambda t: t | {P + "lin0.lora_B.weight": np.full((10, 2), bad, np.float32)})
     with pytest.raises(lora.LoraError, match="the adapter for 'lin0' in its array 'b' holds NaN or infinity"):
-        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", folder)
+        lora.merge_checkpoint(tmp_path / "in", folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -292,10 +292,10 @@ def test_what_the_dtype_cannot_hold_is_not_written(change, tmp_path):
     adapters, others = change()
     key_map = key_maps.KeyMap(key_maps.linear("w", "m"))
     with pytest.raises(lora.LoraError, match=r"'m.weight' would hold numbers beyond 65504, .* float16.*a wider dtype"):
-        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, key_map, others=others)
+        lora.merge_checkpoint(tmp_path / "in", adapters, tmp_path / "out", key_map, others=others)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
     one_tensor(tmp_path / "wide", jnp.bfloat16)
-    losses = lora.merge_checkpoint(tmp_path / "wide", tmp_path / "out", adapters, key_map, others=others)
+    losses = lora.merge_checkpoint(tmp_path / "wide", adapters, tmp_path / "out", key_map, others=others)
     assert np.isfinite(tensors_in(tmp_path / "out")["m.weight"].astype(np.float32)).all()
     assert 0 <= losses["m.weight"] < 0.1
 
@@ -310,7 +310,7 @@ def test_beyond_fp32(tmp_path):
     ]:
         adapters = {"w": lora.LoraAdapter(jnp.full((4, 1), a), jnp.full((1, 4), b), axes, scale)}
         with pytest.raises(lora.LoraError, match=says):
-            lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, key_map)
+            lora.merge_checkpoint(tmp_path / "in", adapters, tmp_path / "out", key_map)
 
 
 def test_what_is_not_finite_in_the_model_stays(tmp_path):
@@ -321,7 +321,7 @@ def test_what_is_not_finite_in_the_model_stays(tmp_path):
     save_file({"m.weight": w}, tmp_path / "in" / "model.safetensors")
     adapters = {"w": lora.LoraAdapter(jnp.ones((4, 1)), jnp.ones((1, 4)) / 3, lora.KernelAxes((), (0,), (1,)), 1.0)}
     losses = lora.merge_checkpoint(
-        tmp_path / "in", tmp_path / "out", adapters, key_maps.KeyMap(key_maps.linear("w", "m"))
+        tmp_path / "in", adapters, tmp_path / "out", key_maps.KeyMap(key_maps.linear("w", "m"))
     )
     expected = (w.astype(np.float32) + np.float32(1 / 3)).astype(np.float16)
     np.testing.assert_array_equal(tensors_in(tmp_path / "out")["m.weight"], expected)
@@ -332,7 +332,7 @@ def test_a_folder_names_its_tensors_itself(tmp_path):
     published(tmp_path / "in", "lora")
     for options in ({"key_map": MLP}, {"others": {}}, {"params": {}}):
         with pytest.raises(lora.LoraError, match="names its tensors itself: leave out key_map, others and params"):
-            lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / "lora", **options)
+            lora.merge_checkpoint(tmp_path / "in", DATA / "lora", tmp_path / "out", **options)
 
 
 def test_parts_of_one_module(tmp_path):
@@ -348,7 +348,7 @@ def test_parts_of_one_module(tmp_path):
         )
         for path, rule in plan.items()
     }
-    lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, SPLIT, params=params)
+    lora.merge_checkpoint(tmp_path / "in", adapters, tmp_path / "out", SPLIT, params=params)
     merged = lora.merge(params, adapters)
     expected = np.concatenate([np.asarray(merged[f"{name}/kernel"]).reshape(16, -1) for name in "qkv"], axis=1)
     found = tensors_in(tmp_path / "out")["transformer.h.0.attn.c_attn.weight"]
@@ -391,7 +391,7 @@ def test_wrong_sources(change, says, tmp_path):
     published(tmp_path / "in", "lora")
     change(tmp_path / "in")
     with pytest.raises(lora.LoraError, match=says):
-        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / "lora")
+        lora.merge_checkpoint(tmp_path / "in", DATA / "lora", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -399,15 +399,15 @@ def test_wrong_calls(tmp_path):
     base = published(tmp_path / "in", "lora")
     adapters, _ = lora.load_peft(DATA / "lora", twins.from_torch(base), MLP)
     with pytest.raises(lora.LoraError, match="exists and is not empty; it is left as it is"):
-        lora.merge_checkpoint(tmp_path / "in", tmp_path / "in", adapters, MLP)
+        lora.merge_checkpoint(tmp_path / "in", adapters, tmp_path / "in", MLP)
     with pytest.raises(lora.LoraError, match=r"merge_checkpoint\(key_map=...\)"):
-        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters)
+        lora.merge_checkpoint(tmp_path / "in", adapters, tmp_path / "out")
     with pytest.raises(lora.LoraError, match="its tensors do not tell of which parameter they are"):
-        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / "qwen3moe")
+        lora.merge_checkpoint(tmp_path / "in", DATA / "qwen3moe", tmp_path / "out")
     shutil.copytree(DATA / "lora", tmp_path / "peft")
     edit_config(tmp_path / "peft", r=3)
     with pytest.raises(lora.LoraError, match="'lin0' has rank 2, by the config 3"):
-        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", tmp_path / "peft")
+        lora.merge_checkpoint(tmp_path / "in", tmp_path / "peft", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "peft"]
 
 
@@ -419,7 +419,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("lora_jax.interop.merge_checkpoint._sum", fail)
     with pytest.raises(lora.LoraError, match="No space left"):
-        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / "lora")
+        lora.merge_checkpoint(tmp_path / "in", DATA / "lora", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -469,7 +469,7 @@ def test_memory_is_that_of_a_few_chunks(tmp_path):
         import safetensors.numpy
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         key_map = lora.key_maps.KeyMap(lora.key_maps.linear("w", "w"))
-        lora.merge_checkpoint(folder / "in", folder / "out", adapters, key_map)
+        lora.merge_checkpoint(folder / "in", adapters, folder / "out", key_map)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """
     for action in ("make", "merge"):

@@ -719,7 +719,7 @@ def test_a_further_kind_is_one_entry(toy_folder, tmp_path, monkeypatch):
         for path, w in changed.items():
             np.testing.assert_allclose(merged[path], w, rtol=1e-5, atol=1e-5)
     published(tmp_path / "base", "lora")
-    lora.merge_checkpoint(tmp_path / "base", tmp_path / "merged", folder)
+    lora.merge_checkpoint(tmp_path / "base", folder, tmp_path / "merged")
     found = twins.from_torch(tensors_in(tmp_path / "merged"))
     for path, w in changed.items():
         np.testing.assert_allclose(found[path], w, rtol=1e-5, atol=1e-5)
@@ -761,8 +761,8 @@ def test_by_torchs_own_names(name, tmp_path):
 def test_what_is_a_sum_merges_into_published_weights(name, tmp_path):
     params, adapters = case(name)[0], lora.load_peft(DATA / name, case(name)[0], MLP)[0]
     published(tmp_path / "base", name)
-    lora.merge_checkpoint(tmp_path / "base", tmp_path / "one", DATA / name)
-    lora.merge_checkpoint(tmp_path / "base", tmp_path / "two", adapters, MLP)
+    lora.merge_checkpoint(tmp_path / "base", DATA / name, tmp_path / "one")
+    lora.merge_checkpoint(tmp_path / "base", adapters, tmp_path / "two", MLP)
     for folder in ("one", "two"):
         found = twins.from_torch(tensors_in(tmp_path / folder))
         for path, w in lora.merge(params, adapters).items():
@@ -772,7 +772,7 @@ def test_what_is_a_sum_merges_into_published_weights(name, tmp_path):
 def test_what_is_no_sum_does_not_merge_without_the_model(tmp_path):
     published(tmp_path / "base", "dora")
     with pytest.raises(lora.LoraError, match="lengths run along its columns"):
-        lora.merge_checkpoint(tmp_path / "base", tmp_path / "out", DATA / "dora")
+        lora.merge_checkpoint(tmp_path / "base", DATA / "dora", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

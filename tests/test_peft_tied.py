@@ -114,7 +114,7 @@ def adapter(folder, name):
 def test_a_head_of_its_own_is_what_peft_computes(name, shards, stored, tmp_path):
     base = published(tmp_path / "base", shards, stored)
     folder = adapter(tmp_path / "adapter", name)
-    lora.merge_checkpoint(base, tmp_path / "out", folder, tied="untie")
+    lora.merge_checkpoint(base, folder, tmp_path / "out", tied="untie")
     for found, expected in zip(ends_of(tmp_path / "out"), FOLDERS[name][2:], strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     tensors = {n: t for path in sorted((tmp_path / "out").glob("*.safetensors")) for n, t in load_file(path).items()}
@@ -140,13 +140,13 @@ def test_one_tensor_holds_one_change(name, stored, tmp_path):
     lookups, head = FOLDERS[name][2:]
     if name not in OF_BOTH:
         with pytest.raises(lora.LoraError, match=r"has one tensor, 'model.embed_tokens.weight', for .*untie"):
-            lora.merge_checkpoint(base, tmp_path / "out", folder)
+            lora.merge_checkpoint(base, folder, tmp_path / "out")
         assert not (tmp_path / "out").exists()
     if name in ("each", "other tokens of the head"):
         with pytest.raises(lora.LoraError, match="both have changes of their own"):
-            lora.merge_checkpoint(base, tmp_path / "out", folder, tied="both")
+            lora.merge_checkpoint(base, folder, tmp_path / "out", tied="both")
         return
-    lora.merge_checkpoint(base, tmp_path / "out", folder, tied="refuse" if name in OF_BOTH else "both")
+    lora.merge_checkpoint(base, folder, tmp_path / "out", tied="refuse" if name in OF_BOTH else "both")
     expected = head if np.array_equal(lookups, W) else lookups
     for found in ends_of(tmp_path / "out"):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -173,9 +173,9 @@ def test_what_files_say_of_ties(config, tied, tmp_path):
     folder = adapter(tmp_path / "adapter", "table")
     if tied:
         with pytest.raises(lora.LoraError, match="has one tensor"):
-            lora.merge_checkpoint(base, tmp_path / "out", folder)
+            lora.merge_checkpoint(base, folder, tmp_path / "out")
     else:
-        lora.merge_checkpoint(base, tmp_path / "out", folder)
+        lora.merge_checkpoint(base, folder, tmp_path / "out")
         found = load_file(tmp_path / "out" / "model.safetensors")[f"{TABLE}.weight"]
         np.testing.assert_allclose(found, W + ADDED, rtol=1e-5, atol=1e-5)
 
@@ -186,7 +186,7 @@ def test_heads_that_are_not_known_are_not_guessed(kind, tmp_path):
     base = published(tmp_path / "base", model_type=kind)
     folder = adapter(tmp_path / "adapter", "table")
     with pytest.raises(lora.LoraError, match=r"does not know what .* calls the head: save the model with tie_word_emb"):
-        lora.merge_checkpoint(base, tmp_path / "out", folder, tied="untie")
+        lora.merge_checkpoint(base, folder, tmp_path / "out", tied="untie")
     assert not (tmp_path / "out").exists()
 
 
@@ -198,13 +198,13 @@ def test_adapters_of_a_program_with_one_table(tmp_path):
     own = params | {"lm_head/kernel": W.T}
     for given in (None, own):
         with pytest.raises(lora.LoraError, match="has one tensor"):
-            lora.merge_checkpoint(base, tmp_path / "out", adapters, key_maps.LLAMA, params=given)
-    lora.merge_checkpoint(base, tmp_path / "out", adapters, key_maps.LLAMA, params=params)
-    lora.merge_checkpoint(base, tmp_path / "both", adapters, key_maps.LLAMA, tied="both")
+            lora.merge_checkpoint(base, adapters, tmp_path / "out", key_maps.LLAMA, params=given)
+    lora.merge_checkpoint(base, adapters, tmp_path / "out", key_maps.LLAMA, params=params)
+    lora.merge_checkpoint(base, adapters, tmp_path / "both", key_maps.LLAMA, tied="both")
     for folder in ("out", "both"):
         for found in ends_of(tmp_path / folder):
             np.testing.assert_allclose(found, W + ADDED, rtol=1e-5, atol=1e-5)
-    lora.merge_checkpoint(base, tmp_path / "apart", adapters, key_maps.LLAMA, params=own, tied="untie")
+    lora.merge_checkpoint(base, adapters, tmp_path / "apart", key_maps.LLAMA, params=own, tied="untie")
     for found, expected in zip(ends_of(tmp_path / "apart"), (W + ADDED, W), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -212,7 +212,7 @@ def test_adapters_of_a_program_with_one_table(tmp_path):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float64])
 def test_a_new_head_of_other_dtypes(dtype, tmp_path):
     base = published(tmp_path / "base", dtype=dtype)
-    lora.merge_checkpoint(base, tmp_path / "out", adapter(tmp_path / "adapter", "head"), tied="untie")
+    lora.merge_checkpoint(base, adapter(tmp_path / "adapter", "head"), tmp_path / "out", tied="untie")
     table, head = ends_of(tmp_path / "out")
     assert table.dtype == head.dtype == np.dtype(dtype)
     np.testing.assert_array_equal(table, W.astype(dtype))
@@ -224,7 +224,7 @@ def test_a_new_head_of_other_dtypes(dtype, tmp_path):
 def test_wrong_choices(tmp_path):
     base, folder = published(tmp_path / "base"), adapter(tmp_path / "adapter", "table")
     with pytest.raises(lora.LoraError, match="tied='yes': expected 'refuse', 'both' or 'untie'"):
-        lora.merge_checkpoint(base, tmp_path / "out", folder, tied="yes")
+        lora.merge_checkpoint(base, folder, tmp_path / "out", tied="yes")
     with pytest.raises(lora.LoraError, match=r"tied='untie'.*one parameter cannot be two"):
         lora.load_peft(folder, TIED, LLAMA, tied="untie")
 

@@ -182,7 +182,7 @@ def test_a_field_called_value_is_a_field():
 
 
 def test_init_takes_a_plan():
-    with pytest.raises(LoraError, match=r"init takes a plan, found a dict: make it with lora\.plan"):
+    with pytest.raises(LoraError, match=r"`plan` is rules, .*, expected a plan: make it with lora\.plan"):
         lora.init(jax.random.key(0), PARAMS, {".*kernel": Lora(2)})
 
 

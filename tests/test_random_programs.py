@@ -108,7 +108,7 @@ def check(seed: int, wrapper: str | None = None, place: str | None = None) -> No
         place = "data"  # where XLA's own gradient is right
     adapters = trained(plan, seed)
     there, x_there, batch = placed(place, params, x, rng)
-    adapters_there = adapters if batch is None else jax.device_put(adapters, lora.adapter_shardings(plan, there))
+    adapters_there = adapters if batch is None else jax.device_put(adapters, lora.adapter_shardings(there, plan))
     apply = lora.lora_apply(program, materialize=True)
 
     def factored(a, p, x):

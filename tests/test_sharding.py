@@ -31,7 +31,7 @@ def make_mesh(sizes=(2, 2, 2), names=("data", "fsdp", "tensor")):
 
 def specs_of(path, **kwargs):
     """The specs of A and B at a path."""
-    found = lora.adapter_specs(plan(), PLACED.specs(), make_mesh(), **kwargs)[path]
+    found = lora.adapter_specs(PLACED.specs(), plan(), make_mesh(), **kwargs)[path]
     return found.a, found.b
 
 
@@ -56,23 +56,23 @@ def test_other_policies():
 
 def test_experts_follow_their_stack():
     place = next(p for p in PLACEMENTS if p.name == "data and expert")
-    specs = lora.adapter_specs(plan(), place.specs(), place.mesh())["layers/experts"]
+    specs = lora.adapter_specs(place.specs(), plan(), place.mesh())["layers/experts"]
     assert (specs.a, specs.b) == (P(None, "expert", None, None), P(None, "expert", None, None))
 
 
 def test_the_base_may_be_given_in_any_way():
     mesh = make_mesh()
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), PLACED.specs())
-    expected = lora.adapter_specs(plan(), PLACED.specs(), mesh)
+    expected = lora.adapter_specs(PLACED.specs(), plan(), mesh)
     arrays = PLACED.params(mesh)
     abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params(), shardings)
     for base in (shardings, arrays, abstract):
-        assert lora.adapter_specs(plan(), base) == expected
-        assert lora.adapter_specs(lora.init(jax.random.key(0), params(), plan()), base) == expected
+        assert lora.adapter_specs(base, plan()) == expected
+        assert lora.adapter_specs(base, lora.init(jax.random.key(0), params(), plan())) == expected
     with jax.set_mesh(mesh):
-        assert lora.adapter_specs(plan(), PLACED.specs()) == expected
+        assert lora.adapter_specs(PLACED.specs(), plan()) == expected
     nothing = jax.tree.map(lambda _: None, params())
-    assert lora.adapter_specs(plan(), nothing, mesh) == lora.adapter_specs(plan(), shardings, policy="replicate")
+    assert lora.adapter_specs(nothing, plan(), mesh) == lora.adapter_specs(shardings, plan(), policy="replicate")
 
 
 def test_linen_metadata():
@@ -82,7 +82,7 @@ def test_linen_metadata():
     fn, unboxed, _ = lora.from_linen(model, nn.unbox(variables))
     made = lora.plan(fn, unboxed, {}, x, rules={"kernel": lora.Lora(2)})
     for base in (nn.get_partition_spec(variables)["params"], variables["params"]):
-        found = lora.adapter_specs(made, base, make_mesh())["kernel"]
+        found = lora.adapter_specs(base, made, make_mesh())["kernel"]
         assert (found.a, found.b) == (P(None, None), P(None, "tensor"))
 
 
@@ -94,9 +94,9 @@ def test_logical_names_are_said_to_be_no_axes():
     made = lora.plan(fn, unboxed, {}, x, rules={"kernel": lora.Lora(2)})
     logical = nn.get_partition_spec(variables)["params"]
     with pytest.raises(LoraError, match=r"'kernel' is .*the mesh has no axis 'embed'.*logical_to_mesh"):
-        lora.adapter_specs(made, logical, make_mesh())
+        lora.adapter_specs(logical, made, make_mesh())
     physical = nn.logical_to_mesh(logical, rules=[("embed", "fsdp"), ("mlp", "tensor")])
-    assert lora.adapter_specs(made, physical, make_mesh())["kernel"].b == P(None, "tensor")
+    assert lora.adapter_specs(physical, made, make_mesh())["kernel"].b == P(None, "tensor")
 
 
 def test_nnx_metadata():
@@ -106,7 +106,7 @@ def test_nnx_metadata():
     fn, p, state = lora.from_nnx(model)
     made = lora.plan(fn, p, state, jnp.ones((2, 4)), rules={"kernel": lora.Lora(2)})
     for base in (nnx.get_partition_spec(p), p):
-        found = lora.adapter_specs(made, base, make_mesh())["kernel"]
+        found = lora.adapter_specs(base, made, make_mesh())["kernel"]
         assert (found.a, found.b) == (P(None, None), P(None, "tensor"))
 
 
@@ -137,17 +137,17 @@ def with_spec(name, spec):
 )
 def test_what_cannot_be_placed(base, kwargs, says):
     with pytest.raises(LoraError, match=says):
-        lora.adapter_specs(plan(), base, make_mesh(), **kwargs)
+        lora.adapter_specs(base, plan(), make_mesh(), **kwargs)
 
 
 def test_a_base_that_is_elsewhere():
     with pytest.raises(LoraError, match=r"'layers/down' is on SingleDeviceSharding.*not on the mesh"):
-        lora.adapter_specs(plan(), params(), make_mesh())
+        lora.adapter_specs(params(), plan(), make_mesh())
     with pytest.raises(LoraError, match="say nothing of a mesh: give one"):
-        lora.adapter_specs(plan(), PLACED.specs())
+        lora.adapter_specs(PLACED.specs(), plan())
     other = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), devices=jax.devices()[::-1])
     with pytest.raises(LoraError, match="have to be on one mesh"):
-        lora.adapter_specs(plan(), PLACED.params(make_mesh()), other)
+        lora.adapter_specs(PLACED.params(make_mesh()), plan(), other)
 
 
 def test_adapters_and_base_on_two_meshes():
@@ -179,7 +179,7 @@ def test_adapters_and_base_on_two_meshes():
 @pytest.mark.sampled(3)
 def test_adapters_start_on_their_shards_and_with_the_same_numbers(placement, policy):
     p = placement.params(placement.mesh())
-    shardings = lora.adapter_shardings(plan(), p, policy=policy)
+    shardings = lora.adapter_shardings(p, plan(), policy=policy)
     made = lora.init(jax.random.key(7), p, plan(), shardings)
     assert jax.tree.map(lambda array: array.sharding, made) == shardings
     assert_trees_equal(made, lora.init(jax.random.key(7), params(), plan()))

@@ -480,7 +480,10 @@ WRONG = {
     "no such path": (lambda: starts.pissa({"v": W["w"]}, GOOD), "adapter for 'w', but the parameters have no such"),
     "another shape": (lambda: starts.pissa({"w": np.ones((6, 5))}, GOOD), "'w' fits a weight of shape"),
     "no adapter": (lambda: starts.pissa(W, {"w": "x"}), "'w' is a str, and starts are of LoraAdapter: plan it with"),
-    "no adapters": (lambda: starts.orthogonal(jax.random.key(0), [GOOD["w"]]), "adapters are a dict .* found list"),
+    "no adapters": (
+        lambda: starts.orthogonal(jax.random.key(0), [GOOD["w"]]),
+        r"`adapters` is a list of 1, expected a dict \{path: adapter\}",
+    ),
     "a rank above": (lambda: starts.pissa(W, {"w": fresh((6, 4), PLAIN, rank=5)}), r"'w': rank 5 is above min\(6, 4\)"),
     "of two pieces": (
         lambda: starts.eva({"w": dataclasses.replace(GOOD["w"], b=jnp.zeros((3, 4)))}, {}),

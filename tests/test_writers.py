@@ -308,7 +308,7 @@ def test_where_nothing_can_be_written(name, where, tmp_path):
         if name != "merge":
             return WRITERS[name].save(target, 1)
         published(tmp_path / "base", "lora")
-        return lora.merge_checkpoint(tmp_path / "base", target, DATA / "lora")
+        return lora.merge_checkpoint(tmp_path / "base", DATA / "lora", target)
 
     says = ".*" if name in ("run", "file") else PLACES[where]
     if name == "file" and where == "a file":
@@ -358,7 +358,7 @@ COMMANDS = {
 @pytest.mark.parametrize("command", some(COMMANDS, ["convert"]))
 def test_commands_say_it_in_one_line(command, tmp_path, capsys, monkeypatch):
     published(tmp_path / "base", "lora")
-    lora.merge_checkpoint(tmp_path / "base", tmp_path / "tuned", DATA / "lora")
+    lora.merge_checkpoint(tmp_path / "base", DATA / "lora", tmp_path / "tuned")
     for where in PLACES:
         if where == "no character":
             continue  # no command line has it

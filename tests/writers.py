@@ -72,7 +72,7 @@ def source(folder):
 
 def save_merged(folder, v):
     """A version is in a folder of its own, as nothing is replaced."""
-    lora.merge_checkpoint(source(folder), folder / str(v), adapters(v), KEYS)
+    lora.merge_checkpoint(source(folder), adapters(v), folder / str(v), KEYS)
 
 
 def read_merged(folder):

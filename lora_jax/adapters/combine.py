@@ -16,7 +16,10 @@ import numpy as np
 
 from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.core.adapter import Adapter
+from lora_jax.core.argument_checks import check_adapter_dict, check_is, refuse
 from lora_jax.core.errors import LoraError
+
+CALL = "combine([(adapters, weight), ...])"
 
 
 def combine(parts: Sequence[tuple[Mapping[str, Adapter], float]]) -> dict[str, Adapter]:
@@ -37,9 +40,11 @@ def combine(parts: Sequence[tuple[Mapping[str, Adapter], float]]) -> dict[str, A
     ((4, 4), (4, 3))
     """
     if not parts:
-        raise LoraError("combine([(adapters, weight), ...]): expected one part at least.")
+        raise LoraError(f"{CALL}: expected one part at least.")
+    _check_pairs(parts)
     found: dict[str, list[LoraAdapter]] = {}
     for adapters, weight in parts:
+        check_adapter_dict(CALL, adapters)
         if not isinstance(weight, numbers.Real | np.ndarray | jax.Array) or not math.isfinite(weight):
             raise LoraError(f"combine: a weight is {weight!r}, expected a finite number, such as 0.5.")
         for path, adapter in adapters.items():
@@ -48,6 +53,15 @@ def combine(parts: Sequence[tuple[Mapping[str, Adapter], float]]) -> dict[str, A
                 raise LoraError(f"{path!r} is a {type(adapter).__name__}; sums are of what is LoRA in some form.")
             found.setdefault(path, []).append(_weighted(path, factors, float(weight)))
     return {path: _sum(path, adapters) for path, adapters in found.items()}
+
+
+def _check_pairs(parts: Any) -> None:
+    """Raise unless these are pairs of adapters and a weight."""
+    pairs = "a list of pairs, [(adapters, 1.0), (others, -0.5)]"
+    check_is(CALL, "parts", parts, (list, tuple), pairs)
+    for part in parts:
+        if not isinstance(part, list | tuple) or len(part) != 2:
+            refuse(CALL, "parts", parts if isinstance(part, float | int) else part, pairs)
 
 
 def _weighted(path: str, adapter: LoraAdapter, weight: float) -> LoraAdapter:

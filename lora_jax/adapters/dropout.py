@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.adapter import Adapter, AdapterWrapper, lower
+from lora_jax.core.argument_checks import check_adapter_dict, check_key
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.operand import Operand, Wrapper
 from lora_jax.core.paths import path_hash, path_key
 from lora_jax.core.products import Product
 from lora_jax.core.serialization import register_node
+
+CALL = "with_dropout(adapters, key, rate)"
 
 
 def with_dropout(adapters: Mapping[str, Adapter], key: jax.Array, rate: float = 0.1) -> dict[str, Adapter]:
@@ -45,8 +48,10 @@ def with_dropout(adapters: Mapping[str, Adapter], key: jax.Array, rate: float = 
         rate: the probability that an entry is dropped, at least 0 and below 1; 0 returns the adapters as they are.
 
     Raises:
-        LoraError: another rate.
+        LoraError: another rate; `adapters` are no `{path: adapter}`, or `key` is no random key.
     """
+    check_adapter_dict(CALL, adapters)
+    check_key(CALL, key)
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
         raise LoraError(f"with_dropout(rate={rate!r}): the rate is a number of at least 0 and below 1, such as 0.1.")
     if rate == 0:

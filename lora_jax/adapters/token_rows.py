@@ -168,8 +168,8 @@ class RowsOperand(Leaf):
         n = len(self.axes.stack)
         which = jax.nn.one_hot(self.slots - 1, self.change.shape[n], dtype=self.change.dtype)
         if self.side == "inputs":
-            return LowRank(which, self.change, self.axes, 1.0)
-        return LowRank(jnp.moveaxis(self.change, n, -1), jnp.moveaxis(which, -1, n), self.axes, 1.0)
+            return LowRank(which, self.change, self.axes)
+        return LowRank(jnp.moveaxis(self.change, n, -1), jnp.moveaxis(which, -1, n), self.axes)
 
     def transpose(self) -> "RowsOperand":
         return dataclasses.replace(self, axes=self.axes.transpose(), side=self.other)

@@ -3,6 +3,7 @@
 A saved folder is loaded without a plan or rules, and nothing in it is executed.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import lora_jax.adapters  # noqa: F401 (registers the kinds of this library)
 from lora_jax.checkpoints.arrays import (
     check_arrays,
+    damaged,
     format_of,
     read_arrays,
     read_description,
@@ -22,6 +24,7 @@ from lora_jax.checkpoints.arrays import (
     write,
 )
 from lora_jax.core.adapter import Adapter
+from lora_jax.core.argument_checks import TAKEN_BY_A_STEP, check_adapter_dict, check_folder, check_kept, named_arrays
 from lora_jax.core.arrays import describe
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
@@ -49,10 +52,11 @@ def save(folder: str | Path, adapters: Mapping[str, Adapter], others: Mapping[st
         LoraError: the folder holds something else, which is named and left alone, or it cannot be written; `others` are
             not dicts of arrays; an array is spread over several hosts. Then nothing has changed.
     """
+    call = "save(folder, adapters, others)"
+    check_folder(call, folder)
+    check_adapter_dict(call, adapters, "; other arrays go into `others`")
     for path, adapter in adapters.items():
-        if not isinstance(adapter, Adapter):
-            found = type(adapter).__name__
-            raise LoraError(f"adapters[{path!r}] is a {found}, expected an adapter; other arrays go into `others`.")
+        check_kept(named_arrays(path, adapter), TAKEN_BY_A_STEP)
     arrays = {"adapters": {path: adapter.arrays() for path, adapter in adapters.items()}, "others": dict(others or {})}
     check_arrays(arrays, "", " beside adapters")
     refuse_spread(arrays)
@@ -74,15 +78,48 @@ def load(folder: str | Path) -> tuple[dict[str, Adapter], dict[str, Any]]:
         LoraError: no such folder; not written by `save`; written by a newer version; damaged; of an unknown kind.
     """
     called = "adapters saved by lora_jax.checkpoint.save, nor checkpoints of lora.Checkpoints"
+    check_folder("load(folder)", folder)
+    if Path(folder, "adapter_config.json").is_file():
+        raise LoraError(f"{folder} holds adapters of HF PEFT: lora.load_peft(folder, params, key_map) loads these.")
     return read_folder(Path(folder), SAVED, called, _read)
 
 
 def _read(folder: Path) -> tuple[dict[str, Adapter], dict[str, Any]]:
     """Return the adapters and the other arrays of a folder."""
     description = read_description(folder, DESCRIPTION, FORMAT)
+    for path, facts in _of_each_adapter(folder, description).items():
+        _check_facts(folder, path, facts, description["arrays"]["adapters"][path])
     arrays = jax.tree.map(jnp.asarray, read_arrays(folder, description["arrays"]))
     adapters = {path: rebuild(path, facts, arrays["adapters"][path]) for path, facts in description["adapters"].items()}
     return adapters, arrays["others"]
+
+
+def _of_each_adapter(folder: Path, description: Any) -> dict[str, Any]:
+    """Return what a description says of each adapter, if it has arrays for the same ones."""
+    facts, arrays = description.get("adapters"), description.get("arrays")
+    if not isinstance(facts, dict) or not isinstance(arrays, dict) or not isinstance(arrays.get("adapters"), dict):
+        raise damaged(folder, DESCRIPTION, "it has no adapters and arrays")
+    for path in (*facts, *arrays["adapters"]):
+        if not (path in facts and path in arrays["adapters"]):
+            raise damaged(folder, DESCRIPTION, f"it has {path!r} among its adapters or its arrays alone")
+    if not isinstance(arrays.get("others"), dict):
+        raise damaged(folder, DESCRIPTION, "it says nothing of other arrays")
+    return facts
+
+
+def _check_facts(folder: Path, path: str, facts: Any, arrays: Any) -> None:
+    """Raise if a description lacks a fact or an array that an adapter of its kind has."""
+    if not isinstance(facts, dict) or not isinstance(facts.get("kind"), str) or not isinstance(arrays, dict):
+        raise damaged(folder, DESCRIPTION, f"it does not say of which kind {path!r} is")
+    if facts["kind"] not in KINDS:
+        return  # which has an error of its own
+    needed = [
+        field.name
+        for field in dataclasses.fields(KINDS[facts["kind"]])  # type: ignore[arg-type]
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in needed if name not in facts and name not in arrays]:
+        raise damaged(folder, DESCRIPTION, f"{path!r} of kind {facts['kind']!r} lacks {missing[0]!r}")
 
 
 def describe_adapter(adapter: Adapter) -> dict[str, Any]:

@@ -92,16 +92,26 @@ def read_description(folder: Path, what: str, version: int) -> Any:
     """Read the description of a folder.
 
     Raises:
-        LoraError: its format is not this version's.
+        LoraError: it is damaged; its format is not this version's.
     """
     import orbax.checkpoint as ocp
 
-    with local_checkpointer() as checkpointer:
-        description = checkpointer.restore(folder, ocp.args.Composite(**{what: ocp.args.JsonRestore()}))[what]
+    try:
+        with local_checkpointer() as checkpointer:
+            description = checkpointer.restore(folder, ocp.args.Composite(**{what: ocp.args.JsonRestore()}))[what]
+    except Exception as error:  # a damaged file may raise anything
+        raise damaged(folder, what, first_line(error)) from error
+    if not isinstance(description, dict):
+        raise damaged(folder, what, "it holds no description")
     if description.get("format") != version:
         found = description.get("format")
         raise LoraError(f"{folder} has format {found}, this version reads {version}: update lora_jax.")
     return description
+
+
+def damaged(folder: Path, what: str, why: str) -> LoraError:
+    """Return the error for a part of a folder that is damaged."""
+    return LoraError(f"{folder} cannot be loaded: its {what} is damaged, {why}: save it again, or restore a copy.")
 
 
 def read_arrays(folder: Path, shapes: Any) -> Any:

@@ -30,10 +30,13 @@ from lora_jax.checkpoints.state_codec import (
     place_like,
     state_arrays,
 )
+from lora_jax.core.argument_checks import check_folder, check_is
 from lora_jax.core.arrays import describe
 from lora_jax.core.errors import LoraError
+from lora_jax.core.targets import Plan
 from lora_jax.core.text import listed
 
+CALL = "Checkpoints(folder, params, plan)"
 State = TypeVar("State")
 
 
@@ -76,6 +79,9 @@ class Checkpoints:
         best: tuple[str, Literal["max", "min"]] | None = None,
         keep_every: int | None = None,
     ) -> None:
+        check_folder(CALL, folder)
+        if plan != {}:
+            check_is(CALL, "plan", plan, Plan, "a plan: lora.plan(fn, params, *args, rules={...})")
         for name, value in [("every", every), ("keep", keep), ("keep_every", keep_every)]:
             optional = name == "keep_every" and value is None
             if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from lora_jax.core.argument_checks import check_folder
 from lora_jax.core.errors import LoraError
 
 TRIES = 100
@@ -18,6 +19,7 @@ def of_one_save(read: Read) -> Read:
 
     @functools.wraps(read)
     def again(folder: str | Path, *args: Any, **kwargs: Any) -> Any:
+        check_folder(f"{read.__name__}(folder, ...)", folder)
         return read_whole(Path(folder), lambda: read(folder, *args, **kwargs))
 
     return cast(Read, again)

@@ -124,7 +124,7 @@ def merge(base: Folder, adapters: Folder, output: Folder, /, tied: Tied = "refus
         json: print the rounding loss of each tensor as JSON.
     """
     with progress_bar("merging") as progress:
-        losses = merge_checkpoint(base, output, adapters, tied=tied, progress=progress)
+        losses = merge_checkpoint(base, adapters, output, tied=tied, progress=progress)
     if json:
         print_json(losses)
         return 0

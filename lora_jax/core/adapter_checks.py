@@ -7,8 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.adapter import Adapter
+from lora_jax.core.argument_checks import (
+    TAKEN_BY_A_STEP,
+    TAKEN_BY_DONATION,
+    check_adapter_dict,
+    check_kept,
+    is_taken,
+    named_arrays,
+)
 from lora_jax.core.errors import LoraError
 from lora_jax.core.kinds import check_registered
+from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import is_array, nearest
 
 
@@ -17,18 +26,11 @@ def check_adapters(adapters: Mapping[str, Adapter], names: list[str], leaves: li
 
     Raises:
         LoraError: the adapters are no `{path: adapter}`; a path is not among the parameters, or is no array of floats
-            there; shapes differ.
+            there; shapes differ; an array has been deleted.
     """
-    if not isinstance(adapters, Mapping):
-        raise LoraError(
-            f"adapters are a dict {{path: adapter}} as lora.init makes it, found {type(adapters).__name__}."
-        )
+    check_adapter_dict("(params, adapters, ...)", adapters)
     weights = dict(zip(names, leaves, strict=True))
     for path, adapter in adapters.items():
-        if not isinstance(adapter, Adapter):
-            raise LoraError(
-                f"adapters[{path!r}] is a {type(adapter).__name__}, expected an adapter as lora.init makes it."
-            )
         check_registered(adapter)
         if path not in weights:
             near = ", ".join(map(repr, nearest(path, names)))
@@ -40,7 +42,13 @@ def check_adapters(adapters: Mapping[str, Adapter], names: list[str], leaves: li
         if not (is_array(weight) and jnp.issubdtype(weight.dtype, jnp.floating)):
             found = weight.dtype if is_array(weight) else type(weight).__name__
             raise LoraError(f"there is an adapter for {path!r}, but that is {found}, expected an array of floats.")
-        dtypes = sorted({str(a.dtype) for a in jax.tree.leaves(adapter) if _is_counted(a.dtype)})
+        arrays = jax.tree.leaves(adapter)
+        if any(map(is_taken, arrays)):
+            check_kept(named_arrays(path, adapter), TAKEN_BY_A_STEP)
+        for part in jax.tree.leaves(weight) if is_packed(weight) else (weight,):
+            if is_taken(part):
+                check_kept([(path, part)], TAKEN_BY_DONATION)
+        dtypes = sorted({str(a.dtype) for a in arrays if _is_counted(a.dtype)})
         if dtypes:
             raise LoraError(
                 f"the adapter for {path!r} holds {', '.join(dtypes)} arrays, expected floats: cast them back with "

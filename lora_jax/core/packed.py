@@ -22,10 +22,11 @@ from lora_jax.core.deferred import (
     spec_before,
     undo_deferred,
 )
+from lora_jax.core.no_array import NoArray
 from lora_jax.core.partition import names_of, size_of
 
 
-class Packed(abc.ABC):
+class Packed(NoArray, abc.ABC):
     """A frozen weight, stored as packed arrays that begin with its stack axes.
 
     What a program does to each matrix before it multiplies by it is recorded in `deferred`, and applied to the

@@ -9,6 +9,7 @@ from lora_jax.core.paths import nearest
 from lora_jax.core.text import listed
 
 T = TypeVar("T")
+NEAREST = "A pattern stands for a whole path; the nearest paths are"
 _NAME = re.compile(r"[\w/-]+")  # patterns that match themselves and nothing else
 
 
@@ -20,7 +21,7 @@ def first_match(
     call: str = "",
     one: str = "parameter",
     many: str = "paths",
-    hint: str = "A pattern stands for a whole path; the nearest paths are",
+    hint: str = NEAREST,
 ) -> dict[str, T]:
     """Return, for each name that some pattern matches, the value of the first pattern that does.
 

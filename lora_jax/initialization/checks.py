@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lora_jax.adapters.arguments import rank_above
 from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.core.adapter_checks import check_adapters
+from lora_jax.core.argument_checks import check_is
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import is_packed, unpacked
@@ -34,14 +35,12 @@ def check_weights(params: Any, adapters: Any) -> dict[str, Any]:
 
 def check_fresh(adapters: Any) -> None:
     """Raise unless these are `{path: LoraAdapter}` as `lora.init` makes them, of finite numbers and with B = 0."""
-    if not isinstance(adapters, Mapping):
-        raise LoraError(
-            f"adapters are a dict {{path: adapter}} as lora.init makes it, found {type(adapters).__name__}."
-        )
+    check_is("(params, adapters, ...)", "adapters", adapters, Mapping, "a dict {path: adapter} of lora.init")
     for path, adapter in adapters.items():
         if not isinstance(adapter, LoraAdapter):
             raise LoraError(
-                f"{path!r} is a {type(adapter).__name__}, and starts are of LoraAdapter: plan it with a lora.Lora rule."
+                f"{path!r} is a {type(adapter).__name__}, and starts are of LoraAdapter: plan it with a lora.Lora "
+                "rule, and give parameters and adapters in this order, (params, adapters, ...)."
             )
         _check_adapter(path, adapter)
 

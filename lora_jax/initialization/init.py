@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.adapter import Adapter
+from lora_jax.core.argument_checks import check_is, check_key
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import unpacked
 from lora_jax.core.paths import flatten_with_names, path_key
 from lora_jax.core.targets import Plan
 from lora_jax.sharding.adapters import adapter_shardings
 from lora_jax.sharding.devices import on_mesh
+
+CALL = "init(key, params, plan)"
 
 
 def init(key: jax.Array, params: Any, plan: Plan, shardings: Any = None) -> dict[str, Adapter]:
@@ -22,7 +25,7 @@ def init(key: jax.Array, params: Any, plan: Plan, shardings: Any = None) -> dict
     `jax.eval_shape`, with the plan closed over.
 
     Args:
-        key: of the random numbers.
+        key: of the random numbers, a `jax.random.key` (or an old-style `PRNGKey`).
         params: the parameters that the plan was made for, or others of the same shapes.
         plan: as of `lora.plan`.
         shardings: of the adapters, as `lora.adapter_shardings` returns them: each device makes its own part. Without,
@@ -32,10 +35,10 @@ def init(key: jax.Array, params: Any, plan: Plan, shardings: Any = None) -> dict
         `{path: adapter}`, in the order of the plan.
 
     Raises:
-        LoraError: `params` lack a planned path, or have another shape there.
+        LoraError: `key` is no random key, or `plan` no plan; `params` lack a planned path, or have another shape there.
     """
-    if not isinstance(plan, Plan):
-        raise LoraError(f"init takes a plan, found a {type(plan).__name__}: make it with lora.plan(fn, params, ...).")
+    check_key(CALL, key)
+    check_is(CALL, "plan", plan, Plan, "a plan: make it with lora.plan(fn, params, *args, rules={...})")
     names, leaves, _ = flatten_with_names(params)
     weights = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name in plan}
     _check_shapes(plan, weights)
@@ -48,7 +51,7 @@ def init(key: jax.Array, params: Any, plan: Plan, shardings: Any = None) -> dict
         return jax.tree.map(jnp.asarray, drawn)
 
     if shardings is None and on_mesh(weights):
-        shardings = adapter_shardings(plan, params)
+        shardings = adapter_shardings(params, plan)
     return draw(key, read) if shardings is None else jax.jit(draw, out_shardings=shardings)(key, read)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapters.lora import LoraAdapter
+from lora_jax.core.argument_checks import check_key
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import path_key
 from lora_jax.initialization.checks import check_choice, check_data, check_weights
@@ -62,6 +63,8 @@ def lora_ga(
         raise LoraError(f"lora_ga(gamma={gamma!r}): expected a finite number above 0, for example 16.0.")
     if direction == "random" and key is None:
         raise LoraError("lora_ga(direction='random') draws random numbers: give it key=jax.random.key(0).")
+    if key is not None:
+        check_key("lora_ga(params, adapters, gradients, key=key)", key)
     weights = check_weights(params, adapters)
     grads = check_data("gradients", gradients, {path: weights[path].shape for path in adapters})
     for path, adapter in adapters.items():

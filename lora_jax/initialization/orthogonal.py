@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.lora import LoraAdapter
+from lora_jax.core.argument_checks import check_key
 from lora_jax.core.arrays import matmul_highest
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import path_key
@@ -26,8 +27,9 @@ def orthogonal(key: jax.Array, adapters: Adapters) -> dict[str, LoraAdapter]:
         The started adapters.
 
     Raises:
-        LoraError: the adapters are not fresh ones of plain LoRA; a rank is odd.
+        LoraError: `key` is no random key; the adapters are not fresh ones of plain LoRA; a rank is odd.
     """
+    check_key("orthogonal(key, adapters)", key)
     check_fresh(adapters)
     for path, adapter in adapters.items():
         if (rank := adapter.a.shape[-1]) % 2:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from lora_jax.adapters.lora import LoraAdapter
+from lora_jax.core.argument_checks import check_key
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import path_key
 from lora_jax.initialization.checks import check_weights
@@ -43,6 +44,8 @@ def pissa(
         raise LoraError(f"pissa(iterations={iterations!r}): expected a whole number such as 4, or None for exact SVD.")
     if iterations is not None and key is None:
         raise LoraError(f"pissa(iterations={iterations}) draws random numbers: give it key=jax.random.key(0).")
+    if key is not None:
+        check_key("pissa(params, adapters, key=key)", key)
     weights = check_weights(params, adapters)
 
     def factors(path: str, adapter: LoraAdapter, w: jax.Array) -> Factors:

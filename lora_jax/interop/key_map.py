@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_jax.core.argument_checks import check_each
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
@@ -140,6 +141,7 @@ class KeyMap:
     """
 
     def __init__(self, *entries: Entry) -> None:
+        check_each("KeyMap(*entries)", "entries", entries, Entry, 'entries, such as key_maps.linear("up", "mlp.up")')
         self.entries = entries
 
     def __add__(self, other: "KeyMap") -> "KeyMap":

@@ -22,6 +22,7 @@ from lora_jax.checkpoints.arrays import refuse_spread
 from lora_jax.checkpoints.atomic_dir import written
 from lora_jax.checkpoints.replaceable import check_target
 from lora_jax.core.adapter import Adapter
+from lora_jax.core.argument_checks import A_KEY_MAP, check_adapter_dict, check_folder, check_is
 from lora_jax.core.arrays import matmul_highest
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
@@ -39,6 +40,7 @@ from lora_jax.interop.tensor_changes import (
 )
 from lora_jax.interop.tied_files import Untied, header_with, settled, shapes_with_head, tie_of, write_untied
 
+CALL = "merge_checkpoint(source, adapters, target, key_map)"
 DTYPES = {name: safetensors_index.DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}  # that adapters are added to
 THREADS = 4  # twice the cores of the smallest machines: half of the time is reading and writing
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors"}  # files not to copy
@@ -46,8 +48,8 @@ OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".s
 
 def merge_checkpoint(
     source: str | Path,
-    target: str | Path,
     adapters: Mapping[str, Adapter] | str | Path,
+    target: str | Path,
     key_map: KeyMap | None = None,
     *,
     others: Any = None,
@@ -61,10 +63,10 @@ def merge_checkpoint(
 
     Args:
         source: a folder with `model.safetensors` or an index and its shards.
-        target: a new folder: the same files, with the merged tensors in their places.
         adapters: `{path: adapter}`, with `key_map`; or a folder of HF PEFT, which names the tensors itself, and of
             which all is merged: what it holds whole, biases, trained tokens, and adapters that began with PiSSA or
             OLoRA, whose start is taken off the model's own weights.
+        target: a new folder: the same files, with the merged tensors in their places.
         key_map: from parameters to modules.
         others: `{path: array}`, or nested dicts, that take the place of parameters before anything is added: the second
             result of `load_peft`, which adapters that began with PiSSA are wrong without.
@@ -86,10 +88,15 @@ def merge_checkpoint(
             end of a tied table; the target is not empty or cannot be written, such as on a full disk. Then nothing has
             changed.
     """
+    check_folder(CALL, source, "source")
+    check_folder(CALL, target, "target")
     source, target = Path(source).absolute(), Path(target).absolute()
     check_target(target, None)
-    if isinstance(adapters, Mapping):
+    if not isinstance(adapters, str | Path):
+        check_adapter_dict(CALL, adapters)
         refuse_spread(adapters)
+    if key_map is not None:
+        check_is(CALL, "key_map", key_map, KeyMap, A_KEY_MAP)
     work = _checked(source, adapters, key_map, others, params, tied)
     with written(target) as new:
         for path in sorted(source.iterdir()):

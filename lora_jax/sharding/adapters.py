@@ -10,7 +10,8 @@ import jax
 from jax import P
 from jax.sharding import Mesh, NamedSharding
 
-from lora_jax.core.adapter import Adapter
+from lora_jax.core.adapter import Adapter, is_adapter
+from lora_jax.core.argument_checks import check_adapter_dict, refuse
 from lora_jax.core.errors import LoraError
 from lora_jax.core.partition import (
     BATCH_AXES,
@@ -24,12 +25,13 @@ from lora_jax.core.paths import flatten_with_names, nearest
 from lora_jax.core.targets import Plan
 from lora_jax.sharding.devices import sharding_of
 
+CALL = "adapter_specs(base, adapters, mesh)"
 Policy = Callable[[str, P], P]  # (path, spec of W) -> the spec that the adapter's arrays follow
 
 
 def adapter_specs(
-    adapters: Plan | Mapping[str, Adapter],
     base: Any,
+    adapters: Plan | Mapping[str, Adapter],
     mesh: Mesh | None = None,
     policy: Literal["tensor", "replicate", "inherit"] | Policy = "tensor",
     batch_axes: Sequence[str] = BATCH_AXES,
@@ -41,10 +43,10 @@ def adapter_specs(
     (fsdp), the adapters are replicated: they are too small to be worth gathering for every use.
 
     Args:
-        adapters: a plan, or `{path: adapter}`.
         base: the placement of the weights, in a tree like the parameters': arrays on the mesh, `NamedSharding`s,
             `PartitionSpec`s (None is `P()`), or Flax's boxes with partitioning metadata. For Linen also
             `nn.get_partition_spec(variables)["params"]`, for NNX `nnx.get_partition_spec(params)`.
+        adapters: a plan, or `{path: adapter}`.
         mesh: needed where `base` holds specs only.
         policy: "tensor" follows W along all mesh axes but `batch_axes`; "replicate" along none; "inherit" along all; or
             a function of (path, spec of W) that returns the spec, over W's axes, which the adapter follows.
@@ -60,33 +62,37 @@ def adapter_specs(
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"w": jnp.ones((8, 4))}
     >>> plan = lora.plan(lambda p, x: x @ p["w"], params, jnp.ones((1, 8)), rules={"w": lora.Lora(rank=2)})
-    >>> specs = lora.adapter_specs(plan, {"w": jax.P("fsdp", "tensor")}, jax.make_mesh((1, 1), ("fsdp", "tensor")))
+    >>> specs = lora.adapter_specs({"w": jax.P("fsdp", "tensor")}, plan, jax.make_mesh((1, 1), ("fsdp", "tensor")))
     >>> specs["w"].a == jax.P(None, None), specs["w"].b == jax.P(None, "tensor")
     (True, True)
     """
-    return _mesh_and_specs(adapters, base, mesh, policy, batch_axes)[1]
+    return _mesh_and_specs(base, adapters, mesh, policy, batch_axes)[1]
 
 
 def adapter_shardings(
-    adapters: Plan | Mapping[str, Adapter],
     base: Any,
+    adapters: Plan | Mapping[str, Adapter],
     mesh: Mesh | None = None,
     policy: Literal["tensor", "replicate", "inherit"] | Policy = "tensor",
     batch_axes: Sequence[str] = BATCH_AXES,
 ) -> dict[str, Adapter]:
     """Return `adapter_specs` as `NamedSharding`s: for `lora.init`, `jax.device_put`, `jax.jit`, `lora.Checkpoints`."""
-    mesh, specs = _mesh_and_specs(adapters, base, mesh, policy, batch_axes)
+    mesh, specs = _mesh_and_specs(base, adapters, mesh, policy, batch_axes)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def _mesh_and_specs(
-    adapters: Plan | Mapping[str, Adapter],
     base: Any,
+    adapters: Plan | Mapping[str, Adapter],
     mesh: Mesh | None,
     policy: str | Policy,
     batch_axes: Sequence[str],
 ) -> tuple[Any, dict[str, Adapter]]:
     """Return the mesh that the base is on, and the adapters' specs on it."""
+    if isinstance(base, Plan) or (base and isinstance(base, Mapping) and all(map(is_adapter, base.values()))):
+        refuse(CALL, "base", base, "the parameters, or where they are")
+    if not isinstance(adapters, Plan):
+        check_adapter_dict(CALL, adapters)
     follow = _policy(policy, tuple(batch_axes))
     places = _places(base)
     mesh = _mesh(mesh, {path: places[path] for path in adapters if path in places})
@@ -170,7 +176,7 @@ def _mesh(mesh: Mesh | None, places: Mapping[str, Any]) -> Any:
     context = jax.sharding.get_mesh()
     if not context.empty:
         return context
-    raise LoraError("partition specs say nothing of a mesh: give one, as in adapter_specs(plan, specs, mesh).")
+    raise LoraError("partition specs say nothing of a mesh: give one, as in adapter_specs(specs, plan, mesh).")
 
 
 def _abstract(adapters: Plan | Mapping[str, Adapter], path: str) -> Adapter:

@@ -34,7 +34,7 @@ def check_together(trainable: Any, params: Any) -> None:
             raise LoraError(
                 f"the base weight {name!r} is on the devices {list(there)}, but the adapters are on {list(here)}; "
                 "bring them together: lora.init(key, params, plan) makes adapters where the base is, "
-                "jax.device_put(adapters, lora.adapter_shardings(adapters, params)) moves them there."
+                "jax.device_put(adapters, lora.adapter_shardings(params, adapters)) moves them there."
             )
 
 

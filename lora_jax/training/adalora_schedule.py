@@ -18,6 +18,7 @@ from jax import export
 from lora_jax.adapters.adalora import AdaLoraAdapter
 from lora_jax.core.adapter import Adapter, is_adapter
 from lora_jax.core.errors import LoraError
+from lora_jax.training.argument_checks import check_optimizer
 
 
 @functools.partial(export.register_namedtuple_serialization, serialized_name="lora_jax.BudgetState")
@@ -65,6 +66,7 @@ def adapt_budget(
         LoraError: the schedule leaves no steps; a number is below 1; (when initialized) there is no AdaLoRA adapter, or
             the target rank is above the adapters' own.
     """
+    check_optimizer("adapt_budget(optimizer, target_rank, total_steps)", optimizer)
     numbers = {"target_rank": target_rank, "total_steps": total_steps, "interval": interval}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -9,8 +9,12 @@ from typing import Any
 import optax
 
 from lora_jax.core.adapter import Adapter
+from lora_jax.core.argument_checks import refuse
+from lora_jax.training.argument_checks import check_learning_rate
 from lora_jax.training.hyperparameters import LearningRate, check_positive
 from lora_jax.training.masks import is_matrix, mark
+
+CALL = "lora_plus(optimizer, learning_rate, ratio)"
 
 
 def lora_plus(
@@ -36,10 +40,15 @@ def lora_plus(
         ratio: above 0, usually above 1; the paper advises about 16 for most models.
 
     Raises:
-        LoraError: the ratio is not a number above 0.
+        LoraError: an argument is none of these; the ratio is not a number above 0.
 
     >>> optimizer = lora_plus(optax.adamw, optax.cosine_decay_schedule(1e-4, 1000), ratio=16.0)
     """
+    if not callable(optimizer):
+        refuse(
+            CALL, "optimizer", optimizer, "what makes an optax transformation of a learning rate, as optax.adamw does"
+        )
+    check_learning_rate(CALL, learning_rate)
     check_positive("lora_plus", "ratio", ratio, 16.0)
 
     def groups(tree: Any) -> Any:

@@ -9,12 +9,14 @@ import jax
 import optax
 
 from lora_jax.core.adapter import Adapter, AdapterWrapper, is_adapter
+from lora_jax.core.argument_checks import check_tree
 from lora_jax.core.errors import LoraError
 from lora_jax.core.layout import field_names
 from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import flatten_with_names
 from lora_jax.core.patterns import first_match
 from lora_jax.core.text import listed
+from lora_jax.training.argument_checks import check_mask, check_optimizer
 
 
 def trainable_mask(tree: Any) -> Any:
@@ -35,6 +37,7 @@ def trainable_mask(tree: Any) -> Any:
     >>> mask["adapters"]["w"].a, mask["adapters"]["w"].b, mask["params"]["w"], mask["head"]
     (True, True, False, True)
     """
+    check_tree("trainable_mask(tree)", "tree", tree)
     return mark(tree, lambda *_: True, lambda _: True, frozen=False)
 
 
@@ -76,10 +79,17 @@ def freeze_base(
         optimizer: any optax transformation.
         mask: a tree of booleans, or a function that makes one from the optimized tree; one boolean may stand for a
             whole part of it. By default adapters are trained, and what lies beside them, and their base is frozen.
+
+    Raises:
+        LoraError: this is no optax transformation; (when initialized) the mask holds something else than booleans, or
+            is not of the optimized tree.
     """
+
+    check_optimizer("freeze_base(optimizer, mask)", optimizer)
 
     def labels(tree: Any) -> Any:
         marks = mask(tree) if callable(mask) else mask
+        check_mask("freeze_base(optimizer, mask)", marks, tree)
         return jax.tree.map(lambda trained: "train" if trained else "freeze", marks)
 
     return optax.partition({"train": optimizer, "freeze": optax.set_to_zero()}, labels)
@@ -111,6 +121,7 @@ def labels(tree: Any, rules: Mapping[str, str], default: str | None = None) -> A
     """
     if not isinstance(rules, Mapping):
         raise LoraError(f"labels: rules are a dict such as {{'.*/b': 'fast', '.*': 'slow'}}, found {rules!r}.")
+    check_tree("labels(tree, rules)", "tree", tree)
     names, _, treedef = flatten_with_names(tree)
     marks = jax.tree.leaves(mark(tree, lambda *_: "train", lambda _: "train", frozen="freeze", base=lambda _: "base"))
     trained = [name for name, found in zip(names, marks, strict=True) if found == "train"]

@@ -18,6 +18,7 @@ from lora_jax.core.adapter import Adapter, is_adapter
 from lora_jax.core.arrays import matmul_highest
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import flatten_with_names
+from lora_jax.training.argument_checks import check_learning_rate
 from lora_jax.training.hyperparameters import LearningRate, check_positive
 from lora_jax.training.masks import decay_mask, mark
 
@@ -117,7 +118,11 @@ def lora_fa(
         learning_rate: a number, or a schedule.
         b1, b2, eps, weight_decay: of Adam.
         dtype: as for `lora_fa_gradient`.
+
+    Raises:
+        LoraError: `learning_rate` is neither; `dtype` is no floating one.
     """
+    check_learning_rate("lora_fa(learning_rate, ...)", learning_rate)
 
     def groups(tree: Any) -> Any:
         def group(adapter: Adapter, name: str) -> str:

@@ -13,6 +13,7 @@ import optax
 from jax import P
 from jax.sharding import Mesh, NamedSharding
 
+from lora_jax.core.argument_checks import check_is, check_key, check_tree
 from lora_jax.core.arrays import concrete
 from lora_jax.core.errors import LoraError
 from lora_jax.core.partition import names_of, quoted_names
@@ -20,6 +21,7 @@ from lora_jax.core.serialization import register_node
 from lora_jax.sharding.batches import combined_sharding
 from lora_jax.sharding.devices import check_together, on_mesh
 from lora_jax.sharding.unbatched import is_unbatched
+from lora_jax.training.argument_checks import check_optimizer, check_replicated, check_state, check_step, check_taken
 from lora_jax.training.hyperparameters import check_positive
 from lora_jax.training.masks import map_frozen
 from lora_jax.training.microbatches import check_rows, has_rows
@@ -27,6 +29,7 @@ from lora_jax.training.value_and_grad import Loss, value_and_grad
 
 Step = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
 
+CALL = "step(state, params, *batch)"  # of the functions that are made here
 LARGEST_SCALE = 2.0**24  # that a loss scale grows to
 KEPT_STEPS = 16  # jitted steps that `jit_step` keeps, one for each way in which state and batch are placed
 
@@ -104,7 +107,16 @@ class TrainState:
             loss_scale: `LossScale.create()`, to train in fp16.
             model_state: what the model carries from step to step beside its parameters, if the loss takes it: batch
                 statistics, counts of random numbers; any pytree of arrays.
+
+        Raises:
+            LoraError: an argument is none of these; a step has taken an array of `trainable`.
         """
+        call = "TrainState.create(trainable, optimizer, key=None)"
+        check_tree(call, "trainable", trainable)
+        check_optimizer(call, optimizer)
+        check_taken(call, trainable)
+        if key is not None:
+            check_key(call, key)
         zero, given = jnp.zeros((), jnp.int32), (trainable, key, loss_scale, model_state)
         state = cls(zero, trainable, optimizer.init(trainable), zero.copy(), key, loss_scale, model_state)
         state = _with_own_memory(state, given)
@@ -180,6 +192,9 @@ def train_step(
     >>> round(float(state.model_state["mean"]), 3)
     0.15
     """
+    call = "train_step(loss, optimizer, state, params, *batch)"
+    check_step(call, loss, optimizer, microbatches)
+    check_state(call, state, TrainState)
     _check_optimizer(optimizer, state)
     gradient = value_and_grad(loss, microbatches=microbatches, axis_name=axis_name, batch_sharding=batch_sharding)
     key = None if state.key is None else jax.random.fold_in(state.key, state.step)
@@ -241,7 +256,7 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
         loss, optimizer: as for `train_step`.
         microbatches: as for `value_and_grad`; what is no batch is marked, as in `lora.Unbatched(class_weights)`.
     """
-
+    check_step("jit_step(loss, optimizer)", loss, optimizer, microbatches)
     steps: dict[Any, Any] = {}  # jitted steps, by the shardings of the batch and the state
     recent: list[tuple[Any, Any, Any]] = []  # the shardings of all arrays, the tree if it matters, and the jitted step
 
@@ -277,7 +292,12 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
         return jax.jit(step, donate_argnums=0, out_shardings=(places, NamedSharding(places.step.mesh, P())))
 
     def step(state: TrainState, params: Any, *batch: Any) -> Any:
-        return placed(state, params, batch)(state, params, *batch)
+        check_state(CALL, state, TrainState)
+        try:
+            return placed(state, params, batch)(state, params, *batch)
+        except RuntimeError:
+            check_taken(CALL, state)
+            raise
 
     step.lower = lambda state, params, *batch: placed(state, params, batch).lower(state, params, *batch)  # type: ignore[attr-defined]
     return step
@@ -302,6 +322,7 @@ def pmap_step(
         replicated: whether state, parameters and the returned state and metrics have a leading axis of devices, as
             `flax.jax_utils.replicate` makes it; then the state is donated.
     """
+    check_step("pmap_step(loss, optimizer)", loss, optimizer, microbatches)
     axis = 0 if replicated else None
 
     def step(state: TrainState, params: Any, batch: tuple[Any, ...]) -> Any:
@@ -314,8 +335,15 @@ def pmap_step(
         return jax.pmap(step, axis_name, in_axes=(axis, axis, axes), out_axes=axis, donate_argnums=donated)
 
     def run(state: TrainState, params: Any, *batch: Any) -> Any:
+        check_state(CALL, state, TrainState, replicated)
         nodes, tree = jax.tree.flatten(batch, is_leaf=is_unbatched)
-        return mapped(tree, tuple(not is_unbatched(node) for node in nodes))(state, params, batch)
+        try:
+            return mapped(tree, tuple(not is_unbatched(node) for node in nodes))(state, params, batch)
+        except (ValueError, RuntimeError):
+            check_taken(CALL, state)
+            if replicated:
+                check_replicated(CALL, state.step, params)
+            raise
 
     return run
 
@@ -345,6 +373,10 @@ def shard_map_step(
         LoraError: the spec names an axis that the mesh lacks, or splits the batch over no axis; (when called) arrays
             have different numbers of rows.
     """
+    call = "shard_map_step(loss, optimizer, mesh, batch)"
+    check_step(call, loss, optimizer, microbatches)
+    check_is(call, "mesh", mesh, Mesh, 'a mesh of devices: jax.make_mesh((8,), ("data",))')
+    check_is(call, "batch", batch, P, 'the spec of the batch, such as P("data")')
     names = tuple(name for entry in batch for name in names_of(entry))
     if missing := [name for name in names if name not in mesh.shape]:
         raise LoraError(

@@ -16,10 +16,12 @@ from jax.sharding import NamedSharding
 
 from lora_jax.core._compat import vary
 from lora_jax.core.adapter import is_adapter
+from lora_jax.core.argument_checks import check_function
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.errors import LoraError
 from lora_jax.sharding.gradient_copies import add_to, add_up, copies_alone, in_the_place_of
 from lora_jax.sharding.unbatched import unwrapped
+from lora_jax.training.argument_checks import check_microbatches
 from lora_jax.training.masks import map_frozen
 from lora_jax.training.microbatches import accumulate
 from lora_jax.training.model_state import FORM, split_returned, state_from_sum, state_to_sum
@@ -74,8 +76,8 @@ def value_and_grad(
             shapes or dtypes, reports a metric with one of the step's own names, or does not use the adapters at all
             (found while it is traced: no gradient could ever reach them; of a tree without adapters, what is in it).
     """
-    if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
-        raise LoraError(f"microbatches is {microbatches!r}, expected a whole number of at least 1.")
+    check_function("value_and_grad(loss)", "loss", loss)
+    check_microbatches(microbatches)
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
 
     def run(

@@ -8,6 +8,7 @@
     primitives/      what each other operation does to one
     materialize      where a program cannot use a weight in factored form
     plan, probe      which weights get an adapter, found by following each through the program
+    rule_checks      whether the rules of a plan are rules
     merge            W' as an array, which is the definition of all this
 
 No module here knows a kind of adapter, a format of packed weights, or a mesh.

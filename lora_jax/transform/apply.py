@@ -10,6 +10,7 @@ import jax
 from lora_jax.core._compat import vary, varying_axes
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.adapter_checks import check_adapters
+from lora_jax.core.argument_checks import check_function
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import flatten_with_names, is_array
@@ -50,6 +51,7 @@ def lora_apply(fn: Callable[..., Any], *, materialize: Patterns = False) -> Call
     >>> bool(jnp.all(apply(params, adapters, x) == model(params, x)))      # a fresh adapter changes nothing
     True
     """
+    check_function("lora_apply(fn)", "fn", fn)
     trace, interpreter, fallback = tracer(fn), Interpreter(Recent(CALLS_KEPT)), Materialize.of(materialize)
 
     @functools.wraps(fn)

@@ -5,29 +5,35 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Container, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.core.adapter import Rule
+from lora_jax.core.argument_checks import check_function
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError, LoraWarning
 from lora_jax.core.paths import flatten_with_names, is_array
-from lora_jax.core.patterns import first_match
+from lora_jax.core.patterns import NEAREST, first_match
 from lora_jax.core.targets import Plan, Target, abstract_adapters
 from lora_jax.transform.adapted_weight import AdaptedWeight, adapted
 from lora_jax.transform.interpreter import Interpreter
 from lora_jax.transform.materialize import Materialize, Patterns
 from lora_jax.transform.probe import Log, Probe, probe
+from lora_jax.transform.rule_checks import OF_OWN_PACKING, check_rules, hint_of_own_packing, is_own_packing
 from lora_jax.transform.tracing import Program, tracer
+
+NO_RULES: Mapping[str, Rule | None] = MappingProxyType({})
 
 
 def plan(
     fn: Callable[..., Any],
     params: Any,
+    /,
     *args: Any,
-    rules: Mapping[str, Rule | None],
+    rules: Mapping[str, Rule | None] = NO_RULES,
     materialize: Patterns = False,
     **kwargs: Any,
 ) -> "Plan":
@@ -38,8 +44,8 @@ def plan(
     are contracted, which are outputs and which are stacked.
 
     Args:
-        fn, params, args, kwargs: a call as it would be made without adapters.
-        rules: `{pattern: rule}`; a pattern is a regular expression for a whole path, as in
+        fn, params, args, kwargs: a call as it would be made without adapters; `fn` and `params` by position.
+        rules: by keyword, `{pattern: rule}`; a pattern is a regular expression for a whole path, as in
             `".*/(query|value)/kernel"`. The first that matches decides. None leaves what it matches frozen.
         materialize: which weights may be formed at full size where the program does something else to them than
             multiply by them, as for `lora.lora_apply`: True for all, or regular expressions for whole paths.
@@ -66,8 +72,9 @@ def plan(
     up/kernel    [8, 16]  inputs 0, outputs 1  Lora(rank=2, alpha=4)          48  200 B    384
     2 of 2 weights adapted: 88 parameters beside 192 (31.43%), 368 B. FLOPs are those added to one forward pass.
     """
+    check_function("plan(fn, params, *args, rules={...})", "fn", fn)
     names, leaves, _ = flatten_with_names(params)
-    chosen = _choose(rules, names)
+    chosen = first_match(check_rules(rules, args), names, hint=hint_of_own_packing(names, leaves) + NEAREST)
     program = tracer(fn)(params, args, kwargs)
     weights = dict(zip(names, leaves, strict=True))
     allowed, log = Materialize.of(materialize), Log()
@@ -111,22 +118,6 @@ def plan(
     return Plan(targets, len(leaves), total)
 
 
-def _choose(rules: Mapping[str, Rule | None], names: list[str]) -> dict[str, Rule | None]:
-    """Return the rule of each path that a pattern matches, in the order of the paths."""
-    if not isinstance(rules, Mapping) or not rules:
-        raise LoraError(f"rules are a dict such as {{'.*/kernel': lora.Lora(rank=8)}}, found {rules!r}.")
-    if all(rule is None for rule in rules.values()):
-        raise LoraError(
-            f"all rules are None and would leave everything frozen: {dict(rules)!r}. Give one rule at least."
-        )
-    for pattern, rule in rules.items():
-        if rule is not None and not isinstance(rule, Rule):
-            raise LoraError(
-                f"the rule for {pattern!r} is {rule!r}, expected a rule such as lora.Lora(rank=8), or None."
-            )
-    return first_match(rules, names)
-
-
 def _target(path: str, leaf: Any, rule: Rule, log: Log, materialize: bool) -> Target | str:
     """Return the target of a matched weight, or why it cannot be adapted."""
     if not is_array(leaf):
@@ -138,7 +129,7 @@ def _target(path: str, leaf: Any, rule: Rule, log: Log, materialize: bool) -> Ta
     if leaf.ndim < 2:
         return f"is a {'vector' if leaf.ndim else 'scalar'} {shape}, low-rank factors need a matrix"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return f"{shape} is not of a floating dtype"
+        return f"{shape} is not of a floating dtype{f'; {OF_OWN_PACKING}' if is_own_packing(leaf) else ''}"
     uses, obstacles = log.uses.get(path, []), log.obstacles.get(path, [])
     if obstacles and not (uses or materialize):
         return f"{shape}: {obstacles[0]}"

@@ -468,8 +468,8 @@ def test_merged_files_load_in_transformers(name, tmp_path):
     key_map = key_map_of(name)
     adapters = random_adapters(key_map.match({path: leaf.shape for path, leaf in params.items()}))
     lora.save_peft(tmp_path / "peft", adapters, key_map)
-    lora.merge_checkpoint(tmp_path / "base", tmp_path / "merged", adapters, key_map)
-    lora.merge_checkpoint(tmp_path / "base", tmp_path / "again", tmp_path / "peft")
+    lora.merge_checkpoint(tmp_path / "base", adapters, tmp_path / "merged", key_map)
+    lora.merge_checkpoint(tmp_path / "base", tmp_path / "peft", tmp_path / "again")
     expected = outputs(loaded(made(name), tmp_path / "peft"), name)
     for folder in ("merged", "again"):
         model = type(made(name)).from_pretrained(tmp_path / folder).eval()

@@ -60,7 +60,7 @@ def test_merged_folders_have_pefts_logits(name, tied, tmp_path):
     base(tied).save_pretrained(tmp_path / "base", max_shard_size="8KB" if name == "table" else "1GB")
     options = EMBED | {"save_embedding_layers": True} if name == "table beside its base" else OPTIONS[name]
     expected = trained(tied, tmp_path / "peft", **options)
-    lora.merge_checkpoint(tmp_path / "base", tmp_path / "out", tmp_path / "peft", tied="untie")
+    lora.merge_checkpoint(tmp_path / "base", tmp_path / "peft", tmp_path / "out", tied="untie")
     model = type(base(tied)).from_pretrained(tmp_path / "out").eval()
     np.testing.assert_allclose(outputs(model, "qwen2"), expected, atol=2e-5, rtol=1e-5)
     assert np.abs(expected - outputs(base(tied), "qwen2")).max() > 1e-3, "the adapters change something"
@@ -74,7 +74,7 @@ def test_what_is_loaded_and_merged_with_a_key_map(name, tmp_path):
     base(False).save_pretrained(tmp_path / "base")
     expected = trained(False, tmp_path / "peft", **OPTIONS[name])
     adapters, others = lora.load_peft(tmp_path / "peft", params_of(base(False))[0], key_maps.LLAMA)
-    lora.merge_checkpoint(tmp_path / "base", tmp_path / "out", adapters, key_maps.LLAMA, others=others)
+    lora.merge_checkpoint(tmp_path / "base", adapters, tmp_path / "out", key_maps.LLAMA, others=others)
     model = type(base(False)).from_pretrained(tmp_path / "out").eval()
     np.testing.assert_allclose(outputs(model, "qwen2"), expected, atol=2e-5, rtol=1e-5)
 

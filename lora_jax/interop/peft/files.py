@@ -26,6 +26,14 @@ PREFIX = "base_model.model."  # what the names of all tensors of modules begin w
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
+def check_folder_of_peft(folder: Path) -> None:
+    """Raise for a file, and for a folder that this library has saved in its own format."""
+    if folder.is_file():
+        raise LoraError(f"{folder} is a file, expected the folder of {CONFIG} and {WEIGHTS}: {folder.parent}.")
+    if (folder / "description").is_dir() and not (folder / CONFIG).exists():
+        raise LoraError(f"{folder} holds no {CONFIG}, but adapters as lora.checkpoint.load(folder) loads them.")
+
+
 def read_tensors(path: Path, format: Format) -> dict[str, Array]:
     """Return the tensors of a file by their names without the prefix. The header is checked before anything is read.
 

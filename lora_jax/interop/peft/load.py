@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lora_jax.adapters.arguments import check_dtype
 from lora_jax.checkpoints.reading import of_one_save
 from lora_jax.core.adapter import Adapter
+from lora_jax.core.argument_checks import A_KEY_MAP, check_is
 from lora_jax.core.errors import LoraError, short
 from lora_jax.core.paths import nearest
 from lora_jax.core.targets import Plan
@@ -21,7 +22,7 @@ from lora_jax.interop.peft.biases import adapters_of_biases
 from lora_jax.interop.peft.config import read_config
 from lora_jax.interop.peft.contents import Contents, sort_tensors
 from lora_jax.interop.peft.dtypes import widened
-from lora_jax.interop.peft.files import CONFIG, WEIGHTS, read_tensors
+from lora_jax.interop.peft.files import CONFIG, WEIGHTS, check_folder_of_peft, read_tensors
 from lora_jax.interop.peft.formats.format import Config, Format, Modules
 from lora_jax.interop.peft.from_modules import adapters_of, module_names
 from lora_jax.interop.peft.full_weights import arrays_of_whole
@@ -77,6 +78,8 @@ def load_peft(
             well. Each is named, and nothing is returned.
     """
     folder = Path(folder)
+    check_folder_of_peft(folder)
+    check_is("load_peft(folder, plan_or_params, key_map)", "key_map", key_map, KeyMap, A_KEY_MAP)
     check_tied(tied)
     if tied == "untie":
         raise LoraError("load_peft(tied='untie'): one parameter cannot be two; that is for merge_checkpoint.")

@@ -10,6 +10,15 @@ from lora_jax.adapters.token_rows import RowsAdapter
 from lora_jax.checkpoints.arrays import refuse_spread
 from lora_jax.checkpoints.replaceable import check_target
 from lora_jax.core.adapter import Adapter
+from lora_jax.core.argument_checks import (
+    A_KEY_MAP,
+    TAKEN_BY_A_STEP,
+    check_adapter_dict,
+    check_folder,
+    check_is,
+    check_kept,
+    named_arrays,
+)
 from lora_jax.core.errors import LoraError, short
 from lora_jax.core.paths import flatten_with_names
 from lora_jax.core.text import printable
@@ -75,6 +84,7 @@ def save_peft(
             contradicts what is written; an array is spread over several hosts; the folder cannot be written, or holds
             something else, which is named and left alone. Then nothing has changed.
     """
+    _check_types(folder, adapters, key_map)
     folder = Path(folder).absolute()
     whole = dict(zip(*flatten_with_names(others or {})[:2], strict=True))
     _check_call(folder, adapters, whole, profile)
@@ -111,6 +121,16 @@ def save_peft(
         tensors |= shared
     # 3. The folder.
     write_folder(folder, WEIGHTS, tensors, entries)
+
+
+def _check_types(folder: Any, adapters: Any, key_map: Any) -> None:
+    """Raise unless a call has its arguments in their order, and arrays that are still there."""
+    call = "save_peft(folder, adapters, key_map)"
+    check_folder(call, folder)
+    check_adapter_dict(call, adapters)
+    check_is(call, "key_map", key_map, KeyMap, A_KEY_MAP)
+    for path, adapter in adapters.items():
+        check_kept(named_arrays(path, adapter), TAKEN_BY_A_STEP)
 
 
 def _check_call(folder: Path, adapters: Mapping[str, Adapter], whole: Mapping[str, Any], profile: str) -> None:
