@@ -26,6 +26,7 @@ from lora_jax.core.arrays import matmul_highest
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
 from lora_jax.interop import safetensors_index
+from lora_jax.interop.expert_files import with_experts_apart
 from lora_jax.interop.file_parts import Part, parts_of
 from lora_jax.interop.key_map import Array, KeyMap
 from lora_jax.interop.peft.tied_tables import Tied, check_tied
@@ -144,6 +145,7 @@ def _checked(
         if tied == "refuse" and has_one_table_for_both(key_map, params):
             tied = "both"
     changes, untied = settled(source, tie, tensors, changes, copies, tied)
+    changes = with_experts_apart(changes, tensors)
     changes = {name: with_rows_in_base(name, change) for name, change in changes.items()}
     if untied is not None:
         tensors = tensors | untied.added

@@ -27,6 +27,7 @@ from lora_jax.interop.peft.from_modules import adapters_of, module_names
 from lora_jax.interop.peft.full_weights import arrays_of_whole
 from lora_jax.interop.peft.parameters import shapes_of
 from lora_jax.interop.peft.residual_bases import residuals
+from lora_jax.interop.peft.target_parameters import parameters_of_modules
 from lora_jax.interop.peft.tied_tables import (
     Tied,
     check_tied,
@@ -161,7 +162,13 @@ def _adapters_by_module(
 ) -> tuple[dict[str, Adapter], KeyMap]:
     """Return the adapters by the names of modules and tensors, and the key map back to these."""
     entries, shapes = [], {}
+    experts = parameters_of_modules(contents.modules, config, tables, folder)
+    for parameter, kind, sizes in experts.values():
+        entries.append(Entry(literal(parameter), literal(parameter), "expert in out", kind))
+        shapes[parameter] = sizes
     for name, module in contents.modules.items():
+        if name in experts:
+            continue
         kind = config.format.module_kind(config, name, module.arrays, tensors)
         window = next(iter(module.arrays.values())).shape[2:]
         entries.append(Entry(literal(name), literal(name), "window* in out" if kind == "conv" else "in out", kind))
@@ -250,7 +257,7 @@ def _along_plan(adapters: Mapping[str, Adapter], plan: Plan, folder: Path) -> di
 
 def _why_a_model_is_needed(config: Config, weights: bool) -> str:
     """Return what the tensors of a folder do not tell, empty if they tell all; `weights` are those of its model."""
-    if config.target_parameters:
+    if config.target_parameters and not weights:
         return f"adapts {config.target_parameters[0]}, and its tensors do not tell of which parameter they are"
     if config.start and not weights:
         return f"is for a base without what {config.start!r} began with"
