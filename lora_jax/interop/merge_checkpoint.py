@@ -149,7 +149,13 @@ def _checked(
     changes = {name: with_rows_in_base(name, change) for name, change in changes.items()}
     if untied is not None:
         tensors = tensors | untied.added
-    _check(source, tensors, changes)
+    mend = "Names that only begin with something else are met by key_map.under(name=...)."
+    if key_map is None:
+        mend = (
+            "An adapter for a model with other names is loaded and merged with a key map: lora.load_peft(folder, "
+            "params, key_map), and then lora.merge_checkpoint(source, target, adapters, key_map, others=others)."
+        )
+    _check(source, tensors, changes, mend)
     return _Work(tensors, files, changes, untied)
 
 
@@ -184,14 +190,18 @@ class Tensors(Mapping[str, Array]):
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _check(source: Path, tensors: Mapping[str, Tensor], changes: Changes) -> None:
-    """Raise, before anything is written, if a tensor is missing, quantised or of another shape."""
+def _check(source: Path, tensors: Mapping[str, Tensor], changes: Changes, mend: str) -> None:
+    """Raise, before anything is written, if a tensor is missing, quantised or of another shape.
+
+    Args:
+        mend: what to do about one that is missing.
+    """
     for name, change in changes.items():
         if name not in tensors:
             tied = " A tied head is in the file once, under the name of the embedding." * ("head" in name)
             raise LoraError(
                 f"{source} has no tensor {name!r}; the nearest are {', '.join(nearest(name, tensors, n=3)) or 'none'}. "
-                f"Names that only begin with something else are met by key_map.under(name=...).{tied}"
+                f"{mend}{tied}"
             )
         tensor = tensors[name]
         if tensor.dtype not in DTYPES:

@@ -120,9 +120,12 @@ def changes_of_folder(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> tu
         for module, (arrays, scale) in read.modules.items():
             name, kind = module + kinds[module].suffix, kinds[module].kind
             changes[name] = changes[name]._replace(start=Start(read.start, kind, len(arrays["a"]), scale))
+    ours = read.prefix.to_ours
+    changes = {ours(name): change for name, change in changes.items()}
     # PEFT has a lora_bias of all modules, and zeros where a module has no bias.
     empty = [name for name, change in changes.items() if name not in shapes and _is_zero(change)]
-    return {name: change for name, change in changes.items() if name not in empty}, read.copies
+    copies = {ours(head): ours(table) for head, table in read.copies.items()}
+    return {name: change for name, change in changes.items() if name not in empty}, copies
 
 
 def with_start(name: str, change: Change, weight: Callable[[], Array]) -> Change:
