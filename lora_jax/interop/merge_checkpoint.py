@@ -65,7 +65,8 @@ def merge_checkpoint(
         target: a new folder: the same files, with the merged tensors in their places.
         adapters: `{path: adapter}`, with `key_map`; or a folder of HF PEFT, which names the tensors itself, and of
             which all is merged: what it holds whole, biases, trained tokens, and adapters that began with PiSSA or
-            OLoRA, whose start is taken off the model's own weights.
+            OLoRA, whose start is taken off the model's own weights. Those of all experts in one parameter are merged
+            into files with a tensor for each expert and projection, too.
         key_map: from parameters to modules.
         others: `{path: array}`, or nested dicts, that take the place of parameters before anything is added: the second
             result of `load_peft`, which adapters that began with PiSSA are wrong without.

@@ -13,12 +13,13 @@ from lora_jax.core.text import printable
 _OFF = ("none", "None", "null", "false", "False")
 _OF_TRAINING = re.compile(
     r"""
-    .*_dropout | .*_version | .*_lr | .*_lr_ratio | .*_lr_embedding | learning_rate | weight_decay | seed  # how
-    | velora_config                                    # gradients from compressed activations; the product is LoRA's
+    .*_dropout | .*_lr | .*_lr_ratio | .*_lr_embedding | learning_rate | weight_decay | seed  # how it was trained
+    | (torch|transformers|trl|unsloth|axolotl|swift|trainer|library)_version                 # with what
+    | velora_config  # gradients from compressed activations; the product is LoRA's
     | megatron_config | megatron_core | qalora_group_size  # sizes that are used with other options alone
     | lora_dtype | torch_dtype | dtype | merge_weights | init_weights | init_lora_weights
     | library_name | parent_library | base_model_class | base_model_revision | model_type | _name_or_path | _commit_hash
-    | modules_to_tie | target_modules_to_tie           # which of two tied ends a file says twice
+    | modules_to_tie | target_modules_to_tie  # which of two tied ends a file says twice
     """,
     re.VERBOSE,
 )

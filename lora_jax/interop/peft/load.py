@@ -65,7 +65,8 @@ def load_peft(
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
         plan_or_params: a plan, for adapters of just the planned weights, with the plan's axes; or parameters (or their
             shapes), with the axes of the key map.
-        key_map: from parameters to modules.
+        key_map: from parameters to modules. The folder's names may begin with other parts that wrap a model, such as
+            `language_model.`, where all of them become the model's in one way only.
         dtype: of the adapters, and of what else was trained. fp32 by default, also for files of bf16 or fp16, in which
             Adam's updates vanish; None keeps the file's.
         tied: what an adapter of an embedding alone becomes where the table is the head as well: in PEFT it is of the
