@@ -66,7 +66,7 @@ def torch_modules(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any,
     for path, match in matches.items():
         adapter = with_axes(adapters[path], match.axes, path, "the key map")
         for name, arrays in _adapted(_arrays_of_modules(format, match, adapter)).items():
-            module = Module(arrays, getattr(adapter, "scale", 1.0))
+            module = Module(arrays, float(getattr(adapter, "scale", 1.0)))
             parts.setdefault(name, {})[match.entry.part or 0] = module
             first.setdefault(name, match)
     modules = {}
