@@ -32,7 +32,7 @@ def main(layers: int = 24, impl: str = "threefry2x32") -> None:
 
         start = time.process_time()
         compiled = jax.jit(jax.grad(loss)).lower(adapters, jax.random.key(0, impl=impl)).compile()
-        seconds, instructions = time.process_time() - start, compiled.as_text().count(" = ")
+        seconds, instructions = time.process_time() - start, (compiled.as_text() or "").count(" = ")
         print(f"{layers} layers, rate {rate}: {seconds:.2f} s, {instructions} instructions")
 
 

@@ -27,6 +27,7 @@ from lora_jax.initialization.rank_allocation import allocate_ranks, gradient_sco
 from lora_jax.interop.merge_checkpoint import merge_checkpoint
 from lora_jax.interop.peft.load import load_peft
 from lora_jax.interop.peft.save import save_peft
+from lora_jax.interop.torch_tensors import to_torch
 from lora_jax.sharding.adapters import adapter_shardings, adapter_specs
 from lora_jax.sharding.batches import local_rows, shard_batch
 from lora_jax.sharding.unbatched import Unbatched
@@ -109,6 +110,7 @@ __all__ = [
     "shard_batch",
     "shard_map_step",
     "starts",
+    "to_torch",
     "train_step",
     "trainable_mask",
     "unmerge",

@@ -296,6 +296,25 @@ def test_a_change_of_the_head_alone_has_no_place_in_one_parameter(name, tmp_path
             lora.load_peft(folder, TIED, LLAMA, tied=choice)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_ends_that_differ_are_named(whole, tmp_path):
+    """The copies of a file are equal, or one parameter cannot be both; no choice of `tied` is offered then."""
+    folder = adapter(tmp_path / "in", "both whole" if whole else "each")
+    if whole:
+        tensors = tensors_of(folder)
+        tensors[f"{P}{HEAD}.weight"] = tensors[f"{P}{HEAD}.weight"] + 1
+        save_file(tensors, folder / "adapter_model.safetensors")
+    for choice in ("refuse", "both"):
+        with pytest.raises(
+            lora.LoraError, match=f"changes both '{TABLE}.weight' and '{HEAD}.weight', and not"
+        ) as error:
+            lora.load_peft(folder, TIED, LLAMA, tied=choice)
+        assert f"{PATH!r}" in str(error.value)
+        assert "tied=" not in str(error.value)
+    adapters, others = lora.load_peft(folder, UNTIED, LLAMA)  # with a head of its own, as the message says
+    assert {PATH, "lm_head/kernel"} <= {*adapters, *others}
+
+
 def test_a_table_without_a_head_is_no_question(tmp_path):
     """A plan shows that there are lookups alone; so do parameters that make nothing as wide as the table."""
     folder = adapter(tmp_path / "in", "table")

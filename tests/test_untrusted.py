@@ -586,11 +586,15 @@ def test_names_that_are_like_very_many(monkeypatch):
     assert len(compared) == 1000
 
 
-def test_an_adapters_name_is_said(tmp_path):
+def test_names_of_adapters_are_said(tmp_path):
+    """One is left out, as PEFT does; of several, each of which would be the folder's, none is chosen."""
     folder = peft_folder(tmp_path / "in", ["q"], target_modules=["q"])
-    tensors = {f"{P}q.lora_{x}.default.weight": np.ones((1, 4) if x == "A" else (4, 1), np.float32) for x in "AB"}
-    save_file(tensors, folder / "adapter_model.safetensors")
-    with pytest.raises(LoraError, match=r"q.lora_A.default.weight', with 'default' in it, the name of"):
+    pair = {x: np.ones((1, 4) if x == "A" else (4, 1), np.float32) for x in "AB"}
+    save_file({f"{P}q.lora_{x}.default.weight": pair[x] for x in "AB"}, folder / "adapter_model.safetensors")
+    assert [*load_by_module(folder)[0]] == ["q"]
+    both = {f"{P}q.lora_{x}.{name}.weight": pair[x] for x in "AB" for name in ("one", "\x1btwo")}
+    save_file(both, folder / "adapter_model.safetensors")
+    with pytest.raises(LoraError, match=r"adapters of 2 names, .*'one'.*selected_adapters=\["):
         load_by_module(folder)
 
 

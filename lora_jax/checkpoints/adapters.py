@@ -118,7 +118,8 @@ def _check_facts(folder: Path, path: str, facts: Any, arrays: Any) -> None:
         for field in dataclasses.fields(KINDS[facts["kind"]])  # type: ignore[arg-type]
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
-    if missing := [name for name in needed if name not in facts and name not in arrays]:
+    known = {*facts, *arrays, *(["ratio"] if "scale" in facts else [])}  # of folders older than `ratio`
+    if missing := [name for name in needed if name not in known]:
         raise damaged(folder, DESCRIPTION, f"{path!r} of kind {facts['kind']!r} lacks {missing[0]!r}")
 
 
@@ -147,6 +148,6 @@ def rebuild(path: str, facts: dict[str, Any], arrays: dict[str, jax.Array]) -> A
     static = {name: facts[name] for name in field_names(KINDS[kind], static=True) if name in facts}
     static = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in static.items()}
     static["axes"] = KernelAxes(*map(tuple, static["axes"]))
-    if "scale" in facts:  # of folders that are older than `ratio`
+    if "scale" in facts and "ratio" in field_names(KINDS[kind], static=False):  # of folders older than `ratio`
         arrays = {"ratio": jnp.asarray([facts["scale"], 1], jnp.float32)} | arrays
     return KINDS[kind](**arrays, **static)

@@ -27,6 +27,7 @@ from lora_jax.core.arrays import matmul_highest
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
 from lora_jax.interop import safetensors_index
+from lora_jax.interop.expert_files import with_experts_apart
 from lora_jax.interop.file_parts import Part, parts_of
 from lora_jax.interop.key_map import Array, KeyMap
 from lora_jax.interop.peft.tied_tables import Tied, check_tied
@@ -65,7 +66,8 @@ def merge_checkpoint(
         source: a folder with `model.safetensors` or an index and its shards.
         adapters: `{path: adapter}`, with `key_map`; or a folder of HF PEFT, which names the tensors itself, and of
             which all is merged: what it holds whole, biases, trained tokens, and adapters that began with PiSSA or
-            OLoRA, whose start is taken off the model's own weights.
+            OLoRA, whose start is taken off the model's own weights. Those of all experts in one parameter are merged
+            into files with a tensor for each expert and projection, too.
         target: a new folder: the same files, with the merged tensors in their places.
         key_map: from parameters to modules.
         others: `{path: array}`, or nested dicts, that take the place of parameters before anything is added: the second
@@ -151,10 +153,17 @@ def _checked(
         if tied == "refuse" and has_one_table_for_both(key_map, params):
             tied = "both"
     changes, untied = settled(source, tie, tensors, changes, copies, tied)
+    changes = with_experts_apart(changes, tensors)
     changes = {name: with_rows_in_base(name, change) for name, change in changes.items()}
     if untied is not None:
         tensors = tensors | untied.added
-    _check(source, tensors, changes)
+    mend = "Names that only begin with something else are met by key_map.under(name=...)."
+    if key_map is None:
+        mend = (
+            "An adapter for a model with other names is loaded and merged with a key map: lora.load_peft(folder, "
+            "params, key_map), and then lora.merge_checkpoint(source, target, adapters, key_map, others=others)."
+        )
+    _check(source, tensors, changes, mend)
     return _Work(tensors, files, changes, untied)
 
 
@@ -189,14 +198,18 @@ class Tensors(Mapping[str, Array]):
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _check(source: Path, tensors: Mapping[str, Tensor], changes: Changes) -> None:
-    """Raise, before anything is written, if a tensor is missing, quantised or of another shape."""
+def _check(source: Path, tensors: Mapping[str, Tensor], changes: Changes, mend: str) -> None:
+    """Raise, before anything is written, if a tensor is missing, quantised or of another shape.
+
+    Args:
+        mend: what to do about one that is missing.
+    """
     for name, change in changes.items():
         if name not in tensors:
             tied = " A tied head is in the file once, under the name of the embedding." * ("head" in name)
             raise LoraError(
                 f"{source} has no tensor {name!r}; the nearest are {', '.join(nearest(name, tensors, n=3)) or 'none'}. "
-                f"Names that only begin with something else are met by key_map.under(name=...).{tied}"
+                f"{mend}{tied}"
             )
         tensor = tensors[name]
         if tensor.dtype not in DTYPES:

@@ -48,6 +48,7 @@ class Change(NamedTuple):
     base_is_shared: bool = False  # whether torch has this base at both ends of a tied table
     rows: Mapping[int, Array] = MappingProxyType({})  # of a table, trained; torch has them at both ends
     start: Start | None = None
+    inputs_first: bool = False  # whether it is of experts [in, out] where others are [out, in]
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -119,9 +120,12 @@ def changes_of_folder(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> tu
         for module, (arrays, scale) in read.modules.items():
             name, kind = module + kinds[module].suffix, kinds[module].kind
             changes[name] = changes[name]._replace(start=Start(read.start, kind, len(arrays["a"]), scale))
+    ours = read.prefix.to_ours
+    changes = {ours(name): change for name, change in changes.items()}
     # PEFT has a lora_bias of all modules, and zeros where a module has no bias.
     empty = [name for name, change in changes.items() if name not in shapes and _is_zero(change)]
-    return {name: change for name, change in changes.items() if name not in empty}, read.copies
+    copies = {ours(head): ours(table) for head, table in read.copies.items()}
+    return {name: change for name, change in changes.items() if name not in empty}, copies
 
 
 def with_start(name: str, change: Change, weight: Callable[[], Array]) -> Change:
@@ -161,7 +165,8 @@ def _low_rank(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any) -> 
             raise LoraError(f"the adapter for {match.path!r} is beyond fp32 once it has its scale {module.scale:g}.")
         change = _change(match.entry.kind, np.asarray(a, np.float32), scaled, match.experts)
         lengths = None if lengths is None else np.asarray(lengths, np.float32)
-        changes[name + match.entry.suffix] = change._replace(lengths=lengths)
+        turned = match.entry.kind == "experts_transposed"
+        changes[name + match.entry.suffix] = change._replace(lengths=lengths, inputs_first=turned)
     return changes
 
 

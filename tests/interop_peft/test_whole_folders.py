@@ -123,3 +123,27 @@ def test_pefts_adapter_of_a_tied_table_in_jax(tmp_path):
         state[match.tensors()[()]] = torch.tensor(match.to_torch(np.asarray(merged[path])))
     model.load_state_dict(state)
     np.testing.assert_allclose(outputs(model, "qwen2"), expected, atol=2e-5, rtol=1e-5)
+
+
+TIED = {
+    "whole table": {"modules_to_save": ["embed_tokens"]},
+    "both whole": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "table": EMBED,
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "rank-stabilised": {**EMBED, "use_rslora": True},
+    "tokens": {"trainable_token_indices": [3, 5]},
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_copies_that_peft_keeps_equal_are_one_table_in_jax(name, tmp_path):
+    """With `ensure_weight_tying` a file says twice what is of both ends; a model with one table reads it as one."""
+    expected = trained(True, tmp_path / "peft", ensure_weight_tying=True, **TIED[name])
+    params, _ = params_of(base(True))
+    adapters, others = lora.load_peft(tmp_path / "peft", params, key_maps.LLAMA)
+    assert PATH in adapters | others
+    state = lora.to_torch(lora.merge(params | others, adapters), key_maps.LLAMA)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model = base(True)
+    model.load_state_dict({key: torch.tensor(tensor) for key, tensor in state.items()}, strict=True)
+    np.testing.assert_allclose(outputs(model, "qwen2"), expected, atol=2e-5, rtol=1e-5)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import LoraError, short
-from lora_jax.core.text import printable
+from lora_jax.interop.peft.config_keys import changes_nothing, why_it_is_refused
 from lora_jax.interop.peft.formats.format import Config, Format, Matches, Module
 from lora_jax.interop.peft.formats.registry import format_of
 from lora_jax.interop.peft.options import Options
@@ -16,14 +16,13 @@ def read_config(path: Path) -> Config:
 
     Raises:
         LoraError: there is no such file, or it is not of this format; it is of another kind of adapter; it has an
-            option that is not understood.
+            option that is not understood and may change what the adapter computes.
     """
     options = Options(path)
     format = format_of(options)
     for name, value in sorted(options.entries.items()):
-        if name not in format.options and value:
-            known = printable(name[:100])
-            raise options.error(f"{known} is {short(value)}, which this version of lora_jax does not have.")
+        if name not in format.options and not changes_nothing(name, value):
+            raise options.error(why_it_is_refused(name, value))
     return format.read(options)
 
 

@@ -37,6 +37,8 @@ def sort_tensors(tensors: Mapping[str, Array], config: Config, folder: Path) -> 
     added: dict[str, Array] = {}
     contents = Contents({}, {}, {}, {}, {}, {})
     for name, tensor in tensors.items():
+        if name.rpartition(".")[2] in config.format.of_training:
+            continue
         if config.lora_bias and name.endswith(_BIAS):
             added[name.removesuffix(_BIAS)] = tensor
         elif config.tokens and name.endswith(_ROWS):
@@ -83,7 +85,7 @@ def _check_that_nothing_is_missing(contents: Contents, config: Config, folder: P
     if left:
         raise LoraError(
             f"{folder} holds no factors for {short(next(iter(left)))}, which its config has among target_modules: the "
-            "two files do not belong together."
+            "two files do not belong together. If it was trained without, take that name out of adapter_config.json."
         )
     if not contents.modules:
         raise LoraError(f"{folder} holds no factors of any module.")

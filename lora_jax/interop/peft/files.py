@@ -17,12 +17,12 @@ from lora_jax.checkpoints.failures import not_written
 from lora_jax.core.errors import LoraError, short
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.peft.formats.format import Format
+from lora_jax.interop.peft.tensor_names import names_as_peft_has_them
 from lora_jax.interop.safetensors_index import DTYPES, header, read
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 LORALIB = "lora.safetensors"  # for loralib, which has no config
-PREFIX = "base_model.model."  # what the names of all tensors of modules begin with
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -38,17 +38,16 @@ def read_tensors(path: Path, format: Format) -> dict[str, Array]:
     """Return the tensors of a file by their names without the prefix. The header is checked before anything is read.
 
     Raises:
-        LoraError: there is no such file, or it cannot be read; it holds a tensor that is not of floats, or whose name
-            no adapter of this format has.
+        LoraError: there is no such file, or it cannot be read; it holds a tensor that is not of floats; as
+            `names_as_peft_has_them`.
     """
     if not os.path.lexists(path):
         torch = path.with_name("adapter_model.bin")
         hint = f" {torch.name} is a pickle, which may run any code: save it again as safetensors." * torch.is_file()
         raise LoraError(f"there is no {path}.{hint}")
     places = header(path)
+    names = names_as_peft_has_them(places, format.shared_tensors, path)
     for name, place in places.items():
-        if not name.startswith(PREFIX) and name not in format.shared_tensors:
-            raise LoraError(f"{path} holds {short(name)}, expected names that begin with {PREFIX!r}.")
         if place.dtype not in _FLOATS:
             found = np.dtype(DTYPES[place.dtype]).name if place.dtype in DTYPES else place.dtype
             raise LoraError(
@@ -56,7 +55,7 @@ def read_tensors(path: Path, format: Format) -> dict[str, Array]:
                 "have scales, which no adapter of PEFT holds."
             )
     return {
-        name.removeprefix(PREFIX): read(path.parent, place, DTYPES[place.dtype]).reshape(place.shape)
+        names[name]: read(path.parent, place, DTYPES[place.dtype]).reshape(place.shape)
         for name, place in places.items()
     }
 

@@ -26,13 +26,23 @@ from lora_jax.interop.peft.files import CONFIG, WEIGHTS, check_folder_of_peft, r
 from lora_jax.interop.peft.formats.format import Config, Format, Modules
 from lora_jax.interop.peft.from_modules import adapters_of, module_names
 from lora_jax.interop.peft.full_weights import arrays_of_whole
+from lora_jax.interop.peft.module_prefixes import (
+    Prefix,
+    names_in_files,
+    names_of_parameters,
+    prefixes,
+    the_only,
+    with_their_names,
+)
 from lora_jax.interop.peft.parameters import shapes_of
 from lora_jax.interop.peft.residual_bases import residuals
+from lora_jax.interop.peft.target_parameters import parameters_of_modules
 from lora_jax.interop.peft.tied_tables import (
     Tied,
     check_tied,
     heads_like_tables,
     is_head,
+    refuse_ends_that_differ,
     refuse_what_is_of_one_end,
     without_copies,
 )
@@ -56,7 +66,8 @@ def load_peft(
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
         plan_or_params: a plan, for adapters of just the planned weights, with the plan's axes; or parameters (or their
             shapes), with the axes of the key map.
-        key_map: from parameters to modules.
+        key_map: from parameters to modules. The folder's names may begin with other parts that wrap a model, such as
+            `language_model.`, where all of them become the model's in one way only.
         dtype: of the adapters, and of what else was trained. fp32 by default, also for files of bf16 or fp16, in which
             Adam's updates vanish; None keeps the file's.
         tied: what an adapter of an embedding alone becomes where the table is the head as well: in PEFT it is of the
@@ -92,7 +103,10 @@ def load_peft(
     contents = sort_tensors(tensors if dtype is None else _widened(tensors, config.format), config, folder)
     # 4. The parameters that these modules and tensors are.
     matches = key_map.match(shapes_of(plan_or_params), strict=False)
+    ways = prefixes(contents, names_of_parameters(matches))
+    matches = with_their_names(matches, the_only(ways))
     contents, copies = without_copies(contents, matches)
+    refuse_ends_that_differ(contents, matches, copies, folder)
     if tied == "refuse":
         refuse_what_is_of_one_end(contents, matches, copies, plan_or_params, folder)
     # 5. Adapters, and arrays that were trained whole.
@@ -101,7 +115,7 @@ def load_peft(
     if dtype is not None:
         adapters, others = jax.tree.map(lambda array: array.astype(dtype), (adapters, others))
     # 6. Nothing may be left, neither of the folder nor of the plan.
-    _check_that_nothing_is_left(contents, matches, config, folder, isinstance(plan_or_params, Plan))
+    _check_that_nothing_is_left(contents, matches, config, folder, isinstance(plan_or_params, Plan), ways)
     if config.start is not None:
         others |= residuals(config.start, matches, contents.modules, plan_or_params)
     return (_along_plan(adapters, plan_or_params, folder) if isinstance(plan_or_params, Plan) else adapters), others
@@ -130,6 +144,7 @@ class ByModule(NamedTuple):
     wrapped: Mapping[str, None]  # those of `whole` that are of modules inside adapted ones
     copies: dict[str, str]  # `{head: table}` of tensors: heads that are changed just as a table is
     start: str | None  # the start that changed the base of all adapters
+    prefix: Prefix  # what these names begin with, in the place of what those of the model's files begin with
 
 
 @of_one_save
@@ -150,9 +165,11 @@ def read_by_module(folder: Path, shapes: Mapping[str, tuple[int, ...]] | None = 
         )
     tensors = read_tensors(folder / WEIGHTS, config.format)
     contents = sort_tensors(tensors if shapes is None else _widened(tensors, config.format), config, folder)
-    adapters, key_map = _adapters_by_module(contents, config, tensors, shapes or {}, folder)
+    prefix = Prefix() if shapes is None else the_only(prefixes(contents, names_in_files(shapes)))
+    theirs = {prefix.to_theirs(name): shape for name, shape in (shapes or {}).items()}
+    adapters, key_map = _adapters_by_module(contents, config, tensors, theirs, folder)
     copies = heads_like_tables(contents)
-    return ByModule(adapters, contents.whole, key_map, contents.modules, contents.wrapped, copies, config.start)
+    return ByModule(adapters, contents.whole, key_map, contents.modules, contents.wrapped, copies, config.start, prefix)
 
 
 def _adapters_by_module(
@@ -164,7 +181,13 @@ def _adapters_by_module(
 ) -> tuple[dict[str, Adapter], KeyMap]:
     """Return the adapters by the names of modules and tensors, and the key map back to these."""
     entries, shapes = [], {}
+    experts = parameters_of_modules(contents.modules, config, tables, folder)
+    for parameter, kind, sizes in experts.values():
+        entries.append(Entry(literal(parameter), literal(parameter), "expert in out", kind))
+        shapes[parameter] = sizes
     for name, module in contents.modules.items():
+        if name in experts:
+            continue
         kind = config.format.module_kind(config, name, module.arrays, tensors)
         window = next(iter(module.arrays.values())).shape[2:]
         entries.append(Entry(literal(name), literal(name), "window* in out" if kind == "conv" else "in out", kind))
@@ -208,7 +231,12 @@ def _adapters(
 
 
 def _check_that_nothing_is_left(
-    contents: Contents, matches: Mapping[str, ParameterMatch], config: Config, folder: Path, planned: bool
+    contents: Contents,
+    matches: Mapping[str, ParameterMatch],
+    config: Config,
+    folder: Path,
+    planned: bool,
+    ways: Sequence[Prefix],
 ) -> None:
     """Raise if the key map gives a module or a tensor of the folder to no parameter."""
     modules = dict.fromkeys(module_names(matches, config))
@@ -227,10 +255,14 @@ def _check_that_nothing_is_left(
             "the model one that begins as a copy of the table."
         )
     hint = "Plan these too, or give the parameters in the plan's place" if planned else "Mend the key map"
+    under = 'names that only begin with something else are met by key_map.under(name="bert.")'
+    if ways:
+        maps = " or ".join(f"lora.load_peft(folder, params, {way.of_key_map()})" for way in ways[:4])
+        under = f"these names only begin with something else, and are met by {maps}"
     raise LoraError(
         f"{folder} holds {len(left)} module(s) or tensor(s) that the key map gives to none of {where}:\n"
         f"{_with_nearest(left, known)}\n"
-        f'{hint}; names that only begin with something else are met by key_map.under(name="bert.").{tied}'
+        f"{hint}; {under}.{tied}"
     )
 
 
@@ -253,7 +285,7 @@ def _along_plan(adapters: Mapping[str, Adapter], plan: Plan, folder: Path) -> di
 
 def _why_a_model_is_needed(config: Config, weights: bool) -> str:
     """Return what the tensors of a folder do not tell, empty if they tell all; `weights` are those of its model."""
-    if config.target_parameters:
+    if config.target_parameters and not weights:
         return f"adapts {config.target_parameters[0]}, and its tensors do not tell of which parameter they are"
     if config.start and not weights:
         return f"is for a base without what {config.start!r} began with"

@@ -27,10 +27,11 @@ from lora_jax.interop.peft.biases import biases_to_tensors
 from lora_jax.interop.peft.config import entries_of, with_more
 from lora_jax.interop.peft.dtypes import cast, in_fp32
 from lora_jax.interop.peft.experts import names_in_files
-from lora_jax.interop.peft.files import LORALIB, PREFIX, WEIGHTS, format_of, write_folder
+from lora_jax.interop.peft.files import LORALIB, WEIGHTS, format_of, write_folder
 from lora_jax.interop.peft.full_weights import rest_of_modules, whole_to_tensors, with_base
 from lora_jax.interop.peft.parameters import arrays_of
 from lora_jax.interop.peft.profiles import for_loralib, for_vllm
+from lora_jax.interop.peft.tensor_names import PREFIX
 from lora_jax.interop.peft.tied_tables import Tied, check_tied, refuse_to_save_one_end, with_heads, with_whole_heads
 from lora_jax.interop.peft.to_modules import TorchModules, modules_to_save
 from lora_jax.interop.peft.token_rows import rows_to_tensors

@@ -86,6 +86,22 @@ def refuse_what_is_of_one_end(
                 )
 
 
+def refuse_ends_that_differ(
+    contents: Contents, matches: Mapping[str, ParameterMatch], copies: Mapping[str, str], folder: Any
+) -> None:
+    """Raise if the folder changes a table and its head, not alike, and the model has one parameter for both ends."""
+    known = {name: path for path, match in matches.items() for name in match.tensors().values()}
+    changed = [*(f"{name}.weight" for name in contents.modules), *contents.rows, *contents.whole]
+    heads = [name for name in changed if is_head(name) and name not in known and name not in copies]
+    tables = [name for name in changed if name in known and matches[known[name]].entry.kind == "embedding"]
+    if heads and tables:
+        raise LoraError(
+            f"{folder} changes both {short(tables[0])} and {short(heads[0])}, and not alike, and the model has one "
+            f"parameter for them, {known[tables[0]]!r}. A head that is tied to a table is no parameter of its own: "
+            "give the model one that begins as a copy of the table, and load the folder with it among the parameters."
+        )
+
+
 def is_one_table_for_both(match: ParameterMatch, matches: Mapping[str, ParameterMatch]) -> bool:
     """Return whether a table may be the head as well, by the shapes of all parameters.
 

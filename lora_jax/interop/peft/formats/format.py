@@ -36,10 +36,6 @@ _TENSOR_OF_AN_ADAPTER = re.compile(
     r"(.*\.)?(lora_(magnitude_vector|[AB](\.(weight|bias))?|E|embedding_[AB]|diag|velora.*|arrow.*|monteclora.*)"
     r"|token_adapter\..+|(hada|lokr)_\w+|vera_\w+)"
 )
-# The same as they are called in a model in memory, with the name of the adapter.
-_WITH_ADAPTERS_NAME = re.compile(
-    r".+\.(?:lora_[ABE]|lora_embedding_[AB]|lora_magnitude_vector|hada_w\w+|lokr_w\w+|vera_lambda_[bd])\.(\w+)(?:\.\w+)?"
-)
 
 
 class Module(NamedTuple):
@@ -111,6 +107,7 @@ class Format(abc.ABC):
     # What names of tensors in an unknown form begin with, and the option with which PEFT makes none of these.
     refused_beginnings: ClassVar[Mapping[str, str]] = MappingProxyType({})
     optional: ClassVar[tuple[str, ...]] = ()  # arrays that a module can do without
+    of_training: ClassVar[tuple[str, ...]] = ()  # names of tensors that are used in training alone
     pairs: ClassVar[tuple[tuple[str, str], ...]] = ()  # arrays that are a factor A and its B
     scaled: ClassVar[str] = ""  # the array that a scale can be multiplied into
     may_be_empty: ClassVar[bool] = False  # modules of rank 0 are allowed
@@ -186,11 +183,6 @@ class Format(abc.ABC):
                 raise LoraError(f"of a form of {self.name} that this version does not have: train it with {option}")
         if _TENSOR_OF_AN_ADAPTER.fullmatch(tensor):
             raise LoraError(f"which is not of {self.name}, the kind that its config says")
-        if (named := _WITH_ADAPTERS_NAME.fullmatch(tensor)) is not None:
-            raise LoraError(
-                f"with {named[1]!r} in it, the name of an adapter, which files of PEFT do not have: save it with "
-                "save_pretrained of PEFT"
-            )
         return None
 
     def problem(self, arrays: Arrays) -> str | None:
