@@ -49,15 +49,15 @@ def format_plan(rows: Sequence[Row], base_leaves: int, base_parameters: int, gro
 
 def _groups(rows: Sequence[Row]) -> list[Group]:
     """Return rows that differ in the numbers of their layers alone as one group, in the order of their first ones."""
-    alike: dict[tuple[object, ...], list[tuple[list[str], Row]]] = {}
+    alike: dict[tuple[tuple[str, ...], Row], list[tuple[list[str], Row]]] = {}
     for row in rows:
-        texts, numbers = _split(row.path)
-        alike.setdefault((tuple(texts), row._replace(path="")), []).append((numbers, row))
+        between, numbers = _split(row.path)
+        alike.setdefault((tuple(between), row._replace(path="")), []).append((numbers, row))
     groups = []
     for (texts, _), members in alike.items():
         varying = [len(set(column)) > 1 for column in zip(*(numbers for numbers, _ in members), strict=True)]
         first = ["*" if varies else number for number, varies in zip(members[0][0], varying, strict=True)]
-        name = "".join(part for pair in zip(texts, [*first, ""], strict=True) for part in pair)  # type: ignore[call-overload]
+        name = "".join(part for pair in zip(texts, [*first, ""], strict=True) for part in pair)
         groups.append((name, [row for _, row in members]))
     return groups
 
@@ -72,7 +72,9 @@ def _split(path: str) -> tuple[list[str], list[str]]:
     >>> _split("h3/experts/0/w1")
     (['h', '/experts/', '/w1'], ['3', '0'])
     """
-    texts, numbers, end = [], [], 0
+    texts: list[str] = []
+    numbers: list[str] = []
+    end = 0
     for found in re.finditer(r"[0-9]+", path):
         before, after = path[: found.start()][-1:], path[found.end() :][:1]
         if not numbers or not (before.isalpha() or after.isalpha()):
@@ -84,7 +86,7 @@ def _split(path: str) -> tuple[list[str], list[str]]:
 
 def _shared(rows: Sequence[Row]) -> list[str]:
     """Return lines that say which axes share a factor, one for all weights of a shape that do so in one way."""
-    alike: dict[tuple[object, ...], list[Row]] = {}
+    alike: dict[tuple[tuple[int, ...], str], list[Row]] = {}
     for row in rows:
         for words in row.shared:
             alike.setdefault((row.shape, words), []).append(row)

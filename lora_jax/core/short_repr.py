@@ -33,7 +33,7 @@ def repr_of_call(node: Any) -> str:
     """
     if not dataclasses.is_dataclass(node):
         return object.__repr__(node)
-    fields = sorted((f for f in dataclasses.fields(node) if f.init and f.repr), key=lambda f: f.kw_only)
+    fields = sorted((f for f in dataclasses.fields(node) if f.init and f.repr), key=lambda f: bool(f.kw_only))
     given = [(f, getattr(node, f.name, None)) for f in fields]
     arguments = [f"{f.name}={_argument(f.name, value)}" for f, value in given if not _is_same(value, f.default)]
     return f"{type(node).__name__}({', '.join(arguments)})"
@@ -125,8 +125,8 @@ def _is_same(value: Any, default: Any) -> bool:
         return True
     if (name := _dtype_name(default)) is not None:
         return _dtype_name(value) == name
-    comparable = _PLAIN | tuple
-    return isinstance(value, comparable) and isinstance(default, comparable) and bool(value == default)
+    plain = all(isinstance(one, _PLAIN | tuple) for one in (value, default))
+    return plain and bool(value == default)
 
 
 def _is_consecutive(value: tuple[Any, ...]) -> bool:
