@@ -236,7 +236,7 @@ def test_the_output_of_a_sum_comes_last(capsys, tmp_path):
     code, _, err = run(capsys, "compose", tmp_path / "out", a, f"{a}:0.5")
     assert (code, err) == (1, f"error: the output comes last, and {a}:0.5 is a part: lora-jax compose style:0.7 "
                            "facts:-0.3 both.\n")  # fmt: skip
-    assert run(capsys, "compose", tmp_path / "out")[2].startswith("error: nothing is to be added up in")
+    assert run(capsys, "compose", tmp_path / "out")[2].startswith("error: give the folders that are")
     assert not list(tmp_path.iterdir())
 
 

@@ -127,6 +127,8 @@ def number(value: float | None) -> str:
 
 def _adapters(tree: Any) -> dict[str, Adapter]:
     """Return the adapters of a tree by their paths."""
+    if is_adapter(tree):
+        return {"adapter": tree}
     tree = getattr(tree, "trainable", tree)  # of a state of training, whose optimizer has adapters of moments
     if isinstance(tree, tuple) and len(tree) == 2 and isinstance(tree[0], Mapping):
         tree = tree[0]  # what is loaded, and others beside it

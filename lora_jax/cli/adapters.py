@@ -1,6 +1,7 @@
 """The commands that take adapters: `inspect`, `verify`, `convert` and `compose`."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -131,8 +132,7 @@ def convert(
 
 
 def compose(
-    parts: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER:WEIGHT ...")],
-    output: Output,
+    folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER:WEIGHT ... OUTPUT")],
     /,
     names: NameOptions = NO_NAMES,
     json: bool = False,
@@ -144,14 +144,16 @@ def compose(
     Example: lora-jax compose style:0.7 facts:-0.3 both
 
     Args:
-        parts: folders of adapters of one format, each with ":" and its weight, or with the weight 1.
-        output: a new folder of HF PEFT.
+        folders: folders of adapters of one format, each with ":" and its weight, or with the weight 1; and at last a
+            new folder, for HF PEFT.
         json: print JSON instead of text.
     """
-    if not parts:
-        raise LoraError(f"nothing is to be added up in {output}: give the folders before it.")
-    if _weighted(str(output))[0] != output:
-        raise LoraError(f"the output comes last, and {output} is a part: lora-jax compose style:0.7 facts:-0.3 both.")
+    example = "lora-jax compose style:0.7 facts:-0.3 both"
+    if len(folders) < 2:
+        raise LoraError(f"give the folders that are to be added up, and at last the output: {example}.")
+    parts, output = folders[:-1], Path(folders[-1])
+    if _is_weighted(folders[-1]):
+        raise LoraError(f"the output comes last, and {output} is a part: {example}.")
     check_target(output, None)
     sums, table, dtypes, of_peft = [], KeyMap(), [], set[bool]()
     for folder, weight in map(_weighted, parts):
@@ -219,3 +221,7 @@ def _weighted(part: str) -> tuple[Path, float]:
         return Path(name), float(weight)
     except ValueError as error:
         raise LoraError(f"{part!r}: expected a folder and a weight, such as {name}:0.7.") from error
+
+
+def _is_weighted(part: str) -> bool:
+    return re.fullmatch(r".*:[+-]?[0-9.]+(e[+-]?[0-9]+)?", part, re.DOTALL | re.IGNORECASE) is not None
