@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,10 @@ from lora_jax.core.packed import as_given, is_packed, unpacked
 from lora_jax.core.paths import flatten_with_names
 
 
-def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False) -> Any:
+Params = TypeVar("Params")
+
+
+def merge(params: Params, adapters: Mapping[str, Adapter], *, donate: bool = False) -> Params:
     """Return the parameters with W' in the place of each adapted W: same tree, dtypes and shardings.
 
     A packed weight that is adapted becomes an array; `lora.bases.merge` packs it again.
