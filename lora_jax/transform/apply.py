@@ -19,7 +19,6 @@ from lora_jax.transform.leaked_tracers import describe_leak
 from lora_jax.transform.materialize import Materialize, Patterns
 from lora_jax.transform.tracing import tracer
 
-
 Params = TypeVar("Params")
 Rest = ParamSpec("Rest")
 Out = TypeVar("Out")

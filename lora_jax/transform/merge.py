@@ -15,7 +15,6 @@ from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import as_given, is_packed, unpacked
 from lora_jax.core.paths import flatten_with_names
 
-
 Params = TypeVar("Params")
 
 
