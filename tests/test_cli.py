@@ -493,7 +493,7 @@ def test_diff(name, capsys, tmp_path):
 
 def test_diff_without_an_output_shows_the_changes(capsys, tmp_path):
     published(tmp_path / "base", "rslora_patterns")
-    lora.merge_checkpoint(tmp_path / "base", tmp_path / "tuned", DATA / "rslora_patterns")
+    lora.merge_checkpoint(tmp_path / "base", target=tmp_path / "tuned", adapters=DATA / "rslora_patterns")
     folders = [tmp_path / "base", tmp_path / "tuned"]
     code, out, _ = run(capsys, "diff", *folders)
     assert code == 0

@@ -55,7 +55,9 @@ def merge(
     """
     given, table, others = for_files(adapters, names, step)
     with progress_bar("merging") as progress:
-        losses = merge_checkpoint(base, output, given, table, others=others, tied=tied, progress=progress)
+        losses = merge_checkpoint(
+            base, target=output, adapters=given, key_map=table, others=others, tied=tied, progress=progress
+        )
     if json:
         print_json(losses)
         return 0

@@ -119,7 +119,8 @@ def exchanges(folder: Path, params: Params, adapters: dict[str, lora.Adapter]) -
     found, others = lora.load_peft(folder / "peft", params, key_maps.LLAMA.stacked())
     assert_type(found, dict[str, lora.Adapter])
     assert_type(others, dict[str, jax.Array])
-    assert_type(lora.merge_checkpoint(folder / "in", folder / "out", found, MINE), dict[str, float])
+    losses = lora.merge_checkpoint(folder / "in", target=folder / "out", adapters=found, key_map=MINE)
+    assert_type(losses, dict[str, float])
 
 
 def packs(params: Params, adapters: dict[str, lora.LoraAdapter]) -> None:
