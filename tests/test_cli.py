@@ -358,7 +358,7 @@ def test_folders_of_runs(capsys, tmp_path):
     params = {"w": jnp.ones((4, 3))}
     plan = lora.plan(lambda p, x: x @ p["w"], params, jnp.ones((2, 4)), rules={"w": lora.Lora(2)})
     start = lora.TrainState.create(lora.init(jax.random.key(0), params, plan), optax.sgd(0.1))
-    with lora.Checkpoints(tmp_path / "run", params, plan) as checkpoints:
+    with lora.Checkpoints(tmp_path / "run", params, plan, every=1) as checkpoints:
         for step in (1, 2):
             trainable = jax.tree.map(lambda array, step=step: array + step, start.trainable)
             state = dataclasses.replace(start, step=jnp.int32(step), trainable=trainable)
