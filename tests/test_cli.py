@@ -448,6 +448,14 @@ def test_as_a_program():
     assert subprocess.run([program, "inspect", "nowhere"], capture_output=True).returncode == 1
 
 
+@pytest.mark.slow
+def test_the_library_imports_nothing_of_the_command_line():
+    """`lora.inspect` and `lora.diff` are the library's own; tables in a terminal and pictures are the commands'."""
+    shown = "print([name for name in ('tyro', 'matplotlib', 'safetensors') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", f"import sys, lora_jax; {shown}"], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
 # Planning, and extracting ---------------------------------------------------------------------------------------------
 
 
