@@ -23,6 +23,8 @@ from test_peft import DATA, MLP, assert_same_tensors, case, stacked, tensors_of
 import lora_jax as lora
 from lora_jax.analysis.spectrum import low_rank, spectrum
 from lora_jax.cli import main
+from lora_jax.cli.commands import COMMANDS
+from lora_jax.cli.folders import KNOWN
 from lora_jax.cli.output import print_table
 from lora_jax.interop.peft.load import load_by_module
 
@@ -343,6 +345,23 @@ def test_what_does_not_go_together(own_folder, capsys, tmp_path):
         assert code == 1
         assert says in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys, monkeypatch):
+    """Each has an example of itself, in which what is written comes last, and names what it takes."""
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert done.value.code == 0
+    assert f"Example: lora-jax {command} " in out
+    assert "PATH" not in out  # but BASE, ADAPTERS and OUTPUT
+    taken = {"merge": "BASE ADAPTERS OUTPUT", "convert": "ADAPTERS OUTPUT", "plan": "BASE"}
+    taken |= {"compose": "FOLDER:WEIGHT ... OUTPUT", "diff": "BASE TUNED [OUTPUT]"}
+    usage = re.escape(taken.get(command, "ADAPTERS"))
+    assert re.search(rf"\] {usage}( \[?--.*)?$", out.splitlines()[0])
+    assert "--key-map" not in out or all(name in out for name in KNOWN)
 
 
 def test_version(capsys):
