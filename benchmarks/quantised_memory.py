@@ -59,6 +59,7 @@ def measure(name: str, tiny: bool) -> dict[str, int | None]:
     config = headlines.Config(bits=PROGRAMS[name], tiny=tiny)
     task = headlines.load_task(config)
     batch = next(headlines.training_batches(headlines.make_examples(task.train, task.tokenizer), config))
+    step: Any
     if name == FULL:
         trained, frozen = jax.tree.map(lambda w: w.astype(jnp.float32), task.params), {}
         task = replace(task, params=None)  # the loss keeps its task
@@ -71,7 +72,7 @@ def measure(name: str, tiny: bool) -> dict[str, int | None]:
         adapters = headlines.make_adapters(task, config, batch)
         step, state = headlines.make_step(headlines.make_loss(task), adapters, config)
         del adapters
-    compiled = step.lower(state, frozen, *batch).compile()  # type: ignore[attr-defined]
+    compiled = step.lower(state, frozen, *batch).compile()
     memory = compiled.memory_analysis()
     found = {
         "frozen": headlines.tree_bytes(frozen),

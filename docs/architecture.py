@@ -84,6 +84,12 @@ _ROOMS = (
         ("core", "adapters", "transform", "sharding", "checkpoints", "bases", "interop"),
     ),
     Room(
+        "analysis",
+        "What adapters and changes of weights amount to: norms and ranks.",
+        ("analysis",),
+        ("core", "adapters", "initialization"),
+    ),
+    Room(
         "interop/peft",
         "The files of HF PEFT, read and written.",
         ("interop.peft",),

@@ -14,6 +14,8 @@ from lora_jax.adapters.lora import Lora, LoraAdapter, RsLora
 from lora_jax.adapters.lora_fa import LoraFa, LoraFaAdapter
 from lora_jax.adapters.token_rows import Rows, RowsAdapter
 from lora_jax.adapters.vera import Vera, VeraAdapter
+from lora_jax.analysis.differences import diff
+from lora_jax.analysis.inspection import inspect
 from lora_jax.checkpoints.manager import Checkpoints
 from lora_jax.core.adapter import Adapter, Rule
 from lora_jax.core.axes import KernelAxes
@@ -82,6 +84,7 @@ __all__ = [
     "checkpoint",
     "combine",
     "decay_mask",
+    "diff",
     "freeze_base",
     "from_linen",
     "from_nnx",
@@ -89,6 +92,7 @@ __all__ = [
     "init",
     "initializers",
     "input_scores",
+    "inspect",
     "jit_step",
     "key_maps",
     "labels",

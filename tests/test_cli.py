@@ -1,6 +1,7 @@
 """`lora-jax`: what it prints, what it writes, and how it exits."""
 
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import twins
 from safetensors.numpy import load_file, save_file
@@ -19,9 +21,11 @@ from test_export import published, tensors_in
 from test_peft import DATA, MLP, assert_same_tensors, case, stacked, tensors_of
 
 import lora_jax as lora
+from lora_jax.analysis.spectrum import low_rank, spectrum
 from lora_jax.cli import main
+from lora_jax.cli.commands import COMMANDS
+from lora_jax.cli.folders import KNOWN
 from lora_jax.cli.output import print_table
-from lora_jax.cli.spectrum import low_rank, spectrum
 from lora_jax.interop.peft.load import load_by_module
 
 
@@ -205,7 +209,7 @@ def test_convert_for_vllm(capsys, tmp_path):
 def test_compose(capsys, tmp_path):
     """The change is the weighted sum of the changes."""
     a, b = DATA / "rslora_patterns", DATA / "lora_emb"
-    code, out, _ = run(capsys, "compose", tmp_path / "sum", f"{a}:0.7", f"{b}:-0.3", a)
+    code, out, _ = run(capsys, "compose", f"{a}:0.7", f"{b}:-0.3", a, tmp_path / "sum")
     assert (code, out) == (0, f"3 adapters written to {tmp_path / 'sum'}.\n")
     params = case("lora_emb")[0]
 
@@ -220,12 +224,173 @@ def test_compose(capsys, tmp_path):
         ([f"{a}:x"], "expected a folder and a weight, such as"),
         ([f"{a}:nan"], "a weight is nan, expected a finite number"),
         ([DATA / "lora"], "whole, which no sum of adapters expresses"),
-        ([a, tmp_path / "none"], "adapter_config.json cannot be read"),
+        ([a, tmp_path / "none"], "none holds no adapters"),
     ]:
-        code, _, err = run(capsys, "compose", tmp_path / "other", *parts)
+        code, _, err = run(capsys, "compose", *parts, tmp_path / "other")
         assert code == 1
         assert says in err
     assert not (tmp_path / "other").exists()
+
+
+def test_the_output_of_a_sum_comes_last(capsys, tmp_path):
+    """Also for those who remember it as the first: nothing is written."""
+    a = DATA / "rslora_patterns"
+    code, _, err = run(capsys, "compose", tmp_path / "out", a, f"{a}:0.5")
+    assert (code, err) == (1, f"error: the output comes last, and {a}:0.5 is a part: lora-jax compose style:0.7 "
+                           "facts:-0.3 both.\n")  # fmt: skip
+    assert run(capsys, "compose", tmp_path / "out")[2].startswith("error: give the folders that are")
+    assert not list(tmp_path.iterdir())
+
+
+def test_kinds_that_are_no_lora(capsys, tmp_path):
+    """Shown without the numbers that depend on the weight; said to be sound, or not."""
+    axes = lora.KernelAxes((), (0,), (1,))
+    adapters = {
+        "dora": lora.DoraAdapter(jnp.ones((4, 2)), jnp.ones((2, 3)), jnp.ones(3), axes, 2.0),
+        "full": lora.FullAdapter(jnp.full((3,), 2.0), lora.KernelAxes((), (), (0,))),
+        "loha": lora.LohaAdapter(*(jnp.ones(s) for s in ((4, 2), (2, 3)) * 2), axes, 1.0),
+    }
+    lora.checkpoint.save(tmp_path / "own", adapters)
+    code, out, _ = run(capsys, "inspect", tmp_path / "own", "--plot", tmp_path / "a.png")
+    assert code == 0
+    dora, full, loha = (line.split() for line in out.splitlines()[2:5])
+    assert dora == ["dora", "dora", "[4,", "3]", "1", "-", "-", "-", "-"]
+    assert full == ["full", "full", "[3]", "1", "-", "-", "3.464", "-"]
+    assert loha == ["loha", "loha", "[4,", "3]", "1", "4", "1", "13.86", "1.00"]  # 4 everywhere, on 12 entries
+    assert out.splitlines()[-1] == "3 weights adapted, 48 parameters."
+    assert run(capsys, "verify", tmp_path / "own")[0] == 0
+    lora.checkpoint.save(tmp_path / "own", {"full": lora.FullAdapter(jnp.zeros(3), adapters["full"].axes)})
+    assert run(capsys, "verify", tmp_path / "own")[:2] == (1, "full: does not change anything\n")
+    lora.checkpoint.save(tmp_path / "own", {"d": dataclasses.replace(adapters["dora"], m=jnp.full(3, jnp.nan))})
+    assert run(capsys, "verify", tmp_path / "own")[:2] == (1, "d: holds a NaN or an infinity\n")
+
+
+MAPS = """
+from lora_jax.key_maps import LLAMA, KeyMap, linear
+MY_MAP = LLAMA.stacked()
+NO_MAP = {"a": "b"}
+"""
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """A folder of this library's, with stacked layers; and a module with key maps in the current directory."""
+    params = stacked(case("llama")[0])
+    adapters, _ = lora.load_peft(DATA / "llama", params, lora.key_maps.LLAMA.stacked())
+    lora.checkpoint.save(tmp_path / "own", adapters)
+    (tmp_path / "h6_maps.py").write_text(MAPS)
+    (tmp_path / "h6_broken.py").write_text("import there_is_no_such_module")
+    (tmp_path / "h6_raises.py").write_text("raise RuntimeError('x')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    before = [*sys.path]
+    yield tmp_path / "own"
+    assert sys.path == before
+    for name in ("h6_maps", "h6_broken", "h6_raises"):
+        sys.modules.pop(name, None)
+
+
+def test_a_key_map_of_ones_own(own_folder, capsys, tmp_path):
+    """By every command that needs names: the same as with the library's own."""
+    mine, theirs = ["--key-map", "h6_maps:MY_MAP"], ["--key-map", "llama", "--stacked"]
+    base = published(tmp_path / "base", "llama", shards=2)
+    for i, names in enumerate((mine, theirs)):
+        assert run(capsys, "convert", own_folder, tmp_path / f"out{i}", *names)[0] == 0
+        assert_same_tensors(tensors_of(tmp_path / f"out{i}"), tensors_of(DATA / "llama"))
+        assert run(capsys, "verify", own_folder, "--base", tmp_path / "base", *names)[0] == 0
+        assert run(capsys, "merge", tmp_path / "base", own_folder, tmp_path / f"merged{i}", *names)[0] == 0
+        assert run(capsys, "compose", f"{own_folder}:0.5", own_folder, tmp_path / f"sum{i}", *names)[0] == 0
+    assert run(capsys, "merge", tmp_path / "base", DATA / "llama", tmp_path / "merged")[0] == 0
+    expected = tensors_in(tmp_path / "merged")
+    assert any((expected[name] != tensor).any() for name, tensor in base.items())
+    for i in (0, 1):
+        assert_same_tensors(tensors_in(tmp_path / f"merged{i}"), expected)
+    assert_same_tensors(tensors_of(tmp_path / "sum0"), tensors_of(tmp_path / "sum1"))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("lama", "there is no key map 'lama': expected one of bert, gemma, gpt2, llama, t5, vit, vit_4, or"),
+        ("h6_none:MAP", r"--key-map h6_none:MAP: there is no module 'h6_none', neither in .* nor among the packages"),
+        ("h6_maps.inner:MAP", "h6_maps.inner cannot be imported|there is no module 'h6_maps.inner'"),
+        ("h6_maps:MYMAP", "the module h6_maps has no 'MYMAP'; its key maps are MY_MAP"),
+        ("h6_maps:NO_MAP", "that is a dict, expected a lora_jax.key_maps.KeyMap"),
+        ("h6_maps:linear", "that is a function, expected"),
+        (
+            "h6_broken:MAP",
+            "h6_broken cannot be imported: ModuleNotFoundError: No module named 'there_is_no_such_module'",
+        ),
+        ("h6_raises:MAP", "h6_raises cannot be imported: RuntimeError: x"),
+        (":MAP", "there is no module ''|cannot be imported"),
+    ],
+)
+def test_key_maps_that_are_not_there(name, says, own_folder, capsys, tmp_path):
+    code, out, err = run(capsys, "convert", own_folder, tmp_path / "out", "--key-map", name)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert re.search(says, err), err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_go_together(own_folder, capsys, tmp_path):
+    for arguments, says in [
+        (["convert", DATA / "llama", tmp_path / "out", "--key-map", "llama"], "names the modules itself"),
+        (["inspect", DATA / "llama", "--step", "3"], "a folder of HF PEFT, which has no steps"),
+        (["compose", DATA / "llama", own_folder, tmp_path / "out"], "is of another format than the parts before it"),
+        (["merge", tmp_path, own_folder, tmp_path / "out"], "say which torch modules they are"),
+    ]:
+        code, _, err = run(capsys, *arguments)
+        assert code == 1
+        assert says in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys, monkeypatch):
+    """Each has an example of itself, in which what is written comes last, and names what it takes."""
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert done.value.code == 0
+    assert f"Example: lora-jax {command} " in out
+    assert "PATH" not in out  # but BASE, ADAPTERS and OUTPUT
+    taken = {"merge": "BASE ADAPTERS OUTPUT", "convert": "ADAPTERS OUTPUT", "plan": "BASE"}
+    taken |= {"compose": "FOLDER:WEIGHT ... OUTPUT", "diff": "BASE TUNED [OUTPUT]"}
+    usage = re.escape(taken.get(command, "ADAPTERS"))
+    assert re.search(rf"\] {usage}( \[?--.*)?$", out.splitlines()[0])
+    assert "--key-map" not in out or all(name in out for name in KNOWN)
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"lora-jax {lora.__version__}\n", "")
+
+
+LOADS_RUNS = "step" in inspect.signature(lora.checkpoint.load).parameters
+
+
+@pytest.mark.skipif(not LOADS_RUNS, reason="checkpoint.load does not take folders of Checkpoints yet")
+def test_folders_of_runs(capsys, tmp_path):
+    """Inspected, verified and converted as a folder of adapters is: the newest step, or the one that is asked for."""
+    params = {"w": jnp.ones((4, 3))}
+    plan = lora.plan(lambda p, x: x @ p["w"], params, jnp.ones((2, 4)), rules={"w": lora.Lora(2)})
+    start = lora.TrainState.create(lora.init(jax.random.key(0), params, plan), optax.sgd(0.1))
+    with lora.Checkpoints(tmp_path / "run", params, plan, every=1) as checkpoints:
+        for step in (1, 2):
+            trainable = jax.tree.map(lambda array, step=step: array + step, start.trainable)
+            state = dataclasses.replace(start, step=jnp.int32(step), trainable=trainable)
+            checkpoints.save(state)
+    newest, first = (
+        json.loads(run(capsys, "inspect", tmp_path / "run", "--json", *more)[1]) for more in ([], ["--step", "1"])
+    )
+    assert newest[0]["spectrum"]["norm"] > first[0]["spectrum"]["norm"] > 0
+    assert run(capsys, "verify", tmp_path / "run", "--step", "1")[0] == 0
+    assert run(capsys, "convert", tmp_path / "run", tmp_path / "out", "--to", "orbax", "--step", "1")[0] == 0
+    found = lora.checkpoint.load(tmp_path / "out")[0]["w"]
+    np.testing.assert_array_equal(found.b, start.trainable["w"].b + 1)
+    assert run(capsys, "inspect", tmp_path / "run", "--step", "7")[0] == 1
 
 
 def thin(name, folder, dtype):
@@ -245,7 +410,7 @@ def test_dtypes_of_thin_files(capsys, tmp_path):
     run(capsys, "convert", a, tmp_path / "orbax", "--to", "orbax")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(lora.checkpoint.load(tmp_path / "orbax"))} == {"float32"}
     for name, parts, dtype in [("same", [f"{a}:0.7", f"{a}:-0.3"], "bfloat16"), ("wide", [a, b], "float32")]:
-        assert run(capsys, "compose", tmp_path / name, *parts)[0] == 0
+        assert run(capsys, "compose", *parts, tmp_path / name)[0] == 0
         assert {tensor.dtype.name for tensor in tensors_of(tmp_path / name).values()} == {dtype}
     key = "base_model.model.lin0.lora_B.weight"
     scale = load_by_module(a)[0]["lin0"].scale
@@ -302,6 +467,14 @@ def test_as_a_program():
     assert subprocess.run([program, "inspect", "nowhere"], capture_output=True).returncode == 1
 
 
+@pytest.mark.slow
+def test_the_library_imports_nothing_of_the_command_line():
+    """`lora.inspect` and `lora.diff` are the library's own; tables in a terminal and pictures are the commands'."""
+    shown = "print([name for name in ('tyro', 'matplotlib', 'safetensors') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", f"import sys, lora_jax; {shown}"], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
 # Planning, and extracting ---------------------------------------------------------------------------------------------
 
 
@@ -343,6 +516,33 @@ def test_diff(name, capsys, tmp_path):
     assert tuned.keys() == again.keys()
     for key, tensor in tuned.items():
         np.testing.assert_allclose(again[key], tensor, atol=1e-5)
+
+
+def test_diff_without_an_output_shows_the_changes(capsys, tmp_path):
+    published(tmp_path / "base", "rslora_patterns")
+    lora.merge_checkpoint(tmp_path / "base", target=tmp_path / "tuned", adapters=DATA / "rslora_patterns")
+    folders = [tmp_path / "base", tmp_path / "tuned"]
+    code, out, _ = run(capsys, "diff", *folders)
+    assert code == 0
+    found = lora.diff(tensors_in(folders[0]), tensors_in(folders[1]))
+    assert [line.split()[0] for line in out.splitlines()[2 : 2 + len(found)]] == sorted(found)
+    assert out.splitlines()[-1] == found.summary()
+    shown = json.loads(run(capsys, "diff", *folders, "--json")[1])
+    assert {name: change["rank"] for name, change in shown["changes"].items()} == {
+        f"{module}.weight": adapter.a.shape[-1]
+        for module, adapter in load_by_module(DATA / "rslora_patterns")[0].items()
+    }
+    assert list(json.loads(run(capsys, "diff", *folders, "--modules", "lin0", "--json")[1])["changes"]) == [
+        "lin0.weight"
+    ]
+    for wrong, says in [
+        (["--rank", "1"], "give the folder to write them to"),
+        (["--modules", "x"], "matches no module"),
+    ]:
+        code, _, err = run(capsys, "diff", *folders, *wrong)
+        assert code == 1
+        assert says in err
+    assert run(capsys, "diff", folders[0], folders[0])[1].startswith("0 weights changed, ")
 
 
 def test_diff_of_less_than_all(capsys, tmp_path):

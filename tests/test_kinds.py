@@ -159,7 +159,7 @@ def test_kinds_mix_in_one_model():
     case = next(c for c in MODELS if c.name == "two_layers")
     params, x = case.params(), case.input()
     plan = lora.plan(case.fn, params, x, rules={"w1": lora.Dora(rank=2), "w2": lora.Loha(rank=2), "b": lora.Full()})
-    assert "Dora(rank=2, alpha=None)" in str(plan)
+    assert "Dora(rank=2)" in str(plan)
     adapters = trained(lora.init(jax.random.key(0), params, plan), 1)
     assert_trees_close(lora.lora_apply(case.fn)(params, adapters, x), case.fn(lora.merge(params, adapters), x))
 

@@ -194,6 +194,81 @@ def test_the_table_can_be_read():
     assert K == 10
 
 
+def layered(names, n=3, rules=None):
+    """A plan of n layers with these weights [8, 8], `{i}` in their names being the layer."""
+    params = {name.format(i=i): jnp.ones((8, 8)) for i in range(n) for name in names}
+
+    def fn(params, x):
+        for weight in params.values():
+            x = x @ weight
+        return x
+
+    return lora.plan(fn, params, jnp.ones((3, 8)), rules=rules or {".*": Lora(2)})
+
+
+@pytest.mark.parametrize(
+    ("names", "rows"),
+    [
+        (["layers_{i}/q", "layers_{i}/w1", "layers_{i}/w3"], {"layers_*/q": 3, "layers_*/w1": 3, "layers_*/w3": 3}),
+        (["model/layers/{i}/q"], {"model/layers/*/q": 3}),
+        (["h{i}/q", "embed"], {"embed": 1, "h*/q": 3}),
+        (
+            ["block_{i}/mlp_{i}/dense_0", "block_{i}/mlp_{i}/fc2"],
+            {"block_*/mlp_*/dense_0": 3, "block_*/mlp_*/fc2": 3},
+        ),
+        (["l_{i}/e_0", "l_{i}/e_1"], {"l_*/e_*": 6}),
+        (["encoder_2/layer.{i}.q"], {"encoder_2/layer.*.q": 3}),
+    ],
+)
+def test_layers_are_one_row_with_their_count(names, rows):
+    found = layered(names)
+    lines = str(found).splitlines()
+    body = [(line.split()[0], *line.split("Lora(rank=2)")[1].split()[:2]) for line in lines[2 : 2 + len(rows)]]
+    assert body == [(name, str(n), str(32 * n)) for name, n in rows.items()]
+    assert lines[2 + len(rows)].startswith(
+        f"{len(found)} of {len(found)} weights adapted: {32 * len(found)} parameters"
+    )
+    assert len(found.table(grouped=False).splitlines()) == 2 + len(found) + 1
+    assert [line.split()[0] for line in found.table(grouped=False).splitlines()[2:-1]] == list(found)
+
+
+def test_only_what_is_alike_is_one_row():
+    """Another rule, shape or use is another row; the sums are those of all rows, however they are grouped."""
+    rules = {"layers_0/q": lora.LoraFa(2), "layers_1/q": Lora(3), "layers_5/q": None, ".*": Lora(2)}
+    found = layered(["layers_{i}/q"], 6, rules)
+    assert [line.split()[0] for line in str(found).splitlines()[2:5]] == ["layers_0/q", "layers_1/q", "layers_*/q"]
+    trained = 16 + 48 + 3 * 32
+    assert (found.parameters, found.fraction) == (trained, trained / (6 * 64 + trained + 16))
+    for grouped in (True, False):
+        assert f"5 of 6 weights adapted: {trained + 16} parameters ({trained} of them trained)" in found.table(grouped)
+    assert repr(found) == f"Plan(5 of 6 weights adapted, {trained} parameters trained)"
+    assert repr(found["layers_1/q"]) == "Target('layers_1/q', [8, 8], inputs 0, outputs 1, Lora(rank=3))"
+    adapters = lora.init(jax.random.key(0), {f"layers_{i}/q": jnp.ones((8, 8)) for i in range(6)}, found)
+    counted = sum(x.size for x in jax.tree.leaves(adapters))
+    assert counted == trained + 16
+
+
+def test_notes_are_said_once_for_all_layers():
+    params = {f"layers_{i}": {"wo": jnp.ones((2, 3, 8)), "odd": jnp.ones((8, 8))} for i in range(4)}
+
+    def fn(params, x):
+        for layer in params.values():
+            x = jnp.einsum("thd,hdk->tk", (x @ jnp.tanh(layer["odd"]))[:, :6].reshape(-1, 2, 3), layer["wo"])
+        return x
+
+    text = str(lora.plan(fn, params, jnp.ones((3, 8)), rules={".*": Lora(2)}, materialize=".*odd"))
+    assert text.count("is formed at full size") == 0
+    assert text.count("4 x 'layers_*/odd' are formed at full size: ") == 1
+    assert "'layers_0/wo' and 3 more [2, 3, 8]: axes 0 and 1 share one B." in text
+
+
+def test_a_rule_without_a_hash_is_counted_too():
+    class Mine(lora.Ia3):
+        __hash__ = None
+
+    assert layered(["{i}/q", "{i}/k"], 2, {".*q": Mine(), ".*": Lora(2)}).parameters == 2 * 8 + 2 * 32
+
+
 def test_params_that_do_not_fit_the_plan():
     case = CASES["two_layers"]
     with pytest.raises(LoraError, match=r"'w1' of shape \[12, 10\], but these parameters have shape \[3, 10\]"):

@@ -349,7 +349,7 @@ COMMANDS = {
     "merge": lambda base, out: ["merge", base, DATA / "lora", out],
     "convert": lambda base, out: ["convert", DATA / "lora", out],
     "convert to orbax": lambda base, out: ["convert", DATA / "lora", out, "--to", "orbax"],
-    "compose": lambda base, out: ["compose", out, f"{DATA / 'rslora_patterns'}:0.5"],
+    "compose": lambda base, out: ["compose", f"{DATA / 'rslora_patterns'}:0.5", out],
     "diff": lambda base, out: ["diff", base, base.with_name("tuned"), out, "--rank", "1", "--rest"],
     "inspect": lambda base, out: ["inspect", DATA / "lora", "--plot", out / "a.png"],
 }

@@ -36,9 +36,6 @@ class Full(Rule):
     def __post_init__(self) -> None:
         check_dtype("Full", self.dtype)
 
-    def __str__(self) -> str:
-        return "Full()"
-
     def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> "FullAdapter":
         return FullAdapter(jnp.zeros(w.shape, self.dtype), axes)
 

@@ -41,9 +41,6 @@ class Ia3(StackedRule):
         super().__post_init__()
         check_dtype("Ia3", self.dtype)
 
-    def __str__(self) -> str:
-        return f"Ia3({self.of_stack.removeprefix(', ')})"
-
     def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> "Ia3Adapter":
         stack, inputs, outputs = axes.sizes(w.shape)
         return Ia3Adapter(jnp.ones((*stack, *outputs), self.dtype), axes, inputs)

@@ -59,9 +59,6 @@ class Lora(StackedRule):
         if not callable(self.init_a):
             raise LoraError(f"{name}(init_a={self.init_a!r}): give a function, such as lora.initializers.gaussian.")
 
-    def __str__(self) -> str:
-        return f"{type(self).__name__}(rank={self.rank}, alpha={self.alpha}{self.of_stack})"
-
     @property
     def scale(self) -> float:
         return 1.0 if self.alpha is None else float(self.alpha) / int(self.rank)  # type: ignore[arg-type]

@@ -16,10 +16,11 @@ from lora_jax.core.aliases import same
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed, is_packed, unpacked
 from lora_jax.core.paths import flatten_with_names, is_array
+from lora_jax.core.short_repr import ShortRepr, repr_of_call
 
 
 @dataclass(frozen=True)
-class Format(abc.ABC):
+class Format(ShortRepr, abc.ABC):
     """The format in which the weights that a pattern matches are packed.
 
     Args:
@@ -33,6 +34,9 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def pack(self, w: jax.Array, stack: int, dtype: Any) -> "Packed":
         """Pack a finite weight with this many stack axes; `dtype` is that of the dequantized values."""
+
+    def __repr__(self) -> str:
+        return repr_of_call(self)
 
     def finer(self) -> str:
         """Return what to pack a weight in that this format changes too much, as messages name it."""

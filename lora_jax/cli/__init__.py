@@ -1,8 +1,9 @@
 """The command line `lora-jax`: adapters and published weights, without a model.
 
-- `commands`: the commands, and the entry point `main`. Start reading here.
-- `summary`: what `inspect` and `verify` say of each adapted weight.
-- `spectrum`: norm and effective rank of a change, and its best low-rank approximation.
+- `commands`: the entry point `main`. Start reading here.
+- `adapters`: the commands that take adapters.
+- `models`: the commands that take published weights.
+- `folders`: folders of adapters in any form, and the key maps that name their modules.
 - `output`: tables, JSON, plots and progress bars.
 
 May import every wing; none imports it.

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from lora_jax.analysis.inspection import WeightSummary
 from lora_jax.checkpoints.atomic_dir import written_file
-from lora_jax.cli.summary import WeightSummary
 from lora_jax.core.text import printable
 
 UNLIMITED = 10_000  # columns of a table that goes to a file or another program
@@ -76,12 +76,10 @@ def draw_spectra(rows: Sequence[WeightSummary], path: Path) -> None:
     more, rows = len(rows) - BARS, rows[:BARS]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.4 + 0.22 * len(rows)), sharey=True, layout="constrained")
     places = range(len(rows))
-    left.barh(places, [row.spectrum.norm for row in rows], color="#1f6fb4")
-    right.barh(places, [row.rank for row in rows], color="#d8e4ef", label="rank")
-    right.barh(
-        places, [row.spectrum.effective_rank for row in rows], color="#c44e52", height=0.5, label="effective rank"
-    )
-    left.set_yticks(places, [_label(row.weight) for row in rows], parse_math=False)
+    left.barh(places, [row.norm or 0.0 for row in rows], color="#1f6fb4")
+    right.barh(places, [row.rank or 0 for row in rows], color="#d8e4ef", label="rank")
+    right.barh(places, [row.effective_rank or 0.0 for row in rows], color="#c44e52", height=0.5, label="effective rank")
+    left.set_yticks(places, [_label(row.path) for row in rows], parse_math=False)
     left.set(xlabel="norm of the change", ylim=(len(rows) - 0.4, -0.6))
     if more > 0:
         left.set(ylabel=f"and {more:,} more")

@@ -20,9 +20,10 @@ import jax
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.layout import Layout, field_names, weight_shape
 from lora_jax.core.operand import Operand, check_delegation, spec_follower
+from lora_jax.core.short_repr import ShortRepr, repr_of_arrays, repr_of_call
 
 
-class Rule(abc.ABC):
+class Rule(ShortRepr, abc.ABC):
     """Say which adapter the weights that a pattern matches get. Arguments are checked when a rule is made.
 
     `whole` is for rules that take arrays of any shape, used in any way; `reads_weight` for those whose `init` looks at
@@ -60,8 +61,11 @@ class Rule(abc.ABC):
         """Return why the rule cannot be used for a weight along these axes; None if it can."""
         return None
 
+    def __repr__(self) -> str:
+        return repr_of_call(self)
 
-class Adapter(abc.ABC):
+
+class Adapter(ShortRepr, abc.ABC):
     """A small change of one frozen weight W, as a pytree of its own beside W.
 
     A kind is a frozen dataclass of arrays and static facts, `axes` among these (`field(metadata={"static": True})`).
@@ -124,6 +128,9 @@ class Adapter(abc.ABC):
         """Return the same tree with True at what is trained and False at what is frozen."""
         arrays: dict[str, Any] = {name: name not in self.frozen for name in self.arrays()}
         return dataclasses.replace(self, **arrays)  # type: ignore[type-var]
+
+    def __repr__(self) -> str:
+        return repr_of_arrays(self, without=("axes",))
 
 
 class AdapterWrapper(Adapter):

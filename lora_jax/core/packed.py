@@ -24,9 +24,10 @@ from lora_jax.core.deferred import (
 )
 from lora_jax.core.no_array import NoArray
 from lora_jax.core.partition import names_of, size_of
+from lora_jax.core.short_repr import ShortRepr, parts, repr_of_arrays, shape_and_dtype
 
 
-class Packed(NoArray, abc.ABC):
+class Packed(ShortRepr, NoArray, abc.ABC):
     """A frozen weight, stored as packed arrays that begin with its stack axes.
 
     What a program does to each matrix before it multiplies by it is recorded in `deferred`, and applied to the
@@ -128,6 +129,12 @@ class Packed(NoArray, abc.ABC):
     def as_given(self) -> Any:
         """Return the node of another library that the weight was read from; itself, if it is this library's own."""
         return self
+
+    def __repr__(self) -> str:
+        if not hasattr(getattr(self, self.parts[0], None), "shape"):
+            return repr_of_arrays(self)  # a mask, or specs
+        stored = ", ".join(parts(self, list(self.arrays())))
+        return f"{type(self).__name__}({shape_and_dtype(self.shape, self.dtype)}: {stored})"
 
     @property
     def sharding(self) -> Any:

@@ -1,5 +1,6 @@
 """Plans: which weights get an adapter, along which axes and by which rule."""
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import jax
 from lora_jax.core.adapter import Adapter, Rule
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.kinds import check_registered
-from lora_jax.core.text import count, format_table, size
+from lora_jax.core.plan_table import Row, format_plan
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Use:
     is_matmul: bool = False  # no convolution, ragged product or lookup: a rule may stack any of its axes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Target:
     """A weight that is to have an adapter."""
 
@@ -36,6 +37,9 @@ class Target:
     rule: Rule
     uses: tuple[Use, ...]
     materialized: tuple[str, ...] = ()  # where it is formed at full size
+
+    def __repr__(self) -> str:
+        return f"Target({self.path!r}, {list(self.shape)}, {self.axes}, {self.rule})"
 
     def abstract(self) -> Adapter:
         """Return the adapter with shapes in the place of arrays."""
@@ -77,9 +81,26 @@ def abstract_adapters(targets: Mapping[str, Target]) -> dict[str, Adapter]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan(Mapping[str, Target]):
-    """`{path: Target}` in the parameters' own order; print it to see what will be trained and what it costs."""
+    """`{path: Target}` in the parameters' own order; print it to see what will be trained and what it costs.
+
+    Printed, the layers of a model are one row, `layers_*/q`, with their count; `table` has all rows.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> params = {f"layer_{i}": jnp.ones((8, 8)) for i in range(3)}
+    >>> def model(params, x):
+    ...     for i in range(3):
+    ...         x = jnp.tanh(x @ params[f"layer_{i}"])
+    ...     return x
+    >>> plan = lora.plan(model, params, jnp.ones((1, 8)), rules={".*": lora.Lora(rank=2)})
+    >>> plan
+    Plan(3 of 3 weights adapted, 96 parameters trained)
+    >>> print(plan.table().splitlines()[2])
+    layer_*  [8, 8]  inputs 0, outputs 1  Lora(rank=2)        3          96  384 B    192
+    >>> plan.parameters, round(plan.fraction, 2)
+    (96, 0.33)
+    """
 
     targets: dict[str, Target]
     base_leaves: int
@@ -95,42 +116,45 @@ class Plan(Mapping[str, Target]):
         return len(self.targets)
 
     def __str__(self) -> str:
-        rows, parameters, memory = [], 0, 0
-        for target in self.targets.values():
-            adapter = target.abstract()
-            arrays = jax.tree.leaves(adapter)
-            n = sum(math.prod(array.shape) for name, array in adapter.arrays().items() if name not in adapter.frozen)
-            nbytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
-            parameters, memory = parameters + n, memory + nbytes
-            rows.append(
-                [
-                    target.path,
-                    list(target.shape),
-                    target.axes,
-                    target.rule,
-                    f"{n:,}",
-                    size(nbytes),
-                    count(target.flops()),
-                ]
-            )
-        share = parameters / (self.base_parameters + parameters)
-        table = format_table(["path", "shape", "axes", "rule", "parameters", "bytes", "FLOPs"], rows, right=3)
-        formed = [f"{t.path!r} is formed at full size: {why}" for t in self.targets.values() for why in t.materialized]
-        summary = (
-            f"{len(self)} of {self.base_leaves} weights adapted: {parameters:,} parameters beside "
-            f"{self.base_parameters:,} ({share:.2%}), {size(memory)}. FLOPs are those added to one forward pass."
-        )
-        return "\n".join([table, summary, *self._shared(), *formed])
+        return self.table()
 
-    def _shared(self) -> list[str]:
-        """Return lines that say which axes share a factor, one for all weights of a shape that do so in one way."""
-        alike: dict[tuple[Any, ...], list[str]] = {}
-        for target in self.targets.values():
-            for words in target.shared():
-                alike.setdefault((target.shape, words), []).append(target.path)
-        lines = []
-        for (shape, words), paths in alike.items():
-            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            lines.append(f"{paths[0]!r}{more} {list(shape)}: {words}.")
-        advice = "Where each index along an axis is a matrix of its own (experts, members), name that axis: stack=0."
-        return [*lines, advice] if lines else []
+    def __repr__(self) -> str:
+        return f"Plan({len(self)} of {self.base_leaves} weights adapted, {self.parameters:,} parameters trained)"
+
+    def table(self, grouped: bool = True) -> str:
+        """Return what `print(plan)` shows.
+
+        Args:
+            grouped: whether weights that differ in the numbers of their layers alone, `layers_0/q`, `layers_1/q` and so
+                on, are one row `layers_*/q` with their count and sums; False for a row for each weight.
+        """
+        return format_plan(self._rows, self.base_leaves, self.base_parameters, grouped)
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters that are trained: all entries of the adapters' arrays, but for frozen arrays."""
+        return sum(row.trained for row in self._rows)
+
+    @property
+    def fraction(self) -> float:
+        """The share that the trained parameters have of all, those of the base included: between 0 and 1."""
+        total = self.base_parameters + sum(row.parameters for row in self._rows)
+        return self.parameters / total if total else 0.0
+
+    @functools.cached_property
+    def _rows(self) -> list[Row]:
+        """What there is to say of each weight. Weights of one shape and rule have adapters of one size."""
+        return [
+            Row(target.path, target.shape, target.axes, str(target.rule), *_sizes(adapter), target.flops(),
+                tuple(target.shared()), target.materialized)
+            for target, adapter in zip(self.targets.values(), abstract_adapters(self.targets).values(), strict=True)
+        ]  # fmt: skip
+
+
+def _sizes(adapter: Adapter) -> tuple[int, int, int]:
+    """Return how many parameters an adapter has, how many of them are trained, and their bytes."""
+    shaped = {"stack", "inputs", "outputs", "rank"}  # what has none of these axes is a setting, such as a scale
+    arrays = {name: array for name, array in adapter.arrays().items() if shaped & {*adapter.layout.get(name, ())}}
+    counts = {name: math.prod(array.shape) for name, array in arrays.items()}
+    nbytes = sum(counts[name] * array.dtype.itemsize for name, array in arrays.items())
+    return sum(counts.values()), sum(n for name, n in counts.items() if name not in adapter.frozen), nbytes

@@ -4,7 +4,7 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +146,16 @@ def _with_own_memory(state: TrainState, given: Any) -> TrainState:
     return jax.tree.map(own, state)
 
 
+class JitStep(Protocol):
+    """A compiled step."""
+
+    def __call__(self, state: TrainState, params: Any, *batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Take a step, and return the next state and the metrics."""
+
+    def lower(self, state: TrainState, params: Any, *batch: Any) -> jax.stages.Lowered:
+        """Lower the step for arguments like these, as `jax.jit(...).lower` does."""
+
+
 def train_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
@@ -243,7 +253,7 @@ def _check_optimizer(optimizer: optax.GradientTransformation, state: TrainState)
         )
 
 
-def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatches: int = 1) -> Step:
+def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatches: int = 1) -> JitStep:
     """Return `step(state, params, *batch)`: `train_step` under `jax.jit`, on one device or over a mesh.
 
     The shardings of the arguments decide how it runs: the base is used where its arrays are, the next state is where
@@ -300,7 +310,7 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
             raise
 
     step.lower = lambda state, params, *batch: placed(state, params, batch).lower(state, params, *batch)  # type: ignore[attr-defined]
-    return step
+    return cast(JitStep, step)
 
 
 def pmap_step(

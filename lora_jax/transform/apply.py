@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 
@@ -21,8 +21,14 @@ from lora_jax.transform.leaked_tracers import describe_leak
 from lora_jax.transform.materialize import Materialize, Patterns
 from lora_jax.transform.tracing import tracer
 
+Params = TypeVar("Params")
+Rest = ParamSpec("Rest")
+Out = TypeVar("Out")
 
-def lora_apply(fn: Callable[..., Any], *, materialize: Patterns = False) -> Callable[..., Any]:
+
+def lora_apply(
+    fn: Callable[Concatenate[Params, Rest], Out], *, materialize: Patterns = False
+) -> Callable[Concatenate[Params, Mapping[str, Adapter], Rest], Out]:
     """Turn `fn(params, *args, **kwargs)` into `apply(params, adapters, *args, **kwargs)`, for any traceable `fn`.
 
     Every adapted weight W takes part in matrix products as W' = W + (alpha / r) A B, computed as

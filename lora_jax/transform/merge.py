@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,20 @@ from lora_jax.core.arrays import accumulator, concrete, describe, placed
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import as_given, is_packed, unpacked
 from lora_jax.core.paths import flatten_with_names, nearest
+
+Params = TypeVar("Params")
+
+
+@overload
+def merge(
+    params: Params, adapters: Mapping[str, Adapter], *, donate: bool = False, keep: Literal[False] = False
+) -> Params: ...
+
+
+@overload
+def merge(
+    params: Params, adapters: Mapping[str, Adapter], *, donate: bool = False, keep: Literal[True]
+) -> tuple[Params, dict[str, Any]]: ...
 
 
 def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False, keep: bool = False) -> Any:
@@ -68,7 +82,7 @@ def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False,
     return (result, kept) if keep else result
 
 
-def unmerge(merged: Any, kept: Mapping[str, Any]) -> Any:
+def unmerge(merged: Params, kept: Mapping[str, Any]) -> Params:
     """Return the parameters before `lora.merge(params, adapters, keep=True)`, bit by bit.
 
     Args:

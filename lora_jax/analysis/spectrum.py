@@ -1,13 +1,14 @@
 """Singular values of the change that an adapter makes, and the adapter that is nearest to a given change."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_jax.core.errors import LoraError
 from lora_jax.initialization.svd import balanced_factors, explained_variance_ratio, singular_values, svd
-from lora_jax.interop.key_map import Array
+
+Array = np.ndarray[Any, Any]
 
 
 class Spectrum(NamedTuple):
@@ -17,7 +18,7 @@ class Spectrum(NamedTuple):
         norm: the Frobenius norm of all matrices together.
         effective_rank: the exponential of the entropy of the singular values' shares, which is r if all are equal (Roy
             and Vetterli 2007, "The effective rank"); the mean over the matrices that change.
-        finite: whether neither a factor nor the scale is a NaN or an infinity.
+        finite: whether neither a factor nor the scale is a NaN or an infinity; if one is, the other two are NaN.
     """
 
     norm: float
@@ -45,11 +46,19 @@ def spectrum(a: Array, b: Array, scale: float) -> Spectrum:
     right = np.asarray(np.linalg.qr(b.astype(np.float64).swapaxes(-1, -2), mode="r"))
     small = left @ right.swapaxes(-1, -2)
     values = abs(scale) * singular_values(small).reshape(-1, min(small.shape[-2:]))
+    return Spectrum(float(np.sqrt(np.square(values).sum())), effective_rank(values), True)
+
+
+def effective_rank(values: Array) -> float:
+    """Return the mean of the effective ranks of the matrices that are not zero, given their singular values [n, r].
+
+    >>> round(effective_rank(np.array([[2.0, 2.0, 0.0], [0.0, 0.0, 0.0]])), 3)
+    2.0
+    """
     changing = values[values.sum(-1) > 0]
     shares = changing / changing.sum(-1, keepdims=True)
     entropy = -np.sum(shares * np.log(np.where(shares > 0, shares, 1)), axis=-1)
-    rank = float(np.exp(entropy).mean()) if len(changing) else 0.0
-    return Spectrum(float(np.sqrt(np.square(values).sum())), rank, True)
+    return float(np.exp(entropy).mean()) if len(changing) else 0.0
 
 
 def low_rank(change: Array, rank: int | None = None, energy: float | None = None) -> tuple[Array, Array, float]:

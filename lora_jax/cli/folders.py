@@ -1,0 +1,189 @@
+"""Folders of adapters, in any form that this library reads, and the key maps that name their modules."""
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+from lora_jax import checkpoint, key_maps
+from lora_jax.checkpoints.failures import first_line
+from lora_jax.core.adapter import Adapter
+from lora_jax.core.errors import LoraError
+from lora_jax.core.paths import nearest
+from lora_jax.interop.key_map import KeyMap
+from lora_jax.interop.name_templates import split
+from lora_jax.interop.peft.load import CONFIG, load_by_module
+
+# The arguments of commands, as their help names them.
+Adapters = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTERS")]
+Base = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
+Tuned = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TUNED")]
+Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
+Step = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+KNOWN = {name.lower(): name for name in key_maps.__all__ if isinstance(getattr(key_maps, name), KeyMap)}
+
+
+@dataclass(frozen=True)
+class Names:
+    """Which torch modules the paths of adapters are, if they are of lora_jax. Those of HF PEFT know it themselves.
+
+    Args:
+        key_map: bert, gpt2, llama, gemma, vit, vit_4, t5; or module:NAME, a lora_jax.key_maps.KeyMap of a Python module
+            of your own, which may be in the current directory.
+        stacked: whether their layers are stacked along a first axis.
+        prefix: what torch's names begin with beyond those of the table, such as "bert.".
+    """
+
+    key_map: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    stacked: bool = False
+    prefix: str = ""
+
+    def table(self) -> KeyMap | None:
+        """Return the key map, or None if none is given.
+
+        Raises:
+            LoraError: there is no such key map.
+        """
+        if self.key_map is None:
+            return None
+        table = key_map_called(self.key_map)
+        return (table.stacked() if self.stacked else table).under(name=self.prefix)
+
+    def refuse(self, folder: Path) -> None:
+        """Raise if a key map is given for a folder that names the modules itself."""
+        if self.key_map is not None:
+            raise LoraError(f"{folder} is of HF PEFT and names the modules itself: leave out --key-map.")
+
+
+NameOptions = Annotated[Names, tyro.conf.arg(name="")]  # without a prefix of their own
+
+
+class Contents(NamedTuple):
+    """What a folder of adapters holds."""
+
+    adapters: dict[str, Adapter]
+    others: dict[str, Any]
+    key_map: KeyMap | None  # from these paths to torch's modules, if the folder knows it
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Return the kind of module of each path, where the folder knows it."""
+        entries = () if self.key_map is None else self.key_map.entries
+        return {split(entry.path)[0]: entry.kind for entry in entries}
+
+
+def is_of_peft(folder: Path) -> bool:
+    """Return whether a folder is one of HF PEFT."""
+    return (folder / CONFIG).exists()
+
+
+def read_adapters(folder: Path, step: int | None = None) -> Contents:
+    """Read a folder of HF PEFT, of lora_jax.checkpoint.save or of lora_jax.Checkpoints.
+
+    Args:
+        folder: to read.
+        step: of a folder of Checkpoints; by default its newest one.
+
+    Raises:
+        LoraError: it holds no adapters, or no such step.
+    """
+    if is_of_peft(folder):
+        if step is not None:
+            raise LoraError(f"{folder} is a folder of HF PEFT, which has no steps: leave out --step {step}.")
+        return Contents(*load_by_module(folder))
+    more = {} if step is None else {"step": step}
+    return Contents(*checkpoint.load(folder, **more), None)
+
+
+def for_files(
+    folder: Path, names: Names, step: int | None
+) -> tuple[Path | dict[str, Adapter], KeyMap | None, dict[str, Any] | None]:
+    """Return adapters, their key map and others as `merge_checkpoint` takes them: of HF PEFT the folder itself.
+
+    Raises:
+        LoraError: as `read_adapters` and `table_of`.
+    """
+    if is_of_peft(folder) and step is None:
+        names.refuse(folder)
+        return folder, None, None
+    contents = read_adapters(folder, step)
+    return contents.adapters, table_of(folder, contents, names), contents.others or None
+
+
+def table_of(folder: Path, contents: Contents, names: Names) -> KeyMap:
+    """Return the key map of a folder, the one that it knows or the one that is given.
+
+    Raises:
+        LoraError: it knows none, and none is given; it knows one, and one is given.
+    """
+    if contents.key_map is not None:
+        names.refuse(folder)
+        return contents.key_map
+    table = names.table()
+    if table is None:
+        raise LoraError(
+            f"{folder} has paths of JAX: say which torch modules they are, such as --key-map llama, or --key-map "
+            "my_maps:MY_MAP for one of your own."
+        )
+    return table
+
+
+def key_map_called(name: str) -> KeyMap:
+    """Return the key map of an architecture, or `module:NAME`, one of an importable Python module.
+
+    Raises:
+        LoraError: there is none of this name; the module is not there, or fails; what it has there is no key map.
+    """
+    if ":" not in name:
+        if name.lower() in KNOWN:
+            found: KeyMap = getattr(key_maps, KNOWN[name.lower()])
+            return found
+        raise LoraError(
+            f"there is no key map {name!r}: expected one of {', '.join(KNOWN)}, or module:NAME for one of your own, "
+            "such as my_maps:MY_MAP for MY_MAP in my_maps.py."
+        )
+    module_name, _, attribute = name.partition(":")
+    module = _imported(name, module_name)
+    if not hasattr(module, attribute):
+        own = [known for known, value in vars(module).items() if isinstance(value, KeyMap)]
+        near = f"its key maps are {', '.join(nearest(attribute, own))}" if own else "it has no key map"
+        raise LoraError(f"--key-map {name}: the module {module_name} has no {attribute!r}; {near}.")
+    table = getattr(module, attribute)
+    if not isinstance(table, KeyMap):
+        raise LoraError(
+            f"--key-map {name}: that is a {type(table).__name__}, expected a lora_jax.key_maps.KeyMap, such as "
+            f"{attribute} = KeyMap(linear('layer_{{i}}/query/kernel', 'layers.{{i}}.query'))."
+        )
+    return table
+
+
+def _imported(name: str, module: str) -> Any:
+    """Import a module, from the current directory too."""
+    try:
+        with _current_directory():
+            return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise LoraError(f"--key-map {name}: {module} cannot be imported: {first_line(error)}") from error
+        raise LoraError(
+            f"--key-map {name}: there is no module {error.name!r}, neither in {Path.cwd()} nor among the packages that "
+            "Python finds (PYTHONPATH)."
+        ) from error
+    except Exception as error:  # whatever the code of a user raises
+        raise LoraError(f"--key-map {name}: {module} cannot be imported: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _current_directory() -> Iterator[None]:
+    """Let Python find modules in the current directory first, as `python -m` does."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
