@@ -37,7 +37,8 @@ from lora_jax.training.adalora_schedule import adapt_budget, prune
 from lora_jax.training.lora_plus import lora_plus
 from lora_jax.training.masks import decay_mask, freeze_base, labels, trainable_mask
 from lora_jax.training.preconditioners import lora_fa, lora_fa_gradient, riemannian
-from lora_jax.training.step import LossScale, TrainState, jit_step, pmap_step, shard_map_step, train_step
+from lora_jax.training.state import LossScale, TrainState
+from lora_jax.training.step import jit_step, pmap_step, shard_map_step, train_step
 from lora_jax.training.value_and_grad import value_and_grad
 from lora_jax.transform.apply import lora_apply
 from lora_jax.transform.merge import merge, unmerge

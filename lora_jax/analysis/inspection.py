@@ -102,7 +102,7 @@ def inspect(adapters: Any) -> Inspection:
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
-    >>> adapters = {"w": lora.LoraAdapter(a=jnp.eye(4, 2), b=jnp.eye(2, 3), axes=axes, scale=3.0)}
+    >>> adapters = {"w": lora.LoraAdapter(a=jnp.eye(4, 2), b=jnp.eye(2, 3), axes=axes, ratio=3.0)}
     >>> print(lora.inspect(adapters))
     weight  kind  inputs, outputs  matrices  rank  scale   norm  effective rank
     ------  ----  ---------------  --------  ----  -----  -----  --------------
