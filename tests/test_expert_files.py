@@ -50,9 +50,9 @@ def test_experts_are_merged_into_tensors_of_their_own(names, how, tmp_path):
     params = case("qwen3moe")[0]
     adapters, _ = lora.load_peft(DATA / "qwen3moe", params, key_maps.LLAMA)
     if how == "folder":
-        losses = lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / "qwen3moe")
+        losses = lora.merge_checkpoint(tmp_path / "in", DATA / "qwen3moe", tmp_path / "out")
     else:
-        losses = lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, key_maps.LLAMA)
+        losses = lora.merge_checkpoint(tmp_path / "in", adapters, tmp_path / "out", key_maps.LLAMA)
     merged = lora.merge(twins.from_torch(base), adapters)
     expected = apart(lora.to_torch(merged, key_maps.LLAMA), names)
     found = tensors_in(tmp_path / "out")
@@ -72,7 +72,7 @@ def test_arrays_of_all_experts(tmp_path):
     full, whole = (jax.random.normal(jax.random.key(i), params[path].shape) for i, path in enumerate(paths))
     adapters = {paths[0]: lora.FullAdapter(full, lora.KernelAxes((), (), (0, 1, 2)))}
     lora.merge_checkpoint(
-        tmp_path / "in", tmp_path / "out", adapters, key_maps.LLAMA, others={paths[1]: whole}, params=params
+        tmp_path / "in", adapters, tmp_path / "out", key_maps.LLAMA, others={paths[1]: whole}, params=params
     )
     expected = apart(lora.to_torch(lora.merge(params | {paths[1]: whole}, adapters), key_maps.LLAMA))
     for name, tensor in tensors_in(tmp_path / "out").items():
@@ -90,7 +90,7 @@ def test_a_key_map_that_has_experts_the_other_way_round(tmp_path):
     for transposed in (False, True):
         entry = key_maps.experts("down", "m.experts.down_proj", transposed=transposed)
         out = tmp_path / f"out {transposed}"
-        lora.merge_checkpoint(tmp_path / "in", out, {"down": adapter}, key_maps.KeyMap(entry))
+        lora.merge_checkpoint(tmp_path / "in", {"down": adapter}, out, key_maps.KeyMap(entry))
         for e in range(2):
             own = load_file(out / "model.safetensors")[f"m.experts.{e}.down_proj.weight"]
             np.testing.assert_allclose(own, merged[e].T, rtol=1e-5, atol=1e-5)
@@ -103,9 +103,9 @@ def test_files_of_other_experts_are_refused(tmp_path):
     save_file(tensors, tmp_path / "in" / "model.safetensors")
     says = r"'model.layers.0.mlp.experts.down_proj' is 3 experts in the files, .* adapter is for \[4, "
     with pytest.raises(lora.LoraError, match=says):
-        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", adapters, key_maps.LLAMA)
+        lora.merge_checkpoint(tmp_path / "in", adapters, tmp_path / "out", key_maps.LLAMA)
     with pytest.raises(lora.LoraError, match=r"by their shapes are no way those of .*gate_up_proj \[3, "):
-        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", DATA / "qwen3moe")
+        lora.merge_checkpoint(tmp_path / "in", DATA / "qwen3moe", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
@@ -121,7 +121,7 @@ def written(folder, shapes, modules, targets):
         tensors[f"{P}{name}.lora_A.weight"] = np.ones((experts, inputs), np.float32)
         tensors[f"{P}{name}.lora_B.weight"] = np.ones((outputs, experts), np.float32)
     save_file(tensors, folder / "peft" / "adapter_model.safetensors")
-    return folder / "in", folder / "out", folder / "peft"
+    return folder / "in", folder / "peft", folder / "out"
 
 
 FUSED = ["experts.gate_up_proj", "experts.down_proj"]
@@ -133,7 +133,7 @@ def test_the_shapes_of_the_files_tell_which_parameter_an_adapter_is_of(tmp_path)
     modules = {"m.experts.base_layer": (2, 4, 8), "m.experts": (2, 4, 4)}
     where = written(tmp_path / "turned", shapes, modules, FUSED)
     assert [*lora.merge_checkpoint(*where)] == [*shapes]
-    assert all((tensor == 1).all() for tensor in tensors_in(where[1]).values())
+    assert all((tensor == 1).all() for tensor in tensors_in(where[2]).values())
     shapes["m.experts.gate_up_proj"] = (2, 4, 4)
     modules["m.experts.base_layer"] = (2, 4, 4)
     where = written(tmp_path / "square", shapes, modules, FUSED)
@@ -148,4 +148,4 @@ def test_experts_do_not_begin_with_a_part_of_their_weights(tmp_path):
     folder = copy("qwen3moe", tmp_path / "peft")
     edit_config(folder, init_lora_weights="pissa")
     with pytest.raises(lora.LoraError, match="experts that began with 'pissa', which PEFT has for layers alone"):
-        lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", folder)
+        lora.merge_checkpoint(tmp_path / "in", folder, tmp_path / "out")

@@ -477,3 +477,17 @@ def test_memory_is_that_of_a_few_chunks(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 300 * 1024
+
+
+def test_the_order_of_before(tmp_path):
+    """The target before the adapters, for a dict and for a folder: done all the same, with a warning."""
+    base = published(tmp_path / "in", "lora")
+    adapters, others = lora.load_peft(DATA / "lora", twins.from_torch(base), MLP)
+    lora.merge_checkpoint(tmp_path / "in", DATA / "lora", tmp_path / "out")
+    with pytest.warns(lora.LoraWarning, match=r"the order is merge_checkpoint\(source, adapters, target"):
+        lora.merge_checkpoint(tmp_path / "in", tmp_path / "one", DATA / "lora")
+    with pytest.warns(lora.LoraWarning, match=r"the order is merge_checkpoint\(source, adapters, target"):
+        lora.merge_checkpoint(tmp_path / "in", tmp_path / "two", adapters, MLP, others=others)
+    for folder in ("one", "two"):
+        for name, tensor in tensors_in(tmp_path / folder).items():
+            np.testing.assert_allclose(tensor, tensors_in(tmp_path / "out")[name], rtol=1e-6)

@@ -557,7 +557,7 @@ mistake(
 mistake(
     "a description without a scale",
     lambda g, folder: checkpoint.load(folder),
-    "description | 'up' | 'scale' | damaged",
+    "description | 'up' | 'ratio' | damaged",
     prepare=lambda g: described(g, without_scale),
 )
 mistake(
@@ -571,12 +571,6 @@ mistake(
     lambda g, folder: checkpoint.load(folder),
     "'other' | damaged",
     prepare=lambda g: described(g, lambda text: text.replace('"up"', '"other"', 1)),
-)
-mistake(
-    "a merge in the wrong order",
-    lambda g, folder: lora.merge_checkpoint(folder, g.folder / "new", g.adapters, g.key_map),
-    "merge_checkpoint(source, adapters, target",
-    prepare=Given.exported,
 )
 mistake(
     "places in the wrong order",
@@ -600,7 +594,7 @@ def described(g, change):
 
 def without_scale(text):
     facts = json.loads(text)
-    del facts["adapters"]["up"]["scale"]
+    del facts["arrays"]["adapters"]["up"]["ratio"]
     return json.dumps(facts)
 
 

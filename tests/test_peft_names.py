@@ -60,7 +60,7 @@ def test_one_reading_is_merged_into_files(name, tmp_path):
     folder = write(tmp_path / "peft", [ONE_READING[name]])
     (tmp_path / "in").mkdir()
     save_file({f"{Q}.weight": np.zeros((8, 8), np.float32)}, tmp_path / "in" / "model.safetensors")
-    assert [*lora.merge_checkpoint(tmp_path / "in", tmp_path / "out", folder)] == [f"{Q}.weight"]
+    assert [*lora.merge_checkpoint(tmp_path / "in", folder, tmp_path / "out")] == [f"{Q}.weight"]
     [tensor] = tensors_in(tmp_path / "out").values()
     np.testing.assert_allclose(tensor, 8)
 
@@ -116,7 +116,7 @@ def test_a_beginning_that_says_which_model_it_is_is_not_guessed(tmp_path):
     (tmp_path / "base").mkdir()
     save_file({f"{Q}.weight": np.zeros((8, 8), np.float32)}, tmp_path / "base" / "model.safetensors")
     with pytest.raises(lora.LoraError, match=r"loaded and merged with a key map: lora.load_peft\(folder, params"):
-        lora.merge_checkpoint(tmp_path / "base", tmp_path / "out", folder)
+        lora.merge_checkpoint(tmp_path / "base", folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_published_files_with_other_names_than_the_folder(tmp_path):
         (tmp_path / folder).mkdir()
         named = {prefix + name: tensor for name, tensor in base.items()}
         save_file(named, tmp_path / folder / "model.safetensors")
-        lora.merge_checkpoint(tmp_path / folder, tmp_path / f"{folder} out", DATA / "llama_tokens")
+        lora.merge_checkpoint(tmp_path / folder, DATA / "llama_tokens", tmp_path / f"{folder} out")
     same, other = (load_file(tmp_path / f"{folder} out" / "model.safetensors") for folder in ("same", "other"))
     assert any(not np.array_equal(same[name], tensor) for name, tensor in base.items())
     for name, tensor in same.items():

@@ -404,7 +404,7 @@ def test_the_loss_sees_no_mesh_that_its_caller_has_not_set(how):
     places = nn.logical_to_mesh_sharding(nn.get_partition_spec(variables), mesh, [*axes, ("kv", None)])
     fn, params, state = lora.from_linen(LogicalAxes(), jax.device_put(nn.unbox(variables), places))
     made = lora.plan(fn, params, state, x, rules={".*kernel": lora.Lora(rank=2)})
-    adapters = lora.init(jax.random.key(1), params, made, shardings=lora.adapter_shardings(made, params))
+    adapters = lora.init(jax.random.key(1), params, made, shardings=lora.adapter_shardings(params, made))
     apply, optimizer, seen = lora.lora_apply(fn), optax.sgd(0.1), []
 
     def loss(adapters, params, x):

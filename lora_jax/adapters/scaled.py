@@ -14,6 +14,7 @@ from jax import lax
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.layout import Layout
+from lora_jax.core.short_repr import repr_of_arrays
 
 OF_RATIO: Layout = ("ratio",)
 
@@ -36,6 +37,9 @@ class Scaled(Adapter):
         """Return whether this is an adapter, and no tree of its form that holds masks, labels or norms."""
         others = (getattr(self, name) for name in self.layout if name != "ratio")
         return all(array is None or getattr(array, "ndim", 0) > 0 for array in others)
+
+    def __repr__(self) -> str:
+        return repr_of_arrays(self, without=("axes", "ratio"))
 
     @property
     def scale(self) -> Any:

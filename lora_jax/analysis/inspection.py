@@ -14,6 +14,7 @@ from lora_jax.analysis.spectrum import spectrum
 from lora_jax.core.adapter import Adapter, AdapterWrapper, is_adapter
 from lora_jax.core.errors import LoraError
 from lora_jax.core.kinds import KINDS
+from lora_jax.core.layout import of_weight
 from lora_jax.core.paths import flatten_with_names
 from lora_jax.core.text import format_table
 
@@ -145,7 +146,7 @@ def _summary(path: str, adapter: Adapter) -> WeightSummary:
     shape = adapter.kernel_shape()
     stack, d, k = adapter.axes.fans(shape)
     finite = all(bool(np.isfinite(array).all()) for array in arrays.values())
-    size = sum(array.size for name, array in arrays.items() if name in adapter.layout)
+    size = sum(array.size for array in of_weight(arrays, adapter.layout).values())
     sides = (d, k) if adapter.axes.inputs and adapter.axes.outputs else tuple(shape)
     rank = scale = norm = effective = None
     factors = adapter.to_lora()

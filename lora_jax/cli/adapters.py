@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
 import jax.numpy as jnp
 import tyro
 
@@ -20,6 +19,7 @@ from lora_jax.cli.folders import Adapters, NameOptions, Names, Output, Step, for
 from lora_jax.cli.output import draw_spectra, print_json, print_table, say
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
+from lora_jax.core.layout import of_weight
 from lora_jax.core.text import printable
 from lora_jax.interop.key_map import KeyMap
 from lora_jax.interop.merge_checkpoint import check_checkpoint
@@ -167,7 +167,8 @@ def compose(
         if contents.others:
             other = next(iter(contents.others))
             raise LoraError(f"{folder} also holds {other!r} whole, which no sum of adapters expresses.")
-        dtypes += [array.dtype for array in jax.tree.leaves(contents.adapters)]
+        for part in contents.adapters.values():
+            dtypes += [array.dtype for array in of_weight(part.arrays(), part.layout).values()]
         factors = {path: adapter.to_lora() or adapter for path, adapter in in_fp32(contents.adapters).items()}
         sums.append((factors, weight))
         table += table_of(folder, contents, names)

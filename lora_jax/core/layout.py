@@ -33,6 +33,12 @@ def field_names(node: Any, static: bool) -> list[str]:
     return [f.name for f in dataclasses.fields(node) if bool(f.metadata.get("static")) == static]
 
 
+def of_weight(arrays: Mapping[str, Any], layouts: Mapping[str, Layout]) -> dict[str, Any]:
+    """Return the arrays that have axes of the weight or of its factors; the others are settings, such as a scale."""
+    axes = {*KernelAxes._fields, "rank"}
+    return {name: array for name, array in arrays.items() if axes & {*layouts.get(name, ())}}
+
+
 def weight_shape(arrays: Mapping[str, Any], layouts: Mapping[str, Layout], axes: KernelAxes) -> tuple[int, ...]:
     """Return the shape of the weight that these arrays fit.
 

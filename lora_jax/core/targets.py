@@ -11,6 +11,7 @@ import jax
 from lora_jax.core.adapter import Adapter, Rule
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.kinds import check_registered
+from lora_jax.core.layout import of_weight
 from lora_jax.core.plan_table import Row, format_plan
 
 
@@ -153,8 +154,7 @@ class Plan(Mapping[str, Target]):
 
 def _sizes(adapter: Adapter) -> tuple[int, int, int]:
     """Return how many parameters an adapter has, how many of them are trained, and their bytes."""
-    shaped = {"stack", "inputs", "outputs", "rank"}  # what has none of these axes is a setting, such as a scale
-    arrays = {name: array for name, array in adapter.arrays().items() if shaped & {*adapter.layout.get(name, ())}}
+    arrays = of_weight(adapter.arrays(), adapter.layout)
     counts = {name: math.prod(array.shape) for name, array in arrays.items()}
     nbytes = sum(counts[name] * array.dtype.itemsize for name, array in arrays.items())
     return sum(counts.values()), sum(n for name, n in counts.items() if name not in adapter.frozen), nbytes

@@ -8,6 +8,7 @@ unless a head that was tied to the table gets a tensor of its own. What becomes 
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -24,12 +25,13 @@ from lora_jax.checkpoints.replaceable import check_target
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.argument_checks import A_KEY_MAP, check_adapter_dict, check_folder, check_is
 from lora_jax.core.arrays import matmul_highest
-from lora_jax.core.errors import LoraError
+from lora_jax.core.errors import LoraError, LoraWarning
 from lora_jax.core.paths import nearest
 from lora_jax.interop import safetensors_index
 from lora_jax.interop.expert_files import with_experts_apart
 from lora_jax.interop.file_parts import Part, parts_of
 from lora_jax.interop.key_map import Array, KeyMap
+from lora_jax.interop.peft.files import CONFIG
 from lora_jax.interop.peft.tied_tables import Tied, check_tied
 from lora_jax.interop.safetensors_index import Tensor, read, tensors_in
 from lora_jax.interop.tensor_changes import (
@@ -89,7 +91,13 @@ def merge_checkpoint(
             quantised; adapters or others are not finite; a merged number is beyond the tensor's dtype; a change of one
             end of a tied table; the target is not empty or cannot be written, such as on a full disk. Then nothing has
             changed.
+
+    Warns:
+        LoraWarning: the target was given before the adapters, which was the order once.
     """
+    if _is_target_first(adapters, target):
+        adapters, target = target, adapters
+        warnings.warn(f"the order is {CALL}: the target came before the adapters.", LoraWarning, stacklevel=2)
     check_folder(CALL, source, "source")
     check_folder(CALL, target, "target")
     source, target = Path(source).absolute(), Path(target).absolute()
@@ -106,6 +114,14 @@ def merge_checkpoint(
                 shutil.copyfile(path, new / path.name)
         write_untied(new, work.untied)
         return _write(source, new, work, progress)
+
+
+def _is_target_first(adapters: Any, target: Any) -> bool:
+    """Return whether adapters were given where the target belongs, as was the order before."""
+    if isinstance(target, Mapping):
+        return isinstance(adapters, str | Path)
+    folders = isinstance(adapters, str | Path) and isinstance(target, str | Path)
+    return folders and Path(target, CONFIG).is_file() and not Path(adapters, CONFIG).exists()
 
 
 def check_checkpoint(
@@ -161,7 +177,7 @@ def _checked(
     if key_map is None:
         mend = (
             "An adapter for a model with other names is loaded and merged with a key map: lora.load_peft(folder, "
-            "params, key_map), and then lora.merge_checkpoint(source, target, adapters, key_map, others=others)."
+            "params, key_map), and then lora.merge_checkpoint(source, adapters, target, key_map, others=others)."
         )
     _check(source, tensors, changes, mend)
     return _Work(tensors, files, changes, untied)

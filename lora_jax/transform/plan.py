@@ -68,9 +68,9 @@ def plan(
     >>> print(lora.plan(model, params, jnp.ones((4, 8)), rules={".*/kernel": lora.Lora(rank=2, alpha=4)}))
     path         shape    axes                 rule                   parameters  bytes  FLOPs
     -----------  -------  -------------------  ---------------------  ----------  -----  -----
-    down/kernel  [4, 16]  inputs 1, outputs 0  Lora(rank=2, alpha=4)          40  168 B    320
-    up/kernel    [8, 16]  inputs 0, outputs 1  Lora(rank=2, alpha=4)          48  200 B    384
-    2 of 2 weights adapted: 88 parameters beside 192 (31.43%), 368 B. FLOPs are those added to one forward pass.
+    down/kernel  [4, 16]  inputs 1, outputs 0  Lora(rank=2, alpha=4)          40  160 B    320
+    up/kernel    [8, 16]  inputs 0, outputs 1  Lora(rank=2, alpha=4)          48  192 B    384
+    2 of 2 weights adapted: 88 parameters beside 192 (31.43%), 352 B. FLOPs are those added to one forward pass.
     """
     check_function("plan(fn, params, *args, rules={...})", "fn", fn)
     names, leaves, _ = flatten_with_names(params)

@@ -49,8 +49,8 @@ def test_fused_experts_into_files_of_single_ones(name, targets, tmp_path):
     assert np.abs(expected - outputs(experts_of(name), "qwen3moe")).max() > 1e-3, "the adapters change something"
     params, _ = params_of(experts_of(name))
     adapters, others = lora.load_peft(tmp_path / "peft", params, key_maps.LLAMA)
-    lora.merge_checkpoint(tmp_path / "base", tmp_path / "folder", tmp_path / "peft")
-    lora.merge_checkpoint(tmp_path / "base", tmp_path / "adapters", adapters, key_maps.LLAMA, others=others)
+    lora.merge_checkpoint(tmp_path / "base", tmp_path / "peft", tmp_path / "folder")
+    lora.merge_checkpoint(tmp_path / "base", adapters, tmp_path / "adapters", key_maps.LLAMA, others=others)
     for how in ("folder", "adapters"):
         found = type(experts_of(name)).from_pretrained(tmp_path / how).eval()
         np.testing.assert_allclose(outputs(found, "qwen3moe"), expected, atol=2e-5, rtol=1e-5)
@@ -76,9 +76,9 @@ def test_trained_tokens_into_files_both_ways(tied, tmp_path):
     np.testing.assert_allclose(merged, expected, atol=1e-5)
     params, _ = params_of(base())
     adapters, others = lora.load_peft(tmp_path / "peft", params, key_maps.LLAMA)
-    lora.merge_checkpoint(tmp_path / "base", tmp_path / "folder", tmp_path / "peft")
+    lora.merge_checkpoint(tmp_path / "base", tmp_path / "peft", tmp_path / "folder")
     lora.merge_checkpoint(
-        tmp_path / "base", tmp_path / "adapters", adapters, key_maps.LLAMA, others=others, params=params
+        tmp_path / "base", adapters, tmp_path / "adapters", key_maps.LLAMA, others=others, params=params
     )
     for how in ("folder", "adapters"):
         found = hf.LlamaForCausalLM.from_pretrained(tmp_path / how).eval()
@@ -146,7 +146,7 @@ def test_velora_computes_what_lora_does(tmp_path):
     model.save_pretrained(tmp_path / "peft")
     assert any("velora" in name for name in load_file(tmp_path / "peft" / "adapter_model.safetensors"))
     made("llama").save_pretrained(tmp_path / "base")
-    lora.merge_checkpoint(tmp_path / "base", tmp_path / "out", tmp_path / "peft")
+    lora.merge_checkpoint(tmp_path / "base", tmp_path / "peft", tmp_path / "out")
     found = hf.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
     np.testing.assert_allclose(outputs(found, "llama"), expected, atol=2e-5, rtol=1e-5)
 

@@ -53,7 +53,7 @@ def parameters_of_modules(
                 f"{folder} adapts {targets}, and its tensors do not tell of which parameter they are, since the model "
                 f"has no such one in {short(module)}: it is for another model, or one with other names, into which it "
                 "is merged with a key map: lora.load_peft(folder, params, key_map), and then lora.merge_checkpoint("
-                "source, target, adapters, key_map, others=others)."
+                "source, adapters, target, key_map, others=others)."
             )
         if config.start is not None:
             raise LoraError(f"{folder} has experts that began with {config.start!r}, which PEFT has for layers alone.")
@@ -64,7 +64,7 @@ def parameters_of_modules(
                 f"{folder} has {len(names)} adapter(s) of parameters of {short(module)}, which by their shapes are "
                 f"{why} those of {', '.join(f'{name} {list(shape)}' for name, shape in known.items())}: load them with "
                 "a key map, adapters, others = lora.load_peft(folder, params, key_map), and merge these: "
-                "lora.merge_checkpoint(source, target, adapters, key_map, others=others)."
+                "lora.merge_checkpoint(source, adapters, target, key_map, others=others)."
             )
         found |= zip(names, readings[0], strict=True)
     return found
