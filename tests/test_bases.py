@@ -213,11 +213,12 @@ def test_temporary_memory_is_that_of_one_layer():
             w, a = of
 
             def dense(name, x):
-                return x @ w[name].dense() + (x @ a[name].a) @ a[name].b
+                return x @ w[name].dense() + (x @ a[name][0]) @ a[name][1]
 
             return x + dense("down", jnp.tanh(dense("up", x))), None
 
-        return jax.lax.scan(layer, x, (params, adapters))[0]
+        factors = {name: (adapter.a, adapter.b) for name, adapter in adapters.items()}
+        return jax.lax.scan(layer, x, (params, factors))[0]
 
     def compiled(fn):
         return jax.jit(jax.grad(lambda a, p, x: fn(p, a, x).sum())).lower(adapters, base, x).compile()

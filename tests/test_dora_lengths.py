@@ -141,7 +141,8 @@ def test_on_a_mesh(spec, kind):
     with jax.set_mesh(mesh):
         for short in (1.0, 1e-2):
             adapter = shortened(w, short)
-            places = dataclasses.replace(adapter, a=jax.P(spec[0], None), b=jax.P(None, spec[1]), m=jax.P(spec[1]))
+            specs = {"a": jax.P(spec[0], None), "b": jax.P(None, spec[1]), "m": jax.P(spec[1]), "ratio": jax.P()}
+            places = dataclasses.replace(adapter, **specs)
             here, there = (
                 (w, adapter),
                 jax.tree.map(

@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +64,10 @@ def test_the_formula():
     """x @ W + scale * (mask * x / keep) @ A @ B: with A = 1 and B = 1, y - x @ W counts what was kept."""
     params, x = {"w": jnp.ones((D, K))}, jnp.ones((200, D))
     adapters = adapters_of(linear, params, x)
-    ones = {path: dataclasses.replace(x, a=jnp.ones_like(x.a), b=jnp.ones_like(x.b)) for path, x in adapters.items()}
+    ones = {
+        path: lora.LoraAdapter(jnp.ones_like(one.a), jnp.ones_like(one.b), one.axes, RULE.scale)
+        for path, one in adapters.items()
+    }
     y = lora.lora_apply(linear)(params, lora.with_dropout(ones, KEY, 0.25), x) - linear(params, x)
     kept = np.asarray(y) * 0.75 / (RULE.scale * RULE.rank)
     np.testing.assert_allclose(kept, np.round(kept), atol=1e-4)

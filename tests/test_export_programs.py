@@ -260,7 +260,9 @@ def test_flax_writes_dropout_and_packed_weights():
 
 def test_flax_refuses_a_state_of_another_kind():
     dora = serialization.to_bytes(adapters_of("dora"))
-    with pytest.raises(LoraError, match=r"LoraAdapter has the fields \['a', 'b', 'm'\], expected \['a', 'b'\]"):
+    with pytest.raises(
+        LoraError, match=r"LoraAdapter has the fields \['a', 'b', 'm', 'ratio'\], expected \['a', 'b', 'ratio'\]"
+    ):
         serialization.from_bytes(adapters_of("lora"), dora)
 
 

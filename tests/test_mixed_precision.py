@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import KINDS, RULES, Case, assert_trees_close, eight_devices, equations, total, trained
+from helpers import KINDS, RULES, Case, assert_trees_close, eight_devices, equations, total, trained, trained_leaves
 
 import lora_jax as lora
 from benchmarks.collectives import collectives
@@ -249,7 +249,7 @@ def test_sums_over_devices_run_in_fp32(kind, how):
     compiled = gradient.lower(adapters, params, x).compile()
     sums = [c for c in collectives(compiled.as_text()) if c.kind in ("all-reduce", "reduce-scatter")]
     sent = [(math.prod(shape), c.nbytes / sum(map(math.prod, c.shapes))) for c in sums for shape in c.shapes]
-    assert sum(size for size, _ in sent) >= sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    assert sum(size for size, _ in sent) >= sum(leaf.size for leaf in trained_leaves(adapters))
     assert {width for _, width in sent} == {4}, "bytes of each number"
     here = jax.jit(jax.grad(loss))(adapters, params, x)
     there = compiled(*map(jax.device_put, (adapters, params, x), places))

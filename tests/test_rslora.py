@@ -1,5 +1,7 @@
 """rsLoRA in a network: how what adapters add, and how their gradients, depend on the rank."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,9 +30,11 @@ def sizes(rule, rank, seed):
     x, target = (jax.random.normal(k, (32, WIDTH)) for k in keys[2:4])
     plan = lora.plan(network, params, x, rules={".*": rule(rank=rank, alpha=0.1)})
     fresh = lora.init(keys[4], params, plan)
-    leaves, tree = jax.tree.flatten(fresh)
-    adapters = tree.unflatten(
-        [jax.random.normal(jax.random.fold_in(keys[4], i), leaf.shape) / WIDTH**0.5 for i, leaf in enumerate(leaves)]
+    draws = (jax.random.fold_in(keys[4], i) for i in itertools.count())
+    adapters = jax.tree.map(
+        lambda a, moves: jax.random.normal(next(draws), a.shape) / WIDTH**0.5 if moves else a,
+        fresh,
+        lora.trainable_mask(fresh),
     )
     apply = lora.lora_apply(network)
 

@@ -97,7 +97,7 @@ def test_packed_bases(packing, dtype):
         lora.plan(model, packed, x, rules={"w|layers": RULE})
         assert lora.lora_apply(model)(packed, {}, x).dtype == dtype
         value, gradient = jax.jit(jax.value_and_grad(loss))(adapters, packed, x)
-        merged = lora.bases.merge(packed, adapters)
+        merged, _ = lora.bases.merge(packed, adapters)
         dense = lora.bases.dense(packed)
     assert jnp.isfinite(value)
     assert jax.tree.structure(gradient) == jax.tree.structure(adapters)

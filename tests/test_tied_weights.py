@@ -36,7 +36,7 @@ def view(array):
 
 
 def alive(tree):
-    return not any(array.is_deleted() for array in jax.tree.leaves(tree))
+    return not any(isinstance(array, jax.Array) and array.is_deleted() for array in jax.tree.leaves(tree))
 
 
 ONE, OTHER = adapter(1), adapter(2)

@@ -68,7 +68,7 @@ def test_only_marked_leaves_move_and_only_they_have_state():
     optimizer = lora.freeze_base(optax.adamw(1e-2, weight_decay=0.1))
     state = optimizer.init(tree)
     held = {leaf.shape for leaf in jax.tree.leaves(state)} - {()}
-    assert held == {leaf.shape for leaf in jax.tree.leaves(tree["adapters"])}
+    assert held == {leaf.shape for leaf in trained_leaves(tree["adapters"])}
     grads = jax.grad(lambda t: total(lora.lora_apply(CASE.fn)(t["params"], t["adapters"], CASE.input())))(tree)
     assert all(jnp.any(g != 0) for g in jax.tree.leaves(grads["params"]))
     updates, _ = optimizer.update(grads, state, tree)
@@ -292,7 +292,7 @@ def test_a_gradient_that_is_not_finite_is_counted_and_changes_nothing():
     assert_trees_equal((after.trainable, after.opt_state), (good.trainable, good.opt_state))
     again, metrics = step(after, CASE.params(), CASE.input())
     assert metrics["skipped"] == 1
-    assert all(jnp.any(a != b) for a, b in zip(*map(jax.tree.leaves, (again.trainable, after.trainable)), strict=True))
+    assert all(jnp.any(a != b) for a, b in zip(*map(trained_leaves, (again.trainable, after.trainable)), strict=True))
 
 
 def test_the_loss_scale_lets_small_gradients_through_fp16_and_finds_its_size():

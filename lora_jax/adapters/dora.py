@@ -74,7 +74,7 @@ class DoraAdapter(Scaled):
         return along_outputs(length_gain(self.m.astype(w.dtype), _as_m(n, self.axes)), self.axes) * v
 
     def lower(self, w: jax.Array) -> OutputScaled:
-        factors = LowRank(self.a, self.scaled(self.b), self.axes)
+        factors = LowRank(self.a, self.scaled(self.b, w), self.axes)
         return OutputScaled(factors, length_gain(self.m, _lengths(w, factors)), self.axes)
 
 

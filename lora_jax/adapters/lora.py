@@ -117,7 +117,7 @@ class LoraAdapter(Scaled):
         return add_low_rank(w, self.a, self.b, self.axes, self.ratio)
 
     def lower(self, w: Any) -> LowRank:
-        return LowRank(self.a, self.scaled(self.b), self.axes)
+        return LowRank(self.a, self.scaled(self.b, w), self.axes)
 
     def to_lora(self) -> "LoraAdapter":
         return self

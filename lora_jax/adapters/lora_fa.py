@@ -32,7 +32,7 @@ class LoraFaAdapter(LoraAdapter):
     frozen = ("a", "ratio")
 
     def lower(self, w: Any) -> LowRank:
-        return LowRank(jax.lax.stop_gradient(self.a), self.scaled(self.b), self.axes)
+        return LowRank(jax.lax.stop_gradient(self.a), self.scaled(self.b, w), self.axes)
 
     def merge(self, w: jax.Array) -> jax.Array:
         return self.lower(w).merge(w)

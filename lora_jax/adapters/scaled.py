@@ -30,7 +30,8 @@ class Scaled(Adapter):
     frozen: ClassVar[tuple[str, ...]] = ("ratio",)
 
     def __post_init__(self) -> None:
-        if self.ratio is not None and np.ndim(self.ratio) == 0 and self._has_arrays():
+        is_number = isinstance(self.ratio, int | float | np.generic | jax.Array) and np.ndim(self.ratio) == 0
+        if is_number and self._has_arrays():
             object.__setattr__(self, "ratio", as_ratio(self.ratio))
 
     def _has_arrays(self) -> bool:
@@ -46,18 +47,19 @@ class Scaled(Adapter):
         """Return the scale, an fp32 scalar."""
         return self.ratio[..., 0] / self.ratio[..., 1]
 
-    def scaled(self, array: jax.Array) -> jax.Array:
-        """Return scale * array, in fp32 or wider: the smallest factor takes the scale."""
+    def scaled(self, array: jax.Array, w: Any) -> jax.Array:
+        """Return scale * array, in fp32 or wider, as W is: the smallest factor takes the scale."""
         if isinstance(self.ratio, np.ndarray) and self.scale == 1:
             return array
-        return times_ratio(array, self.ratio)
+        return times_ratio(array.astype(accumulator(array.dtype, getattr(w, "dtype", array.dtype))), self.ratio)
 
 
 def as_ratio(scale: Any) -> Any:
     """Return a scale as its adapter keeps it."""
+    wide = jax.dtypes.canonicalize_dtype(float)  # fp32, unless JAX computes in fp64
     if isinstance(scale, jax.Array):
-        return jnp.stack([scale, jnp.ones_like(scale)], -1).astype(jnp.float32)
-    return np.array([scale, 1], np.float32)
+        return jnp.stack([scale, jnp.ones_like(scale)], -1).astype(wide)
+    return np.array([scale, 1], wide)
 
 
 @functools.partial(jax.jit, inline=True)  # one operation of an eager call, and none of its own in a trace

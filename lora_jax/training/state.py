@@ -105,7 +105,9 @@ class TrainState:
         if key is not None:
             check_key(call, key)
         zero, given = jnp.zeros((), jnp.int32), (trainable, key, loss_scale, model_state)
-        state = cls(zero, trainable, optimizer.init(trainable), zero.copy(), key, loss_scale, model_state)
+        with jax.numpy_dtype_promotion("standard"):  # as in a step
+            opt_state = optimizer.init(trainable)
+        state = cls(zero, trainable, opt_state, zero.copy(), key, loss_scale, model_state)
         state = _with_own_memory(state, given)
         mesh = on_mesh(trainable)
         if mesh is None:

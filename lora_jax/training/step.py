@@ -121,7 +121,8 @@ def _check_optimizer(optimizer: optax.GradientTransformation, state: TrainState)
         LoraError: its own state would be of another structure.
     """
     try:
-        expected: Any = jax.tree.structure(jax.eval_shape(optimizer.init, state.trainable))
+        with jax.numpy_dtype_promotion("standard"):
+            expected: Any = jax.tree.structure(jax.eval_shape(optimizer.init, state.trainable))
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
         return  # it looks at the numbers, so that its state is not known from shapes
     found: Any = jax.tree.structure(state.opt_state)
