@@ -21,6 +21,9 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+gc.freeze()  # what is imported stays, and traces are many small objects that live for one test:
+gc.set_threshold(100_000)  # a tenth of the time went into looking through all of them
+
 KEPT = 50  # tests whose compiled programs are kept together; CI has memory for more, and less to compile again
 KEPT_IN_CI = 200
 _run = 0
