@@ -5,6 +5,7 @@ import pytest
 from helpers import MODELS, RULES, D, K, assert_trees_close, assert_trees_equal, eight_devices, total
 
 import lora_jax as lora
+from lora_jax.core import products
 from lora_jax.core.paths import path_key
 
 CASES = {case.name: case for case in MODELS}
@@ -155,3 +156,10 @@ def test_a_program_hashes_the_paths_of_all_layers_once():
     text = jax.jit(lambda a, key: lora.with_dropout(a, key)).lower(adapters, KEY).as_text()
     assert text.count("call @_threefry_fold_in") == 1
     assert text.count("call @_threefry_split") == 1
+
+
+@pytest.mark.parametrize("probability", [0.9, 0.5, 0.3, 1e-3, 1 - 2**-23])
+def test_masks_are_those_of_jax(probability):
+    key = jax.random.key(5)
+    expected = jax.random.bernoulli(key, probability, (300, 70))
+    np.testing.assert_array_equal(products._bernoulli(key, probability, (300, 70)), expected)
