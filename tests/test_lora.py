@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -109,3 +110,16 @@ def test_a_scale_given_by_hand():
     np.testing.assert_array_equal(merged, 2 * jnp.ones((4, 4)))
     assert jax.tree.leaves(jax.tree.map(jnp.size, adapter)) == [4, 4, 2]
     assert jax.tree.leaves(jax.tree.map(lambda array: "x", adapter)) == ["x", "x", "x"]
+
+
+def test_zeros_change_nothing_and_a_ratio_is_two_numbers():
+    model, params, x, [adapters] = of_alphas(Lora, (5,))
+    zeros = jax.tree.map(jnp.zeros_like, adapters)
+    np.testing.assert_array_equal(lora.lora_apply(model)(params, zeros, x), model(params, x))
+    np.testing.assert_array_equal(lora.merge(params, zeros)["up"], params["up"])
+    wrong = adapters | {"up": dataclasses.replace(adapters["up"], ratio=jnp.ones(3))}
+    with pytest.raises(LoraError, match=r"'up' has a ratio of shape \[3\], expected \[2\], or a number"):
+        lora.merge(params, wrong)
+    stacked = jax.tree.map(lambda a: jnp.stack([a, a]), adapters)
+    with pytest.raises(LoraError, match=r"'down' is a stack of 2 adapters: add them up one by one"):
+        lora.combine([(stacked, 0.5)])

@@ -826,3 +826,17 @@ def test_many_mutated_files(tmp_path):
     assert loaded > 1000
     assert refused > 5000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000, "kilobytes"
+
+
+def test_the_scale_of_a_thin_adapter_is_exact(tmp_path):
+    """The factors are cast, and alpha / r is not."""
+    params = case("lora")[0]
+    adapters = {
+        path: dataclasses.replace(a, ratio=0.35) for path, a in lora.load_peft(DATA / "lora", params, MLP)[0].items()
+    }
+    lora.save_peft(tmp_path / "in", adapters, MLP)
+    thin, _ = lora.load_peft(tmp_path / "in", params, MLP, dtype=jnp.bfloat16)
+    assert {a.a.dtype for a in thin.values()} == {jnp.dtype(jnp.bfloat16)}
+    lora.save_peft(tmp_path / "out", thin, MLP)
+    before, after = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("in", "out"))
+    assert before["lora_alpha"] == after["lora_alpha"] == 0.7

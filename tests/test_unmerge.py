@@ -91,3 +91,32 @@ def test_what_was_not_merged_is_refused(change, says):
     merged, kept = lora.merge(*base(jnp.bfloat16), keep=True)
     with pytest.raises(lora.LoraError, match=says):
         lora.unmerge(change(merged), kept)
+
+
+def test_what_was_one_array_is_one_again():
+    params, adapters = base(jnp.bfloat16)
+    tied = {"up": params["up"], "again": params["up"]}
+    both = {"up": adapters["up"], "again": adapters["up"]}
+    for donate in (False, True):
+        fresh = jax.tree.map(jnp.copy, tied["up"])
+        merged, kept = lora.merge({"up": fresh, "again": fresh}, both, keep=True, donate=donate)
+        assert kept["up"] is kept["again"]
+        back = lora.unmerge(merged, kept)
+        assert back["up"] is back["again"]
+        assert bits(back) == bits(tied)
+
+
+def test_a_base_of_numpy():
+    """Whose fp64 is fp32 in JAX."""
+    adapters = base(jnp.float32)[1]
+    params = {"up": np.ones((64, 128)), "down": np.ones((128, 64), np.float32)}
+    back = lora.unmerge(*lora.merge(params, adapters, keep=True))
+    np.testing.assert_array_equal(back["up"], params["up"])
+
+
+def test_what_was_donated_later_is_told():
+    params, adapters = base(jnp.float32)
+    merged, kept = lora.merge(params, adapters, keep=True)
+    lora.merge(lora.unmerge(merged, kept), adapters, keep=True, donate=True)
+    with pytest.raises(lora.LoraError, match="was kept, and its memory was donated since then"):
+        lora.unmerge(merged, kept)

@@ -71,6 +71,11 @@ def _weighted(path: str, adapter: LoraAdapter, weight: float) -> LoraAdapter:
             f"{path!r} holds infinity or NaN, in the part with the weight {weight}: no sum of it has a meaning. "
             "Take the adapters of an earlier checkpoint."
         )
+    if adapter.ratio.ndim > 1:
+        raise LoraError(
+            f"{path!r} is a stack of {len(adapter.ratio)} adapters: add them up one by one, "
+            "jax.vmap(lambda a: lora.combine([(a, 0.5)]))(adapters)."
+        )
     if isinstance(adapter.ratio, jax.core.Tracer):
         return dataclasses.replace(adapter, ratio=adapter.scale * weight)
     scale = float(adapter.scale) * weight

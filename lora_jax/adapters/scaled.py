@@ -13,6 +13,7 @@ from jax import lax
 
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.arrays import accumulator
+from lora_jax.core.errors import LoraError
 from lora_jax.core.layout import Layout
 from lora_jax.core.short_repr import repr_of_arrays
 
@@ -22,8 +23,10 @@ OF_RATIO: Layout = ("ratio",)
 class Scaled(Adapter):
     """An adapter whose change is a product of its arrays times `scale`.
 
-    The scale is kept as two numbers of which only the quotient counts: weight decay, which shrinks all that is
-    optimized by one factor, leaves it as it is even where no mask does.
+    The scale is kept as two numbers of which only the quotient counts: weight decay as AdamW has it, which shrinks all
+    that is optimized by one factor, leaves it as it is even where no mask does. Gradients of penalties and noise on
+    every array do not: these need `lora.freeze_base`, or labels. Of zeros, as trees are initialized with, the quotient
+    is zero: they change nothing.
     """
 
     ratio: Any  # f32 [2], such as alpha and r; when an adapter is made by hand, the scale itself
@@ -45,7 +48,13 @@ class Scaled(Adapter):
     @property
     def scale(self) -> Any:
         """Return the scale, an fp32 scalar."""
-        return self.ratio[..., 0] / self.ratio[..., 1]
+        return _quotient(self.ratio)
+
+    def kernel_shape(self) -> tuple[int, ...]:
+        shape = super().kernel_shape()
+        if self.ratio is not None and tuple(self.ratio.shape) != (2,):
+            raise LoraError(f"has a ratio of shape {list(self.ratio.shape)}, expected [2], or a number: its scale.")
+        return shape
 
     def scaled(self, array: jax.Array, w: Any) -> jax.Array:
         """Return scale * array, in fp32 or wider, as W is: the smallest factor takes the scale."""
@@ -66,4 +75,9 @@ def as_ratio(scale: Any) -> Any:
 def times_ratio(array: jax.Array, ratio: Any) -> jax.Array:
     """Return an array times ratio[0] / ratio[1], in fp32 or wider. No gradient reaches the ratio."""
     ratio = lax.stop_gradient(jnp.asarray(ratio, accumulator(array.dtype)))
-    return array.astype(ratio.dtype) * (ratio[0] / ratio[1])
+    return array.astype(ratio.dtype) * _quotient(ratio)
+
+
+def _quotient(ratio: Any) -> Any:
+    xp = np if isinstance(ratio, np.ndarray) else jnp
+    return ratio[..., 0] / xp.where(ratio[..., 1] == 0, xp.ones_like(ratio[..., 1]), ratio[..., 1])

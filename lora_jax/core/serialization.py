@@ -73,6 +73,8 @@ def _encoded(fact: Any) -> Any:
         return [_encoded(part) for part in fact]
     if isinstance(fact, NamedSharding):
         return {"sharding": _encoded_sharding(fact)}
+    if isinstance(fact, np.generic):
+        fact = fact.item()
     if fact is None or isinstance(fact, bool | int | float | str):
         return fact
     if isinstance(fact, np.dtype) or hasattr(fact, "dtype"):

@@ -192,6 +192,9 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
         except RuntimeError:
             check_taken(CALL, state)
             raise
+        except ValueError:  # the base may have been moved since the first step
+            check_together(state.trainable, params)
+            raise
 
     step.lower = lambda state, params, *batch: placed(state, params, batch).lower(state, params, *batch)  # type: ignore[attr-defined]
     return cast(JitStep, step)

@@ -59,8 +59,9 @@ def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False,
                 f"merge(donate=True) takes the memory of arrays on devices, but {name!r} is a {type(leaf).__name__}: "
                 "leave donate out."
             )
+    copies: dict[Any, Any] = {}  # of tied weights one
     kept = {
-        name: _on_host(name, leaf) if donate else leaf
+        name: copies.setdefault(same(leaf), _on_host(name, leaf)) if donate else leaf
         for name, leaf in zip(names, leaves, strict=True)
         if keep and name in adapters
     }
@@ -106,19 +107,39 @@ def unmerge(merged: Params, kept: Mapping[str, Any]) -> Params:
         if path not in found:
             near = ", ".join(map(repr, nearest(path, names)))
             raise LoraError(f"{path!r} was kept, but `merged` has no such path; the nearest are {near}.")
-        if tuple(found[path].shape) != tuple(w.shape) or (not is_packed(w) and found[path].dtype != w.dtype):
-            raise LoraError(
-                f"{path!r} was kept as {describe(w)}, but `merged` has {describe(found[path])} there: give what "
-                "lora.merge(..., keep=True) returned."
-            )
+        _check_kept(path, w, found[path])
+    done: dict[int, Any] = {}  # what was one array is one again
 
     def back(name: str, leaf: Any) -> Any:
         if name not in kept:
             return as_given(leaf)
         w = kept[name]
-        return jax.device_put(w, leaf.sharding) if isinstance(w, np.ndarray) and concrete(leaf) else as_given(w)
+        if id(w) not in done:
+            done[id(w)] = _where(leaf, w)
+        return done[id(w)]
 
     return treedef.unflatten([back(name, leaf) for name, leaf in zip(names, leaves, strict=True)])
+
+
+def _where(leaf: Any, w: Any) -> Any:
+    """Return a weight that was kept where a leaf is."""
+    if is_packed(w) or not concrete(leaf):
+        return as_given(w)
+    if isinstance(w, np.ndarray):
+        return jax.device_put(w, leaf.sharding) if leaf.committed else jnp.asarray(w)
+    return placed(w, leaf)
+
+
+def _check_kept(path: str, w: Any, leaf: Any) -> None:
+    """Raise unless a weight that was kept can take the place of a leaf."""
+    if isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer) and w.is_deleted():
+        raise LoraError(f"{path!r} was kept, and its memory was donated since then: keep it anew at each such merge.")
+    same_dtype = is_packed(w) or leaf.dtype == jax.dtypes.canonicalize_dtype(w.dtype)
+    if tuple(leaf.shape) != tuple(w.shape) or not same_dtype:
+        raise LoraError(
+            f"{path!r} was kept as {describe(w)}, but `merged` has {describe(leaf)} there: give what "
+            "lora.merge(..., keep=True) returned."
+        )
 
 
 def _on_host(name: str, w: jax.Array) -> np.ndarray:

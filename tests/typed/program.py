@@ -87,12 +87,14 @@ def trains(params: Params, adapters: dict[str, lora.Adapter], x: jax.Array) -> d
     assert_type(state, lora.TrainState)
     assert_type(metrics, dict[str, jax.Array])
     step.lower(state, params, x).compile()
-    (value, more), gradient = lora.value_and_grad(loss)(adapters, params, x)
-    assert_type(value, jax.Array)
-    assert_type(more, dict[str, Any])
+    (_, _), gradient = lora.value_and_grad(loss)(adapters, params, x)
     updates: Any = jax.tree.map(jnp.zeros_like, gradient)
-    trained: dict[str, lora.Adapter] = optax.apply_updates(state.trainable, updates)
-    return trained
+    trained: Any = optax.apply_updates(state.trainable, updates)
+    assert_type(lora.combine([(adapters, 0.5)]), dict[str, lora.Adapter])
+    merged, kept = lora.merge(params, adapters, keep=True)
+    assert_type(kept, dict[str, Any])
+    assert_type(lora.unmerge(merged, kept), Params)
+    return dict(trained)
 
 
 def saves(folder: Path, params: Params, adapters: dict[str, lora.Adapter], plan: lora.Plan) -> None:

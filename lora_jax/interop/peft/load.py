@@ -1,5 +1,6 @@
 """Adapters from a folder of HF PEFT, read in six stages from top to bottom of `load_peft`."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from lora_jax.checkpoints.reading import of_one_save
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.argument_checks import A_KEY_MAP, check_is
 from lora_jax.core.errors import LoraError, short
+from lora_jax.core.layout import of_weight
 from lora_jax.core.paths import nearest
 from lora_jax.core.targets import Plan
 from lora_jax.core.text import listed
@@ -113,7 +115,8 @@ def load_peft(
     adapters = _adapters(contents, matches, config, folder)
     others = arrays_of_whole(matches, contents.whole)
     if dtype is not None:
-        adapters, others = jax.tree.map(lambda array: array.astype(dtype), (adapters, others))
+        adapters = {path: _cast(adapter, dtype) for path, adapter in adapters.items()}
+        others = jax.tree.map(lambda array: array.astype(dtype), others)
     # 6. Nothing may be left, neither of the folder nor of the plan.
     _check_that_nothing_is_left(contents, matches, config, folder, isinstance(plan_or_params, Plan), ways)
     if config.start is not None:
@@ -228,6 +231,12 @@ def _adapters(
     if both := [path for path in rows if path in adapters]:
         raise LoraError(f"{folder} holds rows of {both[0]!r} and factors of it, and this version has one or the other.")
     return adapters | biases | rows
+
+
+def _cast(adapter: Adapter, dtype: Any) -> Adapter:
+    """Return an adapter of this dtype, but for its scale, which stays in fp32."""
+    arrays = of_weight(adapter.arrays(), adapter.layout)
+    return dataclasses.replace(adapter, **{name: a.astype(dtype) for name, a in arrays.items()})  # type: ignore[type-var]
 
 
 def _check_that_nothing_is_left(

@@ -66,7 +66,7 @@ def _sliced(array: jax.Array, at: int, start: int, stop: int, stride: int) -> ja
 
 
 def _dynamically_sliced(array: jax.Array, at: int, start: Any, size: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(array, start, size, axis=at)
+    return lax.dynamic_slice_in_dim(array, jnp.maximum(start, 0), size, axis=at)  # which would count it from the end
 
 
 @rule("dynamic_slice")

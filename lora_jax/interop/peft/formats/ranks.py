@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from lora_jax.interop.peft.module_patterns import ModulePatterns
 
 
@@ -36,6 +38,9 @@ def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def alpha_of(scale: float, rank: float) -> int | float:
-    """Return scale * rank; where alpha was a whole number, alpha / rank * rank need not be one, and scales are fp32."""
+    """Return alpha = scale * rank as it was once written.
+
+    Scales are fp32, so that 0.35 is 0.34999999404 there: of all numbers that are the same in fp32 it was the shortest.
+    """
     alpha = scale * rank
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=2**-23) else alpha
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=2**-23) else float(str(np.float32(alpha)))
