@@ -84,7 +84,13 @@ def from_nnx(model: Any) -> tuple[Function, Any, Any]:
     params, state = variables_of_their_own(parts)
 
     def fn(params: Any, state: Any, *args: Any, method: str = "__call__", **kwargs: Any) -> tuple[Any, Any]:
-        model = nnx.merge(graph, *variables_of_their_own((params, state)))
+        try:
+            model = nnx.merge(graph, *variables_of_their_own((params, state)))
+        except ValueError as error:
+            raise LoraError(
+                "the function of from_nnx is fn(params, state, *args), with the parameters and the state that from_nnx "
+                f"returned, or later ones of their structure; found a {type(state).__name__} for the state."
+            ) from error
         out = getattr(model, method)(*args, **kwargs)
         return out, nnx.state(model, nnx.Not(nnx.Param))
 

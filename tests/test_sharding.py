@@ -423,3 +423,31 @@ def test_the_loss_sees_no_mesh_that_its_caller_has_not_set(how):
             expected = jax.tree.map(lambda a, g: a - 0.1 * g, adapters, grads)
     assert_trees_close(found, expected)
     assert all(seen)
+
+
+def test_boxes_whose_arrays_are_on_a_mesh():
+    """As `jax.jit(model.init, out_shardings=...)` makes them: with logical names, which no mesh has."""
+    mesh = make_mesh((2, 4), ("data", "model"))
+    kernel = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "heads"))
+    model = nn.Dense(8, kernel_init=kernel, use_bias=False)
+    x = jnp.ones((2, 4))
+    specs = nn.get_partition_spec(jax.eval_shape(model.init, jax.random.key(0), x))
+    places = nn.logical_to_mesh_sharding(specs, mesh, (("embed", None), ("heads", "model")))
+    fn, p, state = lora.from_linen(model, jax.jit(model.init, out_shardings=places)(jax.random.key(0), x))
+    adapters = lora.init(jax.random.key(1), p, lora.plan(fn, p, state, x, rules={"kernel": lora.Lora(2)}))
+    assert adapters["kernel"].b.sharding == NamedSharding(mesh, P(None, "model"))
+    assert adapters["kernel"].a.sharding.is_fully_replicated
+
+
+def test_a_state_that_was_used_is_named():
+    p, x = {"w": jnp.ones((4, 4))}, jnp.ones((2, 4))
+    apply = lora.lora_apply(lambda p, x: x @ p["w"])
+    adapters = lora.init(jax.random.key(0), p, lora.plan(lambda p, x: x @ p["w"], p, x, rules={"w": lora.Lora(2)}))
+    optimizer = lora.freeze_base(optax.adam(1e-2))
+    step = lora.jit_step(lambda a, p, x: (apply(p, a, x) ** 2).mean(), optimizer)
+    state = lora.TrainState.create(adapters, optimizer)
+    step(state, p, x)
+    with pytest.raises(LoraError, match="has been deleted: "):
+        step(state, p, x)
+    with pytest.raises(LoraError, match=r"inspect\(adapters\): 'w' has been deleted"):
+        lora.inspect(state.trainable)

@@ -12,6 +12,7 @@ from lora_jax.adapters.full import FullAdapter
 from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.analysis.spectrum import spectrum
 from lora_jax.core.adapter import Adapter, AdapterWrapper, is_adapter
+from lora_jax.core.argument_checks import TAKEN_BY_A_STEP, check_kept
 from lora_jax.core.errors import LoraError
 from lora_jax.core.kinds import KINDS
 from lora_jax.core.layout import of_weight
@@ -175,6 +176,7 @@ def _numbers(path: str, array: Any) -> np.ndarray[Any, Any]:
             f"{path!r} holds a {type(array).__name__} in the place of numbers: call inspect outside of jax.jit and "
             "other transforms, on adapters and not on their shapes."
         )
+    check_kept([(path, array)], TAKEN_BY_A_STEP, "inspect(adapters): ")
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         raise LoraError(
             f"{path!r} is spread over several hosts: in all processes call "

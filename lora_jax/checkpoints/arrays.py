@@ -78,6 +78,8 @@ def read_folder(folder: Path, format: Format, called: str, read: Callable[[Path]
         if not all((folder / mark).is_dir() for mark in format.marks):
             old = moved_aside(Path(os.path.realpath(folder)))
             hint = "" if old is None else f" A save was interrupted: rename {old} to {folder}."
+            if not folder.exists() and old is None:
+                raise LoraError(f"there is no folder {folder}, which was to hold {called.partition(',')[0]}.")
             raise LoraError(f"{folder} holds no {called}.{hint}")
         return read_whole(folder, lambda: read(folder))
     except LoraError:

@@ -50,6 +50,8 @@ def load(folder: str | Path, *, step: int | None = None) -> Loaded:
         return load(folder.parent, step=int(named[1]))
     if not steps:
         if step is not None:
+            if not folder.exists():
+                raise LoraError(f"there is no folder {folder}, which was to hold checkpoints of lora.Checkpoints.")
             raise LoraError(f"{folder} holds no checkpoints of lora.Checkpoints, which have steps: leave `step` out.")
         return adapters.load(folder)
     if step is not None and step not in steps:

@@ -121,7 +121,8 @@ def _is_target_first(adapters: Any, target: Any) -> bool:
     if isinstance(target, Mapping):
         return isinstance(adapters, str | Path)
     folders = isinstance(adapters, str | Path) and isinstance(target, str | Path)
-    return folders and Path(target, CONFIG).is_file() and not Path(adapters, CONFIG).exists()
+    first, last = (folders and os.path.isfile(os.path.join(folder, CONFIG)) for folder in (adapters, target))
+    return last and not first
 
 
 def check_checkpoint(

@@ -135,7 +135,13 @@ def _places(base: Any) -> dict[str, Any]:
         return node is None or isinstance(node, P | jax.sharding.Sharding) or _boxed(node)
 
     names, leaves, _ = flatten_with_names(base, is_leaf=is_place)
-    return dict(zip(names, leaves, strict=True))
+    return dict(zip(names, map(_unboxed_if_placed, leaves), strict=True))
+
+
+def _unboxed_if_placed(place: Any) -> Any:
+    """Return the array in a box if it is on a mesh already, where its own sharding counts and no logical name."""
+    inside = getattr(place, "value", None) if _boxed(place) else None
+    return inside if isinstance(sharding_of(inside), NamedSharding) else place
 
 
 def _boxed(node: Any) -> bool:

@@ -189,10 +189,8 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
         check_state(CALL, state, TrainState)
         try:
             return placed(state, params, batch)(state, params, *batch)
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # the state may have been taken, or the base moved since the first step
             check_taken(CALL, state)
-            raise
-        except ValueError:  # the base may have been moved since the first step
             check_together(state.trainable, params)
             raise
 

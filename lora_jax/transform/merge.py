@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core.adapter import Adapter
+from lora_jax.core.adapter import Adapter, is_adapter
 from lora_jax.core.adapter_checks import check_adapters
 from lora_jax.core.aliases import Uses, same
+from lora_jax.core.argument_checks import refuse
 from lora_jax.core.arrays import accumulator, concrete, describe, placed
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import as_given, is_packed, unpacked
@@ -101,6 +102,8 @@ def unmerge(merged: Params, kept: Mapping[str, Any]) -> Params:
     >>> bool((lora.unmerge(merged, kept)["w"] == params["w"]).all())
     True
     """
+    if not isinstance(kept, Mapping) or any(map(is_adapter, kept.values())):
+        refuse("unmerge(merged, kept)", "kept", kept, "the second result of lora.merge(params, adapters, keep=True)")
     names, leaves, treedef = flatten_with_names(merged)
     found = dict(zip(names, leaves, strict=True))
     for path, w in kept.items():
