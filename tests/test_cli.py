@@ -224,7 +224,7 @@ def test_compose(capsys, tmp_path):
         ([f"{a}:x"], "expected a folder and a weight, such as"),
         ([f"{a}:nan"], "a weight is nan, expected a finite number"),
         ([DATA / "lora"], "whole, which no sum of adapters expresses"),
-        ([a, tmp_path / "none"], "none holds no adapters"),
+        ([a, tmp_path / "none"], "there is no folder"),
     ]:
         code, _, err = run(capsys, "compose", *parts, tmp_path / "other")
         assert code == 1
