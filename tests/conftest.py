@@ -2,6 +2,7 @@
 
 import gc
 import os
+import subprocess
 import zlib
 from importlib.metadata import version
 
@@ -29,23 +30,51 @@ KEPT_IN_CI = 200
 _run = 0
 
 
+THIRDS, LARGE = 3, 30  # CI runs the tables of so many cases a third at a time
+
+
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests that are left to CI")
+    parser.addoption("--slow", action="store_true", help="run the slow tests too, and a third of each large table")
+    parser.addoption("--all", action="store_true", help="run everything")
+
+
+def pytest_configure(config):
+    config.option.slow |= config.option.all
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"):
+    """Skip what this run is not for.
+
+    The inner loop leaves out what is slow, and all but one in n of the cases of a sampled table, always the same ones.
+    With --slow a third of each large table is run, another one for each commit, so that a few runs of CI see all.
+    """
+    if config.getoption("--all"):
         return
-    tables = {}  # the cases of each sampled test
+    slow, tables = config.getoption("--slow"), {}  # the cases of each test
     for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: run with --slow, as CI does"))
-        elif sampled := item.get_closest_marker("sampled"):
-            tables.setdefault((item.path, item.originalname, sampled.args[0]), []).append(item)
-    for (*_, n), cases in tables.items():
-        cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        for item in cases[-(-len(cases) // n) :]:
-            item.add_marker(pytest.mark.skip(reason=f"one in {n} is run here, and all with --slow, as in CI"))
+        tables.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    turn = _turn() if slow else 0
+    for cases in tables.values():
+        sampled = cases[0].get_closest_marker("sampled")
+        ordered = sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))
+        if slow:
+            of = THIRDS if sampled or len(cases) >= LARGE else 1
+            kept = ordered[turn % of :: of] or ordered[:1]
+        else:
+            of = sampled.args[0] if sampled else 1
+            kept = ordered[: -(-len(cases) // of)]
+        chosen = set(map(id, kept))
+        for item in cases:
+            if item.get_closest_marker("slow") and not slow:
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow, as CI does"))
+            elif id(item) not in chosen:
+                item.add_marker(pytest.mark.skip(reason=f"one in {of} is run here, and all with --all"))
+
+
+def _turn():
+    """Return a number that is another one for another commit."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=os.path.dirname(__file__))
+    return zlib.crc32(found.stdout.encode())
 
 
 def pytest_runtest_teardown(item):

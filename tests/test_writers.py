@@ -539,24 +539,24 @@ def race(server, name, place, times):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
-def test_sixty_kills(name, server, place):
-    kill_often(server, name, place, 60)
+def test_kills(name, server, place, pytestconfig):
+    kill_often(server, name, place, 60 if pytestconfig.getoption("--all") else 20)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["peft", "adapters", "base", "file"])
-def test_forty_races(name, server, place):
-    race(server, name, place, 40)
+def test_races(name, server, place, pytestconfig):
+    race(server, name, place, 40 if pytestconfig.getoption("--all") else 15)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["merge", "run"])
-def test_forty_races_that_one_wins(name, server, place):
+def test_races_that_one_wins(name, server, place, pytestconfig):
     """Where nothing is replaced, one of two is on disk, whole, and the other one is told."""
     writer, target = WRITERS[name], place / "out"
     newest = 1
     writer.save(target, newest)
-    for i in range(40):
+    for i in range(40 if pytestconfig.getoption("--all") else 15):
         server.order(name, target, 2, 2 + i, 1)
         server.wait_for("end")
         assert not server.numbers("failed"), server.said
