@@ -123,13 +123,18 @@ def adapted(matches):
     ]
 
 
+def trained(adapter, change):
+    """An adapter with `change(array)` in the place of all that is trained."""
+    return jax.tree.map(lambda a, moves: change(a) if moves else a, adapter, lora.trainable_mask(adapter))
+
+
 def random_adapters(matches):
     """Of rank 3, with alpha 5, all of it changing something."""
     found = {}
     for i, path in enumerate(adapted(matches)):
         match = matches[path]
         fresh = lora.Lora(rank=3, alpha=5).factors(jax.random.key(i), match.shape, match.axes)
-        found[path] = jax.tree.map(lambda a, i=i: jax.random.normal(jax.random.key(1000 + i), a.shape) / 3, fresh)
+        found[path] = trained(fresh, lambda a, i=i: jax.random.normal(jax.random.key(1000 + i), a.shape) / 3)
     return found
 
 
@@ -278,7 +283,7 @@ def test_peft_reads_the_kinds_that_are_written_here(kind, name, tmp_path):
     adapters = {}
     for key, (path, rule) in zip(keys, rules.items(), strict=True):
         fresh = rule.init(key, params[path], matches[path].axes)
-        adapters[path] = jax.tree.map(lambda a, key=key: a + jax.random.normal(key, a.shape) / 3, fresh)
+        adapters[path] = trained(fresh, lambda a, key=key: a + jax.random.normal(key, a.shape) / 3)
     lora.save_peft(tmp_path, adapters, key_map, params=params if kind == "full" else None)
     model = loaded(made(name), tmp_path)
     expected_type = {"lokr_whole": "LOKR"}.get(kind, kind.upper())
@@ -335,7 +340,7 @@ def test_pruned_adalora_in_peft(tmp_path):
     adapters = {}
     for i, path in enumerate(adapted(matches)):
         fresh = lora.AdaLora(1 + i % 3, 5 - i % 2).init(jax.random.key(i), params[path], matches[path].axes)
-        adapters[path] = jax.tree.map(lambda a, i=i: a + jax.random.normal(jax.random.key(i), a.shape), fresh)
+        adapters[path] = trained(fresh, lambda a, i=i: a + jax.random.normal(jax.random.key(i), a.shape))
     lora.save_peft(tmp_path, adapters, key_maps.LLAMA)
     with pytest.warns(RuntimeWarning, match="rank_pattern keys did not match any targeted module"):
         model = peft.PeftModel.from_pretrained(made("llama"), tmp_path).eval()
@@ -367,7 +372,7 @@ def test_dora_of_tables_and_convolutions_in_peft(tmp_path):
     adapters = {}
     for i, (path, match) in enumerate(key_map.match({path: w.shape for path, w in params.items()}).items()):
         fresh = lora.Dora(2, 3).init(jax.random.key(i), params[path], match.axes)
-        adapters[path] = jax.tree.map(lambda a, i=i: a + jax.random.normal(jax.random.key(i), a.shape) / 3, fresh)
+        adapters[path] = trained(fresh, lambda a, i=i: a + jax.random.normal(jax.random.key(i), a.shape) / 3)
     lora.save_peft(tmp_path, adapters, key_map)
     ids = torch.arange(10).reshape(2, 5)
     found = loaded(Model(), tmp_path)(ids).detach().numpy()
