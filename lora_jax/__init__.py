@@ -14,8 +14,8 @@ from lora_jax.adapters.lora import Lora, LoraAdapter, RsLora
 from lora_jax.adapters.lora_fa import LoraFa, LoraFaAdapter
 from lora_jax.adapters.token_rows import Rows, RowsAdapter
 from lora_jax.adapters.vera import Vera, VeraAdapter
-from lora_jax.analysis.differences import diff
-from lora_jax.analysis.inspection import inspect
+from lora_jax.analysis.differences import Differences, diff
+from lora_jax.analysis.inspection import Inspection, inspect
 from lora_jax.checkpoints.manager import Checkpoints
 from lora_jax.core.adapter import Adapter, Rule
 from lora_jax.core.axes import KernelAxes
@@ -49,6 +49,7 @@ __all__ = [
     "AdaLoraAdapter",
     "Adapter",
     "Checkpoints",
+    "Differences",
     "Dora",
     "DoraAdapter",
     "Factored",
@@ -56,6 +57,7 @@ __all__ = [
     "FullAdapter",
     "Ia3",
     "Ia3Adapter",
+    "Inspection",
     "KernelAxes",
     "Loha",
     "LohaAdapter",
