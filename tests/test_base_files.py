@@ -598,7 +598,7 @@ def test_bases_and_adapters_do_not_replace_one_another(tmp_path):
         lora.checkpoint.save(tmp_path / "base", {})
     with pytest.raises(lora.LoraError, match=r"holds no base saved by lora\.bases\.save"):
         bases.load(tmp_path / "adapters")
-    with pytest.raises(lora.LoraError, match="holds no base saved by"):
+    with pytest.raises(lora.LoraError, match="which was to hold base saved by"):
         bases.load(tmp_path / "missing")
 
 

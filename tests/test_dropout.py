@@ -158,7 +158,7 @@ def test_a_program_hashes_the_paths_of_all_layers_once():
     assert text.count("call @_threefry_split") == 1
 
 
-@pytest.mark.parametrize("probability", [0.9, 0.5, 0.3, 1e-3, 1 - 2**-23])
+@pytest.mark.parametrize("probability", [0.9, 0.5, 0.3, 1e-3, 1 - 2**-23, 1 - 2**-30])
 def test_masks_are_those_of_jax(probability):
     key = jax.random.key(5)
     expected = jax.random.bernoulli(key, probability, (300, 70))

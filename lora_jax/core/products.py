@@ -169,6 +169,8 @@ def _bernoulli(key: jax.Array, probability: float, shape: tuple[int, ...]) -> ja
     That compares 23 random bits with the probability, as floats; here they are compared as they are.
     """
     below = math.ceil(float(np.float32(probability)) * 2**23)
+    if below >= 2**23:  # 1 in fp32
+        return jnp.ones(shape, bool)
     return jax.random.bits(key, shape, jnp.uint32) < np.uint32(below << 9)
 
 
