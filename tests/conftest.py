@@ -46,7 +46,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Skip what this run is not for.
 
-    The inner loop leaves out what is slow, and all but one in n of the cases of a sampled table, always the same ones.
+    The inner loop leaves out what is slow, and all but one in n of the cases of a sampled table, or every other one of a
+    large table, always the same ones.
     With --slow a third of each large table is run, another one for each commit, so that a few runs of CI see all.
     """
     if config.getoption("--all"):
@@ -62,7 +63,7 @@ def pytest_collection_modifyitems(config, items):
             of = THIRDS if sampled or len(cases) >= LARGE else 1
             kept = ordered[turn % of :: of] or ordered[:1]
         else:
-            of = sampled.args[0] if sampled else 1
+            of = sampled.args[0] if sampled else 2 if len(cases) >= LARGE else 1
             kept = ordered[: -(-len(cases) // of)]
         chosen = set(map(id, kept))
         for item in cases:
