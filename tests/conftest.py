@@ -46,7 +46,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Skip what this run is not for.
 
-    The inner loop leaves out what is slow, and all but one in n of the cases of a sampled table, or every other one of a
+    The inner loop leaves out what is slow, all but one in n of the cases of a sampled table, and every other one of a
     large table, always the same ones.
     With --slow a third of each large table is run, another one for each commit, so that a few runs of CI see all.
     """
