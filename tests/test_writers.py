@@ -185,6 +185,20 @@ def test_killed_between_two_renames(name, place, monkeypatch):
     assert beside(place) == before
 
 
+def test_what_a_writer_left_half_written_does_not_reach_the_target(place):
+    """Such as the file that safetensors writes to before it takes its name."""
+    writer, target, before = WRITERS["peft"], place / "out", beside(place)
+    writer.save(target, 1)
+    work = left_by_a_killed_process(target, "0000000d")
+    (work / "part").mkdir()
+    (work / "part" / ".tmpXPVTF6").write_text("half")
+    for v in (2, 3):
+        writer.save(target, v)
+        assert writer.read(target) == v
+        assert not (target / ".tmpXPVTF6").exists()
+    assert beside(place) == before
+
+
 def test_what_a_living_process_has_is_left_alone(place):
     writer, target = WRITERS["peft"], place / "out"
     dead, alive = (left_by_a_killed_process(target, name) for name in ("0000000d", "0000000a"))
@@ -590,6 +604,6 @@ def test_three_fill_levels(name, server, place):
 
 
 def test_a_few_kills(server, place):
-    """A sample of what CI does sixty times with each writer."""
+    """A sample of what CI does more often with each writer."""
     kill_often(server, "peft", place, 4)
     race(server, "peft", place, 2)

@@ -3,7 +3,8 @@
 Each save has a hidden folder of its own beside its target:
 
     .NAME.lora_jax-1a2b3c4d/lock     locked for as long as the process that saves is alive
-    .NAME.lora_jax-1a2b3c4d/new      what is written; complete, it changes places with the target
+    .NAME.lora_jax-1a2b3c4d/part     what is being written
+    .NAME.lora_jax-1a2b3c4d/new      the same, complete; it changes places with the target
     .NAME.lora_jax-1a2b3c4d/old0     the target as it was, on its way out
 
 1. The target is what one save left, whole. Of two that end at the same time the later one stays.
@@ -65,14 +66,15 @@ def written(folder: str | Path, format: Format | None = None) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear(target, format)
         with _work_folder(target, format) as work:
-            new = work / "new"
-            new.mkdir()
-            yield new
+            part = work / "part"  # of a killed process, with what its writers leave: none of it was ever the target's
+            part.mkdir()
+            yield part
             check_target(target, format)
             with contextlib.suppress(FileNotFoundError):
-                shutil.copymode(target, new)
+                shutil.copymode(target, part)
             if format is not None:  # where nothing is replaced, nothing can be lost
-                _sync(new)
+                _sync(part)
+            os.rename(part, work / "new")
             _replace(target, work, format)
             _sync_folder(target.parent)
     except OSError as error:

@@ -4,7 +4,6 @@ Whatever else is there is refused by its name, before any work. Nothing that oth
 """
 
 import os
-import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -74,14 +73,9 @@ def _check(target: Path, format: Format | None) -> None:
 
 
 def foreign(folder: Path, names: Sequence[str]) -> list[str]:
-    """Return the paths in a folder that are none of these names, nor below them.
-
-    What safetensors writes a file under before it renames it, and leaves behind when it is killed, is of a save too.
-    """
+    """Return the paths in a folder that are none of these names, nor below them."""
     found = []
     for entry in sorted(folder.iterdir()):
-        if re.fullmatch(r"\.tmp\w{6}", entry.name) and entry.is_file():
-            continue
         parts = [name.partition("/") for name in names]
         below = [rest for first, _, rest in parts if fnmatchcase(entry.name, first)]
         if not below or ("" not in below and not entry.is_dir()):
