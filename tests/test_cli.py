@@ -1,7 +1,6 @@
 """`lora-jax`: what it prints, what it writes, and how it exits."""
 
 import dataclasses
-import inspect
 import json
 import math
 import re
@@ -368,10 +367,6 @@ def test_version(capsys):
     assert run(capsys, "--version") == (0, f"lora-jax {lora.__version__}\n", "")
 
 
-LOADS_RUNS = "step" in inspect.signature(lora.checkpoint.load).parameters
-
-
-@pytest.mark.skipif(not LOADS_RUNS, reason="checkpoint.load does not take folders of Checkpoints yet")
 def test_folders_of_runs(capsys, tmp_path):
     """Inspected, verified and converted as a folder of adapters is: the newest step, or the one that is asked for."""
     params = {"w": jnp.ones((4, 3))}

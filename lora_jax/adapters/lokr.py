@@ -105,14 +105,11 @@ class LokrAdapter(Scaled, Compact):
 
     def lower(self, w: Any) -> CompactOperand:
         """Convert to the operand, in which W1 has the scale."""
-        return CompactOperand(dataclasses.replace(self, w1=self._scaled_w1(w), ratio=None), self.axes)
-
-    def _scaled_w1(self, w: Any) -> jax.Array:
-        return self.w1 if self.ratio is None else self.scaled(self.w1, w)
+        return CompactOperand(dataclasses.replace(self, w1=self.scaled(self.w1, w), ratio=None), self.axes)
 
     def merge(self, w: jax.Array) -> jax.Array:
         w2 = self.a if self.b is None else matmul_highest(self.a, self.b)
-        delta = self._scaled_w1(w)[..., :, None, :, None] * w2[..., None, :, None, :]
+        delta = self.scaled(self.w1, w)[..., :, None, :, None] * w2[..., None, :, None, :]
         delta = delta.reshape(*self.w1.shape[:-2], *self.inputs, *self.outputs)
         return w + delta.transpose(self.axes.from_canonical()).astype(w.dtype)
 
@@ -122,7 +119,7 @@ class LokrAdapter(Scaled, Compact):
             return super().apply(product)
         n, x, y = len(self.axes.stack), product.x, product.y
         stack, tokens, sides = y.shape[:n], product.token_axes(), (self.w1.shape[-2], self.a.shape[-2])
-        w1 = self._scaled_w1(product.y)
+        w1 = self.scaled(self.w1, product.y)
 
         def times(h: jax.Array, w: jax.Array) -> jax.Array:
             """Return h [*s, *T, rows, i] @ w [*s, i, j]."""

@@ -58,7 +58,7 @@ class Scaled(Adapter):
 
     def scaled(self, array: jax.Array, w: Any) -> jax.Array:
         """Return scale * array, in fp32 or wider, as W is: the smallest factor takes the scale."""
-        if isinstance(self.ratio, np.ndarray) and self.scale == 1:
+        if self.ratio is None or (isinstance(self.ratio, np.ndarray) and self.scale == 1):
             return array
         return times_ratio(array.astype(accumulator(array.dtype, getattr(w, "dtype", array.dtype))), self.ratio)
 

@@ -96,8 +96,7 @@ def read_adapters(folder: Path, step: int | None = None) -> Contents:
         if step is not None:
             raise LoraError(f"{folder} is a folder of HF PEFT, which has no steps: leave out --step {step}.")
         return Contents(*load_by_module(folder))
-    more = {} if step is None else {"step": step}
-    return Contents(*checkpoint.load(folder, **more), None)
+    return Contents(*checkpoint.load(folder, step=step), None)
 
 
 def for_files(

@@ -17,7 +17,6 @@ from lora_jax.core.argument_checks import (
 )
 from lora_jax.core.errors import LoraError
 from lora_jax.core.kinds import check_registered
-from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import is_array, nearest
 
 
@@ -43,11 +42,9 @@ def check_adapters(adapters: Mapping[str, Adapter], names: list[str], leaves: li
             found = weight.dtype if is_array(weight) else type(weight).__name__
             raise LoraError(f"there is an adapter for {path!r}, but that is {found}, expected an array of floats.")
         arrays = jax.tree.leaves(adapter)
-        if any(map(is_taken, arrays)):
+        if any(map(is_taken, arrays)):  # which takes no names
             check_kept(named_arrays(path, adapter), TAKEN_BY_A_STEP)
-        for part in jax.tree.leaves(weight) if is_packed(weight) else (weight,):
-            if is_taken(part):
-                check_kept([(path, part)], TAKEN_BY_DONATION)
+        check_kept(((path, part) for part in jax.tree.leaves(weight)), TAKEN_BY_DONATION)
         dtypes = sorted({str(a.dtype) for a in arrays if _is_counted(a.dtype)})
         if dtypes:
             raise LoraError(

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from lora_jax.core.argument_checks import check_is
 from lora_jax.core.errors import LoraError
 from lora_jax.core.partition import names_of, quoted_names
+from lora_jax.core.recent import Recent
 from lora_jax.sharding.batches import combined_sharding
 from lora_jax.sharding.devices import check_together, on_mesh
 from lora_jax.sharding.unbatched import is_unbatched
@@ -151,7 +152,7 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
         microbatches: as for `value_and_grad`; what is no batch is marked, as in `lora.Unbatched(class_weights)`.
     """
     check_step("jit_step(loss, optimizer)", loss, optimizer, microbatches)
-    steps: dict[Any, Any] = {}  # jitted steps, by the shardings of the batch and the state
+    steps = Recent[Any](KEPT_STEPS)  # jitted steps, by the shardings of the batch and the state
     recent: list[tuple[Any, Any, Any]] = []  # the shardings of all arrays, the tree if it matters, and the jitted step
 
     def placed(state: TrainState, params: Any, batch: Any) -> Any:
@@ -172,12 +173,12 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
     def looked_up(state: TrainState, params: Any, batch: Any) -> tuple[Any, bool]:
         places = on_mesh(state.trainable) and jax.tree.map(lambda leaf: leaf.sharding, state)
         where = places and combined_sharding(batch), tuple(jax.tree.leaves(places)), jax.tree.structure(places)
-        if where not in steps:
+
+        def made() -> Any:
             check_together(state.trainable, params)
-            if len(steps) == KEPT_STEPS:
-                del steps[next(iter(steps))]
-            steps[where] = compiled(where[0], places)
-        return steps[where], places is not None
+            return compiled(where[0], places)
+
+        return steps.get(where, made), places is not None
 
     def compiled(batch_sharding: NamedSharding | None, places: Any) -> Any:
         step = functools.partial(train_step, loss, optimizer, microbatches=microbatches, batch_sharding=batch_sharding)

@@ -11,7 +11,7 @@ import numpy as np
 from lora_jax.core.adapter import Adapter, is_adapter
 from lora_jax.core.adapter_checks import check_adapters
 from lora_jax.core.aliases import Uses, same
-from lora_jax.core.argument_checks import refuse
+from lora_jax.core.argument_checks import is_taken, refuse
 from lora_jax.core.arrays import accumulator, concrete, describe, placed
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import as_given, is_packed, unpacked
@@ -60,12 +60,12 @@ def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False,
                 f"merge(donate=True) takes the memory of arrays on devices, but {name!r} is a {type(leaf).__name__}: "
                 "leave donate out."
             )
-    copies: dict[Any, Any] = {}  # of tied weights one
-    kept = {
-        name: copies.setdefault(same(leaf), _on_host(name, leaf)) if donate else leaf
-        for name, leaf in zip(names, leaves, strict=True)
-        if keep and name in adapters
-    }
+    kept, copies = {}, dict[Any, Any]()  # of tied weights one copy
+    for name, leaf in zip(names, leaves, strict=True) if keep else ():
+        if name in adapters:
+            if donate and same(leaf) not in copies:
+                copies[same(leaf)] = _on_host(name, leaf)
+            kept[name] = copies[same(leaf)] if donate else leaf
     work = {
         name: (same(leaf), same(adapters[name])) for name, leaf in zip(names, leaves, strict=True) if name in adapters
     }
@@ -135,7 +135,7 @@ def _where(leaf: Any, w: Any) -> Any:
 
 def _check_kept(path: str, w: Any, leaf: Any) -> None:
     """Raise unless a weight that was kept can take the place of a leaf."""
-    if isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer) and w.is_deleted():
+    if is_taken(w):
         raise LoraError(f"{path!r} was kept, and its memory was donated since then: keep it anew at each such merge.")
     same_dtype = is_packed(w) or leaf.dtype == jax.dtypes.canonicalize_dtype(w.dtype)
     if tuple(leaf.shape) != tuple(w.shape) or not same_dtype:

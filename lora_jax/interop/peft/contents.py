@@ -12,7 +12,7 @@ from lora_jax.interop.peft.formats.format import Arrays, Config, Module, Modules
 
 _BIAS = ".lora_B.bias"
 _ROWS = ".token_adapter.trainable_tokens_delta"
-_WRAPPED = ".base_layer"  # PEFT's name for a module inside an adapted one
+WRAPPED = ".base_layer"  # PEFT's name for a module inside an adapted one
 
 
 class Contents(NamedTuple):
@@ -46,7 +46,7 @@ def sort_tensors(tensors: Mapping[str, Array], config: Config, folder: Path) -> 
         elif name in config.format.shared_tensors:
             contents.shared[name] = tensor
         elif (of_module := _field_of(name, config, folder)) is None:
-            plain = name.replace(f"{_WRAPPED}.", ".")
+            plain = name.replace(f"{WRAPPED}.", ".")
             contents.whole[plain] = tensor
             if plain != name:
                 contents.wrapped[plain] = None
@@ -58,7 +58,7 @@ def sort_tensors(tensors: Mapping[str, Array], config: Config, folder: Path) -> 
     for module, own in arrays.items():
         if why := config.format.problem(own):
             raise LoraError(f"{folder}: {short(module)} {why}.")
-        contents.modules[module] = Module(own, config.scale_of(module.replace(_WRAPPED, "")))
+        contents.modules[module] = Module(own, config.scale_of(module.replace(WRAPPED, "")))
     for module, c in added.items():
         if module not in contents.modules:
             raise LoraError(f"{folder} holds a lora_B.bias of {short(module)}, and no factors.")
@@ -79,7 +79,7 @@ def _check_that_nothing_is_missing(contents: Contents, config: Config, folder: P
     """Raise if the folder lacks some of what its config says: its file was cut, or is of another adapter."""
     left = dict.fromkeys(config.target_modules)
     for module in contents.modules:
-        own = module.replace(_WRAPPED, "")
+        own = module.replace(WRAPPED, "")
         for start in (0, *(dot.end() for dot in re.finditer(r"\.", own))):
             left.pop(own[start:], None)
     if left:

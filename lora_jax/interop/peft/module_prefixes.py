@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 from lora_jax.core.text import printable
 from lora_jax.interop.key_map import ParameterMatch
-from lora_jax.interop.peft.contents import Contents
+from lora_jax.interop.peft.contents import WRAPPED, Contents
 from lora_jax.interop.peft.tied_tables import is_head
 
 # Parts of names that wrap a language model, and say nothing of which one it is.
 _WRAPPERS = ("base_model", "language_model", "model", "module")
-_WRAPPED = ".base_layer"
 
 
 class Prefix(NamedTuple):
@@ -57,7 +56,7 @@ def prefixes(contents: Contents, known: Iterable[str]) -> list[Prefix]:
         known: the model's names of modules and tensors.
     """
     own = dict.fromkeys(known)
-    names = [name.replace(_WRAPPED, "") for name in contents.modules]
+    names = [name.replace(WRAPPED, "") for name in contents.modules]
     names += [name for name, added in contents.biases.items() if added.any()]
     names = [name for name in (*names, *contents.rows, *contents.whole) if not is_head(name)]
     if not names or all(name in own for name in names):

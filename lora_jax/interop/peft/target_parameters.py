@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_jax.core.errors import LoraError, short
+from lora_jax.interop.peft.contents import WRAPPED
 from lora_jax.interop.peft.experts_apart import Shapes, fused_shape
 from lora_jax.interop.peft.formats.format import Config, Module
 
-_WRAPPED = ".base_layer"
 _MOST = 6  # parameters of one module
 
 
@@ -40,7 +40,7 @@ def parameters_of_modules(
         return {}
     wrappers: dict[str, list[str]] = {}
     for name in modules:
-        module = name[: name.index(_WRAPPED)] if name.endswith(_WRAPPED) else name
+        module = name[: name.index(WRAPPED)] if name.endswith(WRAPPED) else name
         if f"{module}.weight" not in shapes:
             wrappers.setdefault(module, []).append(name)
     found: dict[str, OfExperts] = {}
