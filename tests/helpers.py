@@ -53,13 +53,13 @@ class Case:
         return trained(lora.init(jax.random.key(key), self.params(), self.plan(rule)), key)
 
 
-def trained(adapters: Any, key: int) -> Any:
+def trained(adapters: Any, key: int, by: float = 0.3) -> Any:
     """Adapters as training leaves them: nothing zero any more, and what is frozen as it was."""
     leaves, tree = jax.tree.flatten(adapters)
     i = itertools.count()
     return tree.unflatten(
         [
-            a + jnp.asarray(0.3 * normal((key, next(i)), a.shape), a.dtype) if is_trained else a
+            a + jnp.asarray(by * normal((key, next(i)), a.shape), a.dtype) if is_trained else a
             for a, is_trained in zip(leaves, jax.tree.leaves(lora.trainable_mask(adapters)), strict=True)
         ]
     )

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import twins
 from flax.traverse_util import flatten_dict
+from helpers import trained
 from safetensors.numpy import load_file
 
 import lora_jax as lora
@@ -207,7 +208,7 @@ def adapters(params, ids):
     assert list(fresh) == [f"model/layers/mlp/{name}_proj/kernel" for name in ("down", "gate", "up")] + [
         f"model/layers/self_attn/{name}_proj/kernel" for name in "koqv"
     ]
-    return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(4), leaf.shape), fresh)
+    return trained(fresh, 4, by=0.1)
 
 
 def test_adapters_apply_as_they_merge(params, adapters, ids):
@@ -514,7 +515,7 @@ def test_smollm2_says_with_merged_weights_what_it_says_with_adapters(smollm2):
     base = lora.bases.quantize(params, {LINEAR: lora.bases.Nf4(stack=1)})
     plan = lora.plan(forward, base, jnp.zeros((1, 2), jnp.int32), rules={LINEAR: lora.Lora(rank=8, alpha=16)})
     fresh = lora.init(jax.random.key(0), base, plan)
-    adapters = jax.tree.map(lambda leaf: leaf + 0.003 * jax.random.normal(jax.random.key(1), leaf.shape), fresh)
+    adapters = trained(fresh, 1, by=0.003)
     prompts = ["The capital of France is", decoder.chat("Name three animals.")]
     ids, mask = decoder.pad_prompts([tokenizer.encode(prompt).ids for prompt in prompts], multiple=16)
 

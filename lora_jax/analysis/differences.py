@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_jax.analysis.inspection import number
 from lora_jax.analysis.spectrum import Array, effective_rank
+from lora_jax.core.arrays import refuse_spread
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import unpacked
 from lora_jax.core.paths import flatten_with_names, is_array
@@ -147,11 +148,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
                 f"diff compares trees of arrays, and {name!r} is a {type(leaf).__name__}: call it outside of jax.jit "
                 "on parameters, such as diff(params, lora.merge(params, adapters))."
             )
-        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            raise LoraError(
-                f"{name!r} is spread over several hosts: in all processes call "
-                "jax.experimental.multihost_utils.process_allgather(params, tiled=True) before, and compare that."
-            )
+    refuse_spread(tree)
     return dict(zip(names, leaves, strict=True))
 
 

@@ -13,6 +13,7 @@ from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.analysis.spectrum import spectrum
 from lora_jax.core.adapter import Adapter, AdapterWrapper, is_adapter
 from lora_jax.core.argument_checks import TAKEN_BY_A_STEP, check_kept
+from lora_jax.core.arrays import refuse_spread
 from lora_jax.core.errors import LoraError
 from lora_jax.core.kinds import KINDS
 from lora_jax.core.layout import of_weight
@@ -177,9 +178,5 @@ def _numbers(path: str, array: Any) -> np.ndarray[Any, Any]:
             "other transforms, on adapters and not on their shapes."
         )
     check_kept([(path, array)], TAKEN_BY_A_STEP, "inspect(adapters): ")
-    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
-        raise LoraError(
-            f"{path!r} is spread over several hosts: in all processes call "
-            "jax.experimental.multihost_utils.process_allgather(adapters, tiled=True) before, and inspect that."
-        )
+    refuse_spread({path: array})
     return np.asarray(array).astype(np.float64)

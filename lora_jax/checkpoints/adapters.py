@@ -20,12 +20,11 @@ from lora_jax.checkpoints.arrays import (
     read_arrays,
     read_description,
     read_folder,
-    refuse_spread,
     write,
 )
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.argument_checks import TAKEN_BY_A_STEP, check_adapter_dict, check_folder, check_kept, named_arrays
-from lora_jax.core.arrays import describe
+from lora_jax.core.arrays import describe, refuse_spread
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.kinds import KINDS, kind_name

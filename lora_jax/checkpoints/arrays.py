@@ -21,7 +21,6 @@ from lora_jax.checkpoints.reading import read_whole
 from lora_jax.checkpoints.replaceable import Format
 from lora_jax.core.arrays import describe
 from lora_jax.core.errors import LoraError
-from lora_jax.core.paths import flatten_with_names
 
 # What orbax writes: in each folder, and for arrays.
 OF_ORBAX = ("_[A-Z]*", "commit_success.txt")
@@ -147,19 +146,6 @@ def local_checkpointer() -> Any:
     only = ocp.options.MultiprocessingOptions(primary_host=i, active_processes={i}, barrier_sync_key_prefix=f"only_{i}")
     handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=only))
     return ocp.Checkpointer(handler, multiprocessing_options=only)
-
-
-def refuse_spread(tree: Any) -> None:
-    """Raise if an array is in parts on several hosts, of which this process has some.
-
-    Gathering takes all processes, and saving is a matter of one: so one that saves does not wait for the others.
-    """
-    for name, leaf in zip(*flatten_with_names(tree)[:2], strict=True):
-        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            raise LoraError(
-                f"{name!r} is spread over several hosts, and a process saves what it holds whole: in all processes "
-                "call jax.experimental.multihost_utils.process_allgather(adapters, tiled=True) before, and save that."
-            )
 
 
 def check_arrays(node: Any, path: str, beside: str = "") -> None:

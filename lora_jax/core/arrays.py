@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.paths import is_array
+from lora_jax.core.errors import LoraError
+from lora_jax.core.paths import flatten_with_names, is_array
 
 
 def describe(leaf: Any) -> str:
@@ -27,6 +28,20 @@ def placed(array: jax.Array, like: Any) -> jax.Array:
 def concrete(array: Any) -> bool:
     """Return whether this is an array with numbers in it, and not a traced one."""
     return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+
+
+def refuse_spread(tree: Any) -> None:
+    """Raise if an array is in parts on several hosts, of which this process has some.
+
+    Gathering takes all processes, and saving or comparing is a matter of one: so one that does it waits for no other.
+    """
+    for name, leaf in zip(*flatten_with_names(tree)[:2], strict=True):
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            raise LoraError(
+                f"{name!r} is spread over several hosts, and what is saved or compared has to be whole in a process: "
+                "in all processes call jax.jit(lambda tree: tree, out_shardings=jax.NamedSharding(mesh, jax.P()))(tree) "
+                "before, on the mesh of the arrays, and take what it returns."
+            )
 
 
 def accumulator(*dtypes: Any) -> Any:

@@ -19,12 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.checkpoints.arrays import refuse_spread
 from lora_jax.checkpoints.atomic_dir import written
 from lora_jax.checkpoints.replaceable import check_target
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.argument_checks import A_KEY_MAP, check_adapter_dict, check_folder, check_is
-from lora_jax.core.arrays import matmul_highest
+from lora_jax.core.arrays import matmul_highest, refuse_spread
 from lora_jax.core.errors import LoraError, LoraWarning
 from lora_jax.core.paths import nearest
 from lora_jax.interop import safetensors_index

@@ -7,7 +7,6 @@ from typing import Any, Literal
 from lora_jax.adapters.arguments import check_dtype
 from lora_jax.adapters.full import FullAdapter
 from lora_jax.adapters.token_rows import RowsAdapter
-from lora_jax.checkpoints.arrays import refuse_spread
 from lora_jax.checkpoints.replaceable import check_target
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.argument_checks import (
@@ -19,6 +18,7 @@ from lora_jax.core.argument_checks import (
     check_kept,
     named_arrays,
 )
+from lora_jax.core.arrays import refuse_spread
 from lora_jax.core.errors import LoraError, short
 from lora_jax.core.paths import flatten_with_names
 from lora_jax.core.text import printable
