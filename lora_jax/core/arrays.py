@@ -38,8 +38,8 @@ def refuse_spread(tree: Any) -> None:
     for name, leaf in zip(*flatten_with_names(tree)[:2], strict=True):
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
             raise LoraError(
-                f"{name!r} is spread over several hosts, and what is saved or compared has to be whole in a process: "
-                "in all processes call jax.jit(lambda tree: tree, out_shardings=jax.NamedSharding(mesh, jax.P()))(tree) "
+                f"{name!r} is spread over several hosts, and what is saved or compared has to be whole in one: in "
+                "all of them call jax.jit(lambda tree: tree, out_shardings=jax.NamedSharding(mesh, jax.P()))(tree) "
                 "before, on the mesh of the arrays, and take what it returns."
             )
 
