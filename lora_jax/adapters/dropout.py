@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_jax.core.adapter import Adapter, AdapterWrapper, lower
 from lora_jax.core.argument_checks import check_adapter_dict, check_key
+from lora_jax.core.arrays import is_key
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.operand import Operand, Wrapper
@@ -56,7 +57,7 @@ def with_dropout(adapters: Mapping[str, Adapter], key: jax.Array, rate: float = 
         raise LoraError(f"with_dropout(rate={rate!r}): the rate is a number of at least 0 and below 1, such as 0.1.")
     if rate == 0:
         return dict(adapters)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if not is_key(key):
         key = jax.random.wrap_key_data(key)
     inner = {
         path: adapter.inner if isinstance(adapter, DropoutAdapter) else adapter for path, adapter in adapters.items()

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core.arrays import describe
+from lora_jax.core.arrays import describe, is_key
 from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import flatten_with_names, is_array
 
@@ -157,7 +157,7 @@ def _sum_of_words(part: np.ndarray[Any, Any], starts: Sequence[int], shape: tupl
 
 def plain_data(leaf: jax.Array) -> jax.Array:
     """Return an array itself, or the data of a random key."""
-    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
 def _bytes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

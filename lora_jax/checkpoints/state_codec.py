@@ -16,7 +16,7 @@ import numpy as np
 from lora_jax.checkpoints.adapters import describe_adapter
 from lora_jax.checkpoints.fingerprint import checksums, differences, plain_data
 from lora_jax.core.adapter import is_adapter
-from lora_jax.core.arrays import describe
+from lora_jax.core.arrays import describe, is_key
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import flatten_with_names
 from lora_jax.core.version import __version__
@@ -54,7 +54,7 @@ def place_like(found: Any, leaf: jax.Array) -> jax.Array:
     """
     if isinstance(found, np.ndarray):
         found = jnp.asarray(found)
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if is_key(leaf):
         found = jax.random.wrap_key_data(found, impl=jax.random.key_impl(leaf))
     if (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
         raise LoraError(f"it has {describe(found)} in the place of {describe(leaf)}")

@@ -8,11 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.adapter import Adapter, Rule
-from lora_jax.core.arrays import concrete, describe
+from lora_jax.core.arrays import concrete, describe, is_key
 from lora_jax.core.errors import LoraError, short
 from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import is_array
@@ -60,7 +59,7 @@ def check_function(call: str, argument: str, fn: Any) -> None:
 def check_key(call: str, key: Any) -> None:
     """Raise unless this is one random key, new-style or old-style."""
     is_of_numbers = isinstance(key, jax.Array | np.ndarray)
-    if is_of_numbers and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if is_of_numbers and is_key(key):
         if key.ndim:
             refuse(call, "key", key, "one: call it under jax.vmap for several, or give keys[0]")
         return
@@ -164,10 +163,9 @@ def found(value: Any) -> str:
     if isinstance(value, Rule):
         return f"the rule {value}"
     if is_array(value) and not is_packed(value):
-        is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-        return (
-            (f"an array of {value.size} random keys" if value.ndim else "a random key") if is_key else describe(value)
-        )
+        if not is_key(value):
+            return describe(value)
+        return f"an array of {value.size} random keys" if value.ndim else "a random key"
     if callable(value) and hasattr(value, "__name__"):
         return f"the function {value.__name__}"
     return with_article(name)

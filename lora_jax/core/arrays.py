@@ -17,6 +17,11 @@ def describe(leaf: Any) -> str:
     return f"{type(leaf).__name__}({leaf!r})" if plain else type(leaf).__name__
 
 
+def is_key(array: Any) -> bool:
+    """Return whether an array holds random keys of the new style, which are no numbers."""
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
 def placed(array: jax.Array, like: Any) -> jax.Array:
     """Return an array on the devices of another one, or of a packed weight; traced arrays stay as they are."""
     known = concrete(array) and all(map(concrete, jax.tree.leaves(like)))

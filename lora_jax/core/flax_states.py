@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.core.arrays import is_key
 from lora_jax.core.errors import LoraError
 from lora_jax.core.layout import field_names
 
@@ -73,7 +74,7 @@ def _register(cls: type, serialization: Any) -> None:
 
 
 def _is_key(value: Any) -> bool:
-    return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    return isinstance(value, jax.Array) and is_key(value)
 
 
 def _as_numbers(value: Any) -> Any:

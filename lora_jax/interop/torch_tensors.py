@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core.arrays import refuse_spread
+from lora_jax.core.arrays import is_key, refuse_spread
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import is_packed
 from lora_jax.core.paths import flatten_with_names, is_array, nearest
@@ -76,7 +75,7 @@ def _check_leaf(path: str, leaf: Any) -> None:
     if isinstance(leaf, jax.ShapeDtypeStruct) or not is_array(leaf):
         found = "a shape alone" if is_array(leaf) else f"a {type(leaf).__name__}"
         raise LoraError(f"{path!r} is {found}, expected an array: lora.to_torch takes the parameters themselves.")
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if is_key(leaf):
         raise LoraError(f"{path!r} is a random key, which torch's model does not have: leave it out, ignore={path!r}.")
 
 

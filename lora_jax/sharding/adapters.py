@@ -22,7 +22,7 @@ from lora_jax.core.partition import (
     names_of,
 )
 from lora_jax.core.paths import flatten_with_names, nearest
-from lora_jax.core.targets import Plan
+from lora_jax.core.targets import Plan, abstract_adapters
 from lora_jax.sharding.devices import sharding_of
 
 CALL = "adapter_specs(base, adapters, mesh)"
@@ -96,6 +96,7 @@ def _mesh_and_specs(
     follow = _policy(policy, tuple(batch_axes))
     places = _places(base)
     mesh = _mesh(mesh, {path: places[path] for path in adapters if path in places})
+    abstract = abstract_adapters(adapters) if isinstance(adapters, Plan) else adapters
     found = {}
     for path in adapters:
         if path not in places:
@@ -104,7 +105,7 @@ def _mesh_and_specs(
                 f"there is no place for {path!r} in the base; the nearest paths are {near}. Give a tree like the "
                 "parameters', with a PartitionSpec, a NamedSharding or an array on the mesh for each."
             )
-        adapter = _abstract(adapters, path)
+        adapter = abstract[path]
         shape = adapter.kernel_shape()
         spec = full_spec(path, follow(path, _spec(path, places[path], mesh)), len(shape), mesh)
         what = f"{path!r} of shape {list(shape)} ({adapter.axes})"
@@ -183,8 +184,3 @@ def _mesh(mesh: Mesh | None, places: Mapping[str, Any]) -> Any:
     if not context.empty:
         return context
     raise LoraError("partition specs say nothing of a mesh: give one, as in adapter_specs(specs, plan, mesh).")
-
-
-def _abstract(adapters: Plan | Mapping[str, Adapter], path: str) -> Adapter:
-    """Return an adapter whose shapes are known; of a plan, one of `jax.ShapeDtypeStruct`s."""
-    return adapters[path].abstract() if isinstance(adapters, Plan) else adapters[path]

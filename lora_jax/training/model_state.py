@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.arrays import accumulator, describe
+from lora_jax.core.arrays import accumulator, describe, is_key
 from lora_jax.core.errors import LoraError
 from lora_jax.core.text import listed
 
@@ -76,7 +76,7 @@ def state_to_sum(state: Any, axes: Sequence[str]) -> Any:
     def part(leaf: jax.Array) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf.astype(accumulator(leaf.dtype))
-        leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        leaf = jax.random.key_data(leaf) if is_key(leaf) else leaf
         own = jnp.where(is_first, leaf, jnp.zeros_like(leaf))
         return own.astype(jnp.int32) if own.dtype == jnp.bool_ else own
 
@@ -88,12 +88,8 @@ def state_from_sum(total: Any, state: Any, axes: Sequence[str]) -> Any:
     n = lax.psum(1, tuple(axes))
 
     def whole(total: jax.Array, leaf: jax.Array) -> jax.Array:
-        if _is_key(leaf):
+        if is_key(leaf):
             return jax.random.wrap_key_data(total, impl=jax.random.key_impl(leaf))
         return (total / n if jnp.issubdtype(leaf.dtype, jnp.inexact) else total).astype(leaf.dtype)
 
     return jax.tree.map(whole, total, state)
-
-
-def _is_key(leaf: jax.Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core._compat import JaxprEqn, bind
+from lora_jax.core.arrays import is_key
 from lora_jax.core.packed import is_packed, unpacked
 from lora_jax.transform.adapted_weight import AdaptedWeight
 from lora_jax.transform.primitives.registry import no_rule, rule
@@ -149,7 +150,7 @@ def _take_along(eqn: JaxprEqn, at: int, value: float) -> Callable[[jax.Array, ja
             start_index_map=(at,),
         )
         sizes = tuple(1 if i == at else size for i, size in enumerate(array.shape))
-        fill = None if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else value
+        fill = None if is_key(array) else value
         return lax.gather(array, indices, dims, sizes, mode=eqn.params["mode"], fill_value=fill)
 
     return fn
