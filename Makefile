@@ -5,8 +5,10 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
+# The newest Python that runs, for the newest JAX. Version managers leave commands on PATH that only say that they cannot.
+NEWEST ?= $(shell for python in python3.13 python3.12; do $$python -c "" 2>/dev/null && echo $$python && break; done)
 
-.PHONY: demo demo-sharded compare compare-methods headlines assets test test-interop interop-models lint format types architecture clean
+.PHONY: demo demo-sharded compare compare-methods headlines assets test test-newest test-interop interop-models lint format types architecture clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py $(ARGS)
@@ -29,6 +31,11 @@ assets: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore tests/interop_models --ignore tests/interop_peft --ignore tests/interop_qwix $(ARGS)
 
+test-newest:
+	@python="$(NEWEST)"; if [ -z "$$python" ]; then \
+	echo "test-newest is skipped: neither python3.13 nor python3.12 runs here; say which with: make NEWEST=... test-newest"; \
+	else $(MAKE) --no-print-directory test PYTHON="$$python" VENV=.venv-newest; fi
+
 test-interop: $(VENV)/.test-interop
 	$(RUN) -m pytest --numprocesses 2 tests/interop_peft tests/interop_qwix $(ARGS)
 
@@ -50,7 +57,7 @@ architecture: | $(RUN)
 	$(RUN) docs/architecture.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .pytest_cache .mypy_cache .ruff_cache
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora_jax needs Python 3.11 or newer; say which with: make PYTHON=python3.12 ...")'
