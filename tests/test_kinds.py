@@ -1,6 +1,7 @@
 """Every kind of adapter: the laws, over programs that use weights in each way."""
 
 import dataclasses
+import re
 from collections import Counter
 from pathlib import Path
 from types import MappingProxyType
@@ -358,8 +359,12 @@ def test_vera_shares_one_pair_of_projections():
     for fn, params in ((unrolled, stacked), (separate, unstacked), (scanned, stacked)):
         adapters = lora.init(jax.random.key(0), params, lora.plan(fn, params, x, rules={"w.*": lora.Vera(rank=r)}))
         assert sum(leaf.size for leaf in jax.tree.leaves(adapters)) == layers * (r + d)
-        program = jax.make_jaxpr(jax.grad(lambda a, p, x: lora.lora_apply(fn)(p, a, x)))(adapters, params, x)  # noqa: B023
-        assert sorted(c.shape for c in program.consts if c.size > d) == [(r, d), (d, r)]
+        gradient = jax.jit(jax.grad(lambda a, p, x: lora.lora_apply(fn)(p, a, x)))  # noqa: B023
+        program, text = jax.make_jaxpr(gradient)(adapters, params, x), gradient.lower(adapters, params, x).as_text()
+        held = Counter(re.findall(r'dense<"0x.*> : (tensor<.*>)', text))
+        assert {*held} == {f"tensor<{d}x{r}xf32>", f"tensor<{r}x{d}xf32>"}
+        # Newer versions of JAX keep constants in the body of a scan, and so in that of its derivative too.
+        assert held.total() <= (3 if fn is scanned else 2), held
         copies = Counter(e.primitive.name for e in equations(program) if (layers, d, r) in shapes_out(e))
         assert not copies, "no layer has a projection of its own"
 

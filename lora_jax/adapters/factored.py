@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 
@@ -38,6 +38,7 @@ class Compact(Factored):
 
     inputs: tuple[int, ...]  # the sizes of one matrix's axes
     outputs: tuple[int, ...]
+    shares_traces: ClassVar[bool] = True  # as of `Operand`
 
     def lower(self, w: Any) -> Operand:
         return CompactOperand(self, self.axes)
@@ -73,6 +74,10 @@ class CompactOperand(Leaf):
     axes: KernelAxes = field(metadata={"static": True})
 
     layout = MappingProxyType({})
+
+    @property
+    def shares_traces(self) -> bool:  # type: ignore[override]
+        return self.adapter.shares_traces
 
     def merge(self, w: jax.Array) -> jax.Array:
         return self.adapter.merge(w)

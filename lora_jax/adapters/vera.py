@@ -106,19 +106,31 @@ class VeraAdapter(Compact):
     widths: tuple[int, int] = field(metadata={"static": True})
 
     layout = MappingProxyType({"d": ("stack", "rank"), "b": ("stack", "outputs")})
+    shares_traces = False  # A and B are constants: one trace of several products would hold them apart from the program
 
     def to_lora(self) -> LoraAdapter:
         """Return A as a constant, and B with all that is trained."""
         stack, r = self.d.shape[:-1], self.d.shape[-1]
-        a, b = (jnp.asarray(shared, self.d.dtype) for shared in shared_projections(self.seed, r, *self.widths))
-        a = a[: math.prod(self.inputs)].reshape(*self.inputs, r)
-        b = b[:, : math.prod(self.outputs)].reshape(r, *self.outputs)
-        a, b = (jnp.broadcast_to(one, (*stack, *one.shape)) for one in (a, b))
+        a, b = _cut_out(self.seed, r, self.widths, self.inputs, self.outputs, self.d.dtype)
+        if stack:
+            a, b = (jnp.broadcast_to(one, (*stack, *one.shape)) for one in (a, b))
         d = self.d.reshape(*self.d.shape, *[1] * len(self.outputs))
+        a, b = jnp.asarray(a), jnp.asarray(b)
         return LoraAdapter(a, d * b * jnp.expand_dims(self.b, len(stack)), self.axes, 1.0)
 
     def scale_by(self, factor: jax.Array) -> "VeraAdapter":
         return dataclasses.replace(self, b=self.b * factor.astype(self.b.dtype))
+
+
+@functools.lru_cache(maxsize=64)
+def _cut_out(
+    seed: int, rank: int, widths: tuple[int, int], inputs: tuple[int, ...], outputs: tuple[int, ...], dtype: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return A [*inputs, rank] and B [rank, *outputs], the same arrays every time: programs hold equal objects once."""
+    a, b = shared_projections(seed, rank, *widths)
+    a = a[: math.prod(inputs)].reshape(*inputs, rank)
+    b = b[:, : math.prod(outputs)].reshape(rank, *outputs)
+    return a.astype(dtype, copy=False), b.astype(dtype, copy=False)
 
 
 @functools.lru_cache(maxsize=8)
