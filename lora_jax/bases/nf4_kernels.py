@@ -55,8 +55,8 @@ def run(
         transposed: whether W is.
         platform: "tpu" or "gpu", or "interpreted tpu" and "interpreted gpu".
     """
-    rows = len(x)
-    sizes = tile(rows, *codes.shape, platform)
+    rows, (d, k) = len(x), codes.shape
+    sizes = tile(rows, d, k, platform)
     assert sizes is not None, "callers ask `tile` first"
     x = jnp.pad(x, ((0, -rows % sizes[0]), (0, 0)))
     on_platform = _on_tpu if "tpu" in platform else _on_gpu
@@ -173,28 +173,27 @@ def _on_gpu(
             for odd in (0, 1):
                 out_ref[:, :, odd] = sums[odd].astype(out_ref.dtype)
 
-    if transposed:
-        grid = (rows // bt, d // bd)
+    if transposed:  # each program has bt rows of x and bd rows of W, with all columns
         in_specs = [
             pl.BlockSpec((bt, half, 2), lambda i, j: (i, 0, 0)),
             pl.BlockSpec((bd, half), lambda i, j: (j, 0)),
             pl.BlockSpec((1, half, 2), lambda i, j: (j, 0, 0)),
         ]
-        out_spec, out_shape = pl.BlockSpec((bt, bd), lambda i, j: (i, j)), (rows, d)
-    else:
-        grid = (rows // bt, half // wide)
+        steps, out_spec, out_shape = d // bd, pl.BlockSpec((bt, bd), lambda i, j: (i, j)), shape_like(x, (rows, d))
+    else:  # bt rows of x, and bk columns of W with all rows
         in_specs = [
             pl.BlockSpec((bt, d), lambda i, j: (i, 0)),
             pl.BlockSpec((d, wide), lambda i, j: (0, j)),
             pl.BlockSpec((d // BLOCK, wide, 2), lambda i, j: (0, j, 0)),
         ]
-        out_spec, out_shape = pl.BlockSpec((bt, wide, 2), lambda i, j: (i, j, 0)), (rows, half, 2)
+        out_spec = pl.BlockSpec((bt, wide, 2), lambda i, j: (i, j, 0))
+        steps, out_shape = half // wide, shape_like(x, (rows, half, 2))
     out = pl.pallas_call(
         kernel,
-        grid=grid,
+        grid=(rows // bt, steps),
         in_specs=in_specs,
         out_specs=out_spec,
-        out_shape=shape_like(x, out_shape),
+        out_shape=out_shape,
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="nf4_product",

@@ -125,11 +125,8 @@ def _unsplit() -> bool:
     here = jax.sharding.get_abstract_mesh()
     if here.empty:
         return jax.device_count() == 1
-    return all(kind == AxisType.Manual or here.shape[name] == 1 for name, kind in _axes(here))
-
-
-def _axes(mesh: Any) -> list[tuple[str, AxisType]]:
-    return list(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    kinds = zip(here.axis_types, here.axis_sizes, strict=True)
+    return all(kind == AxisType.Manual or size == 1 for kind, size in kinds)
 
 
 # What is known when it is lowered -------------------------------------------------------------------------------------
@@ -137,18 +134,19 @@ def _axes(mesh: Any) -> list[tuple[str, AxisType]]:
 
 def _lower(ctx: mlir.LoweringRuleContext, *args: Any, how: _How, platform: str) -> Any:
     """Lower the product to a kernel or to the plain product."""
-    x, codes, _ = ctx.avals_in
-    kernel = how.kernel_on(platform, x.shape[0], *codes.shape)
-    run: Any = how.plain
-    if kernel and _on_one_device(ctx) and _compiles(ctx, platform, how.kernel):
-        run = functools.partial(
-            nf4_kernels.run,
-            dtypes=how.dtypes,
-            precision=how.precision,
-            transposed=how.transposed,
-            platform=kernel,
-        )
-    return mlir.lower_fun(run, multiple_results=False)(ctx, *args)
+    x, codes, _ = (aval.shape for aval in ctx.avals_in)  # type: ignore[attr-defined]
+    kernel = how.kernel_on(platform, x[0], *codes)
+    if not (_on_one_device(ctx) and _compiles(ctx, platform, how.kernel)):
+        kernel = None
+    return mlir.lower_fun(functools.partial(_run, how=how, kernel=kernel), multiple_results=False)(ctx, *args)
+
+
+def _run(x: jax.Array, codes: jax.Array, scales: jax.Array, *, how: _How, kernel: str | None) -> jax.Array:
+    """Multiply by a kernel or plainly. Interpreted kernels know nothing of types that vary over a mesh."""
+    if kernel is None or ("interpreted" in kernel and varying_axes(x)):
+        return how.plain(x, codes, scales)
+    options = {"dtypes": how.dtypes, "precision": how.precision, "transposed": how.transposed}
+    return nf4_kernels.run(x, codes, scales, **options, platform=kernel)
 
 
 def _on_one_device(ctx: mlir.LoweringRuleContext) -> bool:
@@ -162,13 +160,13 @@ def _on_one_device(ctx: mlir.LoweringRuleContext) -> bool:
 
 
 def _compiles(ctx: mlir.LoweringRuleContext, platform: str, wanted: bool | None) -> bool:
-    """Return whether Pallas lowers a kernel in this place: for a TPU or GPU, only if it knows which one.
+    """Return whether Pallas lowers a kernel here: for a TPU or GPU, only if it knows which one.
 
     That is the one of the mesh around, else the one at hand. A GPU's kernels cannot be exported, unless JAX's check of
-    what may be is turned off: then a user wants them. Interpreted, they know nothing of types that vary over a mesh.
+    what may be is turned off: then a user wants them.
     """
-    if platform == "cpu":
-        return not ctx.avals_in[0].mat.varying
+    if platform not in ("tpu", "cuda"):
+        return True
     if platform == "cuda" and wanted is None and ctx.module_context.lowering_parameters.for_export:
         return False
     named = jax.sharding.get_abstract_mesh().abstract_device
