@@ -27,6 +27,7 @@ Plain = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (x, codes, sca
 
 PRECISIONS = (None, lax.Precision.DEFAULT, lax.Precision.HIGHEST)
 KERNELS = {"tpu": "tpu", "cuda": "gpu", "cpu": "interpreted tpu"}  # by JAX's platforms
+TOO_OLD = ("TPU v2", "TPU v3", "5.", "6.", "7.")  # kinds of TPUs and compute capabilities of GPUs without them
 
 
 def product(
@@ -169,8 +170,9 @@ def _compiles(ctx: mlir.LoweringRuleContext, platform: str, wanted: bool | None)
         return True
     if platform == "cuda" and wanted is None and ctx.module_context.lowering_parameters.for_export:
         return False
-    named = jax.sharding.get_abstract_mesh().abstract_device
-    return (named.platform if named else jax.default_backend()) in (platform, KERNELS[platform])
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    generation = device.device_kind if platform == "tpu" else getattr(device, "compute_capability", "")
+    return device.platform in (platform, KERNELS[platform]) and not generation.startswith(TOO_OLD)
 
 
 # The primitive --------------------------------------------------------------------------------------------------------
