@@ -1,4 +1,4 @@
-"""Kernels that unpack NF4 tile by tile, interpreted: the plain product is the oracle. And TPU and GPU take them."""
+"""Kernels that unpack NF4 tile by tile, interpreted: W by hand is the oracle. And which programs have them."""
 
 import contextlib
 import functools
@@ -7,223 +7,327 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_trees_close, total, trained
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 
-import lora_jax as lora
-from lora_jax import bases
-from lora_jax.bases import nf4, nf4_pallas
+from lora_jax.bases import nf4, nf4_kernels, nf4_pallas
 
-CODE = tuple(nf4.CODE.tolist())
-PLATFORMS = ("interpreted tpu", "interpreted gpu")
+INTERPRETED = ("interpreted tpu", "interpreted gpu")
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def matrix(d, k, seed=0):
     """Random codes and scales, and W by hand."""
     rng = np.random.default_rng(seed)
-    codes, scales = rng.integers(0, 256, (d, k // 2), np.uint8), rng.random((d, k // 64), np.float32)
-    w = np.zeros((d, k), np.float32)
-    for j in range(k):
-        q = codes[:, j // 2] >> 4 if j % 2 == 0 else codes[:, j // 2] & 15
-        w[:, j] = nf4.CODE[q] * scales[:, j // 64]
-    return codes, scales, w
+    codes, scales = rng.integers(0, 16, (d, k), np.uint8), rng.random((d // 64, k), np.float32)
+    w = nf4.CODE[codes] * np.repeat(scales, 64, axis=0)
+    return jnp.asarray(codes).astype(jnp.uint4), jnp.asarray(scales), w
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("shape", [(1, 64, 64), (5, 128, 512), (70, 256, 192), (300, 1024, 256), (17, 576, 128)])
-@pytest.mark.sampled(2)
-def test_both_products_and_their_derivatives(platform, shape):
-    """Several tiles along every axis, rows that fill none, axes that are one tile."""
+def normal(*shape, seed=1):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def plain(x, codes, scales, *, dtypes=(jnp.float32,), transposed=False):
+    """The product by dequantizing."""
+    w = jnp.asarray(nf4.CODE)[codes.astype(jnp.int32)] * jnp.repeat(scales, 64, axis=0)
+    w = functools.reduce(lambda w, dtype: w.astype(dtype), dtypes, w)
+    return jnp.matmul(x, w.T if transposed else w, precision=None if x.dtype == jnp.bfloat16 else HIGHEST)
+
+
+def product(x, codes, scales, *, dtypes=(jnp.float32,), precision=HIGHEST, kernel=True, transposed=False):
+    by_hand = functools.partial(plain, dtypes=dtypes, transposed=transposed)
+    how = {"dtypes": dtypes, "precision": precision, "kernel": kernel, "transposed": transposed}
+    return nf4_pallas.product(x, codes, scales, by_hand, **how)
+
+
+close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-4)
+
+
+def test_the_code_is_that_of_the_format():
+    assert tuple(nf4.CODE.tolist()) == nf4_kernels.CODE
+    assert nf4_kernels.BLOCK == nf4.BLOCK
+
+
+# The kernels ----------------------------------------------------------------------------------------------------------
+
+SHAPES = [(1, 64, 64), (5, 128, 512), (70, 256, 192), (300, 1024, 256), (17, 576, 128), (9, 1280, 128), (3, 1152, 64)]
+
+
+@pytest.mark.parametrize("platform", INTERPRETED)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.sampled(4)
+def test_both_products(platform, shape):
+    """Several tiles along every axis, rows that fill none, axes that are one tile, scales of less than 8 rows."""
     rows, d, k = shape
     codes, scales, w = matrix(d, k)
-    rng = np.random.default_rng(1)
-    x, y = (rng.standard_normal((rows, n)).astype(np.float32) for n in (d, k))
-    how = (CODE, (jnp.float32,), "highest", platform)
-    for product, given, other, dense in (
-        (nf4_pallas.times, x, y, w),
-        (nf4_pallas.times_transposed, y, x, w.T),
-    ):
-        found, vjp = jax.vjp(lambda given, product=product: product(given, codes, scales, *how), given)
-        np.testing.assert_allclose(found, given @ dense, rtol=1e-5, atol=2e-4)
-        np.testing.assert_allclose(vjp(other)[0], other @ dense.T, rtol=1e-5, atol=2e-4)
+    for transposed, x, dense in ((False, normal(rows, d), w), (True, normal(rows, k), w.T)):
+        how = {"dtypes": (jnp.float32,), "precision": HIGHEST, "transposed": transposed, "platform": platform}
+        found = jax.jit(functools.partial(nf4_kernels.run, **how))(x, codes, scales)
+        np.testing.assert_allclose(found, x @ dense, rtol=1e-5, atol=2e-4)
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_narrow_products(platform):
-    """Values are rounded to W's dtype, sums are not."""
+@pytest.mark.parametrize("platform", INTERPRETED)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_narrow_products(platform, transposed):
+    """Values are rounded to each of W's dtypes, sums are not."""
     codes, scales, w = matrix(128, 128)
-    x = jax.random.normal(jax.random.key(0), (8, 128)).astype(jnp.bfloat16)
-    found = nf4_pallas.times(x, codes, scales, CODE, (jnp.bfloat16,), None, platform)
+    x = jnp.asarray(normal(8, 128)).astype(jnp.bfloat16)
+    how = {"dtypes": (jnp.float32, jnp.bfloat16), "precision": None, "transposed": transposed, "platform": platform}
+    found = nf4_kernels.run(x, codes, scales, **how)
     assert found.dtype == jnp.bfloat16
-    expected = x.astype(jnp.float32) @ jnp.asarray(w).astype(jnp.bfloat16).astype(jnp.float32)
-    np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=1e-2, atol=1e-2)
+    narrow = np.asarray(jnp.asarray(w.T if transposed else w).astype(jnp.bfloat16), np.float32)
+    np.testing.assert_array_equal(found, jnp.asarray(np.asarray(x, np.float32) @ narrow).astype(jnp.bfloat16))
 
 
-def heads(params, x):
-    """Attention's kernels: several axes of outputs, and of inputs; one that is transposed, and one in parts."""
-    q = jnp.einsum("btd,dhk->bthk", x, params["q"])
-    y = jnp.einsum("bthk,hkd->btd", jnp.tanh(q), params["o"])
-    y = y + jnp.tanh(y @ params["up"]) @ params["tied"].T
-    return y + jnp.einsum("btd,hdk->bthk", y, params["moved"]).sum(2)
+def test_values_are_rounded_as_the_program_rounds_them():
+    """W of one dtype, cast to others on its way: each rounds. So identity matrices return W's own values."""
+    codes, scales, w = matrix(64, 64)
+    for dtypes, transposed in (((jnp.bfloat16, jnp.float32), False), ((jnp.float16, jnp.bfloat16, jnp.float32), True)):
+        rounded = functools.reduce(lambda w, dtype: w.astype(dtype), dtypes, jnp.asarray(w))
+        found = product(jnp.eye(64), codes, scales, dtypes=dtypes, transposed=transposed)
+        np.testing.assert_array_equal(found, rounded.T if transposed else rounded)
 
 
-SHAPES = {"q": (64, 4, 64), "o": (4, 64, 128), "up": (128, 192), "tied": (128, 192), "moved": (2, 128, 128)}
+# The product as an operation of JAX -----------------------------------------------------------------------------------
 
 
-def setup(kernel, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), len(SHAPES))
-    params = {n: (jax.random.normal(k, s) / 12).astype(dtype) for k, (n, s) in zip(keys, SHAPES.items(), strict=True)}
-    x = jax.random.normal(jax.random.key(1), (2, 3, 64)).astype(dtype)
-    base = bases.quantize(params, {".*": bases.Nf4(stack=0, kernel=kernel)})
-    plan = lora.plan(heads, base, x, rules={".*": lora.Lora(rank=2)})
-    return base, trained(lora.init(jax.random.key(2), base, plan), 1), x
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("precision", nf4_pallas.PRECISIONS)
+@pytest.mark.sampled(3)
+def test_derivatives(transposed, precision):
+    """Of both modes, and of one after the other; the residual is the packed matrix."""
+    codes, scales, w = matrix(128, 64)
+    dense = w.T if transposed else w
+    x, ct = normal(5, dense.shape[0]), normal(5, dense.shape[1], seed=2)
+    run = functools.partial(product, codes=codes, scales=scales, precision=precision, transposed=transposed)
+    found, vjp = jax.vjp(run, x)
+    close(found, x @ dense)
+    close(vjp(ct)[0], ct @ dense.T)
+    assert {leaf.shape for leaf in jax.tree.leaves(vjp)} == {codes.shape, scales.shape}
+    close(jax.jvp(run, (x,), (2 * x,))[1], 2 * x @ dense)
+
+    def curvature(run):
+        return jax.jvp(jax.grad(lambda x: jnp.sum(jnp.tanh(run(x)) * ct)), (x,), (x,))[1]
+
+    close(curvature(run), curvature(lambda x: jnp.matmul(x, dense, precision=HIGHEST)))
 
 
-def kernels(jaxpr):
-    """How many there are in a program, wherever they are."""
-    return str(jaxpr).count("pallas_call[")
+def test_what_jax_does_to_programs():
+    """jit, scan and rematerialisation, with derivatives of both modes."""
+    codes, scales, w = matrix(64, 64)
+    packed, x = (jnp.stack([codes, codes]), jnp.stack([scales, scales])), normal(3, 64) / 8
+
+    def scanned(x):
+        return jnp.sum(jax.lax.scan(lambda x, w: (jax.checkpoint(layer)(x, *w), None), x, packed)[0])
+
+    def layer(x, codes, scales):
+        return x + jnp.tanh(product(x, codes, scales))
+
+    def by_hand(x):
+        for _ in range(2):
+            x = x + jnp.tanh(jnp.matmul(x, w, precision=HIGHEST))
+        return jnp.sum(x)
+
+    close(jax.jit(jax.grad(scanned))(x), jax.grad(by_hand)(x))
+    close(jax.jvp(jax.jit(scanned), (x,), (x,))[1], jax.jvp(by_hand, (x,), (x,))[1])
 
 
-@pytest.mark.parametrize("adapted", [True, False])
+def test_vmap():
+    """Over x it makes more rows, also around and inside of a derivative; over matrices it takes the plain product."""
+    codes, scales, w = matrix(64, 128)
+    xs, ct = normal(3, 5, 64), normal(5, 128, seed=2)
+    run = functools.partial(product, codes=codes, scales=scales)
+    programs = {
+        "first axis": jax.vmap(run),
+        "last axis": jax.vmap(run, in_axes=2, out_axes=1),
+        "derivative inside": jax.vmap(jax.grad(lambda x: jnp.sum(run(x) * ct))),
+        "derivative outside": jax.grad(lambda xs: jnp.sum(jax.vmap(lambda x: run(x) * ct)(xs))),
+    }
+    expected = (xs @ w, np.moveaxis(xs @ w, 0, 1), np.stack([ct @ w.T] * 3), np.stack([ct @ w.T] * 3))
+    given = (xs, np.moveaxis(xs, 0, 2), xs, xs)
+    found = jax.jit(lambda given: [f(x) for f, x in zip(programs.values(), given, strict=True)])(given)
+    for name, one, other in zip(programs, found, expected, strict=True):
+        close(one, other, err_msg=name)
+    text = str(jax.make_jaxpr(jax.vmap(run))(xs))
+    assert "f32[15,128] = nf4_product[" in text
+    matrices = jnp.stack([codes, codes[::-1]]), jnp.stack([scales, 2 * scales])
+    close(jax.vmap(functools.partial(product, xs[0]))(*matrices), np.stack([xs[0] @ w, 2 * xs[0] @ w[::-1]]))
+
+
+def test_scales_have_derivatives_too():
+    """Which are those of the plain product."""
+    codes, scales, w = matrix(128, 64)
+    x, ct = normal(5, 128), normal(5, 64, seed=2)
+
+    def derivatives(of):
+        run = functools.partial(of, codes=codes)
+        gradients = jax.grad(lambda x, scales: jnp.sum(run(x, scales=scales) * ct), (0, 1))(x, scales)
+        return *gradients, jax.jvp(lambda x, scales: run(x, scales=scales), (x, scales), (x, scales))[1]
+
+    found, expected = jax.jit(lambda: (derivatives(product), derivatives(plain)))()
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)
+    close(found[2], 2 * x @ w)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("split", ["rows", "columns"])
 @pytest.mark.sampled(2)
-def test_programs_use_them(adapted):
-    """Outputs, gradients of adapters and of inputs are those of the plain product; all weights but one have kernels."""
-    found = {}
-    for kernel in (True, False):
-        base, adapters, x = setup(kernel)
-        adapters = adapters if adapted else {}
-        run = jax.value_and_grad(lambda a, x, base=base: total(lora.lora_apply(heads)(base, a, x)), argnums=(0, 1))
-        found[kernel] = jax.jit(run)(adapters, x)
-        forward = jax.make_jaxpr(lambda a, x, base=base: lora.lora_apply(heads)(base, a, x))(adapters, x)
-        assert kernels(forward) == (4 if kernel else 0), "what is contracted in the middle is unpacked"
-    assert_trees_close(found[True], found[False], rtol=1e-4, atol=1e-4)
+def test_inside_shard_map(checked, split):
+    """On each device's shard, with gradients; types that vary are kept right."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    codes, scales, w = matrix(64, 128)
+    x, ct = normal(4, 64), normal(4, 128, seed=2)
+    rows, columns = (jax.P("data"), jax.P()) if split == "rows" else (jax.P(), jax.P(None, "data"))
+    out = rows if split == "rows" else columns
+    run = functools.partial(product, kernel=None if checked else True)
+    split_up = jax.shard_map(run, mesh=mesh, in_specs=(rows, columns, columns), out_specs=out, check_vma=checked)
+    run = jax.jit(lambda x: split_up(x, codes, scales))
+    assert "nf4_product[" in str(jax.make_jaxpr(run)(x))
+    found, vjp = jax.vjp(run, x)
+    close(found, x @ w)
+    close(vjp(ct)[0], ct @ w.T)
+    close(jax.jvp(run, (x,), (x,))[1], x @ w)
 
 
-def test_scanned_layers_and_vmapped_inputs():
-    def model(params, x):
-        return jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w["up"]) @ w["down"], None), x, params)[0]
-
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {"up": jax.random.normal(keys[0], (3, 64, 128)) / 8, "down": jax.random.normal(keys[1], (3, 128, 64)) / 11}
-    x = jax.random.normal(keys[2], (4, 2, 64))
-    found, kept = {}, {}
-    for kernel in (True, False):
-        base = bases.quantize(params, {".*": bases.Nf4(kernel=kernel)})
-        plan = lora.plan(model, base, x[0], rules={".*": lora.Lora(rank=2)})
-        adapters, apply = trained(lora.init(jax.random.key(1), base, plan), 1), lora.lora_apply(model)
-
-        def loss(adapters, base, x, apply=apply):
-            return total(jax.vmap(lambda x: apply(base, adapters, x))(x))
-
-        found[kernel] = jax.jit(jax.value_and_grad(loss))(adapters, base, x)
-        _, vjp = jax.vjp(lambda a, base=base, apply=apply: apply(base, a, x[0]), adapters)
-        kept[kernel] = sum(leaf.nbytes for leaf in jax.tree.leaves(vjp))
-    assert kept[True] <= kept[False], "the packed arrays, scales too"
-    assert_trees_close(found[True], found[False], rtol=1e-4, atol=1e-4)
+def test_over_a_mesh_outside_of_shard_map():
+    """The partitioner splits the plain product; the interpreted kernel, a loop, is for one device."""
+    codes, scales, w = matrix(64, 128)
+    x = normal(16, 64)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    rows, whole = NamedSharding(mesh, jax.P("data")), NamedSharding(mesh, jax.P())
+    run = jax.jit(product)
+    spread = [jax.device_put(a, where) for a, where in zip((x, codes, scales), (rows, whole, whole), strict=True)]
+    assert "stablehlo.while" in run.lower(x, codes, scales).as_text()
+    assert "stablehlo.while" not in run.lower(*spread).as_text()
+    close(run(*spread), x @ w)
+    assert run(*spread).sharding.spec == jax.P("data")
+    with jax.set_mesh(mesh):
+        assert product(x, codes, scales, kernel=None) is None, "known when it is traced"
+    with jax.set_mesh(Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Explicit,))):
+        assert product(x, codes, scales) is None
+    assert product(x, codes, scales, kernel=None) is None, "these are several devices"
 
 
-@pytest.mark.parametrize("cast", ["narrower", "wider", "both"])
-def test_values_are_rounded_as_the_program_rounds_them(cast):
-    """W of one dtype, cast to others on its way: each rounds."""
-    kept, first, last = {
-        "narrower": (jnp.float32, jnp.float32, jnp.bfloat16),
-        "wider": (jnp.bfloat16, jnp.bfloat16, jnp.float32),
-        "both": (jnp.float32, jnp.bfloat16, jnp.float32),
-    }[cast]
-
-    def model(params, x):
-        return x.astype(last) @ params["w"].astype(first).astype(last)
-
-    w = {"w": jax.random.normal(jax.random.key(0), (64, 128)).astype(kept)}
-    x = jax.random.normal(jax.random.key(1), (8, 64)).astype(jnp.bfloat16)
-    found = [
-        lora.lora_apply(model)(bases.quantize(w, {"w": bases.Nf4(kernel=kernel)}), {}, x).astype(jnp.float32)
-        for kernel in (True, False)
-    ]
-    np.testing.assert_allclose(*found, rtol=1e-2 if last == jnp.bfloat16 else 1e-5, atol=1e-4)
-
-
-def test_a_weight_of_torch_is_the_other_product():
-    """What bitsandbytes packed has its outputs first, and is turned."""
-    w = bases.quantize({"w": jax.random.normal(jax.random.key(0), (128, 64))}, {"w": bases.Nf4(kernel=True)})["w"]
-    turned, x = w.with_deferred("transpose", (1, 0)).with_deferred("reshape", (64, 2, 64)), jnp.ones((3, 64))
-    found = turned.dot(x, (0,), jax.lax.Precision.HIGHEST)
-    np.testing.assert_allclose(found, jnp.tensordot(x, turned.dense(), 1), rtol=1e-4, atol=1e-4)
-    back = turned.dot(jnp.ones((3, 2, 64)), (1, 2), jax.lax.Precision.HIGHEST)
-    np.testing.assert_allclose(back, jnp.tensordot(jnp.ones((3, 2, 64)), turned.dense(), [(1, 2), (1, 2)]), rtol=1e-4)
+# Which of them is used ------------------------------------------------------------------------------------------------
 
 
 def test_what_they_are_not_for():
-    """Padded weights, other dtypes and precisions, what tiles do not cut evenly: the plain product, without a word."""
-    assert nf4_pallas.tile(8, 100, 64, "gpu") is None
-    assert nf4_pallas.tile(8, 1100, 64, "tpu") is None
-    assert nf4_pallas.tile(8, 960, 960, "tpu") is None, "more than fits"
-    assert nf4_pallas.tile(8, 4096, 11008, "tpu") == (16, 512, 256)
-    assert nf4_pallas.platform_for(False, 8, 64, 64, jnp.float32, None) is None
-    assert nf4_pallas.platform_for(None, 8, 64, 64, jnp.float32, None) is None, "on a CPU"
-    assert nf4_pallas.platform_for(True, 8, 64, 64, jnp.float32, None) == "interpreted tpu"
-    assert nf4_pallas.platform_for(True, 8, 64, 64, jnp.float16, None) is None
-    assert nf4_pallas.platform_for(True, 8, 64, 64, jnp.float32, jax.lax.Precision.HIGH) is None
-    w = bases.quantize({"w": jnp.ones((12, 24))}, {"w": bases.Nf4(kernel=True)})["w"]
-    assert w.dot(jnp.ones((3, 12)), (0,), None) is None
-    w = bases.quantize({"w": jnp.ones((64, 64))}, {"w": bases.Nf4(kernel=True)})["w"]
-    assert w.dot(jnp.ones((3, 64)), (0,), None) is not None
-    assert w.dot(jnp.ones((0, 64)), (0,), None) is None
-    assert w.dot(jnp.ones((3, 64), jnp.bfloat16), (0,), None) is None
+    """Other dtypes and precisions, what tiles do not cut evenly: the plain product, without a word."""
+    assert nf4_kernels.tile(8, 64, 72, "gpu") is None
+    assert nf4_kernels.tile(8, 1088, 64, "tpu") is None
+    assert nf4_kernels.tile(8, 960, 960, "tpu") is None, "more than fits"
+    assert nf4_kernels.tile(8, 4096, 11008, "tpu") == (16, 512, 256)
+    codes, scales, _ = matrix(64, 64)
+    x = jnp.ones((3, 64))
+    assert product(x, codes, scales) is not None
+    assert product(x, codes, scales, kernel=False) is None
+    assert product(x, codes, scales, precision=jax.lax.Precision.HIGH) is None
+    assert product(x[:0], codes, scales) is None
+    assert product(x.astype(jnp.bfloat16), codes, scales) is None
+    assert product(x.astype(jnp.float16), codes, scales, dtypes=(jnp.float16,)) is None
+    assert product(x.astype(jnp.bfloat16), codes, scales, dtypes=(jnp.bfloat16,), precision=HIGHEST) is not None
+    odd, wide, _ = matrix(64, 24)
+    assert product(x, odd, wide) is None
 
 
-def test_which_products_an_accelerator_takes_by_itself(monkeypatch):
-    """Few rows, on one device, where a trial with its own dtype, precision and tile succeeds."""
-    tried = []
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(nf4_pallas, "works", lambda *how: tried.append(how) or len(tried) < 3)
-    chosen = [
-        nf4_pallas.platform_for(None, rows, 64, 128, dtype, None)
-        for rows, dtype in ((1, jnp.bfloat16), (256, jnp.float32), (8, jnp.float32), (257, jnp.float32))
-    ]
-    assert chosen == ["tpu", "tpu", None, None]
-    assert [how[3] for how in tried] == [(16, 64, 128), (256, 64, 128), (16, 64, 128)]
-    monkeypatch.setattr(jax, "device_count", lambda: 4)
-    assert nf4_pallas.platform_for(None, 1, 64, 128, jnp.float32, None) is None
+H100, V5E = ("NVIDIA H100 80GB HBM3", "cuda"), ("TPU v5 lite", "tpu")
+KINDS = {"TPU v5 lite": "tpu", "TPU v6 lite": "tpu", "TPU v5": "tpu", H100[0]: "cuda"}
 
-
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_a_device_is_tried_first(platform, monkeypatch):
-    """A kernel that is wrong there is not used, and that is said."""
-    how = (platform, jnp.dtype(jnp.bfloat16), None, (16, 64, 128))
-    nf4_pallas.works.cache_clear()
-    with jax.transfer_guard("disallow"):
-        assert nf4_pallas.works(*how)
-    nf4_pallas.works.cache_clear()
-    monkeypatch.setattr(nf4_pallas, "_look_up", lambda q, code: q.astype(jnp.float32))
-    with pytest.warns(UserWarning, match="computed without kernels"):
-        assert not nf4_pallas.works(*how)
-    nf4_pallas.works.cache_clear()
-
-
-SIZES = [(300, 1024, 768), (2048, 4096, 11008), (40, 576, 192)]
-
-
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # from JAX 0.12 on
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite", "cuda"])
-def test_accelerators_compilers_take_them(kind, dtype):
-    """What Pallas hands to Mosaic and Triton is made without a device: both products, sizes of real models."""
-    platform = "gpu" if kind == "cuda" else "tpu"
-    for rows, d, k in SIZES:
-        for product, width in ((nf4_pallas.times, d), (nf4_pallas.times_transposed, k)):
-            run = functools.partial(product, code=CODE, dtypes=(dtype,), precision=None, platform=platform)
-            shapes = [((rows, width), dtype), ((d, k // 2), jnp.uint8), ((d, k // 64), jnp.float32)]
-            args = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-            with abstract_tpu(kind) if platform == "tpu" else contextlib.nullcontext():
-                text = (
-                    jax.jit(run).trace(*args).lower(lowering_platforms=("cuda" if kind == "cuda" else "tpu",)).as_text()
-                )
-            assert ("tpu_custom_call" if platform == "tpu" else "triton") in text
+# From JAX 0.12 on.
+without_warning = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 
 @contextlib.contextmanager
-def abstract_tpu(kind):
-    device = jax.sharding.AbstractDevice(kind, 1, "tpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+def on(kind, platform):
+    """A mesh of one device that is not there."""
+    device = AbstractDevice(kind, 1, platform)
+    with jax.sharding.use_abstract_mesh(
+        AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    ):
         yield
+
+
+def shapes(rows, d, k, dtype=jnp.float32, transposed=False):
+    of = [((rows, k if transposed else d), dtype), ((d, k), jnp.uint4), ((d // 64, k), jnp.float32)]
+    return [jax.ShapeDtypeStruct(*shape) for shape in of]
+
+
+def lowered(rows, platform, **how):
+    """The kernels in a product that is lowered for a platform."""
+    run = jax.jit(functools.partial(product, **how)).trace(*shapes(rows, 64, 128))
+    return named(run.lower(lowering_platforms=(platform,)).as_text())
+
+
+def named(text):
+    """The kernels in a lowered program."""
+    return [name for name in ("tpu_custom_call", "triton") if name in text]
+
+
+@without_warning
+def test_the_machine_that_a_program_is_lowered_for_decides():
+    """Not the one at hand. Where it is not known which TPU or GPU that is, Pallas lowers nothing."""
+    for platform in ("cpu", "tpu", "cuda", "rocm"):
+        assert lowered(16, platform) == []
+    with on("TPU v3", "tpu"):
+        assert lowered(16, "tpu") == [], "Mosaic does not take them for so old ones"
+    for machine, own, most, name in ((V5E, "tpu", 256, "tpu_custom_call"), (H100, "cuda", 64, "triton")):
+        with on(*machine):
+            for platform in ("cpu", "tpu", "cuda"):
+                assert lowered(16, platform, kernel=None) == ([name] if platform == own else [])
+            assert lowered(most, own, kernel=None) == [name]
+            assert lowered(most + 1, own, kernel=None) == []
+            assert lowered(most + 1, own, kernel=True) == [name]
+
+
+@without_warning
+def test_exported_programs():
+    """For a TPU with its kernel; for a GPU without, since its kernels cannot be exported; for several platforms."""
+
+    def exported(*platforms, kernel=None):
+        run = jax.jit(functools.partial(product, kernel=kernel))
+        return jax.export.export(run, platforms=platforms)(*shapes(16, 64, 128))
+
+    with on(*V5E):
+        assert named(exported("tpu").mlir_module()) == ["tpu_custom_call"]
+        several = exported("cpu", "tpu", "cuda")
+        assert named(several.mlir_module()) == ["tpu_custom_call"]
+    with on(*H100):
+        assert named(exported("cuda").mlir_module()) == []
+        with pytest.raises(ValueError, match="no compatibility guarantees"):
+            exported("cuda", kernel=True)
+    codes, scales, w = matrix(64, 128)
+    x = normal(16, 64)
+    close(several.call(x, codes, scales), x @ w)
+
+
+SIZES = [(300, 1024, 768), (2048, 4096, 11008), (40, 576, 192), (16, 11008, 256)]
+
+
+@without_warning
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sampled(4)
+def test_accelerators_compilers_take_them(kind, dtype):
+    """What Pallas hands to Mosaic and Triton is made without a device: both products, sizes of real models."""
+    platform = KINDS[kind]
+    for rows, d, k in SIZES:
+        for transposed in (False, True):
+            run = jax.jit(functools.partial(product, dtypes=(dtype,), precision=None, transposed=transposed))
+            with on(kind, platform):
+                text = run.trace(*shapes(rows, d, k, dtype, transposed)).lower(lowering_platforms=(platform,)).as_text()
+            assert named(text) == ["tpu_custom_call" if platform == "tpu" else "triton"]
+
+
+@without_warning
+@pytest.mark.parametrize("kind", ["TPU v5 lite", H100[0]])
+def test_shards_on_accelerators(kind):
+    """Each device of a mesh takes a kernel for its own columns, forward and backward."""
+    platform = KINDS[kind]
+    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(kind, 1, platform))
+    columns = jax.P(None, "data")
+    run = functools.partial(product, kernel=None)
+    run = jax.shard_map(run, mesh=mesh, in_specs=(jax.P(), columns, columns), out_specs=columns)
+    gradient = jax.jit(jax.grad(lambda *args: jnp.sum(jnp.tanh(run(*args)))))
+    text = gradient.trace(*shapes(16, 64, 512)).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("@tpu_custom_call(" if platform == "tpu" else "triton(") == 2

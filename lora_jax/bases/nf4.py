@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
-from lora_jax.bases import nf4_pallas
 from lora_jax.bases.format import Format
 from lora_jax.core.deferred import Deferred, Size
 from lora_jax.core.errors import LoraError
@@ -31,7 +30,6 @@ CODE = np.array(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
      -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
      0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)  # fmt: skip
-_CODE = tuple(CODE.tolist())
 
 
 @dataclass(frozen=True)
@@ -104,29 +102,7 @@ class Nf4Weight(Packed):
         return scaled + jnp.expand_dims(self.mean, range(n, n + len(own)))
 
     def dot(self, x: jax.Array, inputs: tuple[int, ...], precision: Any) -> jax.Array | None:
-        """Multiply by a kernel, if W as it is packed is one matrix [inputs, outputs] or [outputs, inputs]."""
-        n, deferred = len(inputs), self.deferred
-        transposed = len(self.inner) == 2 and deferred[:1] == (("transpose", (1, 0)),)
-        first, last = inputs == tuple(range(n)), inputs == tuple(range(self.ndim - n, self.ndim))
-        moved = any(name == "transpose" for name, _ in (deferred[1:] if transposed else deferred))
-        if moved or self.stack or self.compute_sharding is not None or not (first or last) or x.dtype != self.dtype:
-            return None
-        before, after = (math.prod(self.shape[: n if first else -n]), math.prod(self.shape[n if first else -n :]))
-        (d, k), forward = ((after, before), last) if transposed else ((before, after), first)
-        free, outputs = x.shape[: x.ndim - n], self.shape[n:] if first else self.shape[:-n]
-        rows, sixteen = math.prod(free), x.dtype == jnp.bfloat16
-        precision = None if sixteen else precision  # products of bf16 numbers are exact in fp32
-        platform = nf4_pallas.platform_for(self.kernel, rows, d, k, x.dtype, precision) if k % BLOCK == 0 else None
-        if platform is None:
-            return None
-        product = nf4_pallas.times if forward else nf4_pallas.times_transposed
-        dtypes = (self.value_dtype, *(how for name, how in deferred if name == "cast"))
-
-        def run(w: "Nf4Weight") -> jax.Array:
-            scales = w.fp32_scales().reshape(d, -1)
-            return product(x.reshape(rows, -1), w.codes.reshape(d, -1), scales, _CODE, dtypes, precision, platform)
-
-        return jax.checkpoint(run)(self).reshape(*free, *outputs)  # the residual is the packed weight
+        return None
 
     def blocks(self, w: jax.Array) -> jax.Array:
         return _blocks(w.reshape(*w.shape[: len(self.stack) + _whole(self.inner)], -1), BLOCK)

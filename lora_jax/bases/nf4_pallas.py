@@ -1,284 +1,221 @@
-"""Pallas kernels for products with an NF4 matrix, which dequantize it tile by tile: W is never written to memory.
+"""Products with an NF4 matrix by the kernels of `nf4_kernels`, where the machine that a program is lowered for has one.
 
-    y = x @ W      x [T, d], W [d, k]        and for the derivative       x = y @ W^T
+What machine that is becomes known when a program is lowered, not when it is traced: one that is exported, or compiled
+for a topology, is for another machine than the one at hand. So the product is a primitive of JAX with a lowering for
+each platform. It is linear in x: its transpose is the product with W^T, another kernel, and its tangent is the product
+with x's tangent. Both keep W as it is packed. `vmap` makes more rows of x.
 
-A byte holds the codes of two neighbours along k. Dequantized, the first and the second of each byte are two matrices
-[d, k / 2]: y's even and odd columns are two products, and no tile has to be interleaved.
-
-The kernels are for TPU (Mosaic) and GPU (Triton); elsewhere they are interpreted, for tests. They run on one device:
-the partitioner of a program over a mesh cannot split them.
+A kernel runs on one device, since the partitioner of a program over a mesh cannot split it. In a `shard_map` it runs on
+each device's shard.
 """
 
 import functools
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
 
-Tile = tuple[int, int, int]  # rows of x, rows of W, columns of W
-HALF = 32  # bytes of codes in a block of 64 numbers
+from lora_jax.bases import nf4_kernels
+from lora_jax.core._compat import Primitive, vary, varying_axes
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def times(x: Any, codes: Any, scales: Any, code: Any, dtypes: Any, precision: Any, platform: str) -> jax.Array:
-    """Return x @ W [T, k].
-
-    Args:
-        x: [T, d].
-        codes: uint8 [d, k / 2].
-        scales: fp32 [d, k / 64].
-        code: the sixteen numbers that codes stand for.
-        dtypes: to which W's values are rounded, one after the other.
-        precision: of the product.
-        platform: "tpu" or "gpu", or "interpreted tpu" and "interpreted gpu".
-    """
-    even, odd = _call(_forward, [x], codes, scales, code, dtypes, precision, platform)
-    return jnp.stack([even, odd], axis=-1).reshape(len(x), -1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def times_transposed(
-    y: Any, codes: Any, scales: Any, code: Any, dtypes: Any, precision: Any, platform: str
-) -> jax.Array:
-    """Return y @ W^T [T, d], for y [T, k]; other arguments as of `times`."""
-    pairs = y.reshape(len(y), -1, 2)
-    [x] = _call(_backward, [pairs[..., 0], pairs[..., 1]], codes, scales, code, dtypes, precision, platform)
-    return x
-
-
-def _derivatives(product: Any, transposed: Any) -> None:
-    """Define the reverse-mode derivative of a product by the other product. The residual is the packed matrix."""
-
-    def forward(x: Any, codes: Any, scales: Any, *how: Any) -> tuple[jax.Array, Any]:
-        return product(x, codes, scales, *how), (codes, scales)
-
-    def backward(*args: Any) -> tuple[jax.Array, None, None]:
-        *how, packed, ct = args
-        return transposed(ct, *packed, *how), None, None
-
-    product.defvjp(forward, backward)
-
-
-_derivatives(times, times_transposed)
-_derivatives(times_transposed, times)
-
-
-# One tile -------------------------------------------------------------------------------------------------------------
-
-
-def _unpack(codes: jax.Array, scales: jax.Array, code: Any, dtypes: Any) -> list[jax.Array]:
-    """Dequantize codes uint8 [d, n] with scales fp32 [d, n] to the first and the second numbers of each byte [d, n]."""
-    wide = codes.astype(jnp.int32)
-    values = [_look_up(q, code) * scales for q in (wide >> 4, wide & 15)]
-    return [functools.reduce(lambda w, dtype: w.astype(dtype), dtypes, w) for w in values]
-
-
-def _look_up(q: jax.Array, code: Any) -> Any:
-    """Return code[q] by selections on each bit of q, from the highest: kernels have no gather."""
-    if len(code) == 1:
-        return jnp.float32(code[0])
-    half = len(code) // 2
-    return jnp.where((q & half) > 0, _look_up(q, code[half:]), _look_up(q, code[:half]))
-
-
-def _dot(x: jax.Array, w: jax.Array, precision: Any, transposed: bool) -> jax.Array:
-    """Return x @ w, or x @ w^T, in fp32."""
-    dims = (((1,), (1 if transposed else 0,)), ((), ()))
-    return lax.dot_general(x, w.astype(x.dtype), dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _forward(xs: Any, codes: Any, scales: Any, code: Any, dtypes: Any, precision: Any) -> list[jax.Array]:
-    return [_dot(xs[0], w, precision, False) for w in _unpack(codes, scales, code, dtypes)]
-
-
-def _backward(ys: Any, codes: Any, scales: Any, code: Any, dtypes: Any, precision: Any) -> list[jax.Array]:
-    return [sum(_dot(y, w, precision, True) for y, w in zip(ys, _unpack(codes, scales, code, dtypes), strict=True))]  # type: ignore[list-item]
-
-
-# All of them ----------------------------------------------------------------------------------------------------------
-
-
-def tile(rows: int, d: int, k: int, platform: str) -> Tile | None:
-    """Return the size of a tile; None if the matrix cannot be divided evenly into tiles that fit."""
-    for_tpu = "tpu" in platform
-    sizes, columns, most = ((512, 256, 128), (512, 256), 1024) if for_tpu else ((64, 32, 16), (128, 64), 0)
-    bd = next((n for n in sizes if d % n == 0), d if d <= most else 0)
-    bk = next((n for n in columns if k % n == 0), k if k <= most else 0)
-    bt = min(row_tile(platform), max(16, 1 << (rows - 1).bit_length()))
-    return (bt, bd, bk) if 0 < bd * bk <= 2**18 else None
-
-
-def row_tile(platform: str) -> int:
-    """Return the largest number of rows of a tile."""
-    return 256 if "tpu" in platform else 64
-
-
-def _call(
-    of_tile: Callable[..., Any], xs: Any, codes: Any, scales: Any, code: Any, dtypes: Any, precision: Any, platform: str
-) -> Any:
-    """Run a kernel on every tile, with the rows of x padded to whole tiles."""
-    rows, (d, half) = len(xs[0]), codes.shape
-    sizes = tile(rows, d, 2 * half, platform)
-    assert sizes is not None, "callers ask `tile` first"
-    xs = [jnp.pad(x, ((0, -rows % sizes[0]), (0, 0))) for x in xs]
-    on_tile = functools.partial(of_tile, code=code, dtypes=dtypes, precision=precision)
-    run = _on_tpu if "tpu" in platform else _on_gpu
-    outs = run(on_tile, xs, codes, scales, sizes, of_tile is _backward, "interpreted" in platform)
-    return [out[:rows] for out in outs]
-
-
-def _sides(sizes: Tile, codes: Any, transposed: bool) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """Return the widths (x, result) of a tile and in total, and the number of results: even and odd columns are two."""
-    (_, bd, bk), (d, half) = sizes, codes.shape
-    return ((bk // 2, bd), (half, d), 1) if transposed else ((bd, bk // 2), (d, half), 2)
-
-
-def _on_tpu(
-    on_tile: Any, xs: Any, codes: Any, scales: Any, sizes: Tile, transposed: bool, interpret: bool
-) -> list[jax.Array]:
-    """Run a kernel whose grid has the contracted axis last, with sums over its steps in fp32."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
-    (bt, bd, bk), rows = sizes, len(xs[0])
-    blocks = bk // (2 * HALF)
-    at = (lambda i, j, n: (j, n)) if transposed else (lambda i, j, n: (n, j))  # the tile of W
-
-    def kernel(*refs: Any) -> None:
-        *x_refs, codes_ref, scales_ref = refs[: len(xs) + 2]
-        out_refs, sums = refs[len(xs) + 2 : -n_out], refs[-n_out:]
-
-        @pl.when(pl.program_id(2) == 0)
-        def _() -> None:
-            for total in sums:
-                total[...] = jnp.zeros_like(total)
-
-        spread = lax.broadcasted_iota(jnp.int32, (blocks, blocks * HALF), 1) // HALF
-        spread = (spread == lax.broadcasted_iota(jnp.int32, spread.shape, 0)).astype(jnp.float32)
-        wide = lax.dot_general(scales_ref[:, 0, :], spread, (((0,), (0,)), ((), ())), precision="highest")
-        for total, part in zip(sums, on_tile([x[...] for x in x_refs], codes_ref[...], wide), strict=True):
-            total[...] += part
-
-        @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
-        def _() -> None:
-            for out, total in zip(out_refs, sums, strict=True):
-                out[...] = total[...].astype(out.dtype)
-
-    (wide_in, wide_out), (total_in, total_out), n_out = _sides(sizes, codes, transposed)
-    out_spec = pl.BlockSpec((bt, wide_out), lambda i, j, n: (i, j))
-    return pl.pallas_call(
-        kernel,
-        grid=(rows // bt, total_out // wide_out, total_in // wide_in),
-        in_specs=[
-            *[pl.BlockSpec((bt, wide_in), lambda i, j, n: (i, n)) for _ in xs],
-            pl.BlockSpec((bd, bk // 2), at),
-            pl.BlockSpec((blocks, 1, bd), lambda i, j, n: (at(i, j, n)[1], 0, at(i, j, n)[0])),
-        ],
-        out_specs=[out_spec] * n_out,
-        out_shape=[jax.ShapeDtypeStruct((rows, total_out), xs[0].dtype)] * n_out,
-        scratch_shapes=[pltpu.VMEM((bt, wide_out), jnp.float32)] * n_out,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        interpret=interpret,
-        name="nf4_product",
-    )(*xs, codes, scales.T[:, None])
-
-
-def _on_gpu(
-    on_tile: Any, xs: Any, codes: Any, scales: Any, sizes: Tile, transposed: bool, interpret: bool
-) -> list[jax.Array]:
-    """Run a kernel with one program for each tile of the result, which loops over the contracted axis."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
-
-    (bt, bd, bk), rows, (d, half) = sizes, len(xs[0]), codes.shape
-    blocks = bk // (2 * HALF)
-    (wide_in, wide_out), (total_in, total_out), n_out = _sides(sizes, codes, transposed)
-
-    def kernel(*refs: Any) -> None:
-        x_refs, codes_ref, scales_ref, out_refs = refs[: len(xs)], *refs[len(xs) : len(xs) + 2], refs[len(xs) + 2 :]
-
-        def step(n: jax.Array, sums: Any) -> Any:
-            at, along = pl.ds(n * wide_in, wide_in), pl.ds(n * blocks, blocks)
-            q = codes_ref[:, at] if transposed else codes_ref[at, :]
-            scale = scales_ref[:, along] if transposed else scales_ref[at, :]
-            wide = jnp.broadcast_to(scale[:, :, None], (bd, blocks, HALF)).reshape(bd, bk // 2)
-            parts = on_tile([x[:, at] for x in x_refs], q, wide)
-            return [total + part for total, part in zip(sums, parts, strict=True)]
-
-        zeros = [jnp.zeros((bt, wide_out), jnp.float32)] * n_out
-        for out, total in zip(out_refs, lax.fori_loop(0, total_in // wide_in, step, zeros), strict=True):
-            out[...] = total.astype(out.dtype)
-
-    tile_of_w = ((bd, half), (bd, scales.shape[1])) if transposed else ((d, bk // 2), (d, blocks))
-    along_w = (lambda i, j: (j, 0)) if transposed else (lambda i, j: (0, j))
-    return pl.pallas_call(
-        kernel,
-        grid=(rows // bt, total_out // wide_out),
-        in_specs=[
-            *[pl.BlockSpec((bt, total_in), lambda i, j: (i, 0)) for _ in xs],
-            *[pl.BlockSpec(shape, along_w) for shape in tile_of_w],
-        ],
-        out_specs=[pl.BlockSpec((bt, wide_out), lambda i, j: (i, j))] * n_out,
-        out_shape=[jax.ShapeDtypeStruct((rows, total_out), xs[0].dtype)] * n_out,
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
-        name="nf4_product",
-    )(*xs, codes, scales)
-
-
-# Whether to use them --------------------------------------------------------------------------------------------------
-
+Plain = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (x, codes, scales) -> y
 
 PRECISIONS = (None, lax.Precision.DEFAULT, lax.Precision.HIGHEST)
+KERNELS = {"tpu": "tpu", "cuda": "gpu", "cpu": "interpreted tpu"}  # by JAX's platforms
+TOO_OLD = ("TPU v2", "TPU v3", "5.", "6.", "7.")  # kinds of TPUs and compute capabilities of GPUs without them
 
 
-def platform_for(kernel: bool | None, rows: int, d: int, k: int, dtype: Any, precision: Any) -> str | None:
-    """Return the platform to run a kernel on; None if the plain product is to be used.
+def product(
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    plain: Plain,
+    *,
+    dtypes: tuple[Any, ...],
+    precision: Any,
+    kernel: bool | None,
+    transposed: bool = False,
+) -> jax.Array | None:
+    """Multiply by an NF4 matrix W = code[codes] * scales, by a kernel on the platforms that have one.
 
     Args:
-        kernel: True for the kernel wherever there is one, False for the plain product. None for the kernel on a single
-            accelerator, if a trial shows that it works and x has so few rows that each tile of W is dequantized once.
-        rows, d, k: of x [rows, d] and W [d, k].
-        dtype: of x.
-        precision: of the product.
+        x: [T, d] or, transposed, [T, k]; fp32 or bf16, as W.
+        codes: uint4 [d, k].
+        scales: fp32 [d / 64, k], one for each block of 64 numbers along d.
+        plain: computes the same by dequantizing W, from (x, codes, scales). It is differentiable, and holds no arrays:
+            two of them are taken for the same if dtypes, precision and transposed are.
+        dtypes: to which W's values are rounded, one after the other.
+        precision: of the product, as of `jax.lax.dot_general`.
+        kernel: True for a kernel wherever there is one; on CPUs it is interpreted, for tests. False for none. None for
+            a kernel on TPU and GPU, on one device or in a `shard_map`, for so few rows that each tile of W is
+            dequantized once.
+        transposed: whether x is multiplied by W^T.
+
+    Returns:
+        x @ W [T, k] or x @ W^T [T, d], of x's dtype. None if it is known already that no kernel would be used.
+
+    Example:
+        >>> codes, scales = jnp.full((64, 128), 15, jnp.uint4), jnp.full((1, 128), 2.0)  # code 15 is 1
+        >>> plain = lambda x, codes, scales: x @ jnp.full((64, 128), 2.0)
+        >>> how = dict(dtypes=(jnp.float32,), precision=None, kernel=True)
+        >>> print(product(jnp.ones((1, 64)), codes, scales, plain, **how)[:, :3])
+        [[128. 128. 128.]]
+
+    Source: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314.
     """
-    backend = jax.default_backend()
-    on_accelerator = backend in ("tpu", "gpu")
-    if kernel is False or (kernel is None and (not on_accelerator or jax.device_count() > 1)):
+    rows, dtype = len(x), jnp.dtype(x.dtype)
+    precision = None if dtype == jnp.bfloat16 else precision  # products of bf16 numbers are exact in fp32
+    how = _How(tuple(map(jnp.dtype, dtypes)), precision, kernel, transposed, plain)
+    known = dtype in (jnp.float32, jnp.bfloat16) and dtype == how.dtypes[-1] and precision in PRECISIONS
+    if kernel is False or not known or not any(how.kernel_on(platform, rows, *codes.shape) for platform in KERNELS):
         return None
-    platform = backend if on_accelerator else "interpreted tpu"
-    known = dtype in (jnp.float32, jnp.bfloat16) and precision in PRECISIONS
-    if not known or not rows or (sizes := tile(rows, d, k, platform)) is None:
+    if _explicit(x, codes, scales) or (kernel is None and not _unsplit()):
         return None
-    if kernel is None and (rows > row_tile(platform) or not works(platform, jnp.dtype(dtype), precision, sizes)):
-        return None
-    return platform
+    axes = sorted(varying_axes(x) | varying_axes(codes) | varying_axes(scales))
+    return product_p.bind(*(vary(array, axes) for array in (x, codes, scales)), how=how)
 
 
-@functools.cache
-def works(platform: str, dtype: Any, precision: Any, sizes: Tile) -> bool:
-    """Return whether the kernels compile for this tile and agree with the plain product. Tried once in a process."""
-    rng = np.random.default_rng(0)
-    rows, d, k = sizes
-    x, y = (rng.standard_normal((rows, n)).astype(dtype) for n in (d, k))
-    codes, scales = rng.integers(0, 256, (d, k // 2), np.uint8), rng.random((d, k // (2 * HALF)), np.float32)
-    code = tuple(np.linspace(-1, 1, 16).tolist())
-    pairs = np.stack([codes >> 4, codes & 15], axis=-1).reshape(d, k)
-    w = np.asarray(code, np.float32)[pairs] * np.repeat(scales, 2 * HALF, axis=1)
-    try:
-        with jax.transfer_guard("allow"), jax.disable_jit(False):
-            for product, given, dense in ((times, x, w), (times_transposed, y, w.T)):
-                run = jax.jit(lambda *args, product=product: product(*args, code, (dtype,), precision, platform))
-                found = np.asarray(run.lower(given, codes, scales).compile()(given, codes, scales), np.float32)
-                expected = np.asarray(given, np.float32) @ dense
-                off = np.abs(found - expected).max() / np.abs(expected).max()
-                if not off < 0.03:
-                    raise ValueError(f"a product is off by {off:.3f} of its largest number")
-    except Exception as error:  # a compiler may raise anything; the plain product works everywhere
-        warnings.warn(f"NF4 products are computed without kernels on this {platform}: {error}", stacklevel=2)
+@dataclass(frozen=True)
+class _How:
+    """What a product is besides its arrays."""
+
+    dtypes: tuple[Any, ...]
+    precision: Any
+    kernel: bool | None
+    transposed: bool
+    plain: Plain = field(compare=False)
+    plain_turned: Plain | None = field(default=None, compare=False)
+
+    def turned(self, width: int) -> "_How":
+        """Return the other product, whose results have this many columns: the first product's x."""
+
+        def by_transposition(ct: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
+            x = vary(jnp.zeros((len(ct), width), ct.dtype), sorted(varying_axes(ct)))
+            [x] = jax.vjp(lambda x: self.plain(x, codes, scales), x)[1](ct)
+            return x
+
+        plain = self.plain_turned or by_transposition
+        return replace(self, transposed=not self.transposed, plain=plain, plain_turned=self.plain)
+
+    def kernel_on(self, platform: str, rows: int, d: int, k: int) -> str | None:
+        """Return the kernel that multiplies this many rows by W [d, k] on a platform; None for the plain product."""
+        kernel = KERNELS.get(platform)
+        if not rows or kernel is None or nf4_kernels.tile(rows, d, k, kernel) is None:
+            return None
+        if platform == "cpu":
+            return kernel if self.kernel else None
+        return kernel if self.kernel or rows <= nf4_kernels.row_tile(kernel) else None
+
+
+# What is known when a program is traced -------------------------------------------------------------------------------
+
+
+def _explicit(*arrays: jax.Array) -> bool:
+    """Return whether a mesh has explicit axes: then types say how arrays are split, and kernels are not split."""
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(array).sharding.mesh for array in arrays)]
+    return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
+
+
+def _unsplit() -> bool:
+    """Return whether a program is for one device, or is what each device of a mesh does, as far as is known."""
+    here = jax.sharding.get_abstract_mesh()
+    if here.empty:
+        return jax.device_count() == 1
+    kinds = zip(here.axis_types, here.axis_sizes, strict=True)
+    return all(kind == AxisType.Manual or size == 1 for kind, size in kinds)
+
+
+# What is known when it is lowered -------------------------------------------------------------------------------------
+
+
+def _lower(ctx: mlir.LoweringRuleContext, *args: Any, how: _How, platform: str) -> Any:
+    """Lower the product to a kernel or to the plain product."""
+    x, codes, _ = (aval.shape for aval in ctx.avals_in)  # type: ignore[attr-defined]
+    kernel = how.kernel_on(platform, x[0], *codes)
+    if not (_on_one_device(ctx) and _compiles(ctx, platform, how.kernel)):
+        kernel = None
+    return mlir.lower_fun(functools.partial(_run, how=how, kernel=kernel), multiple_results=False)(ctx, *args)
+
+
+def _run(x: jax.Array, codes: jax.Array, scales: jax.Array, *, how: _How, kernel: str | None) -> jax.Array:
+    """Multiply by a kernel or plainly. Interpreted kernels know nothing of types that vary over a mesh."""
+    if kernel is None or ("interpreted" in kernel and varying_axes(x)):
+        return how.plain(x, codes, scales)
+    options = {"dtypes": how.dtypes, "precision": how.precision, "transposed": how.transposed}
+    return nf4_kernels.run(x, codes, scales, **options, platform=kernel)
+
+
+def _on_one_device(ctx: mlir.LoweringRuleContext) -> bool:
+    """Return whether a program is for one device, or is what each device of a mesh does."""
+    around = ctx.module_context.axis_context
+    if isinstance(around, mlir.ShardingContext):
+        return around.num_devices == 1
+    if isinstance(around, mlir.SPMDAxisContext):
+        return {*around.manual_axes, *around.mesh.manual_axes} == {*around.mesh.axis_names} or around.mesh.size == 1
+    return True  # in a `pmap`
+
+
+def _compiles(ctx: mlir.LoweringRuleContext, platform: str, wanted: bool | None) -> bool:
+    """Return whether Pallas lowers a kernel here: for a TPU or GPU, only if it knows which one.
+
+    That is the one of the mesh around, else the one at hand. A GPU's kernels cannot be exported, unless JAX's check of
+    what may be is turned off: then a user wants them.
+    """
+    if platform not in ("tpu", "cuda"):
+        return True
+    if platform == "cuda" and wanted is None and ctx.module_context.lowering_parameters.for_export:
         return False
-    return True
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    generation = device.device_kind if platform == "tpu" else getattr(device, "compute_capability", "")
+    return device.platform in (platform, KERNELS[platform]) and not generation.startswith(TOO_OLD)
+
+
+# The primitive --------------------------------------------------------------------------------------------------------
+
+
+def _shape(x: Any, codes: Any, scales: Any, *, how: _How) -> Any:
+    d, k = codes.shape
+    return x.update(shape=(x.shape[0], d if how.transposed else k), weak_type=False)
+
+
+def _jvp(primals: Any, tangents: Any, *, how: _How) -> tuple[Any, Any]:
+    """Derive by x with the product itself, and by the scales, which are seldom asked for, with the plain one."""
+    (x, codes, scales), (x_dot, _, scales_dot) = primals, tangents
+    dots = []
+    if not isinstance(x_dot, ad.Zero):
+        dots.append(product_p.bind(x_dot, codes, scales, how=how))
+    if not isinstance(scales_dot, ad.Zero):
+        dots.append(jax.jvp(lambda scales: how.plain(x, codes, scales), (scales,), (scales_dot,))[1])
+    return product_p.bind(x, codes, scales, how=how), functools.reduce(jnp.add, dots)
+
+
+def _transpose(ct: Any, x: Any, codes: Any, scales: Any, *, how: _How) -> list[Any]:
+    if isinstance(ct, ad.Zero):
+        return [ad.Zero(x.aval), None, None]
+    return [product_p.bind(ct, codes, scales, how=how.turned(x.aval.shape[1])), None, None]
+
+
+def _batch(args: Any, axes: Any, *, how: _How) -> tuple[Any, int]:
+    """Fold a batch of x into its rows; a batch of matrices takes the plain product."""
+    if axes[1:] != (None, None):
+        return jax.vmap(how.plain, axes)(*args), 0
+    x, *packed = args
+    x = jnp.moveaxis(x, axes[0], 0)  # [batch, T, width]
+    y = product_p.bind(x.reshape(-1, x.shape[2]), *packed, how=how)
+    return y.reshape(*x.shape[:2], y.shape[1]), 0
+
+
+product_p = Primitive("nf4_product")
+product_p.def_impl(jax.jit(product_p.bind, static_argnames="how"))
+product_p.def_abstract_eval(_shape)
+ad.primitive_jvps[product_p] = _jvp
+ad.primitive_transposes[product_p] = _transpose
+batching.primitive_batchers[product_p] = _batch
+mlir.register_lowering(product_p, functools.partial(_lower, platform="other"))
+for _platform in KERNELS:
+    mlir.register_lowering(product_p, functools.partial(_lower, platform=_platform), platform=_platform)

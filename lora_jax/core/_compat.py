@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend import source_info_util
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, Var
 from jax.extend.core.primitives import jit_p, remat_p
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "JaxprEqn",
     "Literal",
     "Operation",
+    "Primitive",
     "Var",
     "as_differentiated",
     "at_equation",
@@ -31,6 +32,7 @@ __all__ = [
     "open_jaxpr",
     "remat_p",
     "scan_groups",
+    "shape_like",
     "source_line",
     "vary",
     "varying_axes",
@@ -63,6 +65,12 @@ def vary(array: Any, axes: Iterable[str]) -> Any:
     """Return an array, in a `shard_map`, as one that may differ between devices along these axes."""
     missing = tuple(axis for axis in axes if axis not in varying_axes(array))
     return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+
+def shape_like(array: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """Return another shape, of an array's dtype and, in a `shard_map`, with its varying axes."""
+    kind = jax.typeof(array)
+    return jax.ShapeDtypeStruct(shape, kind.dtype, manual_axis_type=kind.mat)
 
 
 @dataclass(frozen=True)
