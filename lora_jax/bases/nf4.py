@@ -1,10 +1,15 @@
 """NF4: 4 bits a number, the quantiles of a normal distribution, in blocks of 64 with one scale each.
 
 Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314. With double quantization the
-scales have 8 bits, in blocks of 256: 4 + 8/64 + 32/(64*256) = 4.127 bits a number. Bytes and values are those of
-bitsandbytes, for a weight with the same order of axes.
+scales have 8 bits, in blocks of 256: 4 + 8/64 + 32/(64*256) = 4.127 bits a number.
 
-Axes: s stacked matrices; w the first axes of a matrix, which no block crosses; m the product of its other axes.
+Codes are an array of dtype uint4, and a block runs along the first axis of a kernel [inputs, outputs]. TPUs multiply by
+such an array without a copy of it in another order. A block is also what bitsandbytes makes of torch's weight
+[outputs, inputs], and codes, scales and values are those of bitsandbytes for that weight.
+
+Axes: s stacked matrices; d the first axes of a matrix, as few as hold whole blocks, as one; k its other axes, as one.
+A matrix of which no first axes hold whole blocks is one column: all its numbers, with the first axis last as in torch,
+padded to whole blocks.
 """
 
 import functools
@@ -18,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
-from lora_jax.bases import nf4_pallas
 from lora_jax.bases.format import Format
 from lora_jax.core.deferred import Deferred, Size
 from lora_jax.core.errors import LoraError
@@ -31,7 +35,6 @@ CODE = np.array(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
      -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
      0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)  # fmt: skip
-_CODE = tuple(CODE.tolist())
 
 
 @dataclass(frozen=True)
@@ -50,30 +53,35 @@ class Nf4(Format):
     kernel: bool | None = None
 
     def pack(self, w: jax.Array, stack: int, dtype: Any) -> "Nf4Weight":
-        inner = w.shape[stack:]
-        codes, scales = _pack(w, stack + _whole(inner))
+        codes, scales = _pack(w, stack)
         if not self.double:
-            return Nf4Weight(codes, scales, None, None, inner, dtype, kernel=self.kernel)
+            return Nf4Weight(codes, scales, None, None, w.shape[stack:], dtype, kernel=self.kernel)
         small, outer, mean = _pack_scales(scales, stack)
-        return Nf4Weight(codes, small, outer, mean, inner, dtype, kernel=self.kernel)
+        return Nf4Weight(codes, small, outer, mean, w.shape[stack:], dtype, kernel=self.kernel)
 
     def finer(self) -> str:
         return "lora.bases.Nf4(double=False), with scales in fp32" if self.double else super().finer()
 
 
-def _whole(inner: tuple[int, ...]) -> int:
-    """Return how many of a matrix's first axes no block crosses; 0 if the matrix is flattened and padded."""
-    return next((n for n in reversed(range(len(inner))) if math.prod(inner[n:]) % BLOCK == 0), 0)
+def column_axes(inner: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return which axes of a matrix are d, along which blocks run, and which are k, each in its order."""
+    axes = tuple(range(len(inner)))
+    for n in range(1, max(2, len(inner))):
+        if math.prod(inner[:n]) % BLOCK == 0:
+            return axes[:n], axes[n:]
+    return (*axes[1:], 0), ()
 
 
 @register_node("lora_jax.Nf4Weight")
 @dataclass(frozen=True)
 class Nf4Weight(Packed):
-    """A weight in NF4: two codes a byte, the first in the high half, and their scales."""
+    """A weight in NF4: codes of 4 bits, and their scales."""
 
-    codes: jax.Array  # uint8 [*s, *w, m / 2], m padded to whole blocks
-    scales: jax.Array  # fp32 [*s, *w, m / 64], or with double quantization uint8
-    outer: jax.Array | None  # fp32 [*s, scales / 256], with double quantization: the scales of the scales
+    codes: jax.Array  # uint4 [*s, d, k], d padded to whole blocks
+    scales: jax.Array  # fp32 [*s, d / 64, k], or with double quantization uint8
+    outer: (
+        jax.Array | None
+    )  # fp32 [*s, d / 64 * k / 256], with double quantization: scales of scales, all of one k first
     mean: jax.Array | None  # fp32 [*s], with double quantization: the mean, which is subtracted from the scales
     inner: tuple[int, ...] = field(metadata={"static": True})
     value_dtype: Any = field(metadata={"static": True})
@@ -85,64 +93,51 @@ class Nf4Weight(Packed):
 
     @property
     def array_ndim(self) -> int:
-        return _whole(self.inner) + 1
+        return 2
 
     def dequantize(self) -> jax.Array:
-        high, low = self.codes >> 4, self.codes & 15
-        values = _numbers(CODE, jnp.stack([high, low], axis=-1)).reshape(*self.codes.shape[:-1], -1)
-        values = values * _for_each(self.fp32_scales(), values)
-        n = math.prod(self.inner[_whole(self.inner) :])
-        return values[..., :n].reshape(*self.stack, *self.inner)
+        values = _numbers(CODE, self.codes.astype(jnp.uint8))  # on CPUs a look-up by 4 bits is slower
+        return _from_columns(values * _for_each(self.fp32_scales(), values), self.inner)
 
     def fp32_scales(self) -> jax.Array:
-        """Return the scales in fp32 [*s, *w, m / 64]."""
+        """Return the scales in fp32 [*s, d / 64, k]."""
         if self.outer is None or self.mean is None:
             return self.scales
-        n, own = len(self.stack), self.scales.shape[len(self.stack) :]
-        outer = jnp.repeat(self.outer, SCALES, axis=-1)[..., : math.prod(own)]
-        scaled = _numbers(scale_code(), self.scales) * outer.reshape(self.scales.shape)
-        return scaled + jnp.expand_dims(self.mean, range(n, n + len(own)))
+        *stack, blocks, k = self.scales.shape
+        outer = jnp.repeat(self.outer, SCALES, axis=-1)[..., : blocks * k].reshape(*stack, k, blocks)
+        return _numbers(scale_code(), self.scales) * outer.mT + self.mean[..., None, None]
 
     def dot(self, x: jax.Array, inputs: tuple[int, ...], precision: Any) -> jax.Array | None:
         """Multiply by a kernel, if W as it is packed is one matrix [inputs, outputs] or [outputs, inputs]."""
-        n, deferred = len(inputs), self.deferred
-        transposed = len(self.inner) == 2 and deferred[:1] == (("transpose", (1, 0)),)
-        first, last = inputs == tuple(range(n)), inputs == tuple(range(self.ndim - n, self.ndim))
-        moved = any(name == "transpose" for name, _ in (deferred[1:] if transposed else deferred))
-        if moved or self.stack or self.compute_sharding is not None or not (first or last) or x.dtype != self.dtype:
-            return None
-        before, after = (math.prod(self.shape[: n if first else -n]), math.prod(self.shape[n if first else -n :]))
-        (d, k), forward = ((after, before), last) if transposed else ((before, after), first)
-        free, outputs = x.shape[: x.ndim - n], self.shape[n:] if first else self.shape[:-n]
-        rows, sixteen = math.prod(free), x.dtype == jnp.bfloat16
-        precision = None if sixteen else precision  # products of bf16 numbers are exact in fp32
-        platform = nf4_pallas.platform_for(self.kernel, rows, d, k, x.dtype, precision) if k % BLOCK == 0 else None
-        if platform is None:
-            return None
-        product = nf4_pallas.times if forward else nf4_pallas.times_transposed
-        dtypes = (self.value_dtype, *(how for name, how in deferred if name == "cast"))
-
-        def run(w: "Nf4Weight") -> jax.Array:
-            scales = w.fp32_scales().reshape(d, -1)
-            return product(x.reshape(rows, -1), w.codes.reshape(d, -1), scales, _CODE, dtypes, precision, platform)
-
-        return jax.checkpoint(run)(self).reshape(*free, *outputs)  # the residual is the packed weight
+        return None  # no kernel reads this layout yet
 
     def blocks(self, w: jax.Array) -> jax.Array:
-        return _blocks(w.reshape(*w.shape[: len(self.stack) + _whole(self.inner)], -1), BLOCK)
+        return _in_blocks(_to_columns(w, len(self.stack))).mT
 
     def repack(self, w: jax.Array) -> "Nf4Weight":
         return Nf4(double=self.outer is not None, kernel=self.kernel).pack(w, len(self.stack), self.value_dtype)
 
     def array_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
-        """Split the last axis of codes and scales, which holds several axes of W, as the first of these is split."""
-        n = _whole(self.inner)
-        last, *_ = spec[n:]
-        parts, m = size(last), math.prod(self.inner[n:])
-        splits = m % BLOCK == 0 and self.inner[n] % parts == 0 and m % (2 * parts) == 0
-        codes = (*spec[:n], last if splits else None)
-        scales = (*spec[:n], last if splits and m % (BLOCK * parts) == 0 else None)
-        return {"codes": codes, "scales": scales, "outer": (), "mean": ()}
+        """Split d and k, which hold several axes of W, as the first of these is split."""
+        d, k = self._splits(spec, size)
+        whole_blocks = math.prod(self.inner[axis] for axis in column_axes(self.inner)[0]) % (BLOCK * size(d)) == 0
+        return {"codes": (d, k), "scales": (d if whole_blocks else None, k), "outer": (), "mean": ()}
+
+    def matrix_spec(self, own: Sequence[Any]) -> list[Any]:
+        spec: list[Any] = [None] * len(self.inner)
+        for axes, entry in zip(column_axes(self.inner), own, strict=True):
+            if axes:
+                spec[axes[0]] = entry
+        return spec
+
+    def _splits(self, spec: Sequence[Any], size: Size) -> tuple[Any, Any]:
+        """Return how d and k are split, of a matrix that is split by `spec`."""
+        d, k = column_axes(self.inner)
+        padded = math.prod(self.inner[axis] for axis in d) % BLOCK
+        return tuple(
+            spec[axes[0]] if axes and not padded and self.inner[axes[0]] % size(spec[axes[0]]) == 0 else None
+            for axes in (d, k)
+        )
 
 
 def _numbers(table: Any, codes: jax.Array) -> jax.Array:
@@ -152,56 +147,64 @@ def _numbers(table: Any, codes: jax.Array) -> jax.Array:
 
 
 def _for_each(scales: jax.Array, values: jax.Array) -> jax.Array:
-    """Repeat scales [..., m / 64] for values [..., m]; on a mesh of explicit axes, sharded as the values are."""
-    wide = jnp.broadcast_to(scales[..., None], (*scales.shape, BLOCK)).reshape(*scales.shape[:-1], -1)
+    """Repeat scales [*s, d / 64, k] for values [*s, d, k]; on a mesh of explicit axes, sharded as the values are."""
+    *stack, blocks, k = scales.shape
+    wide = jnp.broadcast_to(scales[..., None, :], (*stack, blocks, BLOCK, k)).reshape(*stack, blocks * BLOCK, k)
     where = jax.typeof(values).sharding
     return jax.sharding.reshard(wide, where) if AxisType.Explicit in where.mesh.axis_types else wide
 
 
-def from_flat(
-    codes: jax.Array,
-    scales: jax.Array,
-    outer: jax.Array | None,
-    mean: jax.Array | None,
-    inner: tuple[int, ...],
-    dtype: Any,
-    deferred: Deferred = (),
-) -> Nf4Weight:
-    """Return a weight of codes [*s, n / 2] and scales [*s, n / 64], as in files, with n padded to whole blocks."""
-    n, stack = _whole(inner), codes.shape[:-1]
-    codes, scales = (array.reshape(*stack, *inner[:n], -1) for array in (codes, scales))
-    return Nf4Weight(codes, scales, outer, mean, inner, dtype, deferred)
+def _to_columns(w: jax.Array, stack: int) -> jax.Array:
+    """Reshape matrices [*s, *inner] to [*s, d, k], with d padded to whole blocks by zeros."""
+    stacked, inner = w.shape[:stack], w.shape[stack:]
+    d, k = column_axes(inner)
+    n = math.prod(inner[axis] for axis in d)
+    w = w.transpose(*range(stack), *(stack + axis for axis in (*d, *k))).reshape(*stacked, n, -1)
+    return jnp.pad(w, [*[(0, 0)] * stack, (0, -n % BLOCK), (0, 0)])
+
+
+def _from_columns(w: jax.Array, inner: tuple[int, ...]) -> jax.Array:
+    """Invert `_to_columns`."""
+    d, k = column_axes(inner)
+    order, stack = (*d, *k), w.shape[:-2]
+    w = w[..., : math.prod(inner[axis] for axis in d), :].reshape(*stack, *(inner[axis] for axis in order))
+    return w.transpose(*range(len(stack)), *(len(stack) + order.index(axis) for axis in range(len(inner))))
+
+
+def _in_blocks(columns: jax.Array) -> jax.Array:
+    """Reshape [*s, d, k] to [*s, d / 64, 64, k]."""
+    *stack, d, k = columns.shape
+    return columns.reshape(*stack, d // BLOCK, BLOCK, k)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _pack(w: jax.Array, axes: int) -> tuple[jax.Array, jax.Array]:
-    """Quantize w [*axes, ...] to codes [*axes, m / 2] and scales [*axes, m / 64]."""
-    w = w.reshape(*w.shape[:axes], -1)
-    blocks = _blocks(w.astype(jnp.float32), BLOCK)
-    scales = jnp.max(jnp.abs(blocks), axis=-1)
-    parts = blocks * (1 / jnp.where(scales == 0, 1.0, scales))[..., None]
+def _pack(w: jax.Array, stack: int) -> tuple[jax.Array, jax.Array]:
+    """Quantize matrices [*s, *inner] to codes [*s, d, k] and scales [*s, d / 64, k]."""
+    columns = _to_columns(w, stack)
+    blocks = _in_blocks(columns.astype(jnp.float32))
+    scales = jnp.max(jnp.abs(blocks), axis=-2)
+    parts = blocks * (1 / jnp.where(scales == 0, 1.0, scales))[..., None, :]
     bounds = ((CODE[:-1] + CODE[1:]) / 2).astype(np.float32)
     q = functools.reduce(
         lambda q, bound: q + (parts > bound).astype(jnp.uint8), bounds, jnp.zeros(parts.shape, jnp.uint8)
     )
-    q = q.reshape(*w.shape[:-1], -1, 2)
-    return (q[..., 0] << 4) | q[..., 1], scales
+    return q.reshape(columns.shape).astype(jnp.uint4), scales
 
 
 def _pack_scales(scales: jax.Array, stack: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Quantize scales [*s, ...] to uint8 [*s, ...], with scales [*s, n / 256] and the mean [*s] that was subtracted."""
+    """Quantize scales [*s, d / 64, k] to uint8, with scales [*s, n / 256] and the mean [*s] that was subtracted."""
     if isinstance(scales, jax.core.Tracer):
         raise LoraError("Nf4() packs scales by looking at them: quantize outside jax.jit, or with Nf4(double=False).")
-    exact = np.asarray(_everywhere(scales))
+    exact = np.asarray(_everywhere(scales)).mT  # [*s, k, d / 64], the order of torch's weight
     flat = exact.reshape(*exact.shape[:stack], -1)
     mean = flat.astype(np.float64).mean(-1).astype(np.float32)
-    blocks = np.asarray(_blocks(flat - mean[..., None], SCALES))
+    blocks = np.asarray(_blocks(flat - mean[..., None]))
     outer = np.abs(blocks).max(-1)
     parts = blocks / np.where(outer == 0, np.float32(1), outer)[..., None]
     code = scale_code()
     q = np.searchsorted((code[:-1] + code[1:]) / 2, parts).astype(np.uint8)
     q = q.reshape(*flat.shape[:-1], -1)[..., : flat.shape[-1]].reshape(exact.shape)
-    return jnp.asarray(q), jnp.asarray(outer), jnp.asarray(mean)
+    return jnp.asarray(q.mT), jnp.asarray(outer), jnp.asarray(mean)
 
 
 def _everywhere(array: jax.Array) -> jax.Array:
@@ -212,10 +215,10 @@ def _everywhere(array: jax.Array) -> jax.Array:
     return jax.jit(lambda array: array, out_shardings=whole)(array)
 
 
-def _blocks(x: Any, size: int) -> Any:
-    """Reshape x [*s, n] to [*s, blocks, size], padded with zeros."""
-    padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
-    return jnp.pad(x, padding).reshape(*x.shape[:-1], -1, size)
+def _blocks(scales: Any) -> Any:
+    """Reshape scales [*s, n] to [*s, blocks, 256], padded with zeros."""
+    padding = [(0, 0)] * (scales.ndim - 1) + [(0, -scales.shape[-1] % SCALES)]
+    return np.pad(scales, padding).reshape(*scales.shape[:-1], -1, SCALES)
 
 
 @functools.cache
