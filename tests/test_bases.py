@@ -26,7 +26,7 @@ def packed(w, format=FORMATS["nf4"]):
 
 @pytest.mark.parametrize(("name", "double"), [("cs0", False), ("cs1", True)])
 def test_bytes_and_values_are_those_of_bitsandbytes(name, double):
-    """The fixture is torch's weight [out, in], of 96 x 200: here a kernel [in, out], whose inputs hold no whole blocks."""
+    """The fixture is torch's weight [96, 200]: here a kernel [200, 96], whose inputs hold no whole blocks."""
     kernel = FIXTURE["W"].T
     weight = packed(kernel, bases.Nf4(double=double))
     np.testing.assert_array_equal(to_bytes(weight.codes).reshape(-1), FIXTURE[f"{name}.packed"][:, 0])
@@ -70,7 +70,7 @@ def nf4_by_hand(w):
 
 
 def nf4_double_by_hand(w):
-    """Of one matrix, as `nf4_by_hand`, with scales in 8 bits: one after the other of torch's weight, in blocks of 256."""
+    """The scales of one matrix in 8 bits: one after the other of torch's weight, in blocks of 256."""
     flat = torchs(w).reshape(-1)
     flat = np.concatenate([flat, np.zeros(-flat.size % 64, np.float32)])
     exact = np.abs(flat.reshape(-1, 64)).max(-1)
@@ -383,3 +383,62 @@ def test_donated_arrays_are_gone():
     w = jnp.ones((8, 64))
     bases.quantize({"w": w}, {"w": bases.Nf4()}, donate=True)
     assert w.is_deleted()
+
+
+# Layouts --------------------------------------------------------------------------------------------------------------
+
+
+def test_all_inputs_are_one_axis_where_that_is_asked_for():
+    """A kernel [heads, head_dim, d] of 64 heads: bitsandbytes has torch's [d, heads * head_dim]."""
+    w = np.random.default_rng(0).normal(size=(64, 2, 6)).astype(np.float32)
+    by_default, asked = packed(w, bases.Nf4(stack=0)), packed(w, bases.Nf4(stack=0, inputs=2))
+    assert (by_default.codes.shape, asked.codes.shape) == ((64, 12), (128, 6))
+    matrix = packed(w.reshape(128, 6), bases.Nf4())
+    assert asked.shape == w.shape
+    np.testing.assert_array_equal(asked.dense(), matrix.dense().reshape(w.shape))
+    again = asked.repack_like(asked.dense())
+    assert jax.tree.structure(again) == jax.tree.structure(asked)
+    np.testing.assert_array_equal(again.codes, asked.codes)
+    for inputs in (0, 3):
+        with pytest.raises(lora.LoraError, match="axes of inputs beside one of outputs"):
+            packed(w, bases.Nf4(stack=0, inputs=inputs))
+
+
+@pytest.mark.parametrize(
+    ("shape", "deferred", "inputs"),
+    [
+        ((128, 6), (), (0,)),
+        ((128, 6), (), (1,)),
+        ((128, 6), (("transpose", (1, 0)),), (0,)),
+        ((128, 6), (("transpose", (1, 0)), ("reshape", (2, 3, 128)), ("cast", jnp.float32)), (2,)),
+        ((64, 2, 3), (), (0,)),
+        ((64, 2, 3), (), (1, 2)),
+        ((2, 32, 6), (), (0, 1)),
+        ((2, 32, 6), (), (0,)),
+        ((2, 32, 6), (), (1,)),
+        ((64, 2, 3), (("transpose", (1, 0, 2)),), (1,)),
+        ((24, 8), (), (0,)),
+    ],
+)
+def test_the_matrix_that_a_kernel_is_given(shape, deferred, inputs, monkeypatch):
+    """It is [d, k] as the codes are, or its transpose; where a product is with another matrix, there is no kernel."""
+    w = packed(np.random.default_rng(0).normal(size=shape).astype(np.float32), bases.Nf4(stack=0))
+    for name, how in deferred:
+        w = w.with_deferred(name, how)
+    sizes, asked = [w.shape[axis] for axis in inputs], []
+    x = jax.random.normal(jax.random.key(1), (5, 2, *sizes))
+
+    def by_kernel(x, w, *, transposed, precision):
+        asked.append(transposed)
+        matrix = w.codes.astype(jnp.uint8)
+        values = jnp.asarray(bases.nf4.CODE)[matrix] * jnp.repeat(w.fp32_scales(), 64, axis=0)
+        return x @ (values.T if transposed else values)
+
+    monkeypatch.setattr(bases.nf4, "_by_kernel", by_kernel)
+    found = w.dot(x, inputs, None)
+    if (shape, inputs) in (((2, 32, 6), (0,)), ((2, 32, 6), (1,)), ((64, 2, 3), (1,)), ((24, 8), (0,))):
+        assert found is None
+        return
+    expected = jnp.tensordot(x, w.dense(), (tuple(range(2, 2 + len(inputs))), inputs))
+    assert len(asked) == 1
+    assert_trees_close(found, expected, rtol=1e-5, atol=1e-5)

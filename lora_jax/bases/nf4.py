@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
 from lora_jax.bases.format import Format
-from lora_jax.core.deferred import Deferred, Size
+from lora_jax.core.deferred import Deferred, Size, undo_deferred
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed
 from lora_jax.core.serialization import register_node
@@ -47,17 +47,31 @@ class Nf4(Format):
         kernel: whether products dequantize W tile by tile, in a Pallas kernel for TPU or GPU. None: on one such device,
             for few rows of x, as in generation, if a trial shows that it works. The kernel has no forward-mode
             derivative.
+        inputs: how many of a matrix's axes, the first ones, a block runs along; by default as few as hold whole blocks.
+            bitsandbytes takes all inputs: 2 for a kernel [heads, head_dim, d] of 64 heads, where the default is 1.
     """
 
     double: bool = True
     kernel: bool | None = None
+    inputs: int | None = None
 
     def pack(self, w: jax.Array, stack: int, dtype: Any) -> "Nf4Weight":
-        codes, scales = _pack(w, stack)
-        if not self.double:
-            return Nf4Weight(codes, scales, None, None, w.shape[stack:], dtype, kernel=self.kernel)
-        small, outer, mean = _pack_scales(scales, stack)
-        return Nf4Weight(codes, small, outer, mean, w.shape[stack:], dtype, kernel=self.kernel)
+        inner, outer, mean = w.shape[stack:], None, None
+        own = inner if self.inputs is None else self._with_one_input(inner)
+        codes, scales = _pack(w.reshape(*w.shape[:stack], *own), stack)
+        if self.double:
+            scales, outer, mean = _pack_scales(scales, stack)
+        packed = Nf4Weight(codes, scales, outer, mean, own, dtype, kernel=self.kernel)
+        return packed if own == inner else packed.with_deferred("reshape", inner)
+
+    def _with_one_input(self, inner: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a matrix with its inputs as one axis."""
+        if self.inputs is None or not 0 < self.inputs < len(inner):
+            raise LoraError(
+                f"a matrix of shape {list(inner)} has no {self.inputs} axes of inputs beside one of outputs: give "
+                "another number for `inputs`, or for `stack`."
+            )
+        return (math.prod(inner[: self.inputs]), *inner[self.inputs :])
 
     def finer(self) -> str:
         return "lora.bases.Nf4(double=False), with scales in fp32" if self.double else super().finer()
@@ -109,9 +123,22 @@ class Nf4Weight(Packed):
 
     def dot(self, x: jax.Array, inputs: tuple[int, ...], precision: Any) -> jax.Array | None:
         """Multiply by a kernel, if W as it is packed is one matrix [inputs, outputs] or [outputs, inputs]."""
-        return None  # no kernel reads this layout yet
+        n, deferred, (d, k) = len(inputs), self.deferred, self.codes.shape[-2:]
+        transposed = len(self.inner) == 2 and deferred[:1] == (("transpose", (1, 0)),)
+        moved = any(name == "transpose" for name, _ in (deferred[1:] if transposed else deferred))
+        first, last = inputs == tuple(range(n)), inputs == tuple(range(self.ndim - n, self.ndim))
+        if moved or self.stack or self.compute_sharding is not None or not (first or last) or x.dtype != self.dtype:
+            return None
+        axes = self.shape[:n] if first else self.shape[self.ndim - n :]
+        free, outputs = x.shape[: x.ndim - n], self.shape[n:] if first else self.shape[: self.ndim - n]
+        along_d = first != transposed
+        if (math.prod(axes), math.prod(outputs)) != ((d, k) if along_d else (k, d)) or not column_axes(self.inner)[1]:
+            return None
+        y = _by_kernel(x.reshape(math.prod(free), -1), self, transposed=not along_d, precision=precision)
+        return None if y is None else y.reshape(*free, *outputs)
 
     def blocks(self, w: jax.Array) -> jax.Array:
+        w = undo_deferred(w, len(self.stack), self.inner, self.deferred)
         return _in_blocks(_to_columns(w, len(self.stack))).mT
 
     def repack(self, w: jax.Array) -> "Nf4Weight":
@@ -138,6 +165,14 @@ class Nf4Weight(Packed):
             spec[axes[0]] if axes and not padded and self.inner[axes[0]] % size(spec[axes[0]]) == 0 else None
             for axes in (d, k)
         )
+
+
+def _by_kernel(x: jax.Array, w: Nf4Weight, *, transposed: bool, precision: Any) -> jax.Array | None:
+    """Multiply x [T, d] by W [d, k] -> [T, k], or transposed x [T, k] by W^T -> [T, d], in a Pallas kernel.
+
+    None: no kernel reads this layout yet, and W is dequantized.
+    """
+    return None
 
 
 def _numbers(table: Any, codes: jax.Array) -> jax.Array:

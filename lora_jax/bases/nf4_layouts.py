@@ -55,7 +55,7 @@ def transposed(
 
 
 def of_format_1(arrays: Mapping[str, Any], fields: Mapping[str, Any]) -> Nf4Weight:
-    """Return a weight of a saved base of format 1, of its arrays [*s, first axes of a matrix, ...] and static fields."""
+    """Return a weight of a saved base of format 1, of its arrays [*s, first axes, ...] and static fields."""
     inner, deferred = fields["inner"], fields.get("deferred", ())
     n = arrays["codes"].ndim - _first_in_block(inner) - 1  # stack axes
     codes, scales = (arrays[name].reshape(*arrays[name].shape[:n], -1) for name in ("codes", "scales"))

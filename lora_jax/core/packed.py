@@ -67,7 +67,7 @@ class Packed(ShortRepr, NoArray, abc.ABC):
         return list(own)
 
     def blocks(self, w: jax.Array) -> jax.Array:
-        """Return matrices [*s, *inner] as blocks [..., n] of numbers that share a scale, by default whole matrices."""
+        """Return a weight of this shape as blocks [..., n] of numbers that share a scale, by default whole matrices."""
         return w.reshape(*w.shape[: len(self.stack)], -1)
 
     @property
@@ -185,7 +185,7 @@ class Packed(ShortRepr, NoArray, abc.ABC):
 
 
 def _nbytes(array: Any) -> int:
-    """Return the bytes of an array as devices keep it: of integers of 4 bits, two in a byte, which NumPy counts as two."""
+    """Return the bytes of an array as devices keep it. NumPy counts a byte for each integer of 4 bits."""
     if jnp.issubdtype(array.dtype, jnp.integer):
         return -(-array.size * jnp.iinfo(array.dtype).bits // 8)
     return array.nbytes
