@@ -146,9 +146,14 @@ class Nf4Weight(Packed):
 
     def array_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
         """Split d and k, which hold several axes of W, as the first of these is split."""
-        d, k = self._splits(spec, size)
-        whole_blocks = math.prod(self.inner[axis] for axis in column_axes(self.inner)[0]) % (BLOCK * size(d)) == 0
-        return {"codes": (d, k), "scales": (d if whole_blocks else None, k), "outer": (), "mean": ()}
+        d, k = column_axes(self.inner)
+        rows = math.prod(self.inner[axis] for axis in d)
+        along_d, along_k = (
+            spec[axes[0]] if axes and rows % BLOCK == 0 and self.inner[axes[0]] % size(spec[axes[0]]) == 0 else None
+            for axes in (d, k)
+        )
+        of_blocks = along_d if rows % (BLOCK * size(along_d)) == 0 else None
+        return {"codes": (along_d, along_k), "scales": (of_blocks, along_k), "outer": (), "mean": ()}
 
     def matrix_spec(self, own: Sequence[Any]) -> list[Any]:
         spec: list[Any] = [None] * len(self.inner)
@@ -156,15 +161,6 @@ class Nf4Weight(Packed):
             if axes:
                 spec[axes[0]] = entry
         return spec
-
-    def _splits(self, spec: Sequence[Any], size: Size) -> tuple[Any, Any]:
-        """Return how d and k are split, of a matrix that is split by `spec`."""
-        d, k = column_axes(self.inner)
-        padded = math.prod(self.inner[axis] for axis in d) % BLOCK
-        return tuple(
-            spec[axes[0]] if axes and not padded and self.inner[axes[0]] % size(spec[axes[0]]) == 0 else None
-            for axes in (d, k)
-        )
 
 
 def _by_kernel(x: jax.Array, w: Nf4Weight, *, transposed: bool, precision: Any) -> jax.Array | None:
