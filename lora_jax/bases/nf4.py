@@ -119,7 +119,8 @@ class Nf4Weight(Packed):
             return self.scales
         *stack, blocks, k = self.scales.shape
         outer = jnp.repeat(self.outer, SCALES, axis=-1)[..., : blocks * k].reshape(*stack, k, blocks)
-        return _numbers(scale_code(), self.scales) * outer.mT + self.mean[..., None, None]
+        scales = _numbers(scale_code(), self.scales) * outer.mT + self.mean[..., None, None]
+        return jax.lax.optimization_barrier(scales)  # else XLA:CPU computes each of them 64 times
 
     def dot(self, x: jax.Array, inputs: tuple[int, ...], precision: Any) -> jax.Array | None:
         """Multiply by a kernel, if W as it is packed is one matrix [inputs, outputs] or [outputs, inputs]."""
