@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import weakref
 from pathlib import Path
 from random import Random
@@ -20,8 +21,10 @@ from test_export import published
 import lora_jax as lora
 from lora_jax import bases, key_maps
 from lora_jax.bases import Stored
+from lora_jax.bases.nf4_layouts import to_bytes
 
-FIXTURE = load_file(Path(__file__).parent / "data" / "nf4.safetensors")
+DATA = Path(__file__).parent / "data"
+FIXTURE = load_file(DATA / "nf4.safetensors")
 W = "layers.0.proj.weight"
 
 
@@ -241,8 +244,9 @@ def test_values_and_bytes_are_those_of_bitsandbytes(double, dtype, shape, tmp_pa
     assert (found["m.weight"].shape, found["m.weight"].dtype) == (shape, jnp.dtype(dtype))
     expected = unpacked_by_hand(tensors, "m.weight", shape)
     np.testing.assert_array_equal(weight.dense(), expected.astype(dtype))
-    np.testing.assert_array_equal(weight.codes.reshape(-1)[: -(-expected.size // 2)], tensors["m.weight"][:, 0])
-    np.testing.assert_array_equal(weight.scales.reshape(-1), tensors["m.weight.absmax"])
+    pairs = to_bytes(weight.codes).T.reshape(-1)[: -(-expected.size // 2)]
+    np.testing.assert_array_equal(pairs, tensors["m.weight"][:, 0])
+    np.testing.assert_array_equal(weight.scales.T.reshape(-1), tensors["m.weight.absmax"])
     if shape == (96, 200):
         np.testing.assert_array_equal(expected, FIXTURE[f"cs{int(double)}.deq"])
     base = bases.quantize(found, {"m.weight": None})
@@ -305,6 +309,8 @@ def test_a_model_of_bitsandbytes_is_a_base(double, dtype, tmp_path):
     stored, expected = decoder_in_files(tmp_path, double, dtype)
     base = bases.quantize(stored, {"head/kernel": None})
     assert_trees_equal(bases.dense(base), expected)
+    assert base["head"]["kernel"].inner == (200, 96), "as the program has it, with nothing deferred but a cast"
+    assert [name for name, _ in base["head"]["kernel"].deferred] == (["cast"] if dtype != "float32" else [])
     x = jax.random.normal(jax.random.key(1), (5, 200))
     rules = {"layers/.*": lora.Lora(rank=2)}
     plan = lora.plan(decoder, base, x, rules=rules)
@@ -509,56 +515,52 @@ def test_a_base_comes_back_bit_by_bit(tmp_path):
     assert_same(bases.load(tmp_path / "base"), base)
 
 
-DESCRIPTION_OF_EARLIER_VERSIONS = {
-    "format": 1,
-    "params": {
-        "layers": {
-            "up": {
-                "kernel": [
-                    "nf4",
-                    {"inner": [32, 64], "unpacked": {"dtype": "float32"}},
-                    {
-                        "codes": "uint8[3, 32, 32]",
-                        "scales": "uint8[3, 32, 1]",
-                        "outer": "float32[3, 1]",
-                        "mean": "float32[3]",
-                    },
-                ]
-            },
-            "norm": "bfloat16[3]",
-        },
-        "odd/path.x": [
-            "eight_bits",
-            {"inner": [5, 7], "unpacked": {"dtype": "float32"}},
-            {"q": "int8[5, 7]", "scales": "float32[7]"},
-        ],
-        "eight": [
-            "eight_bits",
-            {"inner": [64, 7], "unpacked": {"dtype": "bfloat16"}},
-            {"q": "float8_e4m3fn[64, 7]", "scales": "float32[7]"},
-        ],
-        "wide": [
-            "nf4",
-            {
-                "inner": [16, 128],
-                "unpacked": {"dtype": "float32"},
-                "view": [["transpose", [1, 0]], ["reshape", [128, 4, 4]], ["cast", {"dtype": "bfloat16"}]],
-            },
-            {"codes": "uint8[16, 64]", "scales": "float32[16, 2]"},
-        ],
-        "ids": "int32[3]",
-        "scalar": "float32[]",
-        "small": "float8_e5m2[3]",
-    },
-}
+def folder_of_format_1(to, **renamed):
+    """A copy of a folder that was written when blocks of NF4 ran along the last axes; fields have other names."""
+    shutil.copytree(DATA / "base_format_1", to)
+    metadata = to / "base" / "metadata"
+    text = metadata.read_text()
+    for name, other in renamed.items():
+        text = text.replace(f'"{name}"', f'"{other}"')
+    metadata.write_text(text)
+    return to
+
+
+def test_folders_of_format_1_are_read(tmp_path):
+    """Bit by bit the values that the version which wrote them had; saved again, they are of this version."""
+    base, expected = bases.load(folder_of_format_1(tmp_path / "1")), load_file(DATA / "base_format_1.safetensors")
+    assert base["deferred"].dtype == base["two"].dtype == jnp.bfloat16
+    assert {type(w).__name__ for w in base.values()} == {"Nf4Weight", "EightBits", "ArrayImpl"}
+    for name, dense in bases.dense(base).items():
+        np.testing.assert_array_equal(dense.astype(jnp.float32), expected[name], err_msg=name)
+    bases.save(tmp_path / "2", base)
+    assert_same(bases.load(tmp_path / "2"), base)
+
+
+def test_what_is_the_same_in_both_layouts():
+    """A kernel that was packed with blocks along its outputs is the transpose of one with blocks along its inputs."""
+    base, expected = bases.load(DATA / "base_format_1"), load_file(DATA / "base_format_1.safetensors")
+    w = base["kernel"]
+    again = bases.quantize({"w": jnp.asarray(expected["kernel"].T)}, {"w": bases.Nf4(double=False)})["w"]
+    assert (w.inner, w.deferred, again.deferred) == ((128, 4), (("transpose", (1, 0)),), ())
+    np.testing.assert_array_equal(again.codes, w.codes)
+    assert base["deferred"].deferred[0] == ("reshape", (64, 2, 2)), "two transposes are none"
 
 
 def test_folders_of_earlier_versions_are_read(tmp_path):
     """Two fields of packed weights had other names."""
-    base = a_base()
+    folder = folder_of_format_1(tmp_path / "base", value_dtype="unpacked", deferred="view")
+    metadata = folder / "base" / "metadata"
+    metadata.write_text(metadata.read_text().replace('"view": [', '"deferred": [', 1))  # a weight of this name
+    assert_same(bases.load(folder), bases.load(DATA / "base_format_1"))
+
+
+def test_what_is_saved_takes_half_a_byte_a_number(tmp_path):
+    w = jax.random.bits(jax.random.key(0), (2, 64, 256), jnp.uint8).view(jnp.int8).astype(jnp.float32)
+    base = bases.quantize({"w": w}, {"w": bases.Nf4(double=False)})
     bases.save(tmp_path / "base", base)
-    (tmp_path / "base" / "base" / "metadata").write_text(json.dumps(DESCRIPTION_OF_EARLIER_VERSIONS))
-    assert_same(bases.load(tmp_path / "base"), base)
+    described = json.loads((tmp_path / "base" / "base" / "metadata").read_text())["params"]["w"][2]
+    assert described == {"codes": "uint8[2, 32, 256]", "scales": "float32[2, 1, 256]"}
 
 
 def test_a_base_comes_back_onto_a_mesh(tmp_path):
@@ -636,7 +638,7 @@ def cut_files(folder):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (edited(lambda d, p: d.update(format=2)), "format 2, this version reads 1: update lora_jax"),
+        (edited(lambda d, p: d.update(format=3)), "format 3, this version reads 1 and 2: update lora_jax"),
         (edited(lambda d, p: p["eight"].__setitem__(0, "int3")), "'eight' is packed as 'int3'; .* update lora_jax"),
         (
             edited(lambda d, p: p["eight"][1].update(more=1)),

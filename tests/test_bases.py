@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 import lora_jax as lora
 from lora_jax import bases
+from lora_jax.bases.nf4_layouts import to_bytes
 from lora_jax.checkpoints.fingerprint import differences, fingerprint
 
 FIXTURE = load_file(Path(__file__).parent / "data" / "nf4.safetensors")
@@ -25,34 +26,79 @@ def packed(w, format=FORMATS["nf4"]):
 
 @pytest.mark.parametrize(("name", "double"), [("cs0", False), ("cs1", True)])
 def test_bytes_and_values_are_those_of_bitsandbytes(name, double):
-    weight = packed(FIXTURE["W"], bases.Nf4(double=double))
-    np.testing.assert_array_equal(weight.codes.reshape(-1), FIXTURE[f"{name}.packed"][:, 0])
+    """The fixture is torch's weight [96, 200]: here a kernel [200, 96], whose inputs hold no whole blocks."""
+    kernel = FIXTURE["W"].T
+    weight = packed(kernel, bases.Nf4(double=double))
+    np.testing.assert_array_equal(to_bytes(weight.codes).reshape(-1), FIXTURE[f"{name}.packed"][:, 0])
     np.testing.assert_array_equal(weight.scales.reshape(-1), FIXTURE[f"{name}.absmax"])
-    np.testing.assert_array_equal(weight.dense(), FIXTURE[f"{name}.deq"])
+    np.testing.assert_array_equal(weight.dense(), FIXTURE[f"{name}.deq"].T)
     if double:
         np.testing.assert_array_equal(weight.outer, FIXTURE["cs1.state2.absmax"])
         np.testing.assert_array_equal(weight.mean, FIXTURE["cs1.offset"][0])
         np.testing.assert_array_equal(bases.nf4.scale_code(), FIXTURE["cs1.state2.code"])
-    narrow = packed(jnp.asarray(FIXTURE["W"]).astype(jnp.bfloat16))
-    np.testing.assert_array_equal(narrow.codes.reshape(-1), FIXTURE["bf16.packed"][:, 0])
-    np.testing.assert_array_equal(narrow.dense().astype(jnp.float32), FIXTURE["bf16.deq"])
+    narrow = packed(jnp.asarray(kernel).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(to_bytes(narrow.codes).reshape(-1), FIXTURE["bf16.packed"][:, 0])
+    np.testing.assert_array_equal(narrow.dense().astype(jnp.float32), FIXTURE["bf16.deq"].T)
+
+
+@pytest.mark.parametrize(("name", "double"), [("cs0", False), ("cs1", True)])
+def test_a_block_lies_along_the_inputs(name, double):
+    """The same numbers as torch's weight [300, 64], each row of which is a block."""
+    weight = packed(FIXTURE["W"].reshape(300, 64).T, bases.Nf4(double=double))
+    assert (weight.codes.shape, weight.codes.dtype, weight.scales.shape) == ((64, 300), jnp.uint4, (1, 300))
+    pairs = FIXTURE[f"{name}.packed"].reshape(300, 32)
+    np.testing.assert_array_equal(weight.codes, np.stack([pairs >> 4, pairs & 15], -1).reshape(300, 64).T)
+    np.testing.assert_array_equal(weight.scales[0], FIXTURE[f"{name}.absmax"])
+    np.testing.assert_array_equal(weight.dense(), FIXTURE[f"{name}.deq"].reshape(300, 64).T)
+
+
+def torchs(w):
+    """A matrix as torch has it: the first axes that hold whole blocks, or the first axis, at the end."""
+    inputs = next((n for n in range(1, w.ndim) if np.prod(w.shape[:n]) % 64 == 0), 1)
+    return np.moveaxis(w, range(inputs), range(-inputs, 0))
 
 
 def nf4_by_hand(w):
     """Of one matrix, block by block and number by number, with scales of fp32."""
-    flat = np.asarray(w, np.float32).reshape(-1)
-    found = []
-    for start in range(0, len(flat), 64):
-        block = flat[start : start + 64]
-        scale = np.abs(block).max()
-        found += [bases.nf4.CODE[np.abs(bases.nf4.CODE - x / scale).argmin()] * scale if scale else 0.0 for x in block]
-    return np.array(found, np.float32).reshape(w.shape)
+    found = np.empty(w.size, np.float32)
+    for i in range(0, w.size, 64):
+        block = torchs(w).reshape(-1)[i : i + 64]
+        scale = np.abs(block).max() or 1
+        found[i : i + 64] = [bases.nf4.CODE[np.abs(bases.nf4.CODE - x / scale).argmin()] * scale for x in block]
+    inverse = torchs(np.arange(w.size).reshape(w.shape)).reshape(-1).argsort()
+    return found[inverse].reshape(w.shape)
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (64, 1), (7, 64), (2, 3, 50), (2, 2, 8, 9)])
+def nf4_double_by_hand(w):
+    """The scales of one matrix in 8 bits: one after the other of torch's weight, in blocks of 256."""
+    flat = torchs(w).reshape(-1)
+    flat = np.concatenate([flat, np.zeros(-flat.size % 64, np.float32)])
+    exact = np.abs(flat.reshape(-1, 64)).max(-1)
+    mean, code = np.float32(exact.astype(np.float64).mean()), bases.nf4.scale_code()
+    scales = np.empty_like(exact)
+    for i in range(0, len(exact), 256):
+        block = exact[i : i + 256] - mean
+        outer = np.abs(block).max()
+        nearest = [code[np.abs(code - x / outer).argmin()] for x in block]
+        scales[i : i + 256] = np.array(nearest, np.float32) * outer + mean
+    return scales
+
+
+@pytest.mark.parametrize(
+    ("shape", "stack"), [((128, 300), 0), ((64, 3, 5), 0), ((2, 32, 70), 0), ((2, 3, 64, 5), 2), ((2, 13, 9), 1)]
+)
+def test_scales_are_in_the_order_of_torchs_weight(shape, stack):
+    w = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    weight = packed(w, bases.Nf4(stack=stack))
+    found = np.asarray(weight.fp32_scales()).mT.reshape(*shape[:stack], -1)
+    for index in np.ndindex(*shape[:stack]):
+        np.testing.assert_allclose(found[index], nf4_double_by_hand(w[index]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (64, 1), (7, 64), (128, 3), (2, 3, 50), (2, 2, 8, 9)])
 def test_any_size_is_packed_exactly(shape):
     """Sizes that no block divides, and stacks: each matrix by itself; blocks of zeros."""
-    w = jax.random.normal(jax.random.key(0), shape).at[..., :1, :].set(0.0)
+    w = jax.random.normal(jax.random.key(0), shape).at[..., :1].set(0.0)
     flat = np.asarray(w).reshape(-1, *shape[-2:])
     single = packed(w, bases.Nf4(double=False))
     expected = np.stack([nf4_by_hand(one) for one in flat]).reshape(shape)
@@ -337,3 +383,62 @@ def test_donated_arrays_are_gone():
     w = jnp.ones((8, 64))
     bases.quantize({"w": w}, {"w": bases.Nf4()}, donate=True)
     assert w.is_deleted()
+
+
+# Layouts --------------------------------------------------------------------------------------------------------------
+
+
+def test_all_inputs_are_one_axis_where_that_is_asked_for():
+    """A kernel [heads, head_dim, d] of 64 heads: bitsandbytes has torch's [d, heads * head_dim]."""
+    w = np.random.default_rng(0).normal(size=(64, 2, 6)).astype(np.float32)
+    by_default, asked = packed(w, bases.Nf4(stack=0)), packed(w, bases.Nf4(stack=0, inputs=2))
+    assert (by_default.codes.shape, asked.codes.shape) == ((64, 12), (128, 6))
+    matrix = packed(w.reshape(128, 6), bases.Nf4())
+    assert asked.shape == w.shape
+    np.testing.assert_array_equal(asked.dense(), matrix.dense().reshape(w.shape))
+    again = asked.repack_like(asked.dense())
+    assert jax.tree.structure(again) == jax.tree.structure(asked)
+    np.testing.assert_array_equal(again.codes, asked.codes)
+    for inputs in (0, 3):
+        with pytest.raises(lora.LoraError, match="axes of inputs beside one of outputs"):
+            packed(w, bases.Nf4(stack=0, inputs=inputs))
+
+
+@pytest.mark.parametrize(
+    ("shape", "deferred", "inputs"),
+    [
+        ((128, 6), (), (0,)),
+        ((128, 6), (), (1,)),
+        ((128, 6), (("transpose", (1, 0)),), (0,)),
+        ((128, 6), (("transpose", (1, 0)), ("reshape", (2, 3, 128)), ("cast", jnp.float32)), (2,)),
+        ((64, 2, 3), (), (0,)),
+        ((64, 2, 3), (), (1, 2)),
+        ((2, 32, 6), (), (0, 1)),
+        ((2, 32, 6), (), (0,)),
+        ((2, 32, 6), (), (1,)),
+        ((64, 2, 3), (("transpose", (1, 0, 2)),), (1,)),
+        ((24, 8), (), (0,)),
+    ],
+)
+def test_the_matrix_that_a_kernel_is_given(shape, deferred, inputs, monkeypatch):
+    """It is [d, k] as the codes are, or its transpose; where a product is with another matrix, there is no kernel."""
+    w = packed(np.random.default_rng(0).normal(size=shape).astype(np.float32), bases.Nf4(stack=0))
+    for name, how in deferred:
+        w = w.with_deferred(name, how)
+    sizes, asked = [w.shape[axis] for axis in inputs], []
+    x = jax.random.normal(jax.random.key(1), (5, 2, *sizes))
+
+    def by_kernel(x, w, *, transposed, precision):
+        asked.append(transposed)
+        matrix = w.codes.astype(jnp.uint8)
+        values = jnp.asarray(bases.nf4.CODE)[matrix] * jnp.repeat(w.fp32_scales(), 64, axis=0)
+        return x @ (values.T if transposed else values)
+
+    monkeypatch.setattr(bases.nf4, "_by_kernel", by_kernel)
+    found = w.dot(x, inputs, None)
+    if (shape, inputs) in (((2, 32, 6), (0,)), ((2, 32, 6), (1,)), ((64, 2, 3), (1,)), ((24, 8), (0,))):
+        assert found is None
+        return
+    expected = jnp.tensordot(x, w.dense(), (tuple(range(2, 2 + len(inputs))), inputs))
+    assert len(asked) == 1
+    assert_trees_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -43,11 +43,6 @@ def product(x, codes, scales, *, dtypes=(jnp.float32,), precision=HIGHEST, kerne
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-4)
 
 
-def test_the_code_is_that_of_the_format():
-    assert tuple(nf4.CODE.tolist()) == nf4_kernels.CODE
-    assert nf4_kernels.BLOCK == nf4.BLOCK
-
-
 # The kernels ----------------------------------------------------------------------------------------------------------
 
 SHAPES = [(1, 64, 64), (5, 128, 512), (70, 256, 192), (300, 1024, 256), (17, 576, 128), (9, 1280, 128), (3, 1152, 64)]

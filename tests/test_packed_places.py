@@ -74,7 +74,8 @@ def test_fsdp_gathers_packed_bytes(name):
     gathers = [c for c in setup(name).lora(MICROBATCHES) if c.kind == "all-gather"]
     tensor, numbers, uses = PLACES[name].axes.get("tensor", 1), WIDTH * INNER, 2 * LAYERS * MICROBATCHES
     codes, scales = 2 * uses * numbers // 2 // tensor, uses * numbers // 64 // tensor
-    assert sum(c.times * c.nbytes for c in gathers) == codes + scales, "scales of `down` are whole, of 64 outputs each"
+    # XLA:CPU has no collectives of 4 bits and sends each code as a byte; XLA:TPU sends uint4 as it is.
+    assert sum(c.times * c.nbytes for c in gathers) == 2 * codes + scales, "scales of `up` are whole, of 64 inputs each"
     assert codes + 2 * scales < 0.13 * 2 * uses * numbers * 4 // tensor, "of the bytes of fp32"
 
 
@@ -112,18 +113,17 @@ def test_what_cannot_be_split_is_whole():
 
     def placed(shape, spec):
         w = jax.device_put(jnp.ones(shape), NamedSharding(mesh, spec))
-        packed = bases.quantize({"w": w}, {"w": bases.Nf4()})["w"]
-        assert packed.codes.sharding.spec[: len(shape)] == packed.sharding.spec[: packed.codes.ndim]
-        return packed.sharding.spec, packed.scales.sharding.spec
+        packed = bases.quantize({"w": w}, {"w": bases.Nf4(stack=0)})["w"]
+        return packed.sharding.spec, packed.codes.sharding.spec, packed.scales.sharding.spec
 
-    assert placed((64, 64), P("x", "y")) == (P("x", "y"), P("x", None))
-    assert placed((64, 256), P("x", "y")) == (P("x", "y"), P("x", "y"))
-    assert placed((64, 24), P("x", None)) == (P("x", None), P("x"))
-    assert placed((8, 16), P(None, "y")) == (P(None, None), P(None))
-    assert placed((8, 12), P("x", None)) == (P(None, None), P(None))
-    assert placed((64, 16, 16), P("x", "y", None)) == (P("x", "y", None), P("x", "y"))
-    assert placed((64, 16, 16), P("x", None, "y")) == (P("x", None, None), P("x", None))
-    assert placed((16, 4, 64), P("x", "y")) == (P("x", "y", None), P("x", "y", None))
+    assert placed((64, 64), P("x", "y")) == (P("x", "y"), P("x", "y"), P(None, "y"))
+    assert placed((256, 64), P("y", "x")) == (P("y", "x"), P("y", "x"), P("y", "x"))
+    assert placed((24, 24), P(None, "x")) == (P(None, "x"), P("x", None), P(None, None))
+    assert placed((24, 256), P("x", "y")) == (P(None, "y"), P("y", None), P("y", None))
+    assert placed((12, 8), P(None, "x")) == (P(None, None), P(None, None), P(None, None))
+    assert placed((16, 16, 64), P("x", "y", None)) == (P("x", None, None), P("x", None), P("x", None))
+    assert placed((16, 16, 64), P(None, "x", "y")) == (P(None, None, "y"), P(None, "y"), P(None, "y"))
+    assert placed((64, 4, 16), P("x", "y")) == (P("x", "y", None), P("x", "y"), P(None, "y"))
 
 
 @pytest.mark.parametrize(
@@ -204,11 +204,11 @@ def test_explicit_axes(format, packed):
 
 def test_blocks_that_explicit_axes_cut():
     mesh = jax.make_mesh((4,), ("x",), (AxisType.Explicit,), devices=jax.devices()[:4])
-    w = jax.random.normal(jax.random.key(0), (32, 64))
+    w = jax.random.normal(jax.random.key(0), (64, 32))
     whole = bases.quantize({"w": w}, {"w": bases.Nf4()})["w"]
     with jax.set_mesh(mesh):
-        split = bases.quantize({"w": jax.device_put(w, NamedSharding(mesh, P(None, "x")))}, {"w": bases.Nf4()})["w"]
-        assert (split.codes.sharding.spec, split.scales.sharding.spec) == (P(None, "x"), P(None, None))
+        split = bases.quantize({"w": jax.device_put(w, NamedSharding(mesh, P("x")))}, {"w": bases.Nf4()})["w"]
+        assert (split.codes.sharding.spec, split.scales.sharding.spec) == (P("x", None), P(None, None))
         np.testing.assert_array_equal(jax.jit(lambda w: w.dense())(split), whole.dense())
 
 

@@ -104,7 +104,7 @@ def test_what_stands_beside_it_has_one():
 @pytest.mark.parametrize(
     ("format", "part", "array"),
     [
-        ("nf4", "scales", jnp.zeros((64, 3), jnp.uint8)),
+        ("nf4", "scales", jnp.zeros((3, 8), jnp.uint8)),
         ("nf4", "codes", jnp.zeros((64, 4), jnp.float32)),
         ("int8", "scales", jnp.ones(7)),
         ("int8", "q", jnp.zeros((32, 2, 8), jnp.int8)),

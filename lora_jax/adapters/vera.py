@@ -111,11 +111,10 @@ class VeraAdapter(Compact):
     def to_lora(self) -> LoraAdapter:
         """Return A as a constant, and B with all that is trained."""
         stack, r = self.d.shape[:-1], self.d.shape[-1]
-        a, b = _cut_out(self.seed, r, self.widths, self.inputs, self.outputs, self.d.dtype)
+        a, b = map(jnp.asarray, _cut_out(self.seed, r, self.widths, self.inputs, self.outputs, self.d.dtype))
         if stack:
             a, b = (jnp.broadcast_to(one, (*stack, *one.shape)) for one in (a, b))
         d = self.d.reshape(*self.d.shape, *[1] * len(self.outputs))
-        a, b = jnp.asarray(a), jnp.asarray(b)
         return LoraAdapter(a, d * b * jnp.expand_dims(self.b, len(stack)), self.axes, 1.0)
 
     def scale_by(self, factor: jax.Array) -> "VeraAdapter":

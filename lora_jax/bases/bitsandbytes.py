@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.bases.lazy import Stored
-from lora_jax.bases.nf4 import BLOCK, CODE, SCALES, Nf4Weight, from_flat, scale_code
+from lora_jax.bases.nf4 import BLOCK, CODE, SCALES, Nf4Weight, scale_code
+from lora_jax.bases.nf4_layouts import transposed
 from lora_jax.core.errors import LoraError, short
 from lora_jax.core.text import printable
 from lora_jax.core.untrusted import parse_json
@@ -38,8 +39,8 @@ MEND = "Take the weights that it was made of, and pack them with lora.bases.quan
 def open_safetensors(path: str | Path) -> dict[str, Stored]:
     """Return the tensors of a model as `{name: Stored}`. Only headers and descriptions of packed weights are read.
 
-    A weight that bitsandbytes packed as NF4 is a `Stored` packed weight with the same bytes; its axes are torch's,
-    [out, in], until `lora.bases.from_torch` makes it a parameter.
+    A weight that bitsandbytes packed as NF4 is a `Stored` packed weight with the same codes and scales. Its axes are
+    torch's, [out, in], until `lora.bases.from_torch` makes it a parameter; it is stored as [in, out] all the time.
 
     Args:
         path: a file, or a folder with `model.safetensors` or an index and its shards.
@@ -107,7 +108,7 @@ class _State(NamedTuple):
 
     def weight(self, codes: Any, scales: Any, outer: Any = None) -> Nf4Weight:
         """Return the packed weight of these arrays."""
-        return from_flat(codes, scales, outer, self.mean, self.shape, self.dtype)
+        return transposed(codes, scales, outer, self.mean, self.shape, self.dtype)
 
 
 def _packed(folder: Path, name: str, tensors: Mapping[str, Tensor], key: str) -> Stored:

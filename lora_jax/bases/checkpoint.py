@@ -1,6 +1,7 @@
 """Save and load a packed base with orbax: its arrays, and beside them a description of each packed weight as JSON.
 
-Nothing in a saved folder is executed: the class of a packed weight is looked up by name in `PACKED_CLASSES`.
+Nothing in a saved folder is executed: the class of a packed weight is looked up by name in `PACKED_CLASSES`. Packed
+arrays of 4 bits are written as bytes, two numbers in each.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from lora_jax.bases.int8_fp8 import EightBits
 from lora_jax.bases.nf4 import Nf4Weight
+from lora_jax.bases.nf4_layouts import from_bytes, of_format_1, to_bytes
 from lora_jax.bases.placement import place
 from lora_jax.checkpoints import arrays as saving
 from lora_jax.core.arrays import describe
@@ -20,7 +22,7 @@ from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed, is_packed
 from lora_jax.core.paths import flatten_with_names
 
-FORMAT = 1
+FORMAT = 2  # 1 had NF4 weights with blocks along their last axes
 WHAT = "base"
 SAVED = saving.format_of(WHAT, "base")
 PACKED_CLASSES: dict[str, type[Packed]] = {"nf4": Nf4Weight, "eight_bits": EightBits}  # by their names in descriptions
@@ -41,7 +43,7 @@ def save(folder: str | Path, params: Any) -> None:
         LoraError: the folder holds something else, which is named and left alone, or it cannot be written; `params`
             hold a leaf that cannot be saved, or an array that is spread over several hosts. Then nothing has changed.
     """
-    arrays = jax.tree.map(lambda leaf: leaf.arrays() if is_packed(leaf) else leaf, params, is_leaf=is_packed)
+    arrays = jax.tree.map(lambda leaf: _on_disk(leaf) if is_packed(leaf) else leaf, params, is_leaf=is_packed)
     saving.check_arrays(arrays, "")
     names, leaves, _ = flatten_with_names(arrays)
     for name, leaf in zip(names, leaves, strict=True):
@@ -68,14 +70,21 @@ def load(folder: str | Path, shardings: Any = None) -> Any:
     return jax.tree.map(jnp.asarray, params) if shardings is None else place(params, shardings)
 
 
+def _on_disk(w: Packed) -> dict[str, jax.Array]:
+    """Return the packed arrays of a weight, those of 4 bits as bytes."""
+    return {name: to_bytes(array) if array.dtype == jnp.uint4 else array for name, array in w.arrays().items()}
+
+
 def _read(folder: Path) -> Any:
     """Return the parameters of a folder, as NumPy's."""
-    described = saving.read_description(folder, WHAT, FORMAT)["params"]
-    return _rebuilt(described, saving.read_arrays(folder, _shapes(described)), "")
+    description = saving.read_description(folder, WHAT, FORMAT, earliest=1)
+    described = description["params"]
+    arrays = saving.read_arrays(folder, _shapes(described))
+    return _rebuilt(described, arrays, "", description["format"])
 
 
 # A description is nested as the parameters are: a dict for a dict, a string for an array ("float32[384, 8]"), and for a
-# packed weight a list of three: the name of its class, its static fields, and the descriptions of its arrays.
+# packed weight a list of three: the name of its class, its static fields, and the descriptions of its arrays on disk.
 
 
 def _described(node: Any, path: str) -> Any:
@@ -91,7 +100,7 @@ def _described(node: Any, path: str) -> Any:
         )
     defaults = _saved_fields(type(node))
     fields = {name: getattr(node, name) for name, default in defaults.items() if getattr(node, name) != default}
-    arrays = {name: describe(array) for name, array in node.arrays().items()}
+    arrays = {name: describe(array) for name, array in jax.eval_shape(_on_disk, node).items()}
     return [kind, {name: _as_json(value) for name, value in fields.items()}, arrays]
 
 
@@ -102,10 +111,13 @@ def _shapes(described: Any) -> Any:
     return described if isinstance(described, str) else described[2]
 
 
-def _rebuilt(described: Any, arrays: Any, path: str) -> Any:
+def _rebuilt(described: Any, arrays: Any, path: str, format: int) -> Any:
     """Return the parameters, from their description and arrays."""
     if isinstance(described, dict):
-        return {key: _rebuilt(child, arrays[key], f"{path}/{key}" if path else key) for key, child in described.items()}
+        return {
+            key: _rebuilt(child, arrays[key], f"{path}/{key}" if path else key, format)
+            for key, child in described.items()
+        }
     if isinstance(described, str):
         return arrays
     kind, fields, _ = described
@@ -116,10 +128,20 @@ def _rebuilt(described: Any, arrays: Any, path: str) -> Any:
         found = repr(kind) if cls is None else f"{kind!r} with {', '.join(unknown)}"
         known = ", ".join(PACKED_CLASSES)
         raise LoraError(f"{path!r} is packed as {found}; this version knows {known}: update lora_jax.")
-    w = cls(**dict.fromkeys(cls.parts) | arrays, **{name: _from_json(value) for name, value in fields.items()})
+    fields = {name: _from_json(value) for name, value in fields.items()}
+    w = _of_arrays(cls, arrays, fields, format)
     if jax.eval_shape(lambda w: w.dense(), w).shape != w.shape:
         raise ValueError(f"the arrays of {path!r} do not fit what it says of them")
     return w
+
+
+def _of_arrays(cls: type[Packed], arrays: Any, fields: dict[str, Any], format: int) -> Packed:
+    """Return the packed weight of arrays as they are on disk."""
+    if cls is not Nf4Weight:
+        return cls(**dict.fromkeys(cls.parts) | arrays, **fields)
+    if format == 1:
+        return of_format_1(arrays, fields)
+    return Nf4Weight(**dict.fromkeys(cls.parts) | arrays | {"codes": from_bytes(arrays["codes"])}, **fields)
 
 
 def _saved_fields(cls: type[Packed]) -> dict[str, Any]:

@@ -67,8 +67,8 @@ def from_torch(tensors: Mapping[str, Any], params: Any, key_map: KeyMap, *, igno
         ignore: a regular expression for the names of tensors that are no parameters of the model.
 
     Returns:
-        A tree of `Stored` for `lora.bases.quantize`. A weight that is packed already keeps its bytes: operations on its
-        axes are deferred until it is dequantized.
+        A tree of `Stored` for `lora.bases.quantize`. A weight that is packed already keeps its codes and scales:
+        operations on its axes are deferred until it is dequantized.
 
     Raises:
         LoraError: a path or a tensor has no counterpart, or one of another shape; stacked layers are packed in

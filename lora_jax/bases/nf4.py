@@ -1,10 +1,15 @@
 """NF4: 4 bits a number, the quantiles of a normal distribution, in blocks of 64 with one scale each.
 
 Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314. With double quantization the
-scales have 8 bits, in blocks of 256: 4 + 8/64 + 32/(64*256) = 4.127 bits a number. Bytes and values are those of
-bitsandbytes, for a weight with the same order of axes.
+scales have 8 bits, in blocks of 256: 4 + 8/64 + 32/(64*256) = 4.127 bits a number.
 
-Axes: s stacked matrices; w the first axes of a matrix, which no block crosses; m the product of its other axes.
+Codes are an array of dtype uint4, and a block runs along the first axis of a kernel [inputs, outputs]. TPUs multiply by
+such an array without a copy of it in another order. A block is also what bitsandbytes makes of torch's weight
+[outputs, inputs], and codes, scales and values are those of bitsandbytes for that weight.
+
+Axes: s stacked matrices; d the first axes of a matrix, as few as hold whole blocks, as one; k its other axes, as one.
+A matrix of which no first axes hold whole blocks is one column: all its numbers, with the first axis last as in torch,
+padded to whole blocks.
 """
 
 import functools
@@ -18,18 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
+from lora_jax.bases import nf4_kernels, nf4_pallas
 from lora_jax.bases.format import Format
-from lora_jax.core.deferred import Deferred, Size
+from lora_jax.core.deferred import Deferred, Size, undo_deferred
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed
 from lora_jax.core.serialization import register_node
 
-BLOCK, SCALES = 64, 256  # numbers in a block, and scales in a block of scales
-
-CODE = np.array(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)  # fmt: skip
+BLOCK, SCALES = nf4_kernels.BLOCK, 256  # numbers in a block, and scales in a block of scales
+CODE = np.array(nf4_kernels.CODE, np.float32)  # the numbers that codes stand for
 
 
 @dataclass(frozen=True)
@@ -39,40 +41,56 @@ class Nf4(Format):
     Args:
         stack, dtype: as of every `Format`.
         double: whether the scales are quantized too: 0.516 bytes a number instead of 0.5625.
-        kernel: whether products dequantize W tile by tile, in a Pallas kernel for TPU or GPU. None: on one such device,
-            for few rows of x, as in generation, if a trial shows that it works. The kernel has no forward-mode
-            derivative.
+        kernel: whether products dequantize W tile by tile, in a Pallas kernel for TPU or GPU. None: on one such device
+            or in a `shard_map`, for few rows of x, as in generation.
+        inputs: how many of a matrix's axes, the first ones, a block runs along; by default as few as hold whole blocks.
+            bitsandbytes takes all inputs: 2 for a kernel [heads, head_dim, d] of 64 heads, where the default is 1.
     """
 
     double: bool = True
     kernel: bool | None = None
+    inputs: int | None = None
 
     def pack(self, w: jax.Array, stack: int, dtype: Any) -> "Nf4Weight":
-        inner = w.shape[stack:]
-        codes, scales = _pack(w, stack + _whole(inner))
-        if not self.double:
-            return Nf4Weight(codes, scales, None, None, inner, dtype, kernel=self.kernel)
-        small, outer, mean = _pack_scales(scales, stack)
-        return Nf4Weight(codes, small, outer, mean, inner, dtype, kernel=self.kernel)
+        inner, outer, mean = w.shape[stack:], None, None
+        own = inner if self.inputs is None else self._with_one_input(inner)
+        codes, scales = _pack(w.reshape(*w.shape[:stack], *own), stack)
+        if self.double:
+            scales, outer, mean = _pack_scales(scales, stack)
+        packed = Nf4Weight(codes, scales, outer, mean, own, dtype, kernel=self.kernel)
+        return packed if own == inner else packed.with_deferred("reshape", inner)
+
+    def _with_one_input(self, inner: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a matrix with its inputs as one axis."""
+        if self.inputs is None or not 0 < self.inputs < len(inner):
+            raise LoraError(
+                f"a matrix of shape {list(inner)} has no {self.inputs} axes of inputs beside one of outputs: give "
+                "another number for `inputs`, or for `stack`."
+            )
+        return (math.prod(inner[: self.inputs]), *inner[self.inputs :])
 
     def finer(self) -> str:
         return "lora.bases.Nf4(double=False), with scales in fp32" if self.double else super().finer()
 
 
-def _whole(inner: tuple[int, ...]) -> int:
-    """Return how many of a matrix's first axes no block crosses; 0 if the matrix is flattened and padded."""
-    return next((n for n in reversed(range(len(inner))) if math.prod(inner[n:]) % BLOCK == 0), 0)
+def column_axes(inner: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return which axes of a matrix are d, along which blocks run, and which are k, each in its order."""
+    axes = tuple(range(len(inner)))
+    for n in range(1, max(2, len(inner))):
+        if math.prod(inner[:n]) % BLOCK == 0:
+            return axes[:n], axes[n:]
+    return (*axes[1:], 0), ()
 
 
 @register_node("lora_jax.Nf4Weight")
 @dataclass(frozen=True)
 class Nf4Weight(Packed):
-    """A weight in NF4: two codes a byte, the first in the high half, and their scales."""
+    """A weight in NF4: codes of 4 bits, and their scales."""
 
-    codes: jax.Array  # uint8 [*s, *w, m / 2], m padded to whole blocks
-    scales: jax.Array  # fp32 [*s, *w, m / 64], or with double quantization uint8
-    outer: jax.Array | None  # fp32 [*s, scales / 256], with double quantization: the scales of the scales
-    mean: jax.Array | None  # fp32 [*s], with double quantization: the mean, which is subtracted from the scales
+    codes: jax.Array  # uint4 [*s, d, k], d padded to whole blocks
+    scales: jax.Array  # fp32 [*s, d / 64, k], or with double quantization uint8
+    outer: jax.Array | None  # fp32 [*s, d / 64 * k / 256]: the scales of scales, those of one column after another
+    mean: jax.Array | None  # fp32 [*s], beside `outer`: the mean, which is subtracted from the scales
     inner: tuple[int, ...] = field(metadata={"static": True})
     value_dtype: Any = field(metadata={"static": True})
     deferred: Deferred = field(default=(), metadata={"static": True})
@@ -83,42 +101,83 @@ class Nf4Weight(Packed):
 
     @property
     def array_ndim(self) -> int:
-        return _whole(self.inner) + 1
+        return 2
 
     def dequantize(self) -> jax.Array:
-        high, low = self.codes >> 4, self.codes & 15
-        values = _numbers(CODE, jnp.stack([high, low], axis=-1)).reshape(*self.codes.shape[:-1], -1)
-        values = values * _for_each(self.fp32_scales(), values)
-        n = math.prod(self.inner[_whole(self.inner) :])
-        return values[..., :n].reshape(*self.stack, *self.inner)
+        values = _numbers(CODE, self.codes.astype(jnp.uint8))  # on CPUs a look-up by 4 bits is slower
+        return _from_columns(values * _for_each(self.fp32_scales(), values), self.inner)
 
     def fp32_scales(self) -> jax.Array:
-        """Return the scales in fp32 [*s, *w, m / 64]."""
+        """Return the scales in fp32 [*s, d / 64, k]."""
         if self.outer is None or self.mean is None:
             return self.scales
-        n, own = len(self.stack), self.scales.shape[len(self.stack) :]
-        outer = jnp.repeat(self.outer, SCALES, axis=-1)[..., : math.prod(own)]
-        scaled = _numbers(scale_code(), self.scales) * outer.reshape(self.scales.shape)
-        return scaled + jnp.expand_dims(self.mean, range(n, n + len(own)))
+        *stack, blocks, k = self.scales.shape
+        outer = jnp.repeat(self.outer, SCALES, axis=-1)[..., : blocks * k].reshape(*stack, k, blocks)
+        scales = _numbers(scale_code(), self.scales) * outer.mT + self.mean[..., None, None]
+        return jax.lax.optimization_barrier(scales)  # else XLA:CPU computes each of them 64 times
 
     def dot(self, x: jax.Array, inputs: tuple[int, ...], precision: Any) -> jax.Array | None:
-        return None
+        """Multiply by a kernel, if W as it is packed is one matrix [inputs, outputs] or [outputs, inputs]."""
+        n, deferred, (d, k) = len(inputs), self.deferred, self.codes.shape[-2:]
+        transposed = len(self.inner) == 2 and deferred[:1] == (("transpose", (1, 0)),)
+        moved = any(name == "transpose" for name, _ in (deferred[1:] if transposed else deferred))
+        first, last = inputs == tuple(range(n)), inputs == tuple(range(self.ndim - n, self.ndim))
+        if moved or self.stack or self.compute_sharding is not None or not (first or last) or x.dtype != self.dtype:
+            return None
+        axes = self.shape[:n] if first else self.shape[self.ndim - n :]
+        free, outputs = x.shape[: x.ndim - n], self.shape[n:] if first else self.shape[: self.ndim - n]
+        along_d = first != transposed
+        if (math.prod(axes), math.prod(outputs)) != ((d, k) if along_d else (k, d)) or not column_axes(self.inner)[1]:
+            return None
+        y = _by_kernel(x.reshape(math.prod(free), -1), self, transposed=not along_d, precision=precision)
+        return None if y is None else y.reshape(*free, *outputs)
 
     def blocks(self, w: jax.Array) -> jax.Array:
-        return _blocks(w.reshape(*w.shape[: len(self.stack) + _whole(self.inner)], -1), BLOCK)
+        w = undo_deferred(w, len(self.stack), self.inner, self.deferred)
+        return _in_blocks(_to_columns(w, len(self.stack))).mT
 
     def repack(self, w: jax.Array) -> "Nf4Weight":
         return Nf4(double=self.outer is not None, kernel=self.kernel).pack(w, len(self.stack), self.value_dtype)
 
     def array_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
-        """Split the last axis of codes and scales, which holds several axes of W, as the first of these is split."""
-        n = _whole(self.inner)
-        last, *_ = spec[n:]
-        parts, m = size(last), math.prod(self.inner[n:])
-        splits = m % BLOCK == 0 and self.inner[n] % parts == 0 and m % (2 * parts) == 0
-        codes = (*spec[:n], last if splits else None)
-        scales = (*spec[:n], last if splits and m % (BLOCK * parts) == 0 else None)
-        return {"codes": codes, "scales": scales, "outer": (), "mean": ()}
+        """Split d and k, which hold several axes of W, as the first of these is split."""
+        d, k = column_axes(self.inner)
+        rows = math.prod(self.inner[axis] for axis in d)
+        along_d, along_k = (
+            spec[axes[0]] if axes and rows % BLOCK == 0 and self.inner[axes[0]] % size(spec[axes[0]]) == 0 else None
+            for axes in (d, k)
+        )
+        of_blocks = along_d if rows % (BLOCK * size(along_d)) == 0 else None
+        return {"codes": (along_d, along_k), "scales": (of_blocks, along_k), "outer": (), "mean": ()}
+
+    def matrix_spec(self, own: Sequence[Any]) -> list[Any]:
+        spec: list[Any] = [None] * len(self.inner)
+        for axes, entry in zip(column_axes(self.inner), own, strict=True):
+            if axes:
+                spec[axes[0]] = entry
+        return spec
+
+
+def _by_kernel(x: jax.Array, w: Nf4Weight, *, transposed: bool, precision: Any) -> jax.Array | None:
+    """Multiply x [T, d] by W [d, k] -> [T, k], or transposed x [T, k] by W^T -> [T, d]; None where no kernel would."""
+    dtypes = (w.value_dtype, *(how for name, how in w.deferred if name == "cast"))
+    how = {"dtypes": dtypes, "precision": precision, "transposed": transposed}
+    plain = functools.partial(_plain, **how)
+
+    def run(w: Nf4Weight) -> jax.Array | None:
+        return nf4_pallas.product(x, w.codes, w.fp32_scales(), plain, **how, kernel=w.kernel)
+
+    return jax.checkpoint(run)(w)  # the residual is the packed weight, its scales too
+
+
+def _plain(
+    x: jax.Array, codes: jax.Array, scales: jax.Array, *, dtypes: tuple[Any, ...], precision: Any, transposed: bool
+) -> jax.Array:
+    """Multiply x [T, d] by W [d, k], or transposed x [T, k] by W^T, by dequantizing W."""
+    values = _numbers(CODE, codes.astype(jnp.uint8))
+    values = values * _for_each(scales, values)
+    w = functools.reduce(lambda w, dtype: w.astype(dtype), dtypes, values)
+    return jnp.matmul(x, w.T if transposed else w, precision=precision)
 
 
 def _numbers(table: Any, codes: jax.Array) -> jax.Array:
@@ -128,56 +187,64 @@ def _numbers(table: Any, codes: jax.Array) -> jax.Array:
 
 
 def _for_each(scales: jax.Array, values: jax.Array) -> jax.Array:
-    """Repeat scales [..., m / 64] for values [..., m]; on a mesh of explicit axes, sharded as the values are."""
-    wide = jnp.broadcast_to(scales[..., None], (*scales.shape, BLOCK)).reshape(*scales.shape[:-1], -1)
+    """Repeat scales [*s, d / 64, k] for values [*s, d, k]; on a mesh of explicit axes, sharded as the values are."""
+    *stack, blocks, k = scales.shape
+    wide = jnp.broadcast_to(scales[..., None, :], (*stack, blocks, BLOCK, k)).reshape(*stack, blocks * BLOCK, k)
     where = jax.typeof(values).sharding
     return jax.sharding.reshard(wide, where) if AxisType.Explicit in where.mesh.axis_types else wide
 
 
-def from_flat(
-    codes: jax.Array,
-    scales: jax.Array,
-    outer: jax.Array | None,
-    mean: jax.Array | None,
-    inner: tuple[int, ...],
-    dtype: Any,
-    deferred: Deferred = (),
-) -> Nf4Weight:
-    """Return a weight of codes [*s, n / 2] and scales [*s, n / 64], as in files, with n padded to whole blocks."""
-    n, stack = _whole(inner), codes.shape[:-1]
-    codes, scales = (array.reshape(*stack, *inner[:n], -1) for array in (codes, scales))
-    return Nf4Weight(codes, scales, outer, mean, inner, dtype, deferred)
+def _to_columns(w: jax.Array, stack: int) -> jax.Array:
+    """Reshape matrices [*s, *inner] to [*s, d, k], with d padded to whole blocks by zeros."""
+    stacked, inner = w.shape[:stack], w.shape[stack:]
+    d, k = column_axes(inner)
+    n = math.prod(inner[axis] for axis in d)
+    w = w.transpose(*range(stack), *(stack + axis for axis in (*d, *k))).reshape(*stacked, n, -1)
+    return jnp.pad(w, [*[(0, 0)] * stack, (0, -n % BLOCK), (0, 0)])
+
+
+def _from_columns(w: jax.Array, inner: tuple[int, ...]) -> jax.Array:
+    """Invert `_to_columns`."""
+    d, k = column_axes(inner)
+    order, stack = (*d, *k), w.shape[:-2]
+    w = w[..., : math.prod(inner[axis] for axis in d), :].reshape(*stack, *(inner[axis] for axis in order))
+    return w.transpose(*range(len(stack)), *(len(stack) + order.index(axis) for axis in range(len(inner))))
+
+
+def _in_blocks(columns: jax.Array) -> jax.Array:
+    """Reshape [*s, d, k] to [*s, d / 64, 64, k]."""
+    *stack, d, k = columns.shape
+    return columns.reshape(*stack, d // BLOCK, BLOCK, k)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _pack(w: jax.Array, axes: int) -> tuple[jax.Array, jax.Array]:
-    """Quantize w [*axes, ...] to codes [*axes, m / 2] and scales [*axes, m / 64]."""
-    w = w.reshape(*w.shape[:axes], -1)
-    blocks = _blocks(w.astype(jnp.float32), BLOCK)
-    scales = jnp.max(jnp.abs(blocks), axis=-1)
-    parts = blocks * (1 / jnp.where(scales == 0, 1.0, scales))[..., None]
+def _pack(w: jax.Array, stack: int) -> tuple[jax.Array, jax.Array]:
+    """Quantize matrices [*s, *inner] to codes [*s, d, k] and scales [*s, d / 64, k]."""
+    columns = _to_columns(w, stack)
+    blocks = _in_blocks(columns.astype(jnp.float32))
+    scales = jnp.max(jnp.abs(blocks), axis=-2)
+    parts = blocks * (1 / jnp.where(scales == 0, 1.0, scales))[..., None, :]
     bounds = ((CODE[:-1] + CODE[1:]) / 2).astype(np.float32)
     q = functools.reduce(
         lambda q, bound: q + (parts > bound).astype(jnp.uint8), bounds, jnp.zeros(parts.shape, jnp.uint8)
     )
-    q = q.reshape(*w.shape[:-1], -1, 2)
-    return (q[..., 0] << 4) | q[..., 1], scales
+    return q.reshape(columns.shape).astype(jnp.uint4), scales
 
 
 def _pack_scales(scales: jax.Array, stack: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Quantize scales [*s, ...] to uint8 [*s, ...], with scales [*s, n / 256] and the mean [*s] that was subtracted."""
+    """Quantize scales [*s, d / 64, k] to uint8, with scales [*s, n / 256] and the mean [*s] that was subtracted."""
     if isinstance(scales, jax.core.Tracer):
         raise LoraError("Nf4() packs scales by looking at them: quantize outside jax.jit, or with Nf4(double=False).")
-    exact = np.asarray(_everywhere(scales))
+    exact = np.asarray(_everywhere(scales)).mT  # [*s, k, d / 64], the order of torch's weight
     flat = exact.reshape(*exact.shape[:stack], -1)
     mean = flat.astype(np.float64).mean(-1).astype(np.float32)
-    blocks = np.asarray(_blocks(flat - mean[..., None], SCALES))
+    blocks = np.asarray(_blocks(flat - mean[..., None]))
     outer = np.abs(blocks).max(-1)
     parts = blocks / np.where(outer == 0, np.float32(1), outer)[..., None]
     code = scale_code()
     q = np.searchsorted((code[:-1] + code[1:]) / 2, parts).astype(np.uint8)
     q = q.reshape(*flat.shape[:-1], -1)[..., : flat.shape[-1]].reshape(exact.shape)
-    return jnp.asarray(q), jnp.asarray(outer), jnp.asarray(mean)
+    return jnp.asarray(q.mT), jnp.asarray(outer), jnp.asarray(mean)
 
 
 def _everywhere(array: jax.Array) -> jax.Array:
@@ -188,10 +255,10 @@ def _everywhere(array: jax.Array) -> jax.Array:
     return jax.jit(lambda array: array, out_shardings=whole)(array)
 
 
-def _blocks(x: Any, size: int) -> Any:
-    """Reshape x [*s, n] to [*s, blocks, size], padded with zeros."""
-    padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
-    return jnp.pad(x, padding).reshape(*x.shape[:-1], -1, size)
+def _blocks(scales: Any) -> Any:
+    """Reshape scales [*s, n] to [*s, blocks, 256], padded with zeros."""
+    padding = [(0, 0)] * (scales.ndim - 1) + [(0, -scales.shape[-1] % SCALES)]
+    return np.pad(scales, padding).reshape(*scales.shape[:-1], -1, SCALES)
 
 
 @functools.cache

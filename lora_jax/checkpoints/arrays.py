@@ -89,11 +89,11 @@ def read_folder(folder: Path, format: Format, called: str, read: Callable[[Path]
         ) from error
 
 
-def read_description(folder: Path, what: str, version: int) -> Any:
-    """Read the description of a folder.
+def read_description(folder: Path, what: str, version: int, earliest: int | None = None) -> Any:
+    """Read the description of a folder, of this version's format or an earlier one, but none before `earliest`.
 
     Raises:
-        LoraError: it is damaged; its format is not this version's.
+        LoraError: it is damaged; its format is none that this version reads.
     """
     import orbax.checkpoint as ocp
 
@@ -104,9 +104,10 @@ def read_description(folder: Path, what: str, version: int) -> Any:
         raise damaged(folder, what, first_line(error)) from error
     if not isinstance(description, dict):
         raise damaged(folder, what, "it holds no description")
-    if description.get("format") != version:
-        found = description.get("format")
-        raise LoraError(f"{folder} has format {found}, this version reads {version}: update lora_jax.")
+    formats = range(version if earliest is None else earliest, version + 1)
+    if (found := description.get("format")) not in formats:
+        known = " and ".join(map(str, formats))
+        raise LoraError(f"{folder} has format {found}, this version reads {known}: update lora_jax.")
     return description
 
 

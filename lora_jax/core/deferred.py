@@ -17,6 +17,15 @@ Deferred = tuple[tuple[str, Any], ...]  # ("transpose", permutation), ("reshape"
 Size = Callable[[Any], int]  # into how many parts an entry of a spec splits an axis
 
 
+def and_then(deferred: Deferred, name: str, how: Any) -> Deferred:
+    """Return the operations and one more. Two transposes in a row become one, or none."""
+    if name == "transpose" and deferred and deferred[-1][0] == "transpose":
+        *before, (_, first) = deferred
+        how, deferred = tuple(first[axis] for axis in how), tuple(before)
+    same = name == "transpose" and tuple(how) == tuple(range(len(how)))
+    return deferred if same else (*deferred, (name, how))
+
+
 def shape_after(shape: tuple[int, ...], deferred: Deferred) -> tuple[int, ...]:
     """Return the shape of a matrix once the operations are applied."""
     for name, how in deferred:

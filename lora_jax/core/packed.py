@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 
 from lora_jax.core.deferred import (
     Deferred,
     Size,
+    and_then,
     apply_deferred,
     dtype_after,
     shape_after,
@@ -51,10 +53,7 @@ class Packed(ShortRepr, NoArray, abc.ABC):
     @property
     @abc.abstractmethod
     def array_ndim(self) -> int:
-        """Return how many axes the first packed array has after the stack axes.
-
-        They follow the first axes of a matrix.
-        """
+        """Return how many axes the first packed array has after the stack axes."""
 
     @abc.abstractmethod
     def array_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
@@ -63,8 +62,12 @@ class Packed(ShortRepr, NoArray, abc.ABC):
         An axis that cannot be split in that way, because a block would be cut, is whole.
         """
 
+    def matrix_spec(self, own: Sequence[Any]) -> list[Any]:
+        """Return the spec of one matrix for that of the first packed array, by default of the same axes."""
+        return list(own)
+
     def blocks(self, w: jax.Array) -> jax.Array:
-        """Return matrices [*s, *inner] as blocks [..., n] of numbers that share a scale, by default whole matrices."""
+        """Return a weight of this shape as blocks [..., n] of numbers that share a scale, by default whole matrices."""
         return w.reshape(*w.shape[: len(self.stack)], -1)
 
     @property
@@ -95,7 +98,7 @@ class Packed(ShortRepr, NoArray, abc.ABC):
     @property
     def nbytes(self) -> int:
         """Return the bytes of all packed arrays."""
-        return sum(array.nbytes for array in self.arrays().values())
+        return sum(_nbytes(array) for array in self.arrays().values())
 
     def arrays(self) -> dict[str, jax.Array]:
         """Return the packed arrays by name."""
@@ -119,8 +122,11 @@ class Packed(ShortRepr, NoArray, abc.ABC):
         return dataclasses.replace(packed, deferred=self.deferred, compute_sharding=self.compute_sharding)  # type: ignore[type-var]
 
     def with_deferred(self, name: str, how: Any) -> Self:
-        """Return the weight with one more deferred operation: "transpose", "reshape" or "cast"."""
-        return dataclasses.replace(self, deferred=(*self.deferred, (name, how)))  # type: ignore[type-var]
+        """Return the weight with one more deferred operation: "transpose", "reshape" or "cast".
+
+        Two transposes in a row become one, or none.
+        """
+        return dataclasses.replace(self, deferred=and_then(self.deferred, name, how))  # type: ignore[type-var]
 
     def on_stack(self, fn: Callable[[jax.Array], Any]) -> Self:
         """Apply a function that changes only the stack axes to every packed array."""
@@ -142,8 +148,8 @@ class Packed(ShortRepr, NoArray, abc.ABC):
         own, n = getattr(self, self.parts[0]).sharding, len(self.stack)
         if not isinstance(own, NamedSharding):
             return own
-        entries = [*own.spec, *[None] * (n + len(self.inner) - len(own.spec))]
-        spec = spec_after(entries[n:], self.inner, self.deferred, _parts(own.mesh))
+        entries = [*own.spec, *[None] * (n + self.array_ndim - len(own.spec))]
+        spec = spec_after(self.matrix_spec(entries[n:]), self.inner, self.deferred, _parts(own.mesh))
         return NamedSharding(own.mesh, jax.P(*entries[:n], *spec))
 
     def placed(self, sharding: NamedSharding, gathered: Sequence[str] = ()) -> Self:
@@ -176,6 +182,13 @@ class Packed(ShortRepr, NoArray, abc.ABC):
         own = self.array_specs(tuple(self.compute_sharding.spec), _parts(mesh))
         arrays = {name: _constrained(array, mesh, len(self.stack), own[name]) for name, array in self.arrays().items()}
         return dataclasses.replace(self, **arrays)  # type: ignore[type-var]
+
+
+def _nbytes(array: Any) -> int:
+    """Return the bytes of an array as devices keep it. NumPy counts a byte for each integer of 4 bits."""
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        return -(-array.size * jnp.iinfo(array.dtype).bits // 8)
+    return array.nbytes
 
 
 def _constrained(array: Any, mesh: Any, stack: int, own: tuple[Any, ...]) -> jax.Array:
