@@ -9,9 +9,9 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
-import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
@@ -19,15 +19,15 @@ from jax.sharding import AxisType, Mesh
 from lora_jax.core.errors import LoraError
 
 GIB = 1 << 30
-# The HBM of one device in bytes, by the beginning of the topology's name. A device of v4, v5p is a chip of two cores;
-# one of tpu7x is half of a chip.
+# The HBM of one device in bytes, by the beginning of the topology's name. Of TPUs it is what the compiler says that a
+# program may have, in GiB with two decimals, when it refuses one. A device of v4 is one of the two cores of a chip, one
+# of tpu7x likewise. Of GPUs it is all that the driver shows, of which JAX takes XLA_PYTHON_CLIENT_MEM_FRACTION.
 HBM = {
-    "v3": 16 * GIB,
-    "v4": 32 * GIB,
-    "v5e": 16 * GIB,
-    "v5p": 95 * GIB,
-    "v6e": 32 * GIB,
-    "tpu7x": 96 * GIB,
+    "v4": int(15.25 * GIB),
+    "v5e": int(15.75 * GIB),
+    "v5p": int(95.73 * GIB),
+    "v6e": int(31.24 * GIB),
+    "tpu7x": int(94.74 * GIB),
     "h100": 84_978_434_048,
 }
 TPUS = "v5e:2x2, v5e:4x4, v5e:16x16, v5p:2x2x1, v5p:4x4x4, v6e:2x2, v6e:4x8, v4:2x2x2, tpu7x:2x2x1"
@@ -125,8 +125,6 @@ def _described(name: str, platform: str, **how: Any) -> Any:
 
 def _missing(platform: str) -> str | None:
     """Return what to install, if the compiler for a platform is not there."""
-    from importlib.util import find_spec
-
     if platform == "tpu":
         return None if find_spec("libtpu") else 'libtpu: pip install "jax[tpu]"'
     for plugin in ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"):
@@ -171,7 +169,3 @@ def topology_mesh(topology: str, *, slices: int = 1, **axes: int) -> Mesh:
         )
     devices = np.array(found.devices).reshape(tuple(axes.values()))
     return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
-
-
-
-
