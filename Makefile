@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
+COMPILED_PYTHON := $(shell for p in python3.13 python3.12; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo demo-sharded compare compare-methods headlines assets test test-interop interop-models lint format types architecture clean
+.PHONY: run-compiled demo demo-sharded compare compare-methods headlines assets test test-compiled test-interop interop-models lint format types architecture clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py $(ARGS)
@@ -27,10 +28,18 @@ assets: $(VENV)/.demo
 	$(RUN) examples/assets.py
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore tests/interop_models --ignore tests/interop_peft --ignore tests/interop_qwix $(ARGS)
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore tests/interop_models --ignore tests/interop_peft --ignore tests/interop_qwix --ignore tests/compiled $(ARGS)
 
 test-interop: $(VENV)/.test-interop
 	$(RUN) -m pytest --numprocesses 2 tests/interop_peft tests/interop_qwix $(ARGS)
+
+# Compiles for TPUs and GPUs that are not there; what is compiled is kept in .compiled_cache. Its conftest stands alone.
+test-compiled:
+	@if [ -n "$(COMPILED_PYTHON)" ]; then $(MAKE) --no-print-directory run-compiled; \
+	else echo "test-compiled: skipped, as its versions of JAX need python3.13 or python3.12, and neither is there"; fi
+
+run-compiled: .venv-compiled/.done
+	.venv-compiled/bin/python -m pytest --confcutdir tests/compiled tests/compiled $(ARGS)
 
 interop-models: $(VENV)/.interop-models
 	$(RUN) -m pytest --numprocesses 2 tests/interop_models $(ARGS)
@@ -50,7 +59,7 @@ architecture: | $(RUN)
 	$(RUN) docs/architecture.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-compiled .compiled_cache .pytest_cache .mypy_cache .ruff_cache
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora_jax needs Python 3.11 or newer; say which with: make PYTHON=python3.12 ...")'
@@ -67,6 +76,11 @@ $(VENV)/.dev: pyproject.toml | $(RUN)
 $(VENV)/.test-interop: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[interop]'
 	@touch $@ $(VENV)/.dev $(VENV)/.demo
+
+.venv-compiled/.done: pyproject.toml
+	$(COMPILED_PYTHON) -m venv .venv-compiled
+	.venv-compiled/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiled]'
+	@touch $@
 
 $(VENV)/.interop-models: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,interop-models]'

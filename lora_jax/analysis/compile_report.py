@@ -117,19 +117,48 @@ def compile_report(step: Any, *args: Any, topology: str, slices: int = 1, **stat
     check_function(CALL, "step", step)
     machine = find_topology(topology, slices)
     check_arguments(args, machine)
-    lowered = _lowered(step, args, static)
-    arguments = argument_bytes(args)
+    return report_on(machine, argument_bytes(args), compiled_for(machine, lowered(step, *args, **static)))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiler says of a program: its text, and bytes on one device. Of one that does not fit, `needed`."""
+
+    text: str = ""
+    arguments: int = 0
+    outputs: int = 0  # that have memory of their own
+    temporary: int = 0
+    program: int = 0
+    needed: int = 0
+    said: str = ""
+
+
+def compiled_for(machine: Topology, program: Any) -> Compiled:
+    """Compile a lowered program.
+
+    Raises:
+        LoraError: it does not compile, for another reason than that it is too large.
+    """
     try:
-        compiled = lowered.compile(compiler_options=machine.options or None)
+        compiled = program.compile(compiler_options=machine.options or None)
     except Exception as error:
         if (needed := _needed(str(error))) is None:
             raise LoraError(f"the program does not compile for {machine}: {_first_line(error)}") from error
-        return _too_large(machine, arguments, needed, str(error))
-    return _report(machine, arguments, compiled)
+        return Compiled(needed=needed, said=str(error))
+    memory = compiled.memory_analysis()
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    outputs = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    program = memory.generated_code_size_in_bytes
+    needed = arguments + outputs + temporary + program
+    return Compiled(compiled.as_text(), arguments, outputs, temporary, program, needed)
 
 
-def _lowered(step: Any, args: tuple[Any, ...], static: dict[str, Any]) -> Any:
-    """Lower a function for the mesh that its arguments are on."""
+def lowered(step: Any, *args: Any, **static: Any) -> Any:
+    """Lower a function, jitted or not, for the mesh that its arguments are on.
+
+    Raises:
+        LoraError: it cannot be traced for them.
+    """
     lower = getattr(step, "lower", None) or jax.jit(step).lower
     try:
         return lower(*args, **static)
@@ -139,26 +168,21 @@ def _lowered(step: Any, args: tuple[Any, ...], static: dict[str, Any]) -> Any:
         raise LoraError(f"{CALL}: the program cannot be traced for these arguments: {_first_line(error)}") from error
 
 
-def _report(machine: Topology, arguments: dict[str, int], compiled: Any) -> CompileReport:
-    text = compiled.as_text()
-    memory, found = compiled.memory_analysis(), costs(text)
-    parts = dict(arguments)
-    parts["padding of arguments"] = max(0, memory.argument_size_in_bytes - sum(arguments.values()))
-    parts["outputs"] = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
-    parts[TEMPORARY] = memory.temp_size_in_bytes
-    parts["program"] = memory.generated_code_size_in_bytes
-    needed = memory.argument_size_in_bytes + parts["outputs"] + parts[TEMPORARY] + parts["program"]
-    return _made(machine, parts, needed, needed <= machine.hbm, found, "", text)
-
-
-def _too_large(machine: Topology, arguments: dict[str, int], needed: int, said: str) -> CompileReport:
-    parts = arguments | {TEMPORARY: max(0, needed - sum(arguments.values()))}
-    return _made(machine, parts, max(needed, sum(arguments.values())), False, Costs(), said, "")
-
-
-def _made(
-    machine: Topology, parts: dict[str, int], needed: int, fits: bool, found: Costs, said: str, text: str
-) -> CompileReport:
+def report_on(machine: Topology, arguments: dict[str, int], compiled: Compiled) -> CompileReport:
+    """Return the report on a compiled program with these bytes of arguments by part."""
+    own = sum(arguments.values())
+    needed = compiled.needed
+    if compiled.said:
+        found, parts = Costs(), arguments | {TEMPORARY: max(0, needed - own)}
+    else:
+        found = costs(compiled.text)
+        parts = arguments | {
+            "padding of arguments": max(0, compiled.arguments - own),
+            "outputs": compiled.outputs,
+            TEMPORARY: compiled.temporary,
+            "program": compiled.program,
+        }
+    fits = not compiled.said and needed <= machine.hbm
     return CompileReport(
         topology=str(machine),
         devices=len(machine.devices),
@@ -171,8 +195,8 @@ def _made(
         cycles=found.cycles,
         unknown=found.unknown,
         advice=() if fits else advice(parts, machine.hbm),
-        said=said,
-        text=text,
+        said=compiled.said,
+        text=compiled.text,
     )
 
 
