@@ -39,7 +39,7 @@ test-compiled:
 	else echo "test-compiled: skipped, as its versions of JAX need python3.13 or python3.12, and neither is there"; fi
 
 run-compiled: .venv-compiled/.done
-	.venv-compiled/bin/python -m pytest --confcutdir tests/compiled tests/compiled $(ARGS)
+	.venv-compiled/bin/python -m pytest -c tests/compiled/pytest.ini tests/compiled $(ARGS)
 
 interop-models: $(VENV)/.interop-models
 	$(RUN) -m pytest --numprocesses 2 tests/interop_models $(ARGS)

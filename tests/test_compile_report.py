@@ -38,7 +38,8 @@ LOOP = """
   %next = s32[]{:T(128)} add(%j, %two)
   %f = f32[8]{0:T(128)} fusion(%x), kind=kLoop, calls=%inner, metadata={op_name="jit(f)/transpose(jvp(f))/mul"}, \
 backend_config={"estimated_cycles":"100"}
-  %odd = f32[8]{0:T(128)} fusion(%x), kind=kLoop, calls=%inner, backend_config={"estimated_cycles":"9223372036854775807"}
+  %odd = f32[8]{0:T(128)} fusion(%x), kind=kLoop, calls=%inner, \
+backend_config={"estimated_cycles":"9223372036854775807"}
   %s = (f32[8]{0:T(128)}, f32[8]{0:T(128)}) collective-permute-start(%f), channel_id=4
   %d = f32[8]{0:T(128)} collective-permute-done(%s), channel_id=4
   %g = bf16[4,8]{1,0:T(8,128)(2,1)} all-gather(%d), channel_id=5, dimensions={0}
@@ -221,7 +222,7 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch, name, install):
 def test_a_mesh_has_all_devices(monkeypatch, machine):
     monkeypatch.setattr(topologies, "find_topology", lambda *_: machine)
     assert dict(lora.topology_mesh("v5e:2x4", data=2, fsdp=4).shape) == {"data": 2, "fsdp": 4}
-    with pytest.raises(lora.LoraError, match="has 4 devices, but .* has 8"):
+    with pytest.raises(lora.LoraError, match=r"has 4 devices, but .* has 8"):
         lora.topology_mesh("v5e:2x4", data=2, fsdp=2)
     with pytest.raises(lora.LoraError, match="sizes such as data=2"):
         lora.topology_mesh("v5e:2x4")

@@ -4,11 +4,8 @@ It is run without the conftest.py of the other tests, whose flags are for progra
 """
 
 import os
-import sys
-from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-sys.path.insert(0, str(Path(__file__).parent))
 
 import jax
 
