@@ -5,10 +5,13 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
-# The newest Python that runs, for the newest JAX. Version managers leave commands on PATH that only say that they cannot.
-NEWEST ?= $(shell for python in python3.13 python3.12; do $$python -c "" 2>/dev/null && echo $$python && break; done)
+# The newest Python that runs, for the newest JAX: on the path, where pyenv leaves commands that only say that they cannot,
+# or among those that pyenv has.
+NEWEST ?= $(shell for python in python3.13 python3.12 $$(ls -d $$HOME/.pyenv/versions/3.1[23].*/bin/python 2>/dev/null | sort -rV); \
+	do $$python -c "" 2>/dev/null && echo $$python && break; done)
 
-.PHONY: demo demo-sharded compare compare-methods headlines assets test test-newest test-interop interop-models lint format types architecture clean
+.PHONY: demo demo-sharded compare compare-methods headlines assets test test-newest test-compiled run-compiled test-interop \
+	interop-models lint format types architecture clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py $(ARGS)
@@ -29,7 +32,7 @@ assets: $(VENV)/.demo
 	$(RUN) examples/assets.py
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore tests/interop_models --ignore tests/interop_peft --ignore tests/interop_qwix $(ARGS)
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore tests/interop_models --ignore tests/interop_peft --ignore tests/interop_qwix --ignore tests/compiled $(ARGS)
 
 test-newest:
 	@python="$(NEWEST)"; if [ -z "$$python" ]; then \
@@ -38,6 +41,14 @@ test-newest:
 
 test-interop: $(VENV)/.test-interop
 	$(RUN) -m pytest --numprocesses 2 tests/interop_peft tests/interop_qwix $(ARGS)
+
+# Compiles for TPUs and GPUs that are not there; what is compiled is kept in .compiled_cache. Its conftest stands alone.
+test-compiled:
+	@if [ -n "$(NEWEST)" ]; then $(MAKE) --no-print-directory run-compiled; \
+	else echo "test-compiled: skipped, as its versions of JAX need python3.13 or python3.12, and neither is there"; fi
+
+run-compiled: .venv-compiled/.done
+	.venv-compiled/bin/python -m pytest -c tests/compiled/pytest.ini tests/compiled $(ARGS)
 
 interop-models: $(VENV)/.interop-models
 	$(RUN) -m pytest --numprocesses 2 tests/interop_models $(ARGS)
@@ -57,7 +68,7 @@ architecture: | $(RUN)
 	$(RUN) docs/architecture.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-newest .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .venv-compiled .compiled_cache .pytest_cache .mypy_cache .ruff_cache
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora_jax needs Python 3.11 or newer; say which with: make PYTHON=python3.12 ...")'
@@ -74,6 +85,11 @@ $(VENV)/.dev: pyproject.toml | $(RUN)
 $(VENV)/.test-interop: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[interop]'
 	@touch $@ $(VENV)/.dev $(VENV)/.demo
+
+.venv-compiled/.done: pyproject.toml
+	$(NEWEST) -m venv .venv-compiled
+	.venv-compiled/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiled]'
+	@touch $@
 
 $(VENV)/.interop-models: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,interop-models]'

@@ -85,9 +85,9 @@ _ROOMS = (
     ),
     Room(
         "analysis",
-        "What adapters and changes of weights amount to: norms and ranks.",
+        "What adapters and changes of weights amount to: norms and ranks; what a program takes on other machines.",
         ("analysis",),
-        ("core", "adapters", "initialization"),
+        ("core", "adapters", "sharding", "training", "bases", "initialization"),
     ),
     Room(
         "interop/peft",

@@ -14,8 +14,11 @@ from lora_jax.adapters.lora import Lora, LoraAdapter, RsLora
 from lora_jax.adapters.lora_fa import LoraFa, LoraFaAdapter
 from lora_jax.adapters.token_rows import Rows, RowsAdapter
 from lora_jax.adapters.vera import Vera, VeraAdapter
+from lora_jax.analysis.abstract import abstract, abstract_state
+from lora_jax.analysis.compile_report import CompileReport, compile_report
 from lora_jax.analysis.differences import Differences, diff
 from lora_jax.analysis.inspection import Inspection, inspect
+from lora_jax.analysis.topologies import topology_mesh
 from lora_jax.checkpoints.manager import Checkpoints
 from lora_jax.core.adapter import Adapter, Rule
 from lora_jax.core.axes import KernelAxes
@@ -49,6 +52,7 @@ __all__ = [
     "AdaLoraAdapter",
     "Adapter",
     "Checkpoints",
+    "CompileReport",
     "Differences",
     "Dora",
     "DoraAdapter",
@@ -79,6 +83,8 @@ __all__ = [
     "Unbatched",
     "Vera",
     "VeraAdapter",
+    "abstract",
+    "abstract_state",
     "adapt_budget",
     "adapter_shardings",
     "adapter_specs",
@@ -86,6 +92,7 @@ __all__ = [
     "bases",
     "checkpoint",
     "combine",
+    "compile_report",
     "decay_mask",
     "diff",
     "freeze_base",
@@ -118,6 +125,7 @@ __all__ = [
     "shard_map_step",
     "starts",
     "to_torch",
+    "topology_mesh",
     "train_step",
     "trainable_mask",
     "unmerge",

@@ -10,7 +10,7 @@ from lora_jax.bases.change import Change, change
 from lora_jax.bases.format import Format
 from lora_jax.core.aliases import same
 from lora_jax.core.errors import LoraError
-from lora_jax.core.packed import Packed, is_packed
+from lora_jax.core.packed import Packed, is_packed, move
 from lora_jax.core.partition import BATCH_AXES, check_spec
 from lora_jax.core.paths import flatten_with_names
 
@@ -23,7 +23,7 @@ def place(params: Any, shardings: Any, *, batch_axes: Sequence[str] = BATCH_AXES
     for weights that are on a mesh.
 
     Args:
-        params: a tree of arrays and packed weights.
+        params: a tree of arrays and packed weights, or of their shapes, which then say where they would be.
         shardings: a `NamedSharding` for each parameter, as for a base of arrays.
         batch_axes: the names of the mesh axes that split the batch.
 
@@ -49,7 +49,7 @@ def place(params: Any, shardings: Any, *, batch_axes: Sequence[str] = BATCH_AXES
     keys = [(same(leaf), where[name]) for name, leaf in zip(names, leaves, strict=True)]
     for key, leaf in zip(keys, leaves, strict=True):
         if key not in moved:
-            moved[key] = leaf.placed(key[1], batch_axes) if is_packed(leaf) else jax.device_put(leaf, key[1])
+            moved[key] = leaf.placed(key[1], batch_axes) if is_packed(leaf) else move(leaf, key[1])
     return treedef.unflatten([moved[key] for key in keys])
 
 

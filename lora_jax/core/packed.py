@@ -164,7 +164,7 @@ class Packed(ShortRepr, NoArray, abc.ABC):
         spec = spec_before(entries[n:], self.inner, self.deferred, size)
         own = self.array_specs(spec, size)
         arrays = {
-            name: jax.device_put(
+            name: move(
                 array,
                 NamedSharding(sharding.mesh, jax.P(*entries[:n], *own[name]), memory_kind=sharding.memory_kind),
             )
@@ -189,6 +189,13 @@ def _nbytes(array: Any) -> int:
     if jnp.issubdtype(array.dtype, jnp.integer):
         return -(-array.size * jnp.iinfo(array.dtype).bits // 8)
     return array.nbytes
+
+
+def move(array: Any, sharding: Any) -> Any:
+    """Move an array to where it is to be; of a mere shape, say where it would be."""
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+    return jax.device_put(array, sharding)
 
 
 def _constrained(array: Any, mesh: Any, stack: int, own: tuple[Any, ...]) -> jax.Array:

@@ -1,0 +1,123 @@
+"""Shapes in the place of arrays, and where they would be: what a program is compiled for without its machine."""
+
+from typing import Any
+
+import jax
+import optax
+from jax import P
+from jax.sharding import Mesh, NamedSharding
+
+from lora_jax.bases.placement import place
+from lora_jax.core.argument_checks import check_is
+from lora_jax.core.errors import LoraError
+from lora_jax.core.packed import is_packed
+from lora_jax.core.partition import check_spec, full_spec
+from lora_jax.core.paths import flatten_with_names, is_array
+from lora_jax.core.targets import Plan
+from lora_jax.initialization.init import init
+from lora_jax.sharding.adapters import adapter_shardings
+from lora_jax.training.state import TrainState
+
+CALL = "abstract(tree, mesh, specs)"
+WHOLE = P()  # on every device
+
+
+def abstract(tree: Any, mesh: Mesh, specs: Any = WHOLE) -> Any:
+    """Return the shapes of a tree with where they would be on a mesh, which may be one of `lora.topology_mesh`.
+
+    Args:
+        tree: arrays or shapes, such as `jax.eval_shape(model.init, key, x)` returns, and packed weights, also those of
+            `jax.eval_shape(lambda params: lora.bases.quantize(params, rules), params)`.
+        mesh: the devices.
+        specs: one `PartitionSpec` for all, or a tree like `tree` with one for each (None is `P()`). That of a packed
+            weight is the one of the array that it stands for.
+
+    Returns:
+        The tree with a `jax.ShapeDtypeStruct` with a sharding in the place of each array.
+
+    Raises:
+        LoraError: the trees have different paths; a leaf is no array; a spec names an axis that the mesh lacks, or
+            splits an axis unevenly.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> mesh = jax.make_mesh((1, 1), ("data", "fsdp"), (jax.sharding.AxisType.Auto,) * 2)
+    >>> shapes = lora.abstract({"w": jnp.ones((8, 4)), "b": jnp.ones(4)}, mesh, {"w": jax.P("fsdp"), "b": None})
+    >>> shapes["w"].shape, shapes["w"].sharding.spec == jax.P("fsdp", None)
+    ((8, 4), True)
+    """
+    check_is(CALL, "mesh", mesh, Mesh, 'a mesh: lora.topology_mesh("v5e:4x4", fsdp=16)')
+    names, leaves, treedef = flatten_with_names(tree)
+    if isinstance(specs, P):
+        found: list[Any] = [specs] * len(names)
+    else:
+        there, given, _ = flatten_with_names(specs, is_leaf=lambda node: node is None or isinstance(node, P))
+        where = dict(zip(there, given, strict=True))
+        for name in (*names, *there):
+            if name not in where or name not in dict.fromkeys(names):
+                raise LoraError(f"{name!r} is not in both trees: give a PartitionSpec for each array, or one for all.")
+        found = [where[name] or P() for name in names]
+    placed = []
+    for name, leaf, spec in zip(names, leaves, found, strict=True):
+        if not is_array(leaf):
+            raise LoraError(f"{CALL}: {name!r} is a {type(leaf).__name__}, expected an array or a shape.")
+        if not isinstance(spec, P):
+            raise LoraError(f"{CALL}: the spec of {name!r} is {spec!r}, expected a PartitionSpec.")
+        sharding = NamedSharding(mesh, full_spec(name, spec, len(leaf.shape), mesh))
+        check_spec(name, tuple(leaf.shape), sharding)
+        placed.append(sharding)
+    shapes = [_shapes(leaf) for leaf in leaves]
+    return place(treedef.unflatten(shapes), treedef.unflatten(placed))
+
+
+def abstract_state(
+    params: Any, plan: Plan, optimizer: optax.GradientTransformation, *, key: jax.Array | None = None
+) -> TrainState:
+    """Return the shapes of `lora.TrainState.create(lora.init(key, params, plan), optimizer)`, and where they would be.
+
+    Adapters are where `lora.adapter_shardings` has them, and the optimizer's moments beside them.
+
+    Args:
+        params: shapes with shardings, as `lora.abstract` returns them.
+        plan: as of `lora.plan`, which takes shapes too.
+        optimizer: any optax transformation.
+        key: of the state, if the loss takes one.
+
+    Returns:
+        A `TrainState` of `jax.ShapeDtypeStruct`s on the mesh of `params`.
+
+    Raises:
+        LoraError: a parameter has no sharding; as `lora.init`.
+    """
+    shardings = adapter_shardings(params, plan)
+    places = jax.tree.leaves(shardings)
+    if not places:
+        raise LoraError("abstract_state(params, plan, optimizer): the plan has no targets.")
+    bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+
+    def made(params: Any, key: Any) -> Any:
+        return TrainState.create(init(jax.random.key(0), params, plan), optimizer, key)
+
+    state: Any = jax.eval_shape(made, bare, key)
+    whole = NamedSharding(places[0].mesh, P())
+    by_tree: Any = jax.tree.structure(state.trainable)
+
+    def is_like_adapters(node: Any) -> bool:
+        return bool(by_tree == jax.tree.structure(node))
+
+    def there(node: Any) -> Any:
+        if is_like_adapters(node):
+            return jax.tree.map(_at, node, shardings)
+        return jax.tree.map(lambda leaf: _at(leaf, whole), node)
+
+    return jax.tree.map(there, state, is_leaf=is_like_adapters)
+
+
+def _shapes(leaf: Any) -> Any:
+    """Return an array, or the arrays of a packed weight, as shapes."""
+    if is_packed(leaf):
+        return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _at(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,0 +1,104 @@
+"""What a compiled program costs: the compiler's own estimates of cycles, and the bytes that devices send.
+
+Loops count as often as they run. Only the compiler for TPUs estimates cycles, of fusions and copies, and not of
+collectives or of kernels written by hand.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from lora_jax.analysis.hlo import Instruction, Module, nbytes, parse
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+CALLS = ("to_apply", "calls", "called_computations", "branch_computations", "true_computation", "false_computation")
+NO_ESTIMATE = 1 << 60  # the compiler writes the largest number where it has none
+FORWARD, AGAIN, BACKWARD, OTHER = "forward", "forward again (remat)", "backward", "optimizer and the rest"
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one call of a program costs on one device.
+
+    Attributes:
+        cycles: by part of the program; empty where the compiler estimates none.
+        sent: bytes of the results of collectives, by kind.
+        launches: how often collectives run, by kind.
+        unknown: how many fusions and kernels without an estimate of cycles run, by name and how often.
+        unknown_loops: loops whose number of turns the text does not say; they count once.
+    """
+
+    cycles: dict[str, int] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
+    launches: dict[str, int] = field(default_factory=dict)
+    unknown: dict[str, int] = field(default_factory=dict)
+    unknown_loops: tuple[str, ...] = ()
+
+
+def costs(text: str) -> Costs:
+    """Add up a compiled program, `jitted.lower(...).compile().as_text()`."""
+    module = parse(text)
+    cycles: dict[str, int] = {}
+    unknown: dict[str, int] = {}
+    collectives: dict[str, tuple[str, int, int]] = {}
+    loops: list[str] = []
+    for one, times, path in _walk(module, module.entry, 1, False, loops):
+        kind = one.operation.removesuffix("-start")
+        if kind in KINDS:
+            # One that runs beside computation stands in several fusions, under one channel, and sends once.
+            channel = one.field(r"channel_id=(\d+)") or f"{path}/{one.name}"
+            size = nbytes(one.results) // (2 if one.operation != kind and kind != "all-reduce" else 1)
+            collectives[channel] = (kind, max(times, collectives.get(channel, ("", 0, 0))[1]), size)
+        elif (estimate := _estimate(one)) is not None and not path.startswith("fused:"):
+            part = part_of(one)
+            cycles[part] = cycles.get(part, 0) + times * estimate
+        elif _has_no_estimate(one) and not path.startswith("fused:"):
+            unknown[one.name] = unknown.get(one.name, 0) + times
+    sent: dict[str, int] = {}
+    launches: dict[str, int] = {}
+    for kind, times, size in collectives.values():
+        sent[kind] = sent.get(kind, 0) + times * size
+        launches[kind] = launches.get(kind, 0) + times
+    order = [part for part in (FORWARD, AGAIN, BACKWARD, OTHER) if part in cycles]
+    return Costs({part: cycles[part] for part in order}, sent, launches, unknown, tuple(dict.fromkeys(loops)))
+
+
+def _walk(
+    module: Module, name: str, times: int, fused: bool, loops: list[str]
+) -> Iterator[tuple[Instruction, int, str]]:
+    """Yield each instruction that runs, how often, and where; what is inside of a fusion is marked."""
+    for one in module.computations.get(name, ()):
+        yield one, times, f"fused:{name}" if fused else name
+        if one.operation == "while":
+            turns = module.trips(one)
+            if turns is None:
+                loops.append(one.name)
+            for body in one.called("body"):
+                yield from _walk(module, body, times * (turns or 1), fused, loops)
+        elif one.operation in ("fusion", "call", "conditional", "async-start", "custom-call"):
+            for inner in one.called(*CALLS):
+                yield from _walk(module, inner, times, fused or one.operation == "fusion", loops)
+
+
+def _estimate(one: Instruction) -> int | None:
+    found = one.field(r'"estimated_cycles":"(\d+)"')
+    return int(found) if found and int(found) < NO_ESTIMATE else None
+
+
+def _has_no_estimate(one: Instruction) -> bool:
+    is_kernel = one.operation == "custom-call" and "tpu_custom_call" in one.rest
+    return is_kernel or '"estimated_cycles"' in one.rest
+
+
+def part_of(one: Instruction) -> str:
+    """Return the part of a training step that an instruction belongs to, by the names that JAX's transforms leave.
+
+    A fusion has the name of one of the operations in it: adapters' thin products are fused with others, and have no
+    part of their own.
+    """
+    name = one.field(r'op_name="([^"]*)"') or ""
+    if "rematted_computation" in name:
+        return AGAIN
+    if re.search(r"transpose\(", name) and "jvp(" in name:
+        return BACKWARD
+    return FORWARD if "jvp(" in name else OTHER

@@ -1,0 +1,70 @@
+"""The decoder at the sizes of Llama-3-8B, with two scanned layers: what adapters add, as the compiler for TPUs has it.
+
+Two thousand tokens on each chip of v5e:4x4, the base split over all sixteen, everything recomputed in the backward
+pass, adapters of rank 16 on all seven linears.
+"""
+
+import pytest
+
+pytest.importorskip("libtpu", reason="libtpu is not installed: make test-compiled")
+
+import programs
+
+from lora_jax.analysis import hlo
+
+LAYERS, WIDTH, INNER, KEYS = 2, 4096, 14336, 1024
+FACTORS = LAYERS * programs.RANK * (2 * 2 * WIDTH + 2 * (WIDTH + KEYS) + 3 * (WIDTH + INNER)) * 4  # bytes of A and B
+
+
+@pytest.fixture(scope="module")
+def setup():
+    return programs.setup("v5e:4x4", fsdp=16)
+
+
+@pytest.fixture(scope="module")
+def lora_gradient(setup):
+    return setup.gradient()
+
+
+def test_every_fusion_and_loop_has_an_estimate(lora_gradient):
+    assert lora_gradient.unknown == {}
+    assert sum(lora_gradient.cycles.values()) > 0
+
+
+def test_the_gradients_of_adapters_are_sent_once(lora_gradient):
+    loss = 4
+    assert lora_gradient.sent["all-reduce"] == FACTORS + loss
+    assert "reduce-scatter" not in lora_gradient.sent
+
+
+def test_gradients_of_adapters_are_summed_in_fp32_beside_a_base_in_bf16(lora_gradient):
+    module = hlo.parse(lora_gradient.text)
+    sums = [one for lines in module.computations.values() for one in lines if one.operation == "all-reduce"]
+    assert sums
+    assert {dtype for one in sums for dtype, _, _ in hlo.arrays(one.results)} == {"f32"}
+
+
+def test_adapters_and_their_gradients_take_no_more_memory_than_their_bytes(lora_gradient):
+    assert lora_gradient.parts["adapters"] == FACTORS + 7 * 2 * 4  # and of each linear alpha and r
+    assert lora_gradient.parts["padding of arguments"] <= 0.02 * FACTORS
+    assert lora_gradient.parts["outputs"] <= 1.02 * FACTORS
+
+
+def test_the_base_is_split_over_all_chips(lora_gradient):
+    linears = LAYERS * (2 * WIDTH * WIDTH + 2 * WIDTH * KEYS + 3 * WIDTH * INNER)
+    tables, norms = 2 * 4096 * WIDTH, (2 * LAYERS + 1) * WIDTH
+    assert lora_gradient.parts["base"] == (linears + tables) // 16 * 2 + norms * 2
+
+
+@pytest.fixture(scope="module")
+def floor(setup):
+    return setup.floor()
+
+
+@pytest.mark.xfail(strict=True, reason="measured 1.047 of the floor's cycles, bound 1.03")
+def test_cycles_over_the_frozen_floor(lora_gradient, floor):
+    assert programs.cycles(lora_gradient) <= 1.03 * programs.cycles(floor)
+
+
+def test_no_more_is_sent_than_by_the_floor_and_for_the_adapters(lora_gradient, floor):
+    assert programs.sent(lora_gradient) <= programs.sent(floor) + FACTORS

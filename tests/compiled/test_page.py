@@ -1,0 +1,116 @@
+"""The example of docs/will_it_fit.md runs, and its report says what the machine's own compiler does."""
+
+import re
+from pathlib import Path
+
+import decoder
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import lora_jax as lora
+
+pytest.importorskip("libtpu", reason="libtpu is not installed: make test-compiled")
+PAGE = Path(__file__).parent.parent.parent / "docs" / "will_it_fit.md"
+
+
+def test_the_example_of_the_page(capsys):
+    code = re.search(r"<!-- example -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
+    rows = jax.ShapeDtypeStruct((4, 512), jnp.int32)
+    shapes = {
+        "embed": jax.ShapeDtypeStruct((512, 1024), jnp.bfloat16),
+        "layers": {
+            "up": jax.ShapeDtypeStruct((2, 1024, 4096), jnp.bfloat16),
+            "down": jax.ShapeDtypeStruct((2, 4096, 1024), jnp.bfloat16),
+        },
+    }
+    specs = {
+        "embed": jax.P(None, "fsdp"),
+        "layers": {"up": jax.P(None, "fsdp"), "down": jax.P(None, None, "fsdp")},
+    }
+
+    def model(params, ids):
+        def layer(x, p):
+            return x + jnp.tanh(x @ p["up"]) @ p["down"], None
+
+        x, _ = jax.lax.scan(jax.checkpoint(layer), params["embed"][ids], params["layers"])
+        return x @ params["embed"].T
+
+    apply = lora.lora_apply(model)
+    names = {
+        "lora": lora,
+        "jax": jax,
+        "model": model,
+        "loss": lambda adapters, params, ids, labels: decoder.cross_entropy(apply(params, adapters, ids), labels),
+        "optimizer": optax.adam(1e-4),
+        "shapes": shapes,
+        "specs": specs,
+        "rows": (rows, rows),
+    }
+    exec(code, names)
+    printed = capsys.readouterr().out
+    assert "v5e:2x2 (4 x TPU v5 lite), on one device" in printed
+    assert re.search(r"of 15\.75: fits", printed)
+    assert re.search(r"all-reduce +1 ", printed)  # the gradients of all adapters and the loss, once
+    for part in ("base", "adapters", "optimizer", "temporary (activations)", "forward", "backward"):
+        assert part in printed, part
+
+
+def test_a_program_that_does_not_fit_has_a_report():
+    mesh = lora.topology_mesh("v5e:2x2", data=4)
+    x = lora.abstract(jax.ShapeDtypeStruct((2**17, 2**18), jnp.float32), mesh)
+    report = lora.compile_report(lambda params: params.sum(), x, topology="v5e:2x2")
+    assert not report.fits
+    assert report.needed == 2**37
+    assert "exceeds available HBM" in report.said
+
+
+def test_topologies_that_libtpu_does_not_know_are_refused():
+    with pytest.raises(lora.LoraError, match=r"knows no topology 'v5e:3x3'.*v5e:4x4"):
+        lora.topology_mesh("v5e:3x3", data=9)
+
+
+def test_two_slices_are_a_mesh():
+    mesh = lora.topology_mesh("v5e:4x4", slices=2, data=2, fsdp=16)
+    slices = [{device.slice_index for device in row} for row in mesh.devices]
+    assert slices == [{0}, {1}]
+
+
+def test_a_mosaic_kernel_goes_untouched_through_lora_apply():
+    """JAX's own splash attention on one device, beside adapted projections."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    heads, tokens, size = 4, 512, 128
+    mask = masks.MultiHeadMask([masks.CausalMask((tokens, tokens)) for _ in range(heads)])
+    kernel = splash.make_splash_mha_single_device(mask=mask)
+
+    def model(params, x):  # x: [T, D]
+        q, k, v = (jnp.einsum("td,dhr->htr", x, params[name]) for name in ("q", "k", "v"))
+        return jnp.einsum("htr,hrd->td", kernel(q, k, v), params["o"])
+
+    shapes = {name: jax.ShapeDtypeStruct((512, heads, size), jnp.bfloat16) for name in ("q", "k", "v")}
+    shapes["o"] = jax.ShapeDtypeStruct((heads, size, 512), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((tokens, 512), jnp.bfloat16)
+    plan = lora.plan(model, shapes, x, rules={".*": lora.Lora(rank=8)})
+    adapters = jax.eval_shape(lambda key: lora.init(key, shapes, plan), jax.random.key(0))
+    apply = lora.lora_apply(model)
+    device = lora.topology_mesh("v5e:2x2", data=4).devices[0]
+    one = jax.sharding.AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
+    kinds = (jax.sharding.AxisType.Auto,)
+
+    def kernels(fn, *args):
+        mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=kinds, abstract_device=one)
+        with jax.sharding.use_abstract_mesh(mesh):
+            text = jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+        return text.count("tpu_custom_call")
+
+    def loss(adapters, params, x):
+        return apply(params, adapters, x).astype(jnp.float32).sum()
+
+    def plain(x, params):
+        return model(params, x).astype(jnp.float32).sum()
+
+    assert kernels(apply, shapes, adapters, x) == kernels(model, shapes, x) == 1
+    assert kernels(jax.grad(loss), adapters, shapes, x) == kernels(jax.grad(plain), x, shapes) > 1
