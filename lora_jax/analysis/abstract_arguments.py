@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 
 from lora_jax.analysis.topologies import Topology
 from lora_jax.core.adapter import is_adapter
+from lora_jax.core.arrays import is_key
 from lora_jax.core.errors import LoraError
 from lora_jax.core.partition import described_mesh
 from lora_jax.training.state import TrainState
@@ -99,7 +100,7 @@ def _on_one_device(leaf: Any) -> int:
 
 def _bits(leaf: Any) -> int:
     dtype = jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    if hasattr(leaf, "dtype") and is_key(leaf):
         return 64
     if jnp.issubdtype(dtype, jnp.integer):
         return int(jnp.iinfo(dtype).bits)
