@@ -104,7 +104,7 @@ class Nf4Weight(Packed):
         return 2
 
     def dequantize(self) -> jax.Array:
-        values = _numbers(CODE, self.codes.astype(jnp.uint8))  # on CPUs a look-up by 4 bits is slower
+        values = _numbers(_code(), self.codes.astype(jnp.uint8))  # on CPUs a look-up by 4 bits is slower
         return _from_columns(values * _for_each(self.fp32_scales(), values), self.inner)
 
     def fp32_scales(self) -> jax.Array:
@@ -174,10 +174,19 @@ def _plain(
     x: jax.Array, codes: jax.Array, scales: jax.Array, *, dtypes: tuple[Any, ...], precision: Any, transposed: bool
 ) -> jax.Array:
     """Multiply x [T, d] by W [d, k], or transposed x [T, k] by W^T, by dequantizing W."""
-    values = _numbers(CODE, codes.astype(jnp.uint8))
+    values = _numbers(_code(), codes.astype(jnp.uint8))
     values = values * _for_each(scales, values)
     w = functools.reduce(lambda w, dtype: w.astype(dtype), dtypes, values)
     return jnp.matmul(x, w.T if transposed else w, precision=precision)
+
+
+def _code() -> jax.Array:
+    """Return CODE as something that the program computes, and every compiler folds.
+
+    A constant would be an input of what `jax.checkpoint` computes again, and as such no compiler looks into it: XLA:TPU
+    then takes twice as long to decode.
+    """
+    return jax.lax.concatenate([jax.lax.full((1,), number, jnp.float32) for number in nf4_kernels.CODE], 0)
 
 
 def _numbers(table: Any, codes: jax.Array) -> jax.Array:
