@@ -31,7 +31,7 @@ KEPT_IN_CI = 200
 _run = 0
 
 
-THIRDS, LARGE = 3, 30  # CI runs the tables of so many cases a third at a time
+THIRDS, LARGE = 3, 30  # tables of so many cases are run a third at a time
 
 
 def pytest_addoption(parser):
@@ -46,7 +46,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Skip what this run is not for.
 
-    The inner loop leaves out what is slow, all but one in n of the cases of a sampled table, and every other one of a
+    The inner loop leaves out what is slow, all but one in n of the cases of a sampled table, and all but a third of a
     large table, always the same ones.
     With --slow a third of each large table is run, another one for each commit, so that a few runs of CI see all.
     """
@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(config, items):
             of = THIRDS if sampled or len(cases) >= LARGE else 1
             kept = ordered[turn % of :: of] or ordered[:1]
         else:
-            of = sampled.args[0] if sampled else 2 if len(cases) >= LARGE else 1
+            of = sampled.args[0] if sampled else THIRDS if len(cases) >= LARGE else 1
             kept = ordered[: -(-len(cases) // of)]
         chosen = set(map(id, kept))
         for item in cases:

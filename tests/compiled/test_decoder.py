@@ -68,3 +68,20 @@ def test_cycles_over_the_frozen_floor(lora_gradient, floor):
 
 def test_no_more_is_sent_than_by_the_floor_and_for_the_adapters(lora_gradient, floor):
     assert programs.sent(lora_gradient) <= programs.sent(floor) + FACTORS
+
+
+@pytest.fixture(scope="module")
+def qlora_gradient(setup):
+    return setup.gradient(bits="nf4")
+
+
+def test_a_base_in_nf4_costs_few_cycles(qlora_gradient, lora_gradient):
+    assert programs.cycles(qlora_gradient) <= 1.2 * programs.cycles(lora_gradient)
+
+
+def test_a_base_in_nf4_takes_no_more_temporary_memory(qlora_gradient, lora_gradient):
+    assert programs.temporary(qlora_gradient) <= programs.temporary(lora_gradient)
+
+
+def test_a_base_in_nf4_is_gathered_packed(qlora_gradient, lora_gradient):
+    assert programs.sent(qlora_gradient) <= 0.28 * programs.sent(lora_gradient)
