@@ -528,7 +528,7 @@ def test_smollm2_says_with_merged_weights_what_it_says_with_adapters(smollm2):
     with jax.default_matmul_precision("highest"):
         applied, merged = generate(base, adapters), generate(lora.merge(base, adapters), {})
         np.testing.assert_array_equal(applied, merged)
-    assert min(len(set(answer)) for answer in applied.tolist()) > 8
+    assert min(len(set(answer)) for answer in applied.tolist()) > 4, "no token again and again"
 
 
 @pytest.mark.assets

@@ -94,7 +94,7 @@ def find_topology(name: str, slices: int = 1) -> Topology:
     return _topology(name, found[1], tuple(map(int, found[2].split("x"))), slices)
 
 
-@functools.cache  # a mesh and the report of a step on it have to be of the same device objects
+@functools.lru_cache(maxsize=64)  # a mesh and the report of a step on it have to be of the same device objects
 def _topology(name: str, kind: str, sizes: tuple[int, ...], slices: int) -> Topology:
     if kind == "h100":
         if slices > 1 or len(sizes) > 2:

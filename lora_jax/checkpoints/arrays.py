@@ -145,7 +145,11 @@ def local_checkpointer() -> Any:
         return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
     i = jax.process_index()
     only = ocp.options.MultiprocessingOptions(primary_host=i, active_processes={i}, barrier_sync_key_prefix=f"only_{i}")
-    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=only))
+    # What tells orbax's threads that their folders are there has one name for all processes of a job: the folders of
+    # another process would do. So they are made before.
+    at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    options = ocp.CompositeOptions(multiprocessing_options=only, async_options=at_once)
+    handler = ocp.CompositeCheckpointHandler(composite_options=options)
     return ocp.Checkpointer(handler, multiprocessing_options=only)
 
 

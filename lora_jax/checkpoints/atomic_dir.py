@@ -255,6 +255,13 @@ def _remove(work: Path, target: Path, format: Format | None) -> None:
             if os.path.lexists(target / name):
                 return  # both stay
             os.rename(folder / name, target / name)
+    # The lock goes last: without it the folder looks like one of a process that ended, and others would begin to remove
+    # what is being removed here.
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != "lock":
+            path.unlink(missing_ok=True)
     shutil.rmtree(work, ignore_errors=True)
 
 
