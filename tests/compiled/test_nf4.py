@@ -1,4 +1,4 @@
-"""One product with a weight in NF4 on a TPU v5e, beside the dense one: cycles that the compiler estimates, and memory."""
+"""One product with a weight in NF4 on a TPU v5e, beside the dense one: the compiler's cycles, and memory."""
 
 import dataclasses
 
