@@ -12,6 +12,7 @@ from lora_jax.analysis.topologies import Topology
 from lora_jax.core.adapter import is_adapter
 from lora_jax.core.arrays import is_key
 from lora_jax.core.errors import LoraError
+from lora_jax.core.packed import bits
 from lora_jax.core.partition import described_mesh
 from lora_jax.training.state import TrainState
 
@@ -99,12 +100,9 @@ def _on_one_device(leaf: Any) -> int:
 
 
 def _bits(leaf: Any) -> int:
-    dtype = jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype
-    if hasattr(leaf, "dtype") and is_key(leaf):
-        return 64
-    if jnp.issubdtype(dtype, jnp.integer):
-        return int(jnp.iinfo(dtype).bits)
-    return 8 * np.dtype(dtype).itemsize if dtype == jnp.bool_ else int(jnp.finfo(dtype).bits)
+    if not hasattr(leaf, "dtype"):
+        return bits(jnp.result_type(leaf))
+    return 64 if is_key(leaf) else bits(leaf.dtype)
 
 
 def _named(path: tuple[Any, ...]) -> str:

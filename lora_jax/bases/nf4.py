@@ -104,8 +104,7 @@ class Nf4Weight(Packed):
         return 2
 
     def dequantize(self) -> jax.Array:
-        values = _numbers(_code(), self.codes.astype(jnp.uint8))  # on CPUs a look-up by 4 bits is slower
-        return _from_columns(values * _for_each(self.fp32_scales(), values), self.inner)
+        return _from_columns(_values(self.codes, self.fp32_scales()), self.inner)
 
     def fp32_scales(self) -> jax.Array:
         """Return the scales in fp32 [*s, d / 64, k]."""
@@ -174,13 +173,17 @@ def _plain(
     x: jax.Array, codes: jax.Array, scales: jax.Array, *, dtypes: tuple[Any, ...], precision: Any, transposed: bool
 ) -> jax.Array:
     """Multiply x [T, d] by W [d, k], or transposed x [T, k] by W^T, by dequantizing W."""
-    values = _numbers(_code(), codes.astype(jnp.uint8))
-    values = values * _for_each(scales, values)
-    w = functools.reduce(lambda w, dtype: w.astype(dtype), dtypes, values)
+    w = functools.reduce(lambda w, dtype: w.astype(dtype), dtypes, _values(codes, scales))
     return jnp.matmul(x, w.T if transposed else w, precision=precision)
 
 
-def _code() -> jax.Array:
+def _values(codes: jax.Array, scales: jax.Array) -> jax.Array:
+    """Return W in fp32 [*s, d, k]."""
+    values = _numbers(code_table(), codes.astype(jnp.uint8))  # on CPUs a look-up by 4 bits is slower
+    return values * _for_each(scales, values)
+
+
+def code_table() -> jax.Array:
     """Return CODE as something that the program computes, and every compiler folds.
 
     A constant would be an input of what `jax.checkpoint` computes again, and as such no compiler looks into it: XLA:TPU

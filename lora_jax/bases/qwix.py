@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.tree_util import PyTreeDef
 
-from lora_jax.bases.nf4 import CODE
+from lora_jax.bases.nf4 import CODE, code_table
 from lora_jax.core.deferred import Deferred, Size
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed
@@ -44,7 +44,7 @@ class QwixWeight(Packed):
         return len(self.inner)
 
     def dequantize(self) -> jax.Array:
-        codes = jnp.asarray(CODE)[self.q] if self.kind == "nf4" else self.q
+        codes = code_table()[self.q] if self.kind == "nf4" else self.q
         w = codes.astype(self.scales.dtype).astype(jnp.float32)  # qwix rounds the codes to this dtype
         if self.zero is not None:
             w = _each(jnp.subtract, w, self.zero.astype(jnp.float32))

@@ -98,7 +98,7 @@ class Packed(ShortRepr, NoArray, abc.ABC):
     @property
     def nbytes(self) -> int:
         """Return the bytes of all packed arrays."""
-        return sum(_nbytes(array) for array in self.arrays().values())
+        return sum(-(-array.size * bits(array.dtype) // 8) for array in self.arrays().values())
 
     def arrays(self) -> dict[str, jax.Array]:
         """Return the packed arrays by name."""
@@ -184,11 +184,11 @@ class Packed(ShortRepr, NoArray, abc.ABC):
         return dataclasses.replace(self, **arrays)  # type: ignore[type-var]
 
 
-def _nbytes(array: Any) -> int:
-    """Return the bytes of an array as devices keep it. NumPy counts a byte for each integer of 4 bits."""
-    if jnp.issubdtype(array.dtype, jnp.integer):
-        return -(-array.size * jnp.iinfo(array.dtype).bits // 8)
-    return array.nbytes
+def bits(dtype: Any) -> int:
+    """Return the bits of a number as devices keep it. NumPy counts a byte for each number of 4 bits."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return int(jnp.iinfo(dtype).bits)
+    return int(jnp.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.floating) else 8 * jnp.dtype(dtype).itemsize
 
 
 def move(array: Any, sharding: Any) -> Any:
