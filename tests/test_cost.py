@@ -155,4 +155,4 @@ def test_dora_is_lora_and_a_thin_product_with_each_weight(fn):
         dora_step.cost_analysis()["flops"]
         <= lora_step.cost_analysis()["flops"] + products + sums + in_blocks + elementwise
     )
-    assert memory(dora_step) <= 1.06 * memory(lora_step) + 4 * outputs  # x @ W, for the gradient of m
+    assert memory(dora_step) <= 1.07 * memory(lora_step) + 4 * outputs  # x @ W, for the gradient of m

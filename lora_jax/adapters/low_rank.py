@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.joined_factors import side_by_side, stacked
 from lora_jax.adapters.scaled import times_ratio
-from lora_jax.core.arrays import accumulator, matmul_highest
+from lora_jax.core.arrays import matmul_highest
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.operand import Leaf
-from lora_jax.core.products import Product, lowrank
+from lora_jax.core.products import Product, add_lowrank
 
 
 @jax.tree_util.register_dataclass
@@ -32,11 +32,7 @@ class LowRank(Leaf):
         return add_low_rank(w, self.a, self.b, self.axes)
 
     def apply(self, product: Product) -> jax.Array:
-        if self.a.shape[-1] == 0:
-            return product.y
-        y, delta = product.y, lowrank(product, self.a, self.b)
-        wide = accumulator(y.dtype, delta.dtype)
-        return (y.astype(wide) + delta.astype(wide)).astype(y.dtype)
+        return add_lowrank(product, self.a, self.b)
 
     def transpose(self) -> "LowRank":
         n = len(self.axes.stack)

@@ -14,7 +14,7 @@ from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.layout import Layout
 from lora_jax.core.operand import Leaf, Operand
-from lora_jax.core.products import Product
+from lora_jax.core.products import Product, add_lowrank
 
 
 @jax.tree_util.register_dataclass
@@ -47,16 +47,16 @@ class OutputScaled(Leaf):
 
         B takes the gain where it is small. The backward pass keeps y and g, and not g for each row of y.
         """
-        y, b = product.y, self.inner.b
-        wide = accumulator(y.dtype, b.dtype, self.gain.dtype)
+        b = self.inner.b
+        wide = accumulator(product.y.dtype, b.dtype, self.gain.dtype)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def scaled(y: jax.Array, gain: jax.Array) -> jax.Array:
             return y.astype(wide) * product.for_each_output(gain)
 
         gain = self.gain.astype(wide)
-        inner = dataclasses.replace(self.inner, b=b.astype(wide) * jnp.expand_dims(gain, len(self.axes.stack)))
-        return inner.apply(dataclasses.replace(product, y=scaled(y, gain))).astype(y.dtype)
+        b = b.astype(wide) * jnp.expand_dims(gain, len(self.axes.stack))
+        return add_lowrank(product, self.inner.a, b, lambda y: scaled(y, gain))
 
     def transpose(self) -> "OutputScaled":
         other = {"outputs": "inputs", "inputs": "outputs"}[self.side]

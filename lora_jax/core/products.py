@@ -9,7 +9,7 @@ Axes: s stacked matrices, T rows, d inputs, k outputs, n columns of a factor.
 import abc
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -178,15 +178,27 @@ def _masked(x: jax.Array, mask: jax.Array, probability: float) -> jax.Array:
     return jnp.where(mask, x / jnp.asarray(probability, x.dtype), jnp.zeros((), x.dtype))
 
 
-def lowrank(product: Product, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return x @ A @ B, computed from left to right, so that nothing of A B's shape exists.
+def add_lowrank(
+    product: Product, a: jax.Array, b: jax.Array, of_y: Callable[[jax.Array], jax.Array] = lambda y: y
+) -> jax.Array:
+    """Return y + x @ A @ B in y's dtype, computed from left to right, so that nothing of A B's shape exists.
 
-    a is [*stack, *inputs, r] and b [*stack, r, *outputs]. The result has y's shape and at least fp32 (x's dtype for
-    convolutions).
+    a is [*stack, *inputs, r] and b [*stack, r, *outputs]; a rank of 0 is no change. The sum is taken in at least fp32,
+    with of_y(y) in the place of y.
 
-    The factors are used in x's dtype, matrix products accumulate in fp32, and gradients keep the factors' own dtype.
-    B has the scale, in fp32 or wider: no product over tokens is touched again, and none overflows fp16 by it.
-    x @ A is named `lora_h` for the policies of `jax.checkpoint`: keeping it costs r/d of x and saves a pass over x.
+    The factors are used in x's dtype, matrix products accumulate in fp32 (convolutions in x's dtype), and gradients
+    keep the factors' own dtype. B has the scale, in fp32 or wider: no product over tokens is touched again, and none
+    overflows fp16 by it. x @ A is named `lora_h` for the policies of `jax.checkpoint`: keeping it costs r/d of x and
+    saves a pass over x.
+
+    The barrier makes h @ B wait for y. XLA's compiler for TPUs then adds y within that product. Without, it may take
+    h @ B first, write it out in fp32 and add y in passes of their own, which cost more than the thin products do. Where
+    a derivative needs h alone, XLA computes no y for it.
     """
+    if a.shape[-1] == 0:
+        return of_y(product.y).astype(product.y.dtype)
     h = checkpoint_name(product.contract(a).astype(product.x.dtype), "lora_h")
-    return product.expand(h, b)
+    y, h = jax.lax.optimization_barrier((product.y, h))
+    change, y = product.expand(h, b), of_y(y)
+    wide = accumulator(y.dtype, change.dtype)
+    return (y.astype(wide) + change.astype(wide)).astype(product.y.dtype)
