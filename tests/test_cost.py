@@ -33,7 +33,7 @@ def scanned(params, x):
     return jax.lax.scan(lambda x, p: (block(lambda name, x: x @ p[name], x), None), x, params)[0].sum()
 
 
-def by_hand(params, adapters, x, scan):
+def by_hand(params, adapters, x, scan, remat=False):
     scales = {name: jax.lax.stop_gradient(adapter.scale) for name, adapter in adapters.items()}
     factors = {name: (adapter.a, adapter.b) for name, adapter in adapters.items()}
 
@@ -47,10 +47,20 @@ def by_hand(params, adapters, x, scan):
         return block(dense, x), None
 
     if scan:
-        return jax.lax.scan(layer, x, (params, factors))[0].sum()
+        return jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (params, factors))[0].sum()
     for i in range(LAYERS):
         x, _ = layer(x, jax.tree.map(lambda leaf, i=i: leaf[i], (params, factors)))
     return x.sum()
+
+
+def recomputed(params, x):
+    """Each layer again in the backward pass. The last product of each is needed there by nothing but LoRA's own h."""
+
+    @jax.checkpoint
+    def layer(x, p):
+        return block(lambda name, x: x @ p[name], x), None
+
+    return jax.lax.scan(layer, x, params)[0].sum()
 
 
 SHAPES = {"q": (WIDTH, WIDTH), "k": (WIDTH, WIDTH), "v": (WIDTH, WIDTH), "o": (WIDTH, WIDTH)}
@@ -65,16 +75,19 @@ def case(fn, rule=RULE):
     return params, jax.tree.map(lambda a: 0.1 * a, adapters), x
 
 
-@pytest.mark.parametrize("fn", [unrolled, scanned], ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("fn", [unrolled, scanned, recomputed], ids=lambda fn: fn.__name__)
 def test_flops_and_memory_are_those_of_lora_by_hand(fn):
-    """Matrix FLOPs within 0.1 %, temporary memory within 2 %: one copy of the base, also of one that is scanned."""
+    """Matrix FLOPs within 0.1 %, temporary memory within 2 % (4 % of the little that a remat leaves): one copy of the
+    base, also of one that is scanned.
+    """
     params, adapters, x = case(fn)
     apply = lora.lora_apply(fn)
     ours = jax.jit(jax.grad(lambda a, p, x: apply(p, a, x))).lower(adapters, params, x).compile()
-    hand = jax.jit(jax.grad(lambda a, p, x: by_hand(p, a, x, fn is scanned))).lower(adapters, params, x).compile()
+    form = fn is not unrolled, fn is recomputed
+    hand = jax.jit(jax.grad(lambda a, p, x: by_hand(p, a, x, *form))).lower(adapters, params, x).compile()
     assert_trees_close(ours(adapters, params, x), hand(adapters, params, x), rtol=1e-3, atol=1e-3)
     assert ours.cost_analysis()["flops"] <= 1.001 * hand.cost_analysis()["flops"]
-    assert memory(ours) <= 1.02 * memory(hand)
+    assert memory(ours) <= (1.04 if fn is recomputed else 1.02) * memory(hand)
 
 
 def test_the_bound_on_memory_can_fail():

@@ -151,8 +151,9 @@ def check(program: Program) -> None:
     if not allowed and program.product[0] == "einsum" and min(d, k) > 3:
         # Activations have a factor of 11 rows, and the factors are thin: only W has W's size.
         adapted = jax.make_jaxpr(jax.value_and_grad(lambda a, p: total(apply(p, a, x))))(adapters, params)
-        base = jax.make_jaxpr(lambda p: program(p, x))(params)
-        assert Counter(formed(adapted, program.shape)) <= Counter(formed(base, program.shape))
+        base = Counter(formed(jax.make_jaxpr(lambda p: program(p, x))(params), program.shape))
+        again = base if program.call == "remat" else Counter()  # y once more, which XLA drops where nothing needs it
+        assert Counter(formed(adapted, program.shape)) <= base + again
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
