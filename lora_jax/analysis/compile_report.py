@@ -1,5 +1,6 @@
 """`compile_report`: what a program takes on a machine that is not there, by that machine's own compiler."""
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 
 from lora_jax.analysis.abstract_arguments import argument_bytes, check_arguments
+from lora_jax.analysis.failures import compiled_at, first_line, traced_at
 from lora_jax.analysis.hlo_costs import Costs, costs
 from lora_jax.analysis.topologies import Topology, find_topology
 from lora_jax.core.argument_checks import check_function
@@ -143,7 +145,8 @@ def compiled_for(machine: Topology, program: Any) -> Compiled:
         compiled = program.compile(compiler_options=machine.options or None)
     except Exception as error:
         if (needed := _needed(str(error))) is None:
-            raise LoraError(f"the program does not compile for {machine}: {_first_line(error)}") from error
+            said = f"{first_line(error)}{compiled_at(str(error), program)}"
+            raise LoraError(f"the program does not compile for {machine}: {said}") from error
         return Compiled(needed=needed, said=str(error))
     memory = compiled.memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -161,11 +164,23 @@ def lowered(step: Any, *args: Any, **static: Any) -> Any:
     """
     lower = getattr(step, "lower", None) or jax.jit(step).lower
     try:
-        return lower(*args, **static)
+        with _on_its_device(args):
+            return lower(*args, **static)
     except LoraError:
         raise
     except Exception as error:
-        raise LoraError(f"{CALL}: the program cannot be traced for these arguments: {_first_line(error)}") from error
+        said = f"{first_line(error)}{traced_at(error)}"
+        if "AbstractDevice" in said:  # a kernel asks for a GPU, and outside of a shard_map it is told of none
+            said += ". Kernels in a program over several devices go into jax.shard_map"
+        raise LoraError(f"{CALL}: the program cannot be traced for these arguments: {said}") from error
+
+
+def _on_its_device(args: Any) -> Any:
+    """Tell kernels what device they are for, in a program for one device; over several, `shard_map` does."""
+    meshes = [leaf.sharding.mesh for leaf in jax.tree.leaves(args) if getattr(leaf, "sharding", None) is not None]
+    if not meshes or meshes[0].size > 1 or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(meshes[0].abstract_mesh)
 
 
 def report_on(machine: Topology, arguments: dict[str, int], compiled: Compiled) -> CompileReport:
@@ -231,8 +246,3 @@ def _needed(said: str) -> int | None:
     if found := re.search(r"required for [\w ]+ \(([\d.]+)([KMGT]?)\) exceeds", said):  # arguments are among them
         return math.ceil(float(found[1]) * UNITS[found[2]])
     return None
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
