@@ -74,7 +74,8 @@ def abstract_state(
 ) -> TrainState:
     """Return the shapes of `lora.TrainState.create(lora.init(key, params, plan), optimizer)`, and where they would be.
 
-    Adapters are where `lora.adapter_shardings` has them, and the optimizer's moments beside them.
+    Adapters are where `lora.adapter_shardings` has them, and the optimizer's moments beside them, also where it keeps
+    them of groups of arrays alone, as `lora.freeze_base`, `lora.lora_plus` and `optax.masked` do.
 
     Args:
         params: shapes with shardings, as `lora.abstract` returns them.
@@ -99,17 +100,19 @@ def abstract_state(
 
     state: Any = jax.eval_shape(made, bare, key)
     whole = NamedSharding(places[0].mesh, P())
-    by_tree: Any = jax.tree.structure(state.trainable)
+    own = jax.tree_util.tree_leaves_with_path(state.trainable)
+    there = {path: (leaf.shape, place) for (path, leaf), place in zip(own, places, strict=True)}
 
-    def is_like_adapters(node: Any) -> bool:
-        return bool(by_tree == jax.tree.structure(node))
+    def placed(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        # Optimizers keep moments in trees like the adapters', with holes where a mask leaves some out: the end of a
+        # path says whose moment it is. One of another shape, such as a sum over an axis, is made whole.
+        for start in range(len(path)):
+            shape, place = there.get(path[start:], ((), None))
+            if place is not None and shape == leaf.shape:
+                return _at(leaf, place)
+        return _at(leaf, whole)
 
-    def there(node: Any) -> Any:
-        if is_like_adapters(node):
-            return jax.tree.map(_at, node, shardings)
-        return jax.tree.map(lambda leaf: _at(leaf, whole), node)
-
-    return jax.tree.map(there, state, is_leaf=is_like_adapters)
+    return jax.tree_util.tree_map_with_path(placed, state)
 
 
 def _shapes(leaf: Any) -> Any:
