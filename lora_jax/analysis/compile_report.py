@@ -21,7 +21,7 @@ TEMPORARY = "temporary (activations)"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 ADVICE = {
     "base": "The frozen base is the largest part: split it over more devices (an fsdp axis), or pack it in 4 bits, "
-    "jax.eval_shape(lambda p: lora.bases.quantize(p, rules), params) with lora.bases.Nf4(double=False).",
+    "jax.eval_shape(lambda p: lora.bases.quantize(p, rules), params) with lora.bases.Nf4().",
     "adapters": "The adapters are the largest part: lower the rank, adapt fewer weights, or split them as the base is, "
     'lora.adapter_shardings(..., policy="inherit").',
     "optimizer": "The optimizer's state is the largest part: lower the rank, or keep moments in bf16.",
