@@ -3,6 +3,8 @@
 The machine is made of CPU devices here. tests/compiled compiles for real ones.
 """
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,7 +211,6 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch, name, install):
     def absent(**_):
         raise RuntimeError("no such backend")
 
-    monkeypatch.setattr(topologies, "LIBTPU", {})
     monkeypatch.setattr(topologies.topologies, "get_topology_desc", absent)
     monkeypatch.setattr(topologies, "find_spec", lambda _: None)
     with pytest.raises(lora.LoraError, match=f"pip install .{install}.*no such backend"):
@@ -217,6 +218,33 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch, name, install):
     monkeypatch.setattr(topologies, "find_spec", lambda _: True)
     with pytest.raises(lora.LoraError, match=r"knows no topology.*no such backend.*v5e:4x4"):
         lora.topology_mesh(name, data=4)
+
+
+def test_a_plugin_that_did_not_start_is_named(monkeypatch):
+    def unregistered(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", unregistered)
+    monkeypatch.setattr(topologies, "find_spec", lambda _: True)
+    with pytest.raises(lora.LoraError, match=r"CUDA plugin.*installed, but did not start.*JAX_PLATFORMS=cpu"):
+        lora.topology_mesh("h100:8", data=8)
+
+
+def test_the_environment_is_what_the_user_set_before_and_after(monkeypatch):
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    monkeypatch.delenv("ALLOW_MULTIPLE_LIBTPU_LOAD", raising=False)
+    found = {}
+
+    def seen(**_):
+        found.update({name: os.environ[name] for name in topologies.ENVIRONMENT})
+        raise RuntimeError("no such backend")
+
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", seen)
+    before = dict(os.environ)
+    with pytest.raises(lora.LoraError):
+        lora.topology_mesh("v5e:2x2", data=4)
+    assert found == topologies.ENVIRONMENT | {"TPU_ACCELERATOR_TYPE": "v5litepod-8"}
+    assert dict(os.environ) == before
 
 
 def test_a_mesh_has_all_devices(monkeypatch, machine):
