@@ -124,8 +124,8 @@ def _described(name: str, platform: str, **how: Any) -> Any:
         if isinstance(error, NotImplementedError):  # by JAX: no plugin of this platform is registered
             raise LoraError(
                 f"compiling for {name!r} takes the {platform.upper()} plugin. It is installed, but did not start when "
-                f"this process first used JAX ({said}; JAX logged why): set JAX_PLATFORMS=cpu in the environment, or make "
-                "the mesh before anything asks for JAX's devices."
+                f"this process first used JAX ({said}; JAX logged why): set JAX_PLATFORMS=cpu in the environment, or "
+                "make the mesh before anything asks for JAX's devices."
             ) from error
         raise LoraError(
             f"the compiler knows no topology {name!r}: {said}. Names that work are such as {KNOWN}."
