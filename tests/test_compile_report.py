@@ -200,7 +200,7 @@ def test_of_a_program_that_fits_the_device_no_more_than_the_compiler_has(machine
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["v9z:2x2", "v5e", "v5e:", "h100", 8, "H100 x 8"])
+@pytest.mark.parametrize("name", ["v9z:2x2", "v5e", "v5e:", "h100", 8, "H100 x 8", "v5e:0x2", "h100:0"])
 def test_unknown_topologies_are_refused_with_names_that_work(name):
     with pytest.raises(lora.LoraError, match=r"v5e:4x4.*h100:8x8"):
         lora.topology_mesh(name, data=16)

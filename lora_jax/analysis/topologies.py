@@ -90,7 +90,8 @@ def find_topology(name: str, slices: int = 1) -> Topology:
     Raises:
         LoraError: there is no such machine; libtpu or the CUDA plugin is not installed.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name) if isinstance(name, str) else None
+    # libtpu divides by the sizes, and ends the process where one is 0.
+    found = re.fullmatch(r"(\w+):([1-9]\d{0,3}(?:x[1-9]\d{0,3})*)", name) if isinstance(name, str) else None
     if found is None or found[1] not in HBM:
         raise LoraError(f"the topology is {name!r}, expected one such as {KNOWN}.")
     if not isinstance(slices, int) or isinstance(slices, bool) or slices < 1:
