@@ -197,6 +197,45 @@ def test_of_a_program_that_fits_the_device_no_more_than_the_compiler_has(machine
     assert "microbatches" in report.advice[0]
 
 
+def test_of_a_gpu_jax_takes_three_quarters(machine):
+    gpu = topologies.Topology("h100:8", 1, machine.devices, 1000, {}, share=0.75)
+    assert reports.report_on(gpu, {"base": 100}, reports.Compiled("", 100, 0, 650, 0, 750)).advice == ()
+    report = reports.report_on(gpu, {"base": 100}, reports.Compiled("", 100, 0, 651, 0, 751))
+    assert report.fits
+    assert "JAX takes 75% of this memory" in str(report)
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in str(report)
+
+
+def test_a_report_says_what_it_does_not_know(machine):
+    unknown = LOOP.replace("constant(12)", "parameter(1)")
+    text = str(reports.report_on(machine, {"base": 100}, reports.Compiled(unknown, 100)))
+    assert "Without an estimate, and not in these sums: odd." in text
+    assert "Loops of unknown length, of which one turn is counted: loop." in text
+
+
+def test_cycles_of_a_program_without_a_derivative_are_its_own():
+    text = LOOP.replace("jvp(f)", "f")
+    assert hlo_costs.costs(text).cycles == {"the program": 607}
+
+
+def test_static_arguments_are_keywords(machine):
+    x = lora.abstract(jax.ShapeDtypeStruct((8, 4), jnp.float32), mesh_of(machine.devices, data=8))
+
+    def scaled(x, mode):
+        return {"double": 2, "half": 0.5}[mode] * x
+
+    assert lora.compile_report(scaled, x, mode="half", topology=machine.name).fits
+    with pytest.raises(lora.LoraError, match=r"argument 2 is 'half', and no array.*by its name"):
+        lora.compile_report(scaled, x, "half", topology=machine.name)
+
+
+def test_what_is_in_the_memory_of_a_host_takes_none_of_a_device(machine):
+    mesh = mesh_of(machine.devices, data=8)
+    there = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=NamedSharding(mesh, P(), memory_kind="pinned_host"))
+    here = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=NamedSharding(mesh, P()))
+    assert argument_bytes(({"w": there, "b": here},))["base"] == 8 * 4 * 4
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -312,10 +351,49 @@ def test_abstract_names_what_does_not_fit():
         lora.abstract({"w": w}, None)
 
 
+def test_specs_in_all_their_forms_say_the_same():
+    mesh = mesh_of(jax.devices(), data=8)
+    w = {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32)}
+    split, whole = NamedSharding(mesh, P("data", None)), NamedSharding(mesh, P(None, None))
+    for specs, expected in [
+        (P("data"), split),
+        ({"w": P("data")}, split),
+        (NamedSharding(mesh, P("data")), split),
+        ({"w": NamedSharding(mesh, P("data"))}, split),
+        (None, whole),
+        ({"w": None}, whole),
+    ]:
+        assert lora.abstract(w, mesh, specs)["w"].sharding == expected
+
+
+def test_a_state_is_of_parameters_on_a_mesh():
+    x = jax.ShapeDtypeStruct((16, 8, 64), jnp.bfloat16)
+    plan = lora.plan(model, SHAPES, x, rules={".*": lora.Lora(rank=4)})
+    with pytest.raises(lora.LoraError, match=r"on no mesh.*lora\.abstract\(params, mesh, specs\)"):
+        lora.abstract_state(SHAPES, plan, OPTIMIZER)
+    with pytest.raises(lora.LoraError, match=r"`plan` is .*expected a plan"):
+        lora.abstract_state(SHAPES, OPTIMIZER, plan)
+
+
+def test_a_step_takes_a_state(machine):
+    step, (state, params, x) = step_and_arguments(mesh_of(machine.devices, fsdp=8))
+    with pytest.raises(lora.LoraError, match=r"`state` is .*TrainState"):
+        lora.compile_report(step, state.trainable, params, x, topology=machine.name)
+
+
+def test_a_mesh_of_another_number_of_slices_is_refused_with_how_to_make_one(monkeypatch):
+    machine = topologies.Topology("v5e:2x2", 2, tuple(jax.devices()), 2**30, {})
+    monkeypatch.setattr(reports, "find_topology", lambda *_: machine)
+    x = lora.abstract(jax.ShapeDtypeStruct((8, 4), jnp.float32), mesh_of(jax.devices()[:4], data=4))
+    with pytest.raises(lora.LoraError, match=r'not one of all 8.*topology_mesh\("v5e:2x2", slices=2, \.\.\.\)'):
+        lora.compile_report(double, x, topology="v5e:2x2", slices=2)
+
+
 def test_parts_are_known_by_their_types():
     w = jnp.ones((8, 4))
     adapters = {"w": lora.Lora(rank=2).init(jax.random.key(0), w, lora.KernelAxes((), (0,), (1,)))}
     moments = OPTIMIZER.init(adapters)
+    assert argument_bytes(({"w": w}, w))["base"] == 32 * 4  # a single array is no base
     found = argument_bytes(({"w": w, "b": jnp.ones(4)}, adapters, moments, jnp.ones(3), jnp.uint4(1)))
     own = sum(leaf.nbytes for leaf in jax.tree.leaves(adapters))
     assert found == {"base": 36 * 4, "adapters": own, "optimizer": 2 * own + 4, "other arguments": 3 * 4 + 1}

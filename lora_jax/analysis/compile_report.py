@@ -3,6 +3,7 @@
 import contextlib
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,8 @@ class CompileReport:
         cycles: the compiler's own estimates in one call, by part of the program, with loops counted; without
             collectives and kernels written by hand. Empty for GPUs, whose compiler says none.
         unknown: fusions and kernels without an estimate, and how often each runs.
-        advice: what to change first.
+        unknown_loops: loops of which the compiler does not say how often they run; one turn of them is counted.
+        advice: what to change first, or to look after.
         said: the compiler's message, if the program does not fit.
         text: the compiled program; empty if it does not fit.
     """
@@ -64,6 +66,7 @@ class CompileReport:
     launches: dict[str, int]
     cycles: dict[str, int]
     unknown: dict[str, int]
+    unknown_loops: tuple[str, ...]
     advice: tuple[str, ...]
     said: str
     text: str
@@ -82,7 +85,9 @@ class CompileReport:
             cycles.append(["together", count(total), ""])
             tables.append(format_table(["estimated cycles", "", ""], cycles, right=2))
         if self.unknown:
-            tables.append(f"Without an estimate: {len(self.unknown)} fusions and kernels.")
+            tables.append(f"Without an estimate, and not in these sums: {_some(self.unknown)}.")
+        if self.unknown_loops:
+            tables.append(f"Loops of unknown length, of which one turn is counted: {_some(self.unknown_loops)}.")
         return "\n\n".join([*tables, *self.advice])
 
     def __repr__(self) -> str:
@@ -162,7 +167,7 @@ def lowered(step: Any, *args: Any, **static: Any) -> Any:
     Raises:
         LoraError: it cannot be traced for them.
     """
-    lower = getattr(step, "lower", None) or jax.jit(step).lower
+    lower = getattr(step, "lower", None) or jax.jit(step, static_argnames=tuple(static)).lower
     try:
         with _on_its_device(args):
             return lower(*args, **static)
@@ -209,7 +214,8 @@ def report_on(machine: Topology, arguments: dict[str, int], compiled: Compiled) 
         launches=found.launches,
         cycles=found.cycles,
         unknown=found.unknown,
-        advice=() if fits else advice(parts, machine.hbm),
+        unknown_loops=found.unknown_loops,
+        advice=_reserved(needed, machine) if fits else advice(parts, machine.hbm),
         said=compiled.said,
         text=compiled.text,
     )
@@ -232,6 +238,22 @@ def advice(parts: dict[str, int], hbm: int) -> tuple[str, ...]:
         elif name in ADVICE:
             found.append(ADVICE[name])
     return tuple(found)
+
+
+def _reserved(needed: int, machine: Topology) -> tuple[str, ...]:
+    """Return what to set for a program that fits a device, but not the part of its memory that JAX takes by default."""
+    if needed <= machine.share * machine.hbm:
+        return ()
+    return (
+        f"JAX takes {machine.share:.0%} of this memory unless it is told otherwise: set "
+        "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment of the run.",
+    )
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    """Return the first names, and how many more there are."""
+    found = list(names)
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
 def gib(n: int) -> str:

@@ -14,6 +14,7 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all
 CALLS = ("to_apply", "calls", "called_computations", "branch_computations", "true_computation", "false_computation")
 NO_ESTIMATE = 1 << 60  # the compiler writes the largest number where it has none
 FORWARD, AGAIN, BACKWARD, OTHER = "forward", "forward again (remat)", "backward", "optimizer and the rest"
+WHOLE = "the program"  # which takes no derivative
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def costs(text: str) -> Costs:
         sent[kind] = sent.get(kind, 0) + times * size
         launches[kind] = launches.get(kind, 0) + times
     order = [part for part in (FORWARD, AGAIN, BACKWARD, OTHER) if part in cycles]
+    if order == [OTHER]:
+        return Costs({WHOLE: cycles[OTHER]}, sent, launches, unknown, tuple(dict.fromkeys(loops)))
     return Costs({part: cycles[part] for part in order}, sent, launches, unknown, tuple(dict.fromkeys(loops)))
 
 

@@ -59,6 +59,7 @@ dnn_version_info { major: 9 minor: 12 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0}
+GPU_SHARE = 0.75  # XLA_PYTHON_CLIENT_MEM_FRACTION
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Topology:
         devices: all of them, in the machine's order.
         hbm: bytes of one device.
         options: for the compiler.
+        share: of a device's memory that JAX takes by default.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Topology:
     devices: tuple[Any, ...]
     hbm: int
     options: dict[str, Any]
+    share: float = 1.0
 
     def __str__(self) -> str:
         slices = f"{self.slices} slices of " if self.slices > 1 else ""
@@ -107,7 +110,7 @@ def _topology(name: str, kind: str, sizes: tuple[int, ...], slices: int) -> Topo
         hosts, devices = sizes if len(sizes) == 2 else (1, sizes[0])
         shape = f"1x{hosts}x{devices}"
         made = _described(name, "cuda", topology_name="", target_config=H100, topology=shape)
-        return Topology(name, 1, tuple(made.devices), HBM[kind], GPU_OPTIONS)
+        return Topology(name, 1, tuple(made.devices), HBM[kind], GPU_OPTIONS, GPU_SHARE)
     several = {"num_slices": slices} if slices > 1 else {}
     made = _described(name, "tpu", topology_name=name, **several)
     return Topology(name, slices, tuple(made.devices), HBM[kind], {})
