@@ -78,6 +78,14 @@ def test_two_slices_are_a_mesh():
     assert slices == [{0}, {1}]
 
 
+def test_what_is_sent_between_slices_is_counted():
+    mesh = lora.topology_mesh("v5e:2x2", slices=2, data=2, fsdp=4)
+    x = lora.abstract(jax.ShapeDtypeStruct((16, 4096), jnp.float32), mesh, jax.P(("data", "fsdp")))
+    report = lora.compile_report(lambda x: x.sum(0), x, topology="v5e:2x2", slices=2)
+    between = {kind: n for kind, n in report.sent.items() if kind.endswith("between slices")}
+    assert between == {"all-reduce between slices": 4096 * 4}
+
+
 def test_a_mosaic_kernel_goes_untouched_through_lora_apply():
     """JAX's own splash attention on one device, beside adapted projections."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
