@@ -147,6 +147,9 @@ def test_static_arguments_are_keywords(machine):
         return {"double": 2, "half": 0.5}[mode] * x
 
     assert lora.compile_report(scaled, x, mode="half", topology=machine.name).fits
+    by_name = lora.compile_report(scaled, x=x, mode="half", topology=machine.name)
+    assert by_name.parts["other arguments"] == 8 * 4 * 4
+    assert by_name.parts["padding of arguments"] == 0
     with pytest.raises(lora.LoraError, match=r"argument 2 is 'half', and no array.*by its name"):
         lora.compile_report(scaled, x, "half", topology=machine.name)
 

@@ -107,7 +107,7 @@ def compile_report(step: Any, *args: Any, topology: str, slices: int = 1, **stat
             are where they are; the largest of the other trees is the base. Scalars may be numbers.
         topology: the machine, as for `lora.topology_mesh`.
         slices: how many slices of TPUs.
-        static: keyword arguments that `step` takes beside, such as the static ones of `jax.jit`.
+        static: keyword arguments that `step` takes beside. Those without arrays are static, if it is not jitted.
 
     Returns:
         `CompileReport`, with a table when printed. A program that needs more memory than there is has one too.
@@ -123,8 +123,9 @@ def compile_report(step: Any, *args: Any, topology: str, slices: int = 1, **stat
     """
     check_function(CALL, "step", step)
     machine = find_topology(topology, slices)
-    check_arguments(args, machine)
-    return report_on(machine, argument_bytes(args), compiled_for(machine, lowered(step, *args, **static)))
+    arrays = (*args, *(tree for tree in static.values() if _has_arrays(tree)))
+    check_arguments(arrays, machine)
+    return report_on(machine, argument_bytes(arrays), compiled_for(machine, lowered(step, *args, **static)))
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ def lowered(step: Any, *args: Any, **static: Any) -> Any:
     Raises:
         LoraError: it cannot be traced for them.
     """
-    lower = getattr(step, "lower", None) or jax.jit(step, static_argnames=tuple(static)).lower
+    names = [name for name, value in static.items() if not _has_arrays(value)]
+    lower = getattr(step, "lower", None) or jax.jit(step, static_argnames=names).lower
     try:
         with _on_its_device(args):
             return lower(*args, **static)
@@ -178,6 +180,10 @@ def lowered(step: Any, *args: Any, **static: Any) -> Any:
         if "AbstractDevice" in said:  # a kernel asks for a GPU, and outside of a shard_map it is told of none
             said += ". Kernels in a program over several devices go into jax.shard_map"
         raise LoraError(f"{CALL}: the program cannot be traced for these arguments: {said}") from error
+
+
+def _has_arrays(tree: Any) -> bool:
+    return any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(tree))
 
 
 def _on_its_device(args: Any) -> Any:
