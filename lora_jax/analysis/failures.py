@@ -40,16 +40,16 @@ def traced_at(error: BaseException) -> str:
     It is the user's, or one of JAX where no line of the user's is known. JAX hands on the line of an operation that it
     cannot lower as the cause of its error.
     """
-    frames: list[traceback.FrameSummary] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        found = traceback.extract_tb(cause.__traceback__)
-        inside = max((i + 1 for i, frame in enumerate(found) if frame.filename == HERE), default=0)
-        frames += reversed(found[inside:])
-        cause = cause.__cause__
-    own = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)]
-    before = [frame for frame in frames if type(error.__cause__).__name__.startswith("JaxStackTrace")]
-    return "".join(f"; at {frame.filename}:{frame.lineno} ({frame.name})" for frame in (own or before[-1:])[:1])
+    before = _frames(error.__cause__) if error.__cause__ else []
+    own = [frame for frame in [*_frames(error), *before] if not frame.filename.startswith(LIBRARIES)]
+    return "".join(f"; at {frame.filename}:{frame.lineno} ({frame.name})" for frame in (own or before)[:1])
+
+
+def _frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Return the frames of a traceback inside of the user's function, the innermost first."""
+    found = traceback.extract_tb(error.__traceback__)
+    start = max((i + 1 for i, frame in enumerate(found) if frame.filename == HERE), default=0)
+    return list(reversed(found[start:]))
 
 
 def compiled_at(said: str, program: Any) -> str:
