@@ -61,7 +61,7 @@ def test_the_abstract_state_is_the_real_one(name, arguments):
     assert is_split == (name != "adafactor")  # whose moments are sums over an axis
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(15)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_state_stays_where_it_is_in_a_step(name, arguments):
     params, x, plan, adapters = arguments
