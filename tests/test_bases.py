@@ -309,13 +309,30 @@ def test_what_cannot_be_packed(rules, says):
         bases.quantize(params, rules)
 
 
-def test_in_jit_only_what_does_not_look_at_numbers():
-    params = {"w": jax.random.normal(jax.random.key(0), (64, 8))}
-    for format in (bases.Int8(), bases.Nf4(double=False)):
-        inside = jax.jit(lambda params, format=format: bases.quantize(params, {"w": format}))(params)
-        assert_trees_close(inside, bases.quantize(params, {"w": format}), rtol=1e-6, atol=1e-6)
-    with pytest.raises(lora.LoraError, match=r"quantize outside jax\.jit"):
-        jax.jit(lambda params: bases.quantize(params, {"w": bases.Nf4()}))(params)
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_packing_in_jit_and_from_shapes_alone(format):
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 64, 8))}
+
+    def pack(params):
+        return bases.quantize(params, {"w": format})
+
+    packed = pack(params)
+    assert_trees_close(jax.jit(pack)(params), packed, rtol=1e-6, atol=1e-6)
+    assert jax.tree.map(jax.typeof, packed) == jax.tree.map(
+        lambda s: jax.core.ShapedArray(s.shape, s.dtype), jax.eval_shape(pack, params)
+    )
+
+
+def test_scales_of_a_traced_weight_are_packed_to_the_same_bits():
+    w = jax.random.normal(jax.random.key(0), (2, 3, 192, 40))
+
+    def pack(w):
+        return bases.quantize({"w": w}, {"w": bases.Nf4()})["w"]
+
+    expected = pack(w)
+    for found in (jax.jit(pack)(w), jax.vmap(pack)(w)):
+        for name, array in expected.arrays().items():
+            np.testing.assert_array_equal(found.arrays()[name], array)
 
 
 @pytest.mark.parametrize("format", FORMATS)

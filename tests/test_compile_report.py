@@ -1,7 +1,9 @@
-"""Reports on programs for machines that are not there: reading their texts, and what is refused.
+"""Reports on programs for machines that are not there, and what is refused.
 
 The machine is made of CPU devices here. tests/compiled compiles for real ones.
 """
+
+import os
 
 import jax
 import jax.numpy as jnp
@@ -13,75 +15,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 import lora_jax as lora
 from lora_jax.analysis import compile_report as reports
-from lora_jax.analysis import hlo, hlo_costs, topologies
+from lora_jax.analysis import topologies
 from lora_jax.analysis.abstract_arguments import argument_bytes
 from lora_jax.core.packed import is_packed
-
-# As the compiler for TPUs writes it: no number of turns beside the loop, and a collective under one channel twice.
-LOOP = """
-%inner (p: f32[8]) -> f32[8] {
-  ROOT %n = f32[8]{0:T(128)} negate(%p), backend_config={"estimated_cycles":"999"}
-}
-
-%condition (c: (s32[], f32[8])) -> pred[] {
-  %limit = s32[]{:T(128)} constant(12)
-  %c = (s32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
-  %i = s32[]{:T(128)} get-tuple-element(%c), index=0
-  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
-}
-
-%body (b: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %b = (s32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
-  %j = s32[]{:T(128)} get-tuple-element(%b), index=0
-  %x = f32[8]{0:T(128)} get-tuple-element(%b), index=1
-  %two = s32[]{:T(128)} constant(2)
-  %next = s32[]{:T(128)} add(%j, %two)
-  %f = f32[8]{0:T(128)} fusion(%x), kind=kLoop, calls=%inner, metadata={op_name="jit(f)/transpose(jvp(f))/mul"}, \
-backend_config={"estimated_cycles":"100"}
-  %odd = f32[8]{0:T(128)} fusion(%x), kind=kLoop, calls=%inner, \
-backend_config={"estimated_cycles":"9223372036854775807"}
-  %s = (f32[8]{0:T(128)}, f32[8]{0:T(128)}) collective-permute-start(%f), channel_id=4
-  %d = f32[8]{0:T(128)} collective-permute-done(%s), channel_id=4
-  %g = bf16[4,8]{1,0:T(8,128)(2,1)} all-gather(%d), channel_id=5, dimensions={0}
-  %again = bf16[4,8]{1,0:T(8,128)(2,1)} all-gather(%d), channel_id=5, dimensions={0}
-  ROOT %t = (s32[]{:T(128)}, f32[8]{0:T(128)}) tuple(%next, %d)
-}
-
-ENTRY %main (x: f32[8]) -> f32[8] {
-  %x.1 = f32[8]{0:T(128)} parameter(0)
-  %zero = s32[]{:T(128)} constant(0)
-  %start = (s32[]{:T(128)}, f32[8]{0:T(128)}) tuple(%zero, %x.1)
-  %loop = (s32[]{:T(128)}, f32[8]{0:T(128)}) while(%start), condition=%condition, body=%body
-  %y = f32[8]{0:T(128)} get-tuple-element(%loop), index=1
-  ROOT %z = f32[8]{0:T(128)} fusion(%y), kind=kLoop, calls=%inner, metadata={op_name="jit(f)/jvp(f)/mul"}, \
-backend_config={"estimated_cycles":"7"}
-}
-"""
-
-
-def test_loops_are_counted_and_a_channel_once():
-    found = hlo_costs.costs(LOOP)
-    assert found.cycles == {"forward": 7, "backward": 6 * 100}
-    assert found.sent == {"collective-permute": 6 * 32, "all-gather": 6 * 64}
-    assert found.launches == {"collective-permute": 6, "all-gather": 6}
-    assert found.unknown == {"odd": 6}
-    assert found.unknown_loops == ()
-
-
-def test_a_loop_of_unknown_length_counts_once_and_is_named():
-    found = hlo_costs.costs(LOOP.replace("constant(12)", "parameter(1)"))
-    assert found.cycles == {"forward": 7, "backward": 100}
-    assert found.unknown_loops == ("loop",)
-
-
-def test_loops_of_a_real_program():
-    def nested(x):
-        return jax.lax.fori_loop(0, 7, lambda _, y: jax.lax.fori_loop(0, 5, lambda _, z: jnp.sin(z) * 2, y), x)
-
-    module = hlo.parse(jax.jit(nested).lower(jnp.ones(100)).compile().as_text())
-    loops = [one for lines in module.computations.values() for one in lines if one.operation == "while"]
-    assert sorted(module.trips(one) for one in loops) == [5, 7]
-
 
 # A machine of eight CPU devices ---------------------------------------------------------------------------------------
 
@@ -195,10 +131,40 @@ def test_of_a_program_that_fits_the_device_no_more_than_the_compiler_has(machine
     assert "microbatches" in report.advice[0]
 
 
+def test_of_a_gpu_jax_takes_three_quarters(machine):
+    gpu = topologies.Topology("h100:8", 1, machine.devices, 1000, {}, share=0.75)
+    assert reports.report_on(gpu, {"base": 100}, reports.Compiled("", 100, 0, 650, 0, 750)).advice == ()
+    report = reports.report_on(gpu, {"base": 100}, reports.Compiled("", 100, 0, 651, 0, 751))
+    assert report.fits
+    assert "JAX takes 75% of this memory" in str(report)
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in str(report)
+
+
+def test_static_arguments_are_keywords(machine):
+    x = lora.abstract(jax.ShapeDtypeStruct((8, 4), jnp.float32), mesh_of(machine.devices, data=8))
+
+    def scaled(x, mode):
+        return {"double": 2, "half": 0.5}[mode] * x
+
+    assert lora.compile_report(scaled, x, mode="half", topology=machine.name).fits
+    by_name = lora.compile_report(scaled, x=x, mode="half", topology=machine.name)
+    assert by_name.parts["other arguments"] == 8 * 4 * 4
+    assert by_name.parts["padding of arguments"] == 0
+    with pytest.raises(lora.LoraError, match=r"argument 2 is 'half', and no array.*by its name"):
+        lora.compile_report(scaled, x, "half", topology=machine.name)
+
+
+def test_what_is_in_the_memory_of_a_host_takes_none_of_a_device(machine):
+    mesh = mesh_of(machine.devices, data=8)
+    there = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=NamedSharding(mesh, P(), memory_kind="pinned_host"))
+    here = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=NamedSharding(mesh, P()))
+    assert argument_bytes(({"w": there, "b": here},))["base"] == 8 * 4 * 4
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["v9z:2x2", "v5e", "v5e:", "h100", 8, "H100 x 8"])
+@pytest.mark.parametrize("name", ["v9z:2x2", "v5e", "v5e:", "h100", 8, "H100 x 8", "v5e:0x2", "h100:0"])
 def test_unknown_topologies_are_refused_with_names_that_work(name):
     with pytest.raises(lora.LoraError, match=r"v5e:4x4.*h100:8x8"):
         lora.topology_mesh(name, data=16)
@@ -209,7 +175,6 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch, name, install):
     def absent(**_):
         raise RuntimeError("no such backend")
 
-    monkeypatch.setattr(topologies, "LIBTPU", {})
     monkeypatch.setattr(topologies.topologies, "get_topology_desc", absent)
     monkeypatch.setattr(topologies, "find_spec", lambda _: None)
     with pytest.raises(lora.LoraError, match=f"pip install .{install}.*no such backend"):
@@ -217,6 +182,33 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch, name, install):
     monkeypatch.setattr(topologies, "find_spec", lambda _: True)
     with pytest.raises(lora.LoraError, match=r"knows no topology.*no such backend.*v5e:4x4"):
         lora.topology_mesh(name, data=4)
+
+
+def test_a_plugin_that_did_not_start_is_named(monkeypatch):
+    def unregistered(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", unregistered)
+    monkeypatch.setattr(topologies, "find_spec", lambda _: True)
+    with pytest.raises(lora.LoraError, match=r"CUDA plugin.*installed, but did not start.*JAX_PLATFORMS=cpu"):
+        lora.topology_mesh("h100:8", data=8)
+
+
+def test_the_environment_is_what_the_user_set_before_and_after(monkeypatch):
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    monkeypatch.delenv("ALLOW_MULTIPLE_LIBTPU_LOAD", raising=False)
+    found = {}
+
+    def seen(**_):
+        found.update({name: os.environ[name] for name in topologies.ENVIRONMENT})
+        raise RuntimeError("no such backend")
+
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", seen)
+    before = dict(os.environ)
+    with pytest.raises(lora.LoraError):
+        lora.topology_mesh("v5e:2x2", data=4)
+    assert found == topologies.ENVIRONMENT | {"TPU_ACCELERATOR_TYPE": "v5litepod-8"}
+    assert dict(os.environ) == before
 
 
 def test_a_mesh_has_all_devices(monkeypatch, machine):
@@ -257,10 +249,14 @@ def test_a_program_that_cannot_be_traced_or_compiled_is_refused_with_the_first_l
         lora.compile_report(lambda x: x @ x, x, topology=machine.name)
 
     class Lowered:
+        compiler_ir = jax.jit(jnp.tanh).lower(1.0).compiler_ir
+
         def compile(self, compiler_options):
             raise RuntimeError("Mosaic failed to compile: bad kernel\nat a long stack")
 
-    with pytest.raises(lora.LoraError, match=r"does not compile for v5e:2x4.*Mosaic failed to compile: bad kernel$"):
+    with pytest.raises(
+        lora.LoraError, match=r"does not compile for v5e:2x4.*Mosaic failed to compile: bad kernel; it names no part"
+    ):
         reports.compiled_for(machine, Lowered())
 
 
@@ -280,10 +276,49 @@ def test_abstract_names_what_does_not_fit():
         lora.abstract({"w": w}, None)
 
 
+def test_specs_in_all_their_forms_say_the_same():
+    mesh = mesh_of(jax.devices(), data=8)
+    w = {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32)}
+    split, whole = NamedSharding(mesh, P("data", None)), NamedSharding(mesh, P(None, None))
+    for specs, expected in [
+        (P("data"), split),
+        ({"w": P("data")}, split),
+        (NamedSharding(mesh, P("data")), split),
+        ({"w": NamedSharding(mesh, P("data"))}, split),
+        (None, whole),
+        ({"w": None}, whole),
+    ]:
+        assert lora.abstract(w, mesh, specs)["w"].sharding == expected
+
+
+def test_a_state_is_of_parameters_on_a_mesh():
+    x = jax.ShapeDtypeStruct((16, 8, 64), jnp.bfloat16)
+    plan = lora.plan(model, SHAPES, x, rules={".*": lora.Lora(rank=4)})
+    with pytest.raises(lora.LoraError, match=r"on no mesh.*lora\.abstract\(params, mesh, specs\)"):
+        lora.abstract_state(SHAPES, plan, OPTIMIZER)
+    with pytest.raises(lora.LoraError, match=r"`plan` is .*expected a plan"):
+        lora.abstract_state(SHAPES, OPTIMIZER, plan)
+
+
+def test_a_step_takes_a_state(machine):
+    step, (state, params, x) = step_and_arguments(mesh_of(machine.devices, fsdp=8))
+    with pytest.raises(lora.LoraError, match=r"`state` is .*TrainState"):
+        lora.compile_report(step, state.trainable, params, x, topology=machine.name)
+
+
+def test_a_mesh_of_another_number_of_slices_is_refused_with_how_to_make_one(monkeypatch):
+    machine = topologies.Topology("v5e:2x2", 2, tuple(jax.devices()), 2**30, {})
+    monkeypatch.setattr(reports, "find_topology", lambda *_: machine)
+    x = lora.abstract(jax.ShapeDtypeStruct((8, 4), jnp.float32), mesh_of(jax.devices()[:4], data=4))
+    with pytest.raises(lora.LoraError, match=r'not one of all 8.*topology_mesh\("v5e:2x2", slices=2, \.\.\.\)'):
+        lora.compile_report(double, x, topology="v5e:2x2", slices=2)
+
+
 def test_parts_are_known_by_their_types():
     w = jnp.ones((8, 4))
     adapters = {"w": lora.Lora(rank=2).init(jax.random.key(0), w, lora.KernelAxes((), (0,), (1,)))}
     moments = OPTIMIZER.init(adapters)
+    assert argument_bytes(({"w": w}, w))["base"] == 32 * 4  # a single array is no base
     found = argument_bytes(({"w": w, "b": jnp.ones(4)}, adapters, moments, jnp.ones(3), jnp.uint4(1)))
     own = sum(leaf.nbytes for leaf in jax.tree.leaves(adapters))
     assert found == {"base": 36 * 4, "adapters": own, "optimizer": 2 * own + 4, "other arguments": 3 * 4 + 1}

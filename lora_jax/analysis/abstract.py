@@ -16,9 +16,11 @@ from lora_jax.core.paths import flatten_with_names, is_array
 from lora_jax.core.targets import Plan
 from lora_jax.initialization.init import init
 from lora_jax.sharding.adapters import adapter_shardings
+from lora_jax.sharding.devices import sharding_of
 from lora_jax.training.state import TrainState
 
 CALL = "abstract(tree, mesh, specs)"
+STATE_CALL = "abstract_state(params, plan, optimizer)"
 WHOLE = P()  # on every device
 
 
@@ -29,8 +31,8 @@ def abstract(tree: Any, mesh: Mesh, specs: Any = WHOLE) -> Any:
         tree: arrays or shapes, such as `jax.eval_shape(model.init, key, x)` returns, and packed weights, also those of
             `jax.eval_shape(lambda params: lora.bases.quantize(params, rules), params)`.
         mesh: the devices.
-        specs: one `PartitionSpec` for all, or a tree like `tree` with one for each (None is `P()`). That of a packed
-            weight is the one of the array that it stands for.
+        specs: one `PartitionSpec` for all, or a tree like `tree` with one for each (None is `P()`); `NamedSharding`s
+            stand for their specs. That of a packed weight is the one of the array that it stands for.
 
     Returns:
         The tree with a `jax.ShapeDtypeStruct` with a sharding in the place of each array.
@@ -47,7 +49,7 @@ def abstract(tree: Any, mesh: Mesh, specs: Any = WHOLE) -> Any:
     """
     check_is(CALL, "mesh", mesh, Mesh, 'a mesh: lora.topology_mesh("v5e:4x4", fsdp=16)')
     names, leaves, treedef = flatten_with_names(tree)
-    if isinstance(specs, P):
+    if specs is None or isinstance(specs, P | NamedSharding):
         found: list[Any] = [specs] * len(names)
     else:
         there, given, _ = flatten_with_names(specs, is_leaf=lambda node: node is None or isinstance(node, P))
@@ -55,11 +57,12 @@ def abstract(tree: Any, mesh: Mesh, specs: Any = WHOLE) -> Any:
         for name in (*names, *there):
             if name not in where or name not in dict.fromkeys(names):
                 raise LoraError(f"{name!r} is not in both trees: give a PartitionSpec for each array, or one for all.")
-        found = [where[name] or P() for name in names]
+        found = [where[name] for name in names]
     placed = []
     for name, leaf, spec in zip(names, leaves, found, strict=True):
         if not is_array(leaf):
             raise LoraError(f"{CALL}: {name!r} is a {type(leaf).__name__}, expected an array or a shape.")
+        spec = P() if spec is None else getattr(spec, "spec", spec)
         if not isinstance(spec, P):
             raise LoraError(f"{CALL}: the spec of {name!r} is {spec!r}, expected a PartitionSpec.")
         sharding = NamedSharding(mesh, full_spec(name, spec, len(leaf.shape), mesh))
@@ -74,7 +77,8 @@ def abstract_state(
 ) -> TrainState:
     """Return the shapes of `lora.TrainState.create(lora.init(key, params, plan), optimizer)`, and where they would be.
 
-    Adapters are where `lora.adapter_shardings` has them, and the optimizer's moments beside them.
+    Adapters are where `lora.adapter_shardings` has them, and the optimizer's moments beside them, also where it keeps
+    them of groups of arrays alone, as `lora.freeze_base`, `lora.lora_plus` and `optax.masked` do.
 
     Args:
         params: shapes with shardings, as `lora.abstract` returns them.
@@ -88,10 +92,15 @@ def abstract_state(
     Raises:
         LoraError: a parameter has no sharding; as `lora.init`.
     """
-    shardings = adapter_shardings(params, plan)
-    places = jax.tree.leaves(shardings)
-    if not places:
-        raise LoraError("abstract_state(params, plan, optimizer): the plan has no targets.")
+    check_is(STATE_CALL, "plan", plan, Plan, "a plan: make it with lora.plan(fn, params, *args, rules={...})")
+    if not plan:
+        raise LoraError(f"{STATE_CALL}: the plan has no targets.")
+    if not any(isinstance(sharding_of(leaf), NamedSharding) for leaf in jax.tree.leaves(params)):
+        raise LoraError(
+            f"{STATE_CALL}: the parameters are on no mesh: give shapes that are, as lora.abstract(params, mesh, specs) "
+            "makes them."
+        )
+    places = jax.tree.leaves(adapter_shardings(params, plan))
     bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
 
     def made(params: Any, key: Any) -> Any:
@@ -99,17 +108,19 @@ def abstract_state(
 
     state: Any = jax.eval_shape(made, bare, key)
     whole = NamedSharding(places[0].mesh, P())
-    by_tree: Any = jax.tree.structure(state.trainable)
+    own = jax.tree_util.tree_leaves_with_path(state.trainable)
+    there = {path: (leaf.shape, place) for (path, leaf), place in zip(own, places, strict=True)}
 
-    def is_like_adapters(node: Any) -> bool:
-        return bool(by_tree == jax.tree.structure(node))
+    def placed(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        # Optimizers keep moments in trees like the adapters', with holes where a mask leaves some out: the end of a
+        # path says whose moment it is. One of another shape, such as a sum over an axis, is made whole.
+        for start in range(len(path)):
+            shape, place = there.get(path[start:], ((), None))
+            if place is not None and shape == leaf.shape:
+                return _at(leaf, place)
+        return _at(leaf, whole)
 
-    def there(node: Any) -> Any:
-        if is_like_adapters(node):
-            return jax.tree.map(_at, node, shardings)
-        return jax.tree.map(lambda leaf: _at(leaf, whole), node)
-
-    return jax.tree.map(there, state, is_leaf=is_like_adapters)
+    return jax.tree_util.tree_map_with_path(placed, state)
 
 
 def _shapes(leaf: Any) -> Any:

@@ -25,7 +25,8 @@ def check_arguments(args: tuple[Any, ...], machine: Topology) -> None:
     Raises:
         LoraError: one has no sharding, is an array on real devices, or on a mesh of other devices.
     """
-    mend = 'lora.abstract(tree, lora.topology_mesh("' + machine.name + '", ...), specs) makes shapes that are on it'
+    slices = f"slices={machine.slices}, " if machine.slices > 1 else ""
+    mend = f'lora.abstract(tree, lora.topology_mesh("{machine.name}", {slices}...), specs) makes shapes that are on it'
     devices = dict.fromkeys(machine.devices)
     for path, leaf in jax.tree_util.tree_leaves_with_path(args):
         name = _named(path)
@@ -37,6 +38,8 @@ def check_arguments(args: tuple[Any, ...], machine: Topology) -> None:
                 f"{name} is an array on {where.platform} devices, not a shape on a mesh of {machine}: {mend}."
             )
         sharding = getattr(leaf, "sharding", None)
+        if isinstance(leaf, str) or callable(leaf):
+            raise LoraError(f"{name} is {leaf!r}, and no array: give what is static by its name, mode='train'.")
         if sharding is None:
             raise LoraError(f"{name} is a {type(leaf).__name__} without a sharding: {mend}.")
         if not isinstance(sharding, NamedSharding):
@@ -56,16 +59,16 @@ def check_arguments(args: tuple[Any, ...], machine: Topology) -> None:
 def argument_bytes(args: tuple[Any, ...]) -> dict[str, int]:
     """Return the bytes of the arguments on one device, without padding, by part.
 
-    The largest tree of several arrays beside states and adapters is the base.
+    The largest tree beside states and adapters is the base; a single array is none.
     """
     found = dict.fromkeys(PARTS, 0)
-    others: list[tuple[int, bool]] = []  # bytes, and whether it is a tree of several arrays
+    others: list[tuple[int, bool]] = []  # bytes, and whether it is a tree
     for part, tree in _parts(args):
         n = sum(map(_on_one_device, jax.tree.leaves(tree)))
         if part:
             found[part] += n
         else:
-            others.append((n, len(jax.tree.leaves(tree)) > 1))
+            others.append((n, not jax.tree_util.all_leaves([tree])))
     trees = [n for n, is_tree in others if is_tree]
     found["base"] = max(trees, default=0)
     found["other arguments"] += sum(n for n, _ in others) - found["base"]
@@ -95,6 +98,8 @@ def _parts(args: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
 def _on_one_device(leaf: Any) -> int:
     shape = getattr(leaf, "shape", ())
     sharding = getattr(leaf, "sharding", None)
+    if str(getattr(sharding, "memory_kind", "")).endswith("_host"):
+        return 0  # in the memory of its host
     own = sharding.shard_shape(shape) if sharding is not None else shape
     return -(-int(np.prod(own)) * _bits(leaf) // 8)
 

@@ -1,13 +1,16 @@
 """`compile_report`: what a program takes on a machine that is not there, by that machine's own compiler."""
 
+import contextlib
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from lora_jax.analysis.abstract_arguments import argument_bytes, check_arguments
+from lora_jax.analysis.failures import compiled_at, first_line, traced_at
 from lora_jax.analysis.hlo_costs import Costs, costs
 from lora_jax.analysis.topologies import Topology, find_topology
 from lora_jax.core.argument_checks import check_function
@@ -19,7 +22,7 @@ TEMPORARY = "temporary (activations)"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 ADVICE = {
     "base": "The frozen base is the largest part: split it over more devices (an fsdp axis), or pack it in 4 bits, "
-    "jax.eval_shape(lambda p: lora.bases.quantize(p, rules), params) with lora.bases.Nf4(double=False).",
+    "jax.eval_shape(lambda p: lora.bases.quantize(p, rules), params) with lora.bases.Nf4().",
     "adapters": "The adapters are the largest part: lower the rank, adapt fewer weights, or split them as the base is, "
     'lora.adapter_shardings(..., policy="inherit").',
     "optimizer": "The optimizer's state is the largest part: lower the rank, or keep moments in bf16.",
@@ -47,7 +50,8 @@ class CompileReport:
         cycles: the compiler's own estimates in one call, by part of the program, with loops counted; without
             collectives and kernels written by hand. Empty for GPUs, whose compiler says none.
         unknown: fusions and kernels without an estimate, and how often each runs.
-        advice: what to change first.
+        unknown_loops: loops of which the compiler does not say how often they run; one turn of them is counted.
+        advice: what to change first, or to look after.
         said: the compiler's message, if the program does not fit.
         text: the compiled program; empty if it does not fit.
     """
@@ -62,6 +66,7 @@ class CompileReport:
     launches: dict[str, int]
     cycles: dict[str, int]
     unknown: dict[str, int]
+    unknown_loops: tuple[str, ...]
     advice: tuple[str, ...]
     said: str
     text: str
@@ -80,7 +85,9 @@ class CompileReport:
             cycles.append(["together", count(total), ""])
             tables.append(format_table(["estimated cycles", "", ""], cycles, right=2))
         if self.unknown:
-            tables.append(f"Without an estimate: {len(self.unknown)} fusions and kernels.")
+            tables.append(f"Without an estimate, and not in these sums: {_some(self.unknown)}.")
+        if self.unknown_loops:
+            tables.append(f"Loops of unknown length, of which one turn is counted: {_some(self.unknown_loops)}.")
         return "\n\n".join([*tables, *self.advice])
 
     def __repr__(self) -> str:
@@ -100,7 +107,7 @@ def compile_report(step: Any, *args: Any, topology: str, slices: int = 1, **stat
             are where they are; the largest of the other trees is the base. Scalars may be numbers.
         topology: the machine, as for `lora.topology_mesh`.
         slices: how many slices of TPUs.
-        static: keyword arguments that `step` takes beside, such as the static ones of `jax.jit`.
+        static: keyword arguments that `step` takes beside. Those without arrays are static, if it is not jitted.
 
     Returns:
         `CompileReport`, with a table when printed. A program that needs more memory than there is has one too.
@@ -116,8 +123,9 @@ def compile_report(step: Any, *args: Any, topology: str, slices: int = 1, **stat
     """
     check_function(CALL, "step", step)
     machine = find_topology(topology, slices)
-    check_arguments(args, machine)
-    return report_on(machine, argument_bytes(args), compiled_for(machine, lowered(step, *args, **static)))
+    arrays = (*args, *(tree for tree in static.values() if _has_arrays(tree)))
+    check_arguments(arrays, machine)
+    return report_on(machine, argument_bytes(arrays), compiled_for(machine, lowered(step, *args, **static)))
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,8 @@ def compiled_for(machine: Topology, program: Any) -> Compiled:
         compiled = program.compile(compiler_options=machine.options or None)
     except Exception as error:
         if (needed := _needed(str(error))) is None:
-            raise LoraError(f"the program does not compile for {machine}: {_first_line(error)}") from error
+            said = f"{first_line(error)}{compiled_at(str(error), program)}"
+            raise LoraError(f"the program does not compile for {machine}: {said}") from error
         return Compiled(needed=needed, said=str(error))
     memory = compiled.memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -159,13 +168,30 @@ def lowered(step: Any, *args: Any, **static: Any) -> Any:
     Raises:
         LoraError: it cannot be traced for them.
     """
-    lower = getattr(step, "lower", None) or jax.jit(step).lower
+    names = [name for name, value in static.items() if not _has_arrays(value)]
+    lower = getattr(step, "lower", None) or jax.jit(step, static_argnames=names).lower
     try:
-        return lower(*args, **static)
+        with _on_its_device(args):
+            return lower(*args, **static)
     except LoraError:
         raise
     except Exception as error:
-        raise LoraError(f"{CALL}: the program cannot be traced for these arguments: {_first_line(error)}") from error
+        said = f"{first_line(error)}{traced_at(error)}"
+        if "AbstractDevice" in said:  # a kernel asks for a GPU, and outside of a shard_map it is told of none
+            said += ". Kernels in a program over several devices go into jax.shard_map"
+        raise LoraError(f"{CALL}: the program cannot be traced for these arguments: {said}") from error
+
+
+def _has_arrays(tree: Any) -> bool:
+    return any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(tree))
+
+
+def _on_its_device(args: Any) -> Any:
+    """Tell kernels what device they are for, in a program for one device; over several, `shard_map` does."""
+    meshes = [leaf.sharding.mesh for leaf in jax.tree.leaves(args) if getattr(leaf, "sharding", None) is not None]
+    if not meshes or meshes[0].size > 1 or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(meshes[0].abstract_mesh)
 
 
 def report_on(machine: Topology, arguments: dict[str, int], compiled: Compiled) -> CompileReport:
@@ -194,7 +220,8 @@ def report_on(machine: Topology, arguments: dict[str, int], compiled: Compiled) 
         launches=found.launches,
         cycles=found.cycles,
         unknown=found.unknown,
-        advice=() if fits else advice(parts, machine.hbm),
+        unknown_loops=found.unknown_loops,
+        advice=_reserved(needed, machine) if fits else advice(parts, machine.hbm),
         said=compiled.said,
         text=compiled.text,
     )
@@ -219,6 +246,22 @@ def advice(parts: dict[str, int], hbm: int) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _reserved(needed: int, machine: Topology) -> tuple[str, ...]:
+    """Return what to set for a program that fits a device, but not the part of its memory that JAX takes by default."""
+    if needed <= machine.share * machine.hbm:
+        return ()
+    return (
+        f"JAX takes {machine.share:.0%} of this memory unless it is told otherwise: set "
+        "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment of the run.",
+    )
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    """Return the first names, and how many more there are."""
+    found = list(names)
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+
+
 def gib(n: int) -> str:
     """Format bytes in GiB."""
     return f"{n / 2**30:.3f}" if n < 2**30 else f"{n / 2**30:.2f}"
@@ -231,8 +274,3 @@ def _needed(said: str) -> int | None:
     if found := re.search(r"required for [\w ]+ \(([\d.]+)([KMGT]?)\) exceeds", said):  # arguments are among them
         return math.ceil(float(found[1]) * UNITS[found[2]])
     return None
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from lora_jax.analysis.hlo import Instruction, Module, nbytes, parse
+from lora_jax.analysis.hlo import Instruction, Module, arrays, nbytes, parse
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 CALLS = ("to_apply", "calls", "called_computations", "branch_computations", "true_computation", "false_computation")
 NO_ESTIMATE = 1 << 60  # the compiler writes the largest number where it has none
 FORWARD, AGAIN, BACKWARD, OTHER = "forward", "forward again (remat)", "backward", "optimizer and the rest"
+WHOLE = "the program"  # which takes no derivative
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ def costs(text: str) -> Costs:
     collectives: dict[str, tuple[str, int, int]] = {}
     loops: list[str] = []
     for one, times, path in _walk(module, module.entry, 1, False, loops):
-        kind = one.operation.removesuffix("-start")
-        if kind in KINDS:
+        if (found := _sent(one)) is not None:
+            kind, size = found
             # One that runs beside computation stands in several fusions, under one channel, and sends once.
-            channel = one.field(r"channel_id=(\d+)") or f"{path}/{one.name}"
-            size = nbytes(one.results) // (2 if one.operation != kind and kind != "all-reduce" else 1)
+            number = one.field(r"channel_id=(\d+)")
+            channel = f"{one.operation == 'recv'}/{number}" if number else f"{path}/{one.name}"
             collectives[channel] = (kind, max(times, collectives.get(channel, ("", 0, 0))[1]), size)
         elif (estimate := _estimate(one)) is not None and not path.startswith("fused:"):
             part = part_of(one)
@@ -60,6 +61,8 @@ def costs(text: str) -> Costs:
         sent[kind] = sent.get(kind, 0) + times * size
         launches[kind] = launches.get(kind, 0) + times
     order = [part for part in (FORWARD, AGAIN, BACKWARD, OTHER) if part in cycles]
+    if order == [OTHER]:
+        return Costs({WHOLE: cycles[OTHER]}, sent, launches, unknown, tuple(dict.fromkeys(loops)))
     return Costs({part: cycles[part] for part in order}, sent, launches, unknown, tuple(dict.fromkeys(loops)))
 
 
@@ -78,6 +81,20 @@ def _walk(
         elif one.operation in ("fusion", "call", "conditional", "async-start", "custom-call"):
             for inner in one.called(*CALLS):
                 yield from _walk(module, inner, times, fused or one.operation == "fusion", loops)
+
+
+def _sent(one: Instruction) -> tuple[str, int] | None:
+    """Return the kind of a collective, and the bytes of its results; None of any other instruction.
+
+    What goes over the data centre's network is, in the program of one slice, sent to a host and received from it.
+    """
+    if one.operation == "recv" and (kind := one.field(r'_xla_megascale_transfer_type="(\w+)"')):
+        kind = "collective-permute" if kind == "ONE_TO_ONE" else kind.lower().replace("_", "-")
+        return f"{kind} between slices", next((n for *_, n in arrays(one.results)), 0)
+    kind = one.operation.removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    return kind, nbytes(one.results) // (2 if one.operation != kind and kind != "all-reduce" else 1)
 
 
 def _estimate(one: Instruction) -> int | None:

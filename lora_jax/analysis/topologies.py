@@ -4,10 +4,12 @@ libtpu holds XLA's compiler for TPUs, and the CUDA plugin the one for GPUs: both
 no part of.
 """
 
+import contextlib
 import functools
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +18,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
+from lora_jax.analysis.failures import first_line
 from lora_jax.core.errors import LoraError
 
 GIB = 1 << 30
@@ -32,12 +35,13 @@ HBM = {
 }
 TPUS = "v5e:2x2, v5e:4x4, v5e:16x16, v5p:2x2x1, v5p:4x4x4, v6e:2x2, v6e:4x8, v4:2x2x2, tpu7x:2x2x1"
 KNOWN = f"{TPUS}; h100:8 (one host of 8), h100:8x8 (hosts x GPUs of each)"
-# What libtpu reads to know its machine. No chip is asked for; one lock file would refuse a second process.
-LIBTPU = {
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+# What compilers read when they are loaded, where the user has not set it.
+ENVIRONMENT = {
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # libtpu wants to know its machine, and would ask the cloud for it
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a lock file refuses a second process
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # the CUDA plugin wants cuDNN and a driver, which compiling does not
 }
 # NVIDIA H100 SXM, 80 GB: data sheet and CUDA's device properties. Nothing can be timed, so autotuning is off.
 H100 = """
@@ -55,6 +59,7 @@ dnn_version_info { major: 9 minor: 12 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0}
+GPU_SHARE = 0.75  # XLA_PYTHON_CLIENT_MEM_FRACTION
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Topology:
         devices: all of them, in the machine's order.
         hbm: bytes of one device.
         options: for the compiler.
+        share: of a device's memory that JAX takes by default.
     """
 
     name: str
@@ -74,6 +80,7 @@ class Topology:
     devices: tuple[Any, ...]
     hbm: int
     options: dict[str, Any]
+    share: float = 1.0
 
     def __str__(self) -> str:
         slices = f"{self.slices} slices of " if self.slices > 1 else ""
@@ -86,7 +93,8 @@ def find_topology(name: str, slices: int = 1) -> Topology:
     Raises:
         LoraError: there is no such machine; libtpu or the CUDA plugin is not installed.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name) if isinstance(name, str) else None
+    # libtpu divides by the sizes, and ends the process where one is 0.
+    found = re.fullmatch(r"(\w+):([1-9]\d{0,3}(?:x[1-9]\d{0,3})*)", name) if isinstance(name, str) else None
     if found is None or found[1] not in HBM:
         raise LoraError(f"the topology is {name!r}, expected one such as {KNOWN}.")
     if not isinstance(slices, int) or isinstance(slices, bool) or slices < 1:
@@ -102,9 +110,7 @@ def _topology(name: str, kind: str, sizes: tuple[int, ...], slices: int) -> Topo
         hosts, devices = sizes if len(sizes) == 2 else (1, sizes[0])
         shape = f"1x{hosts}x{devices}"
         made = _described(name, "cuda", topology_name="", target_config=H100, topology=shape)
-        return Topology(name, 1, tuple(made.devices), HBM[kind], GPU_OPTIONS)
-    for variable, value in LIBTPU.items():
-        os.environ.setdefault(variable, value)
+        return Topology(name, 1, tuple(made.devices), HBM[kind], GPU_OPTIONS, GPU_SHARE)
     several = {"num_slices": slices} if slices > 1 else {}
     made = _described(name, "tpu", topology_name=name, **several)
     return Topology(name, slices, tuple(made.devices), HBM[kind], {})
@@ -112,15 +118,34 @@ def _topology(name: str, kind: str, sizes: tuple[int, ...], slices: int) -> Topo
 
 def _described(name: str, platform: str, **how: Any) -> Any:
     try:
-        return topologies.get_topology_desc(platform=platform, **how)
+        with _environment():
+            return topologies.get_topology_desc(platform=platform, **how)
     except Exception as error:
-        said = str(error).strip().split("\n")[0]
+        said = first_line(error)
         missing = _missing(platform)
         if missing:
             raise LoraError(f"compiling for {name!r} takes {missing}. It is not installed here ({said}).") from error
+        if isinstance(error, NotImplementedError):  # by JAX: no plugin of this platform is registered
+            raise LoraError(
+                f"compiling for {name!r} takes the {platform.upper()} plugin. It is installed, but did not start when "
+                f"this process first used JAX ({said}; JAX logged why): set JAX_PLATFORMS=cpu in the environment, or "
+                "make the mesh before anything asks for JAX's devices."
+            ) from error
         raise LoraError(
             f"the compiler knows no topology {name!r}: {said}. Names that work are such as {KNOWN}."
         ) from error
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """Set what compilers read when they are loaded, and take it back: on a machine with TPUs it would be wrong."""
+    missing = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
 
 
 def _missing(platform: str) -> str | None:

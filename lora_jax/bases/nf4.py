@@ -244,19 +244,31 @@ def _pack(w: jax.Array, stack: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _pack_scales(scales: jax.Array, stack: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Quantize scales [*s, d / 64, k] to uint8, with scales [*s, n / 256] and the mean [*s] that was subtracted."""
-    if isinstance(scales, jax.core.Tracer):
-        raise LoraError("Nf4() packs scales by looking at them: quantize outside jax.jit, or with Nf4(double=False).")
-    exact = np.asarray(_everywhere(scales)).mT  # [*s, k, d / 64], the order of torch's weight
+    """Quantize scales [*s, d / 64, k] to uint8, with scales [*s, n / 256] and the mean [*s] that was subtracted.
+
+    It is numpy that does it, whose rounding is bitsandbytes' own on every machine. Traced, it is the same in JAX.
+    """
+    is_traced = isinstance(scales, jax.core.Tracer)
+    xp: Any = jnp if is_traced else np
+    exact = (
+        scales if is_traced else np.asarray(_everywhere(scales))
+    ).mT  # [*s, k, d / 64], the order of torch's weight
     flat = exact.reshape(*exact.shape[:stack], -1)
-    mean = flat.astype(np.float64).mean(-1).astype(np.float32)
-    blocks = np.asarray(_blocks(flat - mean[..., None]))
-    outer = np.abs(blocks).max(-1)
-    parts = blocks / np.where(outer == 0, np.float32(1), outer)[..., None]
+    mean = _mean(flat) if is_traced else flat.astype(np.float64).mean(-1).astype(np.float32)
+    blocks = _blocks(xp, flat - mean[..., None])
+    outer = xp.abs(blocks).max(-1)
+    parts = blocks / xp.where(outer == 0, np.float32(1), outer)[..., None]
     code = scale_code()
-    q = np.searchsorted((code[:-1] + code[1:]) / 2, parts).astype(np.uint8)
+    q = xp.searchsorted((code[:-1] + code[1:]) / 2, parts).astype(np.uint8)
     q = q.reshape(*flat.shape[:-1], -1)[..., : flat.shape[-1]].reshape(exact.shape)
     return jnp.asarray(q.mT), jnp.asarray(outer), jnp.asarray(mean)
+
+
+def _mean(numbers: Any) -> Any:
+    """Return the mean along the last axis, summed in float64, of traced numbers in fp32."""
+    with jax.enable_x64(True):
+        wide = jax.lax.convert_element_type(numbers, jnp.float64)
+        return jax.lax.convert_element_type(jnp.mean(wide, axis=-1), jnp.float32)
 
 
 def _everywhere(array: jax.Array) -> jax.Array:
@@ -267,10 +279,10 @@ def _everywhere(array: jax.Array) -> jax.Array:
     return jax.jit(lambda array: array, out_shardings=whole)(array)
 
 
-def _blocks(scales: Any) -> Any:
-    """Reshape scales [*s, n] to [*s, blocks, 256], padded with zeros."""
+def _blocks(xp: Any, scales: Any) -> Any:
+    """Reshape scales [*s, n] to [*s, blocks, 256], padded with zeros, by numpy or JAX."""
     padding = [(0, 0)] * (scales.ndim - 1) + [(0, -scales.shape[-1] % SCALES)]
-    return np.pad(scales, padding).reshape(*scales.shape[:-1], -1, SCALES)
+    return xp.pad(scales, padding).reshape(*scales.shape[:-1], -1, SCALES)
 
 
 @functools.cache

@@ -195,7 +195,11 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
             check_together(state.trainable, params)
             raise
 
-    step.lower = lambda state, params, *batch: placed(state, params, batch).lower(state, params, *batch)  # type: ignore[attr-defined]
+    def lower(state: TrainState, params: Any, *batch: Any) -> Any:
+        check_state(CALL, state, TrainState)
+        return placed(state, params, batch).lower(state, params, *batch)
+
+    step.lower = lower  # type: ignore[attr-defined]
     return cast(JitStep, step)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.experimental import pallas as pl
 
 import lora_jax as lora
 
@@ -77,6 +78,14 @@ def test_two_slices_are_a_mesh():
     assert slices == [{0}, {1}]
 
 
+def test_what_is_sent_between_slices_is_counted():
+    mesh = lora.topology_mesh("v5e:2x2", slices=2, data=2, fsdp=4)
+    x = lora.abstract(jax.ShapeDtypeStruct((16, 4096), jnp.float32), mesh, jax.P(("data", "fsdp")))
+    report = lora.compile_report(lambda x: x.sum(0), x, topology="v5e:2x2", slices=2)
+    between = {kind: n for kind, n in report.sent.items() if kind.endswith("between slices")}
+    assert between == {"all-reduce between slices": 4096 * 4}
+
+
 def test_a_mosaic_kernel_goes_untouched_through_lora_apply():
     """JAX's own splash attention on one device, beside adapted projections."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -114,3 +123,42 @@ def test_a_mosaic_kernel_goes_untouched_through_lora_apply():
 
     assert kernels(apply, shapes, adapters, x) == kernels(model, shapes, x) == 1
     assert kernels(jax.grad(loss), adapters, shapes, x) == kernels(jax.grad(plain), x, shapes) > 1
+
+
+TRITON = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+
+def doubled(x_ref, y_ref):
+    y_ref[...] = x_ref[...] * 2
+
+
+@TRITON
+@pytest.mark.parametrize(
+    ("topology", "dtype", "shape", "said"),
+    [
+        ("v5e:2x2", jnp.float32, (512, 32768), "memory space vmem"),
+        ("v5e:2x2", jnp.float8_e3m4, (8, 256), "Mosaic failed to compile"),
+        ("h100:4", jnp.float32, (512, 32768), "Failed to parse Triton module"),
+    ],
+)
+def test_a_kernel_that_does_not_compile_is_found_in_the_program(topology, dtype, shape, said):
+    mesh = lora.topology_mesh(topology, data=4)
+    rows = jax.ShapeDtypeStruct((4 * shape[0], shape[1]), dtype)
+
+    def local(x):
+        return pl.pallas_call(doubled, out_shape=jax.ShapeDtypeStruct(shape, dtype))(x)
+
+    def program(x):
+        return jax.shard_map(local, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"), check_vma=False)(x)
+
+    with pytest.raises(lora.LoraError, match=rf"does not compile for {topology}.*{said}.*; at .*test_page\.py:\d+"):
+        lora.compile_report(program, lora.abstract(rows, mesh, jax.P("data")), topology=topology)
+
+
+@TRITON
+@pytest.mark.parametrize("topology", ["v5e:1x1", "h100:1"])
+def test_kernels_in_a_program_for_one_device_know_it(topology):
+    x = lora.abstract(jax.ShapeDtypeStruct((256, 256), jnp.float32), lora.topology_mesh(topology, data=1))
+    report = lora.compile_report(pl.pallas_call(doubled, out_shape=x), x, topology=topology)
+    assert report.fits
+    assert re.search("tpu_custom_call|triton", report.text)
