@@ -35,32 +35,73 @@ class Costs:
     unknown_loops: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Collective:
+    """One collective: its kind, the dtypes and shapes that one device gets, and how often it runs in one call."""
+
+    kind: str
+    results: str
+    times: int
+
+
 def costs(text: str) -> Costs:
     """Add up a compiled program, `jitted.lower(...).compile().as_text()`."""
     module = parse(text)
     cycles: dict[str, int] = {}
     unknown: dict[str, int] = {}
-    collectives: dict[str, tuple[str, int, int]] = {}
     loops: list[str] = []
     for one, times, path in _walk(module, module.entry, 1, False, loops):
-        kind = one.operation.removesuffix("-start")
-        if kind in KINDS:
-            # One that runs beside computation stands in several fusions, under one channel, and sends once.
-            channel = one.field(r"channel_id=(\d+)") or f"{path}/{one.name}"
-            size = nbytes(one.results) // (2 if one.operation != kind and kind != "all-reduce" else 1)
-            collectives[channel] = (kind, max(times, collectives.get(channel, ("", 0, 0))[1]), size)
-        elif (estimate := _estimate(one)) is not None and not path.startswith("fused:"):
+        if path.startswith("fused:") or _kind(one):
+            continue
+        if (estimate := _estimate(one)) is not None:
             part = part_of(one)
             cycles[part] = cycles.get(part, 0) + times * estimate
-        elif _has_no_estimate(one) and not path.startswith("fused:"):
+        elif _has_no_estimate(one):
             unknown[one.name] = unknown.get(one.name, 0) + times
     sent: dict[str, int] = {}
     launches: dict[str, int] = {}
-    for kind, times, size in collectives.values():
-        sent[kind] = sent.get(kind, 0) + times * size
+    for collective in collectives(module):
+        kind, times = collective.kind, collective.times
+        sent[kind] = sent.get(kind, 0) + times * nbytes(collective.results)
         launches[kind] = launches.get(kind, 0) + times
     order = [part for part in (FORWARD, AGAIN, BACKWARD, OTHER) if part in cycles]
     return Costs({part: cycles[part] for part in order}, sent, launches, unknown, tuple(dict.fromkeys(loops)))
+
+
+def collectives(module: Module) -> list[Collective]:
+    """Return what devices send each other.
+
+    On TPUs one that runs beside computation stands in several fusions, under one channel, and sends once. Elsewhere a
+    channel says nothing: all that `shard_map` makes have the same.
+    """
+    found: dict[str, Collective] = {}
+    for one, times, path in _walk(module, module.entry, 1, False, []):
+        if kind := _kind(one):
+            channel = one.field(r"channel_id=(\d+)") if path.startswith("fused:") else None
+            key = f"{kind} {channel}" if channel else f"{path}/{one.name}"
+            times = max(times, found[key].times if key in found else 0)
+            found[key] = Collective(kind, _received(one), times)
+    return list(found.values())
+
+
+def _kind(one: Instruction) -> str | None:
+    kind = one.operation.removesuffix("-start")
+    return kind if kind in KINDS else None
+
+
+def _received(one: Instruction) -> str:
+    """Return the type of a collective's results. One that is only begun has (operands, results, ...)."""
+    if not one.operation.endswith("-start") or not one.results.startswith("("):
+        return one.results
+    depth, parts = 0, [""]
+    for character in one.results[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    in_place = one.operation == "all-reduce-start" and not parts[0].startswith("(")
+    return one.results if in_place else parts[1]
 
 
 def _walk(
@@ -75,7 +116,7 @@ def _walk(
                 loops.append(one.name)
             for body in one.called("body"):
                 yield from _walk(module, body, times * (turns or 1), fused, loops)
-        elif one.operation in ("fusion", "call", "conditional", "async-start", "custom-call"):
+        elif one.operation in ("fusion", "call", "conditional", "async-start", "call-start", "custom-call"):
             for inner in one.called(*CALLS):
                 yield from _walk(module, inner, times, fused or one.operation == "fusion", loops)
 
