@@ -94,6 +94,8 @@ ENTRY %main (x: f32[8], y: s32[2]) -> f32[8] {
   %sums = (f32[8]{0:T(128)}, f32[8]{0:T(128)}) all-reduce-start(%x, %x), channel_id=4
   %sparse = ((), (), (s32[1]{0:T(128)S(2)})) call-start(), async_execution_thread="sparsecore", \
 to_apply=%called_computation
+  %away = (f32[2]{0:T(128)}, u32[]{:S(2)}, token[]) send(%x, %after), channel_id=6, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
   ROOT %z = f32[8]{0} all-reduce-done(%sum)
 }
 """
@@ -106,8 +108,10 @@ def test_what_is_sent_is_what_a_device_gets():
         "reduce-scatter": 2 * 4 * 4,
         "collective-permute": 8 * 4,
         "all-reduce": 8 * 4 + 2 * 8 * 4,
+        "between slices": 2 * 4,
     }
-    assert found.launches == {"all-gather": 2, "reduce-scatter": 2, "collective-permute": 1, "all-reduce": 2}
+    kinds = ("all-gather", "reduce-scatter", "collective-permute", "all-reduce", "between slices")
+    assert found.launches == dict(zip(kinds, (2, 2, 1, 2, 1), strict=True))
 
 
 def test_a_loop_of_unknown_length_counts_once_and_is_named():

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from lora_jax.analysis.hlo import Instruction, Module, nbytes, parse
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+BETWEEN_SLICES = "between slices"  # of TPUs: sent to another slice by way of the hosts
 CALLS = ("to_apply", "calls", "called_computations", "branch_computations", "true_computation", "false_computation")
 NO_ESTIMATE = 1 << 60  # the compiler writes the largest number where it has none
 FORWARD, AGAIN, BACKWARD, OTHER = "forward", "forward again (remat)", "backward", "optimizer and the rest"
@@ -85,13 +86,19 @@ def collectives(module: Module) -> list[Collective]:
 
 
 def _kind(one: Instruction) -> str | None:
+    if one.operation == "send" and "megascale" in one.rest:
+        return BETWEEN_SLICES
     kind = one.operation.removesuffix("-start")
     return kind if kind in KINDS else None
 
 
 def _received(one: Instruction) -> str:
-    """Return the type of a collective's results. One that is only begun has (operands, results, ...)."""
-    if not one.operation.endswith("-start") or not one.results.startswith("("):
+    """Return the type of a collective's results. One that is only begun has (operands, results, ...).
+
+    Between slices it is what is sent: (operand, ...).
+    """
+    is_sent = one.operation == "send"
+    if not (one.operation.endswith("-start") or is_sent) or not one.results.startswith("("):
         return one.results
     depth, parts = 0, [""]
     for character in one.results[1:-1]:
@@ -101,7 +108,7 @@ def _received(one: Instruction) -> str:
         else:
             parts[-1] += character
     in_place = one.operation == "all-reduce-start" and not parts[0].startswith("(")
-    return one.results if in_place else parts[1]
+    return one.results if in_place else parts[0 if is_sent else 1]
 
 
 def _walk(
