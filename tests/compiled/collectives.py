@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import lora_jax as lora
 from lora_jax.analysis import hlo
@@ -17,6 +18,11 @@ def arrays(report: lora.CompileReport) -> Counter[Array]:
         for dtype, shape, _ in hlo.arrays(one.results):
             count[one.kind, dtype, shape] += one.times
     return count
+
+
+def of(sent: Counter[Array], fits: Callable[[str, str, tuple[int, ...]], bool]) -> Counter[Array]:
+    """Return the arrays of which `fits(kind, dtype, shape)` is true."""
+    return Counter({array: n for array, n in sent.items() if fits(*array)})
 
 
 def numbers(sent: Counter[Array]) -> int:

@@ -4,13 +4,10 @@ Two scanned layers, each recomputed in the backward pass, the base in bf16, adap
 The meshes are data 16, and fsdp 4 x tensor 4.
 """
 
-from collections import Counter
-
 import programs
 import pytest
-from collectives import arrays, numbers
-
-pytest.importorskip("libtpu", reason="libtpu is not installed: make test-compiled")
+from collectives import arrays, numbers, of
+from needs import needs
 
 LAYERS, WIDTH, INNER, RANK = 2, 512, 1024, programs.RANK
 WHOLE = LAYERS * RANK * (4 * (WIDTH + WIDTH) + 3 * (WIDTH + INNER))  # numbers of all adapters
@@ -33,6 +30,7 @@ STEPS = [  # and by plain `jax.value_and_grad`, on each of the meshes
 @pytest.fixture(scope="module")
 def found():
     """Reports by the program and the mesh."""
+    needs("v5e:4x4")
     kept = {}
 
     def report(program, mesh):
@@ -46,8 +44,7 @@ def found():
 def of_adapters(report):
     """What is sent of the shape of factors, their gradients among that: [..., r, k] or [..., d, r]."""
     tokens = programs.FEW  # thin products have them too
-    sent = arrays(report)
-    return Counter({array: n for array, n in sent.items() if RANK in array[2] and (1, tokens, RANK) != array[2]})
+    return of(arrays(report), lambda _, __, shape: RANK in shape and shape != (1, tokens, RANK))
 
 
 @pytest.mark.parametrize(("program", "mesh"), STEPS)
