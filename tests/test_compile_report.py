@@ -76,6 +76,20 @@ def test_loops_are_counted_and_a_channel_once():
     assert found.unknown_loops == ()
 
 
+def test_what_a_kernel_says_of_itself_over_several_lines_ends_no_computation():
+    kernel = """
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %k = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(f)/kernel"}
+  ROOT %z = f32[8]{0} negate(%k)
+}
+"""
+    module = hlo.parse(kernel)
+    assert [one.operation for one in module.computations["main"]] == ["parameter", "custom-call", "negate"]
+
+
 # As other compilers write it: that for GPUs has operands beside the results of what is begun, and gives all that comes
 # of `shard_map` one channel; TPUs with sparse cores call computations there.
 BEGUN = """
