@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from lora_jax.analysis.hlo import Instruction, Module, nbytes, parse
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-BETWEEN_SLICES = "between slices"  # of TPUs: sent to another slice by way of the hosts
 CALLS = ("to_apply", "calls", "called_computations", "branch_computations", "true_computation", "false_computation")
 NO_ESTIMATE = 1 << 60  # the compiler writes the largest number where it has none
 FORWARD, AGAIN, BACKWARD, OTHER = "forward", "forward again (remat)", "backward", "optimizer and the rest"
@@ -73,32 +72,37 @@ def collectives(module: Module) -> list[Collective]:
     """Return what devices send each other.
 
     On TPUs one that runs beside computation stands in several fusions, under one channel, and sends once. Elsewhere a
-    channel says nothing: all that `shard_map` makes have the same.
+    channel says little: all that `shard_map` makes have the same.
     """
     found: dict[str, Collective] = {}
     for one, times, path in _walk(module, module.entry, 1, False, []):
         if kind := _kind(one):
-            channel = one.field(r"channel_id=(\d+)") if path.startswith("fused:") else None
-            key = f"{kind} {channel}" if channel else f"{path}/{one.name}"
+            channel = one.field(r"channel_id=(\d+)")
+            where = "" if channel and path.startswith("fused:") else f"{path} {one.operands}"
+            key = f"{kind} {channel} {where}"
             times = max(times, found[key].times if key in found else 0)
             found[key] = Collective(kind, _received(one), times)
     return list(found.values())
 
 
 def _kind(one: Instruction) -> str | None:
-    if one.operation == "send" and "megascale" in one.rest:
-        return BETWEEN_SLICES
+    """Return the kind of a collective; None of any other instruction.
+
+    What goes over the data centre's network is, in the program of one slice, sent to a host and received from it.
+    """
+    if one.operation == "recv" and (kind := one.field(r'_xla_megascale_transfer_type="(\w+)"')):
+        kind = "collective-permute" if kind == "ONE_TO_ONE" else kind.lower().replace("_", "-")
+        return f"{kind} between slices"
     kind = one.operation.removesuffix("-start")
     return kind if kind in KINDS else None
 
 
 def _received(one: Instruction) -> str:
-    """Return the type of a collective's results. One that is only begun has (operands, results, ...).
+    """Return the type of what one device gets.
 
-    Between slices it is what is sent: (operand, ...).
+    What is only begun has (operands, results, ...), or of an all-reduce the results; what is received (results, ...).
     """
-    is_sent = one.operation == "send"
-    if not (one.operation.endswith("-start") or is_sent) or not one.results.startswith("("):
+    if one.operation in KINDS or not one.results.startswith("("):
         return one.results
     depth, parts = 0, [""]
     for character in one.results[1:-1]:
@@ -107,8 +111,9 @@ def _received(one: Instruction) -> str:
             parts.append("")
         else:
             parts[-1] += character
-    in_place = one.operation == "all-reduce-start" and not parts[0].startswith("(")
-    return one.results if in_place else parts[0 if is_sent else 1]
+    if one.operation == "all-reduce-start" and not parts[0].startswith("("):
+        return one.results
+    return parts[0 if one.operation == "recv" else 1]
 
 
 def _walk(
