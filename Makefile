@@ -42,13 +42,14 @@ test-newest:
 test-interop: $(VENV)/.test-interop
 	$(RUN) -m pytest --numprocesses 2 tests/interop_peft tests/interop_qwix $(ARGS)
 
-# Compiles for TPUs and GPUs that are not there; what is compiled is kept in .compiled_cache. Its conftest stands alone.
+# Compiles for TPUs and GPUs that are not there: a quarter of an hour on two cores, and two minutes once .compiled_cache
+# has what is compiled. Its conftest stands alone. Tests of a file are in one process, as they share programs.
 test-compiled:
 	@if [ -n "$(NEWEST)" ]; then $(MAKE) --no-print-directory run-compiled; \
-	else echo "test-compiled: skipped, as its versions of JAX need python3.13 or python3.12, and neither is there"; fi
+	else echo "test-compiled is skipped: neither python3.13 nor python3.12 runs here; say which with: make NEWEST=... test-compiled"; fi
 
 run-compiled: .venv-compiled/.done
-	.venv-compiled/bin/python -m pytest -c tests/compiled/pytest.ini tests/compiled $(ARGS)
+	.venv-compiled/bin/python -m pytest --numprocesses 2 --dist loadfile -c tests/compiled/pytest.ini tests/compiled $(ARGS)
 
 interop-models: $(VENV)/.interop-models
 	$(RUN) -m pytest --numprocesses 2 tests/interop_models $(ARGS)

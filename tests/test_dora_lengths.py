@@ -10,6 +10,8 @@ from helpers import eight_devices, formed, total
 
 import lora_jax as lora
 from lora_jax.adapters import dora
+from lora_jax.analysis import hlo
+from lora_jax.analysis.hlo_costs import collectives
 
 D, K = 48, 8
 SHORT = [1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4]
@@ -153,3 +155,22 @@ def test_on_a_mesh(spec, kind):
             text = lengths.lower(*there).compile().as_text()
             assert "all-gather" not in text
             np.testing.assert_allclose(1 / lengths(*there), exact(*here), rtol=1e-4)
+
+
+def test_copies_of_an_adapter_share_its_lengths():
+    """Over a batch that is split, adapters have copies; lengths of each would take all stacked weights whole."""
+    mesh = jax.make_mesh((8,), ("fsdp",), (jax.sharding.AxisType.Auto,))
+    rows = jax.NamedSharding(mesh, jax.P("fsdp"))
+    params = {"w": jax.device_put(jnp.ones((2, 64, 64)), jax.NamedSharding(mesh, jax.P(None, "fsdp")))}
+    x = jax.device_put(jnp.ones((8, 64)), rows)
+
+    def model(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    plan = lora.plan(model, params, x, rules={"w": lora.Dora(rank=2)})
+    adapters, apply = lora.init(jax.random.key(0), params, plan), lora.lora_apply(model)
+    step = lora.value_and_grad(lambda adapters, params, x: total(apply(params, adapters, x)), batch_sharding=rows)
+    compiled = jax.jit(step).lower(adapters, params, x).compile()
+    gathers = [one for one in collectives(hlo.parse(compiled.as_text())) if one.kind == "all-gather"]
+    assert [one for one in gathers if "64,64" in one.results], "one layer at a time"
+    assert not [one for one in gathers if "2,64,64" in one.results]

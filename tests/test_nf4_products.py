@@ -81,3 +81,21 @@ def test_a_weight_of_torch_is_the_other_product():
     np.testing.assert_allclose(found, jnp.tensordot(x, turned.dense(), 1), rtol=1e-4, atol=1e-4)
     back = turned.dot(jnp.ones((3, 2, 64)), (1, 2), jax.lax.Precision.HIGHEST)
     np.testing.assert_allclose(back, jnp.tensordot(jnp.ones((3, 2, 64)), turned.dense(), [(1, 2), (1, 2)]), rtol=1e-4)
+
+
+def test_in_a_shard_map_a_placed_weight_has_them():
+    """In a `shard_map` a device has what it has of a base on a mesh. Where the compiler splits it there are none."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    w = jax.device_put(jax.random.normal(jax.random.key(0), (64, 128)), jax.NamedSharding(mesh, jax.P()))
+    base, x = bases.quantize({"w": w}, {"w": bases.Nf4(kernel=True, stack=0)}), jnp.ones((8, 64))
+
+    def model(params, x):
+        return x @ params["w"]
+
+    def product(base, x):
+        return lora.lora_apply(model)(base, {}, x)
+
+    mapped = jax.shard_map(product, mesh=mesh, in_specs=(jax.P(), jax.P("data")), out_specs=jax.P("data"))
+    assert kernels(jax.make_jaxpr(mapped)(base, x)) == 1
+    assert kernels(jax.make_jaxpr(product)(base, x)) == 0
+    np.testing.assert_allclose(jax.jit(mapped)(base, x), x @ bases.dense(base)["w"], rtol=1e-5, atol=1e-5)

@@ -8,6 +8,7 @@ change of length multiplies: that would take a second product with W.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -74,8 +75,18 @@ class DoraAdapter(Scaled):
         return along_outputs(length_gain(self.m.astype(w.dtype), _as_m(n, self.axes)), self.axes) * v
 
     def lower(self, w: jax.Array) -> OutputScaled:
-        factors = LowRank(self.a, self.scaled(self.b, w), self.axes)
-        return OutputScaled(factors, length_gain(self.m, _lengths(w, factors)), self.axes)
+        return self.lowering(w)(self)
+
+    def lowering(self, w: jax.Array) -> Callable[["DoraAdapter"], OutputScaled]:
+        lengths = _lengths(w, self._factors(w))  # no gradient passes them, so copies share them
+
+        def lower(adapter: DoraAdapter) -> OutputScaled:
+            return OutputScaled(adapter._factors(w), length_gain(adapter.m, lengths), adapter.axes)
+
+        return lower
+
+    def _factors(self, w: jax.Array) -> LowRank:
+        return LowRank(self.a, self.scaled(self.b, w), self.axes)
 
 
 def length_gain(m: jax.Array, n: jax.Array) -> jax.Array:

@@ -126,7 +126,7 @@ def parse(text: str) -> Module:
         elif name and (found := INSTRUCTION.match(line.strip())):
             root, own, results, operation, rest = found.groups()
             computations[name].append(Instruction(own, results, operation, rest, bool(root)))
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):  # the text of a kernel may go over several lines
             name = ""
     return Module({name: tuple(lines) for name, lines in computations.items()}, entry)
 

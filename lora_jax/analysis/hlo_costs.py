@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from lora_jax.analysis.hlo import Instruction, Module, arrays, nbytes, parse
+from lora_jax.analysis.hlo import Instruction, Module, nbytes, parse
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 CALLS = ("to_apply", "calls", "called_computations", "branch_computations", "true_computation", "false_computation")
@@ -36,34 +36,87 @@ class Costs:
     unknown_loops: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Collective:
+    """One collective: its kind, the dtypes and shapes that one device gets, and how often it runs in one call."""
+
+    kind: str
+    results: str
+    times: int
+
+
 def costs(text: str) -> Costs:
     """Add up a compiled program, `jitted.lower(...).compile().as_text()`."""
     module = parse(text)
     cycles: dict[str, int] = {}
     unknown: dict[str, int] = {}
-    collectives: dict[str, tuple[str, int, int]] = {}
     loops: list[str] = []
     for one, times, path in _walk(module, module.entry, 1, False, loops):
-        if (found := _sent(one)) is not None:
-            kind, size = found
-            # One that runs beside computation stands in several fusions, under one channel, and sends once.
-            number = one.field(r"channel_id=(\d+)")
-            channel = f"{one.operation == 'recv'}/{number}" if number else f"{path}/{one.name}"
-            collectives[channel] = (kind, max(times, collectives.get(channel, ("", 0, 0))[1]), size)
-        elif (estimate := _estimate(one)) is not None and not path.startswith("fused:"):
+        if path.startswith("fused:") or _kind(one):
+            continue
+        if (estimate := _estimate(one)) is not None:
             part = part_of(one)
             cycles[part] = cycles.get(part, 0) + times * estimate
-        elif _has_no_estimate(one) and not path.startswith("fused:"):
+        elif _has_no_estimate(one):
             unknown[one.name] = unknown.get(one.name, 0) + times
     sent: dict[str, int] = {}
     launches: dict[str, int] = {}
-    for kind, times, size in collectives.values():
-        sent[kind] = sent.get(kind, 0) + times * size
+    for collective in collectives(module):
+        kind, times = collective.kind, collective.times
+        sent[kind] = sent.get(kind, 0) + times * nbytes(collective.results)
         launches[kind] = launches.get(kind, 0) + times
     order = [part for part in (FORWARD, AGAIN, BACKWARD, OTHER) if part in cycles]
     if order == [OTHER]:
         return Costs({WHOLE: cycles[OTHER]}, sent, launches, unknown, tuple(dict.fromkeys(loops)))
     return Costs({part: cycles[part] for part in order}, sent, launches, unknown, tuple(dict.fromkeys(loops)))
+
+
+def collectives(module: Module) -> list[Collective]:
+    """Return what devices send each other.
+
+    On TPUs one that runs beside computation stands in several fusions, under one channel, and sends once. Elsewhere a
+    channel says little: all that `shard_map` makes have the same.
+    """
+    found: dict[str, Collective] = {}
+    for one, times, path in _walk(module, module.entry, 1, False, []):
+        if kind := _kind(one):
+            channel = one.field(r"channel_id=(\d+)")
+            where = "" if channel and path.startswith("fused:") else f"{path} {one.operands}"
+            key = f"{kind} {channel} {where}"
+            times = max(times, found[key].times if key in found else 0)
+            found[key] = Collective(kind, _received(one), times)
+    return list(found.values())
+
+
+def _kind(one: Instruction) -> str | None:
+    """Return the kind of a collective; None of any other instruction.
+
+    What goes over the data centre's network is, in the program of one slice, sent to a host and received from it.
+    """
+    if one.operation == "recv" and (kind := one.field(r'_xla_megascale_transfer_type="(\w+)"')):
+        kind = "collective-permute" if kind == "ONE_TO_ONE" else kind.lower().replace("_", "-")
+        return f"{kind} between slices"
+    kind = one.operation.removesuffix("-start")
+    return kind if kind in KINDS else None
+
+
+def _received(one: Instruction) -> str:
+    """Return the type of what one device gets.
+
+    What is only begun has (operands, results, ...), or of an all-reduce the results; what is received (results, ...).
+    """
+    if one.operation in KINDS or not one.results.startswith("("):
+        return one.results
+    depth, parts = 0, [""]
+    for character in one.results[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    if one.operation == "all-reduce-start" and not parts[0].startswith("("):
+        return one.results
+    return parts[0 if one.operation == "recv" else 1]
 
 
 def _walk(
@@ -78,23 +131,9 @@ def _walk(
                 loops.append(one.name)
             for body in one.called("body"):
                 yield from _walk(module, body, times * (turns or 1), fused, loops)
-        elif one.operation in ("fusion", "call", "conditional", "async-start", "custom-call"):
+        elif one.operation in ("fusion", "call", "conditional", "async-start", "call-start", "custom-call"):
             for inner in one.called(*CALLS):
                 yield from _walk(module, inner, times, fused or one.operation == "fusion", loops)
-
-
-def _sent(one: Instruction) -> tuple[str, int] | None:
-    """Return the kind of a collective, and the bytes of its results; None of any other instruction.
-
-    What goes over the data centre's network is, in the program of one slice, sent to a host and received from it.
-    """
-    if one.operation == "recv" and (kind := one.field(r'_xla_megascale_transfer_type="(\w+)"')):
-        kind = "collective-permute" if kind == "ONE_TO_ONE" else kind.lower().replace("_", "-")
-        return f"{kind} between slices", next((n for *_, n in arrays(one.results)), 0)
-    kind = one.operation.removesuffix("-start")
-    if kind not in KINDS:
-        return None
-    return kind, nbytes(one.results) // (2 if one.operation != kind and kind != "all-reduce" else 1)
 
 
 def _estimate(one: Instruction) -> int | None:

@@ -121,7 +121,7 @@ class Nf4Weight(Packed):
         transposed = len(self.inner) == 2 and deferred[:1] == (("transpose", (1, 0)),)
         moved = any(name == "transpose" for name, _ in (deferred[1:] if transposed else deferred))
         first, last = inputs == tuple(range(n)), inputs == tuple(range(self.ndim - n, self.ndim))
-        if moved or self.stack or self.compute_sharding is not None or not (first or last) or x.dtype != self.dtype:
+        if moved or self.stack or self._is_split() or not (first or last) or x.dtype != self.dtype:
             return None
         axes = self.shape[:n] if first else self.shape[self.ndim - n :]
         free, outputs = x.shape[: x.ndim - n], self.shape[n:] if first else self.shape[: self.ndim - n]
@@ -130,6 +130,11 @@ class Nf4Weight(Packed):
             return None
         y = _by_kernel(x.reshape(math.prod(free), -1), self, transposed=not along_d, precision=precision)
         return None if y is None else y.reshape(*free, *outputs)
+
+    def _is_split(self) -> bool:
+        """Return whether the compiler may split the weight over a mesh. In a `shard_map`, a device has what it has."""
+        where, here = self.compute_sharding, jax.sharding.get_abstract_mesh()
+        return where is not None and not {*where.mesh.axis_names} <= {*here.manual_axes}
 
     def blocks(self, w: jax.Array) -> jax.Array:
         w = undo_deferred(w, len(self.stack), self.inner, self.deferred)

@@ -95,6 +95,13 @@ class Adapter(ShortRepr, abc.ABC):
         Where W' is no larger than the adapter, as for biases, W' itself may be returned.
         """
 
+    def lowering(self, w: Any) -> Callable[[Any], Operand | jax.Array]:
+        """Return what lowers adapters that are equal to this one, as its copies are, each with a gradient of its own.
+
+        A kind that `reads_weight` says here what it computes of W once for all of them.
+        """
+        return lambda adapter: adapter.lower(w)
+
     def to_lora(self) -> "Adapter | None":
         """Return the `LoraAdapter` with the same `merge`, which files and sums of adapters are made of.
 
@@ -182,7 +189,7 @@ class AdapterWrapper(Adapter):
         return self.inner.forms_weight
 
 
-check_delegation(AdapterWrapper, of=Adapter, own=("axes", "lower"))
+check_delegation(AdapterWrapper, of=Adapter, own=("axes", "lower", "lowering"))
 
 
 def is_adapter(node: Any) -> bool:

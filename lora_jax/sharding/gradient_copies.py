@@ -35,6 +35,7 @@ class PerShardCopies(AdapterWrapper):
     """Equal copies of one adapter: every array of `inner` begins with an axis of copies for each split."""
 
     inner: Adapter
+    original: Adapter  # no gradient passes it
     axes: KernelAxes = field(metadata={"static": True})
     splits: Splits = field(metadata={"static": True})
 
@@ -49,10 +50,7 @@ class PerShardCopies(AdapterWrapper):
     def lower(self, w: Any) -> Operand | jax.Array:
         """Lower every copy."""
         n, k = len(self.axes.stack), len(self.splits)
-
-        def lower(adapter: Adapter) -> Any:
-            return adapter.lower(w)
-
+        lower: Any = jax.lax.stop_gradient(self.original).lowering(w)
         for _ in self.splits:
             lower = jax.vmap(lower)
         operand = lower(self.inner)
@@ -152,7 +150,7 @@ def make_copies(tree: Any, batch: NamedSharding) -> Any:
     def copy(node: Any) -> Any:
         if not is_adapter(node) or node.forms_weight or isinstance(node, PerShardCopies):
             return node
-        return PerShardCopies(jax.tree.map(copied, node), node.axes, splits)
+        return PerShardCopies(jax.tree.map(copied, node), node, node.axes, splits)
 
     return jax.tree.map(copy, tree, is_leaf=is_adapter)
 

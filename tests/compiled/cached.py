@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,19 @@ def report(step: Any, *args: Any, topology: str, slices: int = 1) -> lora.Compil
     """`lora.compile_report`, with the compiler's work taken from the last time if it was the same program."""
     machine = find_topology(topology, slices)
     check_arguments(args, machine)
-    program = lowered(step, *args)
+    return report_on(machine, argument_bytes(args), compiled(machine, lowered(step, *args), args))
+
+
+def compiled(machine: Topology, program: Any, args: Any) -> Compiled:
+    """Compile a lowered program of these arguments, or take it from the last time."""
     file = FOLDER / f"{_key(program.as_text(), args, machine)}.json.gz"
     if not file.exists():
         found = compiled_for(machine, program)
         FOLDER.mkdir(exist_ok=True)
-        there = file.with_suffix(".new")
+        there = file.with_suffix(f".{os.getpid()}")
         there.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(found)).encode()))
         there.replace(file)
-    return report_on(machine, argument_bytes(args), Compiled(**json.loads(gzip.decompress(file.read_bytes()))))
+    return Compiled(**json.loads(gzip.decompress(file.read_bytes())))
 
 
 def _key(text: str, args: Any, machine: Topology) -> str:
