@@ -25,21 +25,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tests" / "compiled"))  # `cached` keeps reports
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"  # no accelerator is asked for
 
 import jax
 import jax.numpy as jnp
 import optax
-from cached import report
 from jax import P
 from jax.sharding import NamedSharding
 
 import lora_jax as lora
 from lora_jax.analysis.compile_report import gib
 from lora_jax.core.text import count, format_table
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests" / "compiled"))
+from cached import report  # noqa: E402  keeps what is compiled
 
 Tree = Any
 RANK, OPTIMIZER = 16, optax.adam(1e-4)
