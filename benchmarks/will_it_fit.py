@@ -70,7 +70,7 @@ MODELS = {
     "Llama-3-70B": Model(80, 8192, 28672, 64, 8, 128256),
     "Qwen3-30B-A3B": Model(48, 2048, 768, 32, 4, 151936, experts=128, chosen=8),
 }
-BASES = {"bf16": None, "NF4": lora.bases.Nf4(double=False, stack=1)}
+BASES = ("bf16", "NF4")
 
 
 # The model -----------------------------------------------------------------------------------------------------------
@@ -239,9 +239,12 @@ class Program:
         return report(lora.jit_step(loss, OPTIMIZER), state, params, ids, ids, topology=self.machine)
 
     def packed(self, params: Tree) -> Tree:
-        if (rule := BASES[self.base]) is None:
+        if self.base == "bf16":
             return params
-        return jax.eval_shape(lambda params: lora.bases.quantize(params, {LINEARS: rule}), params)
+        of_layers, of_experts = (lora.bases.Nf4(double=False, stack=stack) for stack in (1, 2))
+        mlp = of_experts if MODELS[self.model].experts else of_layers
+        rules = {"layers/(q|k|v|o)": of_layers, "layers/(gate|up|down)": mlp}
+        return jax.eval_shape(lambda params: lora.bases.quantize(params, rules), params)
 
 
 # The table -----------------------------------------------------------------------------------------------------------
