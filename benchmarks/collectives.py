@@ -149,14 +149,16 @@ def make_model(place: Place, mesh: jax.sharding.Mesh) -> Callable[[Tree, jax.Arr
 
 
 class Setup:
-    """The arrays of one place, as shapes, and the programs that are compared there."""
+    """The base of one place, on a machine that is not there as shapes, and the programs that are compared there."""
 
     def __init__(self, place: Place, topology: str | None = None) -> None:
         self.topology, self.mesh = topology, place.mesh(topology)
         self.model = make_model(place, self.mesh)
         self.batch = NamedSharding(self.mesh, place.batch)
-        shapes = jax.eval_shape(make_params, jax.random.key(0))
-        self.params = lora.abstract(shapes, self.mesh, {"up": place.up, "down": place.down})
+        made = make_params(jax.random.key(0)) if topology is None else jax.eval_shape(make_params, jax.random.key(0))
+        self.params = lora.abstract(made, self.mesh, {"up": place.up, "down": place.down})
+        if topology is None:
+            self.params = jax.device_put(made, jax.tree.map(lambda leaf: leaf.sharding, self.params))
         self.x = lora.abstract(jax.ShapeDtypeStruct((ROWS, TOKENS, WIDTH), jnp.float32), self.mesh, place.batch)
         self.optimizer = optax.adam(1e-3)
         self.plan = lora.plan(self.model, self.params, self.x, rules={".*": lora.Lora(RANK)})

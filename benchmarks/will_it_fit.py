@@ -8,13 +8,12 @@ once is kept in `.compiled_cache`, so that a run that was broken off goes on whe
 
 The model is as one is trained on a pod: layers in a scan, each computed again in the backward pass; attention in blocks
 of queries, and the loss in blocks of tokens, so that neither all scores nor all logits are in memory at once. All
-weights are split over all devices (fsdp), along their outputs; each device has one sequence.
+weights are split over all devices (fsdp), of more than 64 over groups of 64; each device has one sequence.
 
-Axes: L layers, B sequences, T tokens, D width, F inner width, V vocabulary, N heads, H width of a
-head, E experts, C places for tokens of an expert.
+Axes: L layers, B sequences, T tokens, D width, F inner width, V vocabulary, N heads, H width of a head,
+E experts, C places for tokens of an expert.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -45,6 +44,8 @@ from cached import report  # noqa: E402  keeps what is compiled
 Tree = Any
 RANK, OPTIMIZER = 16, optax.adam(1e-4)
 QUERIES, ROWS = 256, 512  # tokens of one block of attention, and of the loss
+BLOCK = 64  # inputs that share a scale in NF4
+FSDP = 64  # devices that weights are split over, at most; of more, blocks of 64 of 4,096 inputs would be cut
 CAPACITY = 1.25  # places for tokens of an expert, over those that it has if all have as many
 START, END = "<!-- fits -->\n", "<!-- end of fits -->"
 LINEARS = "layers/(q|k|v|o|gate|up|down)"
@@ -101,11 +102,18 @@ def shapes(c: Model) -> Tree:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.bfloat16), found, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def specs(params: Tree) -> Tree:
-    """Where the parameters are: matrices split along their outputs, so that no block of NF4's inputs is cut."""
+def specs(params: Tree, fsdp: int) -> Tree:
+    """Where the parameters are: matrices split along their inputs, or where that would cut NF4's blocks, their outputs.
+
+    The embedding and the head are split along their outputs.
+    """
 
     def where(path: Any, w: Any) -> P:
-        return P() if "norm" in path[-1].key else P(*(None,) * (w.ndim - 1), "fsdp")
+        name = path[-1].key
+        if "norm" in name:
+            return P()
+        along_inputs = w.shape[-2] % (BLOCK * fsdp) == 0 and name not in ("embed", "head")
+        return P(*(None,) * (w.ndim - 2), "fsdp") if along_inputs else P(*(None,) * (w.ndim - 1), "fsdp")
 
     return jax.tree_util.tree_map_with_path(where, params)
 
@@ -182,7 +190,7 @@ def experts(c: Model, x: jax.Array, p: Tree) -> jax.Array:
 
 def make(c: Model, mesh: Any) -> Callable[[Tree, jax.Array, jax.Array], jax.Array]:
     """`model(params, ids [B, T], labels [B, T]) -> loss`."""
-    rows = NamedSharding(mesh, P("fsdp"))
+    rows = NamedSharding(mesh, P(mesh.axis_names))
     kept = functools.partial(jax.lax.with_sharding_constraint, shardings=rows)
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
@@ -224,10 +232,12 @@ class Program:
         """`lora.jit_step` with LoRA on all linears, and Adam."""
         c = MODELS[self.model]
         devices = math.prod(map(int, self.machine.split(":")[1].split("x")))
-        mesh = lora.topology_mesh(self.machine, fsdp=devices)
+        fsdp = min(devices, FSDP)
+        axes = {"data": devices // fsdp} if devices > fsdp else {}
+        mesh = lora.topology_mesh(self.machine, **axes, fsdp=fsdp)
         dense = shapes(c)
-        params = lora.abstract(self.packed(dense), mesh, specs(dense))
-        ids = lora.abstract(jax.ShapeDtypeStruct((devices, self.tokens), jnp.int32), mesh, P("fsdp"))
+        params = lora.abstract(self.packed(dense), mesh, specs(dense, fsdp))
+        ids = lora.abstract(jax.ShapeDtypeStruct((devices, self.tokens), jnp.int32), mesh, P(mesh.axis_names))
         model = make(c, mesh)
         plan = lora.plan(model, params, ids, ids, rules={LINEARS: lora.Lora(rank=RANK)})
         state = lora.abstract_state(params, plan, OPTIMIZER)
@@ -250,25 +260,18 @@ class Program:
 # The table -----------------------------------------------------------------------------------------------------------
 
 BOUNDS = (  # tests/compiled/test_fits.py holds these to fit
-    Program("Llama-3-8B", "v5e:2x2", "NF4", 2048),
     Program("Llama-3-70B", "v5e:16x16", "NF4", 4096),
     Program("Llama-3-70B", "v5p:4x4x4", "NF4", 4096),
+    Program("Llama-3-8B", "v5e:2x2", "NF4", 2048),
 )
-MACHINES, TOKENS = ("h100:8", "v5e:4x4", "v6e:4x8", "v5p:4x4x4"), (2048, 8192)
-TABLE = (*BOUNDS, *(Program(*row) for row in itertools.product(MODELS, MACHINES, BASES, TOKENS)))
-HEADER = [
-    "model",
-    "machine",
-    "base",
-    "tokens a device",
-    "GiB",
-    "of",
-    "fits",
-    "largest part",
-    "GiB",
-    "MB sent",
-    "cycles",
-]
+TOKENS = (2048, 8192)
+TABLE = (
+    *(Program(*row) for row in itertools.product(("Llama-3-70B", "Llama-3-8B"), ("h100:8",), BASES, TOKENS)),
+    *BOUNDS,
+    *(Program(*row) for row in itertools.product(("Qwen3-30B-A3B",), ("h100:8",), BASES, TOKENS)),
+    *(Program(*row) for row in itertools.product(MODELS, ("v5e:4x4", "v6e:4x8", "v5p:4x4x4"), BASES, TOKENS)),
+)
+HEADER = ["model", "machine", "base", "tokens", "GiB", "of", "fits", "largest part", "GiB", "MB sent", "cycles"]
 
 
 def row(program: Program, found: lora.CompileReport) -> list[str]:
@@ -289,18 +292,24 @@ def row(program: Program, found: lora.CompileReport) -> list[str]:
     ]
 
 
+def write(rows: list[list[str]]) -> None:
+    text = format_table(HEADER, rows, right=2)
+    page = ROOT / "docs" / "will_it_fit.md"
+    before, rest = page.read_text(encoding="utf-8").split(START)
+    page.write_text(f"{before}{START}```\n{text}\n```\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+
+
 def main() -> None:
-    words, rows = sys.argv[1:], []
+    if len(sys.argv) == 5:
+        model, machine, base, tokens = sys.argv[1:]
+        print(Program(model, machine, base, int(tokens)).report())
+        return
+    rows: list[list[str]] = []
     for program in TABLE:
-        if all(word in map(str, dataclasses.astuple(program)) for word in words):
-            found = program.report()
-            rows.append(row(program, found))
-            print(*rows[-1], *found.advice[:1], sep=" | ", flush=True)
-    if not words:
-        text = format_table(HEADER, rows, right=2)
-        page = ROOT / "docs" / "will_it_fit.md"
-        before, rest = page.read_text(encoding="utf-8").split(START)
-        page.write_text(f"{before}{START}```\n{text}\n```\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+        found = program.report()
+        rows.append(row(program, found))
+        print(*rows[-1], *found.advice[:1], sep=" | ", flush=True)
+        write(rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Whole models fit their machines, with a base in NF4: the bounds of docs/will_it_fit.md, by its own programs."""
 
-
 import pytest
 
 pytest.importorskip("libtpu", reason="libtpu is not installed: make test-compiled")
