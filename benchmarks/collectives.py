@@ -174,8 +174,10 @@ class Setup:
         made = jax.eval_shape(lambda tree: lora.TrainState.create(tree, self.optimizer), bare(trainable))
         shardings, whole = jax.tree.map(lambda leaf: leaf.sharding, trainable), NamedSharding(self.mesh, P())
 
+        alike: Any = jax.tree.structure(trainable)
+
         def is_alike(node: Any) -> bool:
-            return jax.tree.structure(node) == jax.tree.structure(trainable)
+            return bool(alike == jax.tree.structure(node))
 
         def placed(node: Any) -> Any:
             return jax.tree.map(at, node, shardings) if is_alike(node) else at(node, whole)
@@ -235,7 +237,7 @@ class Setup:
         if self.topology is None:
             return collectives(step.lower(*args).compile().as_text())
         sys.path.append(str(ROOT / "tests" / "compiled"))
-        from cached import report  # keeps what is compiled
+        from cached import report  # type: ignore[import-not-found]  # keeps what is compiled
 
         return collectives(report(step, *args, topology=self.topology).text)
 
