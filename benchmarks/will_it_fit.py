@@ -259,7 +259,7 @@ class Program:
 
 # The table -----------------------------------------------------------------------------------------------------------
 
-BOUNDS = (  # tests/compiled/test_fits.py holds these to fit
+BOUNDS = (  # these should fit
     Program("Llama-3-70B", "v5e:16x16", "NF4", 4096),
     Program("Llama-3-70B", "v5p:4x4x4", "NF4", 4096),
     Program("Llama-3-8B", "v5e:2x2", "NF4", 2048),
