@@ -1,17 +1,20 @@
 """Count the communication of a training step: what the compiler put into it, for each mesh and each way to train.
 
-    python benchmarks/collectives.py           # the table in docs/pods.md
+    python benchmarks/collectives.py                      # on eight simulated CPU devices, printed
+    python benchmarks/collectives.py --topology v5e:2x4   # by the compiler for TPUs; with --write, into docs/pods.md
+    python benchmarks/collectives.py --topology h100:8    # by the one for GPUs
 
-A stack of scanned layers, `x + tanh(x @ up) @ down`, on eight simulated devices: `up` is split along its outputs
+A stack of scanned layers, `x + tanh(x @ up) @ down`, on eight devices: `up` is split along its outputs
 (column-parallel), `down` along its inputs (row-parallel). No clock is involved: the counts are exact, and
-`tests/test_collectives.py` holds them to the bounds.
+`tests/test_collectives.py` holds those of the CPU to the bounds.
 
 Axes: L layers, B sequences, T tokens, D width, F inner width, r rank.
 """
 
+import argparse
 import math
 import os
-import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +31,18 @@ from jax import P
 from jax.sharding import NamedSharding
 
 import lora_jax as lora
+from lora_jax.analysis import hlo
 from lora_jax.core.text import format_table
 
 Tree = Any
+ROOT = Path(__file__).parent.parent
 LAYERS, ROWS, TOKENS, WIDTH, INNER, RANK, MICROBATCHES = 12, 32, 16, 64, 256, 4, 4
 
 
 # Reading a compiled program ------------------------------------------------------------------------------------------
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+CALLS = ("to_apply", "calls", "called_computations", "branch_computations", "true_computation", "false_computation")
 
 
 @dataclass(frozen=True)
@@ -50,49 +56,33 @@ class Collective:
     depth: int  # loops that it is in
 
 
-def collectives(hlo: str) -> list[Collective]:
+def collectives(text: str) -> list[Collective]:
     """Every collective of a compiled program, `jitted.lower(...).compile().as_text()`, with loops counted."""
-    computations, entry = _computations(hlo)
+    module = hlo.parse(text)
+    apart: dict[str, Collective] = {}  # on TPUs one that runs beside computation stands in several fusions
 
-    def walk(name: str, times: int, depth: int) -> Iterator[Collective]:
-        for line in computations[name]:
-            found = re.match(r"(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(", line)
-            if not found:
-                continue
-            results, operation = found.groups()
-            kind = operation.removesuffix("-start")
+    def walk(name: str, times: int, depth: int, fused: bool = False) -> Iterator[Collective]:
+        for one in module.computations.get(name, ()):
+            kind = one.operation.removesuffix("-start")
             if kind in KINDS:
-                arrays = [_array(*array) for array in re.findall(r"\b([a-z]+\d+|pred)\[([\d,]*)\]", results)]
-                yield Collective(kind, tuple(s for s, _ in arrays), sum(n for _, n in arrays), times, depth)
-            elif operation == "while":
-                [trips] = re.findall(r'"known_trip_count":\{"n":"(\d+)"', line)
-                [body] = re.findall(r"body=%?([\w.\-]+)", line)
-                yield from walk(body, times * int(trips), depth + 1)
+                found = list(hlo.arrays(one.results))
+                if kind != one.operation and kind != "all-reduce":  # a start returns its operands too
+                    found = found[1:2] if kind == "collective-permute" else found[len(found) // 2 :]
+                shapes, nbytes = tuple(shape for _, shape, _ in found), sum(n for _, _, n in found)
+                collective = Collective(kind, shapes, nbytes, times, depth)
+                if fused:
+                    apart[one.field(r"channel_id=(\d+)") or one.name] = collective
+                else:
+                    yield collective
+            elif one.operation == "while":
+                for body in one.called("body"):
+                    yield from walk(body, times * (module.trips(one) or 1), depth + 1)
             else:
-                for inner in re.findall(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", line):
-                    yield from walk(inner, times, depth)
+                for inner in one.called(*CALLS):
+                    yield from walk(inner, times, depth, fused or one.operation == "fusion")
 
-    return list(walk(entry, 1, 0))
-
-
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation, and the name of the one that is the program."""
-    computations: dict[str, list[str]] = {}
-    name = entry = ""
-    for line in hlo.splitlines():
-        if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-            name = head[2]
-            computations[name] = []
-            entry = name if head[1] else entry
-        elif name and line.startswith(" "):
-            computations[name].append(line.strip())
-    return computations, entry
-
-
-def _array(dtype: str, dims: str) -> tuple[tuple[int, ...], int]:
-    shape = tuple(int(n) for n in dims.split(",") if n)
-    bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))
-    return shape, math.prod(shape) * bits // 8
+    found = list(walk(module.entry, 1, 0))
+    return [*found, *apart.values()]
 
 
 def launches(found: list[Collective]) -> int:
@@ -115,7 +105,9 @@ class Place:
     up: P
     down: P
 
-    def mesh(self) -> jax.sharding.Mesh:
+    def mesh(self, topology: str | None = None) -> jax.sharding.Mesh:
+        if topology is not None:
+            return lora.topology_mesh(topology, **self.axes)
         kinds = (jax.sharding.AxisType.Auto,) * len(self.axes)
         n = math.prod(self.axes.values())
         return jax.make_mesh(tuple(self.axes.values()), tuple(self.axes), kinds, devices=jax.devices()[:n])
@@ -142,9 +134,9 @@ def make_params(key: jax.Array) -> Tree:
     return {"up": up, "down": jax.random.normal(k2, (LAYERS, INNER, WIDTH)) / math.sqrt(INNER)}
 
 
-def make_model(place: Place) -> Callable[[Tree, jax.Array], jax.Array]:
+def make_model(place: Place, mesh: jax.sharding.Mesh) -> Callable[[Tree, jax.Array], jax.Array]:
     """The stack; as models for pods do, it says that activations stay split as the batch is."""
-    whole_rows = NamedSharding(place.mesh(), place.batch)
+    whole_rows = NamedSharding(mesh, place.batch)
 
     def model(params: Tree, x: jax.Array) -> jax.Array:
         def layer(x: jax.Array, p: Tree) -> tuple[jax.Array, None]:
@@ -157,21 +149,40 @@ def make_model(place: Place) -> Callable[[Tree, jax.Array], jax.Array]:
 
 
 class Setup:
-    """The arrays of one place, and the programs that are compared there."""
+    """The base of one place, on a machine that is not there as shapes, and the programs that are compared there."""
 
-    def __init__(self, place: Place) -> None:
-        self.mesh, self.model = place.mesh(), make_model(place)
+    def __init__(self, place: Place, topology: str | None = None) -> None:
+        self.topology, self.mesh = topology, place.mesh(topology)
+        self.model = make_model(place, self.mesh)
         self.batch = NamedSharding(self.mesh, place.batch)
-        specs = {"up": place.up, "down": place.down}
-        shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
-        self.params = jax.device_put(make_params(jax.random.key(0)), shardings)
-        self.x = jax.device_put(jax.random.normal(jax.random.key(1), (ROWS, TOKENS, WIDTH)), self.batch)
+        made = make_params(jax.random.key(0)) if topology is None else jax.eval_shape(make_params, jax.random.key(0))
+        self.params = lora.abstract(made, self.mesh, {"up": place.up, "down": place.down})
+        if topology is None:
+            self.params = jax.device_put(made, jax.tree.map(lambda leaf: leaf.sharding, self.params))
+        self.x = lora.abstract(jax.ShapeDtypeStruct((ROWS, TOKENS, WIDTH), jnp.float32), self.mesh, place.batch)
         self.optimizer = optax.adam(1e-3)
         self.plan = lora.plan(self.model, self.params, self.x, rules={".*": lora.Lora(RANK)})
 
     def adapters(self, policy: Any) -> Tree:
-        shardings = lora.adapter_shardings(self.params, self.plan, policy=policy)
-        return lora.init(jax.random.key(2), self.params, self.plan, shardings)
+        made = jax.eval_shape(
+            lambda key, params: lora.init(key, params, self.plan), jax.random.key(2), bare(self.params)
+        )
+        return jax.tree.map(at, made, lora.adapter_shardings(self.params, self.plan, policy=policy))
+
+    def state(self, trainable: Tree) -> lora.TrainState:
+        """The state of these shapes, moments beside them."""
+        made = jax.eval_shape(lambda tree: lora.TrainState.create(tree, self.optimizer), bare(trainable))
+        shardings, whole = jax.tree.map(lambda leaf: leaf.sharding, trainable), NamedSharding(self.mesh, P())
+
+        alike: Any = jax.tree.structure(trainable)
+
+        def is_alike(node: Any) -> bool:
+            return bool(alike == jax.tree.structure(node))
+
+        def placed(node: Any) -> Any:
+            return jax.tree.map(at, node, shardings) if is_alike(node) else at(node, whole)
+
+        return jax.tree.map(placed, made, is_leaf=is_alike)
 
     def base(self, microbatches: int) -> list[Collective]:
         """No adapters: the forward pass and the gradient of x, which the layers below would need."""
@@ -184,12 +195,12 @@ class Setup:
             cut = x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
             return jax.lax.scan(part, jnp.zeros(()), cut)
 
-        return _compiled(jax.jit(run), self.params, self.x)
+        return self.compiled(jax.jit(run), self.params, self.x)
 
     def lora(self, microbatches: int, policy: Any = "tensor", once: bool = True) -> list[Collective]:
         """`lora.jit_step`; or, with `once` off, the same step under a plain `jax.jit`."""
         apply = lora.lora_apply(self.model)
-        state = lora.TrainState.create(self.adapters(policy), self.optimizer)
+        state = self.state(self.adapters(policy))
 
         def loss(adapters: Tree, params: Tree, x: jax.Array) -> jax.Array:
             return jnp.mean(apply(params, adapters, x) ** 2)
@@ -202,17 +213,17 @@ class Setup:
                 lambda *args: lora.train_step(loss, self.optimizer, *args, microbatches=microbatches),
                 out_shardings=(places, NamedSharding(self.mesh, P())),
             )
-        return _compiled(step, state, self.params, self.x)
+        return self.compiled(step, state, self.params, self.x)
 
     def shard_map(self, microbatches: int) -> list[Collective]:
         apply = lora.lora_apply(self.model_without_constraint())
-        state = lora.TrainState.create(self.adapters("tensor"), self.optimizer)
+        state = self.state(self.adapters("tensor"))
 
         def loss(adapters: Tree, params: Tree, x: jax.Array) -> jax.Array:
             return jnp.mean(apply(params, adapters, x) ** 2)
 
         step = lora.shard_map_step(loss, self.optimizer, self.mesh, self.batch.spec, microbatches=microbatches)
-        return _compiled(step, state, self.params, self.x)
+        return self.compiled(step, state, self.params, self.x)
 
     def model_without_constraint(self) -> Callable[[Tree, jax.Array], jax.Array]:
         """Inside `shard_map` a device sees its own rows, and there is nothing to say of the others."""
@@ -222,29 +233,41 @@ class Setup:
 
         return model
 
+    def compiled(self, step: Any, *args: Any) -> list[Collective]:
+        if self.topology is None:
+            return collectives(step.lower(*args).compile().as_text())
+        sys.path.append(str(ROOT / "tests" / "compiled"))
+        from cached import report  # type: ignore[import-not-found]  # keeps what is compiled
+
+        return collectives(report(step, *args, topology=self.topology).text)
+
     def full(self, microbatches: int) -> list[Collective]:
         """Every weight trained."""
 
         def loss(params: Tree, _: Tree, x: jax.Array) -> jax.Array:
             return jnp.mean(self.model(params, x) ** 2)
 
-        state = lora.TrainState.create(self.params, self.optimizer)
+        state = self.state(self.params)
         places = jax.tree.map(lambda leaf: leaf.sharding, state)
         step = jax.jit(
             lambda *args: lora.train_step(loss, self.optimizer, *args, microbatches=microbatches),
             out_shardings=(places, NamedSharding(self.mesh, P())),
         )
-        return _compiled(step, state, {}, self.x)
+        return self.compiled(step, state, {}, self.x)
 
 
-def _compiled(step: Any, *args: Any) -> list[Collective]:
-    return collectives(step.lower(*args).compile().as_text())
+def bare(tree: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def table() -> str:
+def at(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def table(topology: str | None = None) -> str:
     rows = []
     for name, place in PLACES.items():
-        setup = Setup(place)
+        setup = Setup(place, topology)
         base = setup.base(MICROBATCHES)
         programs = {
             "base model alone": base,
@@ -259,20 +282,24 @@ def table() -> str:
         for program, found in programs.items():
             kinds = [f"{sum(c.times for c in found if c.kind == kind)} {kind}" for kind in KINDS]
             figures = [f"{launches(found):,}", f"{nbytes(found):,}", f"{nbytes(found) / nbytes(full):.3f}"]
+            print(name, program, *kinds, file=sys.stderr, flush=True)
             rows.append([name, program, ", ".join(k for k in kinds if k[0] != "0"), *figures])
             name = ""
     return format_table(["mesh", "program", "collectives of a step", "launches", "bytes", "of full"], rows, right=3)
 
 
 def main() -> None:
-    found = table()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", help="a machine of eight devices to compile for; the CPU if none is given")
+    parser.add_argument("--write", action="store_true", help="also write the table into docs/pods.md")
+    arguments = parser.parse_args()
+    found = table(arguments.topology)
     print(found)
-    page = Path(__file__).parent.parent / "docs" / "pods.md"
-    text = page.read_text()
-    start, end = "<!-- collectives -->\n", "<!-- end -->"
-    before, rest = text.split(start)
-    after = rest.split(end, 1)[1]
-    page.write_text(f"{before}{start}```\n{found}\n```\n{end}{after}")
+    if arguments.write:
+        page = ROOT / "docs" / "pods.md"
+        start, end = "<!-- collectives -->\n", "<!-- end -->"
+        before, rest = page.read_text(encoding="utf-8").split(start)
+        page.write_text(f"{before}{start}```\n{found}\n```\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -38,13 +38,17 @@ def test_the_example_of_the_page(capsys):
         x, _ = jax.lax.scan(jax.checkpoint(layer), params["embed"][ids], params["layers"])
         return x @ params["embed"].T
 
-    apply = lora.lora_apply(model)
+    apply, optimizer = lora.lora_apply(model), optax.adam(1e-4)
+
+    def loss(adapters, params, ids, labels):
+        return decoder.cross_entropy(apply(params, adapters, ids), labels)
+
     names = {
         "lora": lora,
         "jax": jax,
-        "model": model,
-        "loss": lambda adapters, params, ids, labels: decoder.cross_entropy(apply(params, adapters, ids), labels),
-        "optimizer": optax.adam(1e-4),
+        "step": lora.jit_step(loss, optimizer),
+        "plan": lora.plan(model, shapes, rows, rules={"layers/.*": lora.Lora(rank=16)}),
+        "optimizer": optimizer,
         "shapes": shapes,
         "specs": specs,
         "rows": (rows, rows),
