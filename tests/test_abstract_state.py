@@ -52,6 +52,17 @@ def arguments():
     return params, x, plan, lora.init(jax.random.key(0), params, plan)
 
 
+@pytest.mark.parametrize(
+    "policy", ["replicate", "inherit", lambda path, spec: P(*spec[:1])], ids=["replicate", "inherit", "function"]
+)
+def test_adapters_are_where_a_policy_has_them(policy, arguments):
+    params, _, plan, _ = arguments
+    adapters = lora.init(jax.random.key(0), params, plan, lora.adapter_shardings(params, plan, policy=policy))
+    shapes = lora.abstract(PARAMS, MESH, SPECS)
+    found = lora.abstract_state(shapes, plan, OPTIMIZERS["masked"], policy=policy)
+    check_alike(found, lora.TrainState.create(adapters, OPTIMIZERS["masked"]))
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_abstract_state_is_the_real_one(name, arguments):
     _, _, plan, adapters = arguments

@@ -1,6 +1,6 @@
 """Shapes in the place of arrays, and where they would be: what a program is compiled for without its machine."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -15,7 +15,7 @@ from lora_jax.core.partition import check_spec, full_spec
 from lora_jax.core.paths import flatten_with_names, is_array
 from lora_jax.core.targets import Plan
 from lora_jax.initialization.init import init
-from lora_jax.sharding.adapters import adapter_shardings
+from lora_jax.sharding.adapters import Policy, adapter_shardings
 from lora_jax.sharding.devices import sharding_of
 from lora_jax.training.state import TrainState
 
@@ -73,7 +73,12 @@ def abstract(tree: Any, mesh: Mesh, specs: Any = WHOLE) -> Any:
 
 
 def abstract_state(
-    params: Any, plan: Plan, optimizer: optax.GradientTransformation, *, key: jax.Array | None = None
+    params: Any,
+    plan: Plan,
+    optimizer: optax.GradientTransformation,
+    *,
+    key: jax.Array | None = None,
+    policy: Literal["tensor", "replicate", "inherit"] | Policy = "tensor",
 ) -> TrainState:
     """Return the shapes of `lora.TrainState.create(lora.init(key, params, plan), optimizer)`, and where they would be.
 
@@ -85,6 +90,7 @@ def abstract_state(
         plan: as of `lora.plan`, which takes shapes too.
         optimizer: any optax transformation.
         key: of the state, if the loss takes one.
+        policy: where adapters go, as of `lora.adapter_shardings`: "inherit" splits them as the base is split.
 
     Returns:
         A `TrainState` of `jax.ShapeDtypeStruct`s on the mesh of `params`.
@@ -100,7 +106,7 @@ def abstract_state(
             f"{STATE_CALL}: the parameters are on no mesh: give shapes that are, as lora.abstract(params, mesh, specs) "
             "makes them."
         )
-    places = jax.tree.leaves(adapter_shardings(params, plan))
+    places = jax.tree.leaves(adapter_shardings(params, plan, policy=policy))
     bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
 
     def made(params: Any, key: Any) -> Any:

@@ -24,8 +24,10 @@ ADVICE = {
     "base": "The frozen base is the largest part: split it over more devices (an fsdp axis), or pack it in 4 bits, "
     "jax.eval_shape(lambda p: lora.bases.quantize(p, rules), params) with lora.bases.Nf4().",
     "adapters": "The adapters are the largest part: lower the rank, adapt fewer weights, or split them as the base is, "
-    'lora.adapter_shardings(..., policy="inherit").',
-    "optimizer": "The optimizer's state is the largest part: lower the rank, or keep moments in bf16.",
+    'lora.adapter_shardings(..., policy="inherit"), here lora.abstract_state(..., policy="inherit").',
+    "optimizer": "The optimizer's state is the largest part: lower the rank, keep moments in bf16, or split it and the "
+    'adapters as the base is, lora.adapter_shardings(..., policy="inherit"), here lora.abstract_state(..., '
+    'policy="inherit").',
     "other arguments": "Other arguments are the largest part: split the batch over more devices, or make it smaller.",
     "outputs": "Outputs are the largest part: return the loss and not logits, and let the step donate its state.",
 }
