@@ -15,7 +15,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from jax import P
 from jax.sharding import NamedSharding
 
 import lora_jax as lora
-from lora_jax.analysis import hlo
+from lora_jax.analysis import hlo, hlo_costs
 from lora_jax.core.text import format_table
 
 Tree = Any
@@ -41,55 +41,17 @@ LAYERS, ROWS, TOKENS, WIDTH, INNER, RANK, MICROBATCHES = 12, 32, 16, 64, 256, 4,
 
 # Reading a compiled program ------------------------------------------------------------------------------------------
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-CALLS = ("to_apply", "calls", "called_computations", "branch_computations", "true_computation", "false_computation")
 
-
-@dataclass(frozen=True)
-class Collective:
-    """One operation that devices take part in together, as the compiled program has it."""
-
-    kind: str
-    shapes: tuple[tuple[int, ...], ...]  # of its results, on one device
-    nbytes: int  # of its results, each time
-    times: int  # that a call of the program runs it
-    depth: int  # loops that it is in
-
-
-def collectives(text: str) -> list[Collective]:
+def collectives(text: str) -> list[hlo_costs.Collective]:
     """Every collective of a compiled program, `jitted.lower(...).compile().as_text()`, with loops counted."""
-    module = hlo.parse(text)
-    apart: dict[str, Collective] = {}  # on TPUs one that runs beside computation stands in several fusions
-
-    def walk(name: str, times: int, depth: int, fused: bool = False) -> Iterator[Collective]:
-        for one in module.computations.get(name, ()):
-            kind = one.operation.removesuffix("-start")
-            if kind in KINDS:
-                found = list(hlo.arrays(one.results))
-                if kind != one.operation and kind != "all-reduce":  # a start returns its operands too
-                    found = found[1:2] if kind == "collective-permute" else found[len(found) // 2 :]
-                shapes, nbytes = tuple(shape for _, shape, _ in found), sum(n for _, _, n in found)
-                collective = Collective(kind, shapes, nbytes, times, depth)
-                if fused:
-                    apart[one.field(r"channel_id=(\d+)") or one.name] = collective
-                else:
-                    yield collective
-            elif one.operation == "while":
-                for body in one.called("body"):
-                    yield from walk(body, times * (module.trips(one) or 1), depth + 1)
-            else:
-                for inner in one.called(*CALLS):
-                    yield from walk(inner, times, depth, fused or one.operation == "fusion")
-
-    found = list(walk(module.entry, 1, 0))
-    return [*found, *apart.values()]
+    return hlo_costs.collectives(hlo.parse(text))
 
 
-def launches(found: list[Collective]) -> int:
+def launches(found: list[hlo_costs.Collective]) -> int:
     return sum(c.times for c in found)
 
 
-def nbytes(found: list[Collective]) -> int:
+def nbytes(found: list[hlo_costs.Collective]) -> int:
     return sum(c.times * c.nbytes for c in found)
 
 
@@ -184,7 +146,7 @@ class Setup:
 
         return jax.tree.map(placed, made, is_leaf=is_alike)
 
-    def base(self, microbatches: int) -> list[Collective]:
+    def base(self, microbatches: int) -> list[hlo_costs.Collective]:
         """No adapters: the forward pass and the gradient of x, which the layers below would need."""
 
         def run(params: Tree, x: jax.Array) -> Any:
@@ -197,7 +159,7 @@ class Setup:
 
         return self.compiled(jax.jit(run), self.params, self.x)
 
-    def lora(self, microbatches: int, policy: Any = "tensor", once: bool = True) -> list[Collective]:
+    def lora(self, microbatches: int, policy: Any = "tensor", once: bool = True) -> list[hlo_costs.Collective]:
         """`lora.jit_step`; or, with `once` off, the same step under a plain `jax.jit`."""
         apply = lora.lora_apply(self.model)
         state = self.state(self.adapters(policy))
@@ -215,7 +177,7 @@ class Setup:
             )
         return self.compiled(step, state, self.params, self.x)
 
-    def shard_map(self, microbatches: int) -> list[Collective]:
+    def shard_map(self, microbatches: int) -> list[hlo_costs.Collective]:
         apply = lora.lora_apply(self.model_without_constraint())
         state = self.state(self.adapters("tensor"))
 
@@ -233,7 +195,7 @@ class Setup:
 
         return model
 
-    def compiled(self, step: Any, *args: Any) -> list[Collective]:
+    def compiled(self, step: Any, *args: Any) -> list[hlo_costs.Collective]:
         if self.topology is None:
             return collectives(step.lower(*args).compile().as_text())
         sys.path.append(str(ROOT / "tests" / "compiled"))
@@ -241,7 +203,7 @@ class Setup:
 
         return collectives(report(step, *args, topology=self.topology).text)
 
-    def full(self, microbatches: int) -> list[Collective]:
+    def full(self, microbatches: int) -> list[hlo_costs.Collective]:
         """Every weight trained."""
 
         def loss(params: Tree, _: Tree, x: jax.Array) -> jax.Array:
@@ -280,7 +242,7 @@ def table(topology: str | None = None) -> str:
         if "fsdp" not in place.axes and any(place.batch):
             programs["LoRA, shard_map"] = setup.shard_map(MICROBATCHES)
         for program, found in programs.items():
-            kinds = [f"{sum(c.times for c in found if c.kind == kind)} {kind}" for kind in KINDS]
+            kinds = [f"{sum(c.times for c in found if c.kind == kind)} {kind}" for kind in hlo_costs.KINDS]
             figures = [f"{launches(found):,}", f"{nbytes(found):,}", f"{nbytes(found) / nbytes(full):.3f}"]
             print(name, program, *kinds, file=sys.stderr, flush=True)
             rows.append([name, program, ", ".join(k for k in kinds if k[0] != "0"), *figures])

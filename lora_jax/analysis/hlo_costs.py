@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from lora_jax.analysis.hlo import Instruction, Module, nbytes, parse
+from lora_jax.analysis.hlo import Instruction, Module, arrays, nbytes, parse
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 CALLS = ("to_apply", "calls", "called_computations", "branch_computations", "true_computation", "false_computation")
@@ -38,11 +38,28 @@ class Costs:
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective: its kind, the dtypes and shapes that one device gets, and how often it runs in one call."""
+    """One collective of a compiled program.
+
+    Attributes:
+        kind: as of `KINDS`; what slices send each other has kinds of its own.
+        results: the dtypes and shapes that one device gets.
+        times: how often it runs in one call.
+        depth: loops that it is in.
+    """
 
     kind: str
     results: str
     times: int
+    depth: int
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(shape for _, shape, _ in arrays(self.results))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one device gets each time."""
+        return nbytes(self.results)
 
 
 def costs(text: str) -> Costs:
@@ -51,7 +68,7 @@ def costs(text: str) -> Costs:
     cycles: dict[str, int] = {}
     unknown: dict[str, int] = {}
     loops: list[str] = []
-    for one, times, path in _walk(module, module.entry, 1, False, loops):
+    for one, times, path, _ in _walk(module, module.entry, 1, False, loops):
         if path.startswith("fused:") or _kind(one):
             continue
         if (estimate := _estimate(one)) is not None:
@@ -63,7 +80,7 @@ def costs(text: str) -> Costs:
     launches: dict[str, int] = {}
     for collective in collectives(module):
         kind, times = collective.kind, collective.times
-        sent[kind] = sent.get(kind, 0) + times * nbytes(collective.results)
+        sent[kind] = sent.get(kind, 0) + times * collective.nbytes
         launches[kind] = launches.get(kind, 0) + times
     order = [part for part in (FORWARD, AGAIN, BACKWARD, OTHER) if part in cycles]
     if order == [OTHER]:
@@ -78,13 +95,13 @@ def collectives(module: Module) -> list[Collective]:
     channel says little: all that `shard_map` makes have the same.
     """
     found: dict[str, Collective] = {}
-    for one, times, path in _walk(module, module.entry, 1, False, []):
+    for one, times, path, depth in _walk(module, module.entry, 1, False, []):
         if kind := _kind(one):
             channel = one.field(r"channel_id=(\d+)")
             where = "" if channel and path.startswith("fused:") else f"{path} {one.operands}"
             key = f"{kind} {channel} {where}"
             times = max(times, found[key].times if key in found else 0)
-            found[key] = Collective(kind, _received(one), times)
+            found[key] = Collective(kind, _received(one), times, depth)
     return list(found.values())
 
 
@@ -120,20 +137,20 @@ def _received(one: Instruction) -> str:
 
 
 def _walk(
-    module: Module, name: str, times: int, fused: bool, loops: list[str]
-) -> Iterator[tuple[Instruction, int, str]]:
-    """Yield each instruction that runs, how often, and where; what is inside of a fusion is marked."""
+    module: Module, name: str, times: int, fused: bool, loops: list[str], depth: int = 0
+) -> Iterator[tuple[Instruction, int, str, int]]:
+    """Yield each instruction that runs, how often, where, and in how many loops; the inside of a fusion is marked."""
     for one in module.computations.get(name, ()):
-        yield one, times, f"fused:{name}" if fused else name
+        yield one, times, f"fused:{name}" if fused else name, depth
         if one.operation == "while":
             turns = module.trips(one)
             if turns is None:
                 loops.append(one.name)
             for body in one.called("body"):
-                yield from _walk(module, body, times * (turns or 1), fused, loops)
+                yield from _walk(module, body, times * (turns or 1), fused, loops, depth + 1)
         elif one.operation in ("fusion", "call", "conditional", "async-start", "call-start", "custom-call"):
             for inner in one.called(*CALLS):
-                yield from _walk(module, inner, times, fused or one.operation == "fusion", loops)
+                yield from _walk(module, inner, times, fused or one.operation == "fusion", loops, depth)
 
 
 def _estimate(one: Instruction) -> int | None:
