@@ -74,12 +74,23 @@ def test_no_more_is_sent_than_by_the_floor_and_for_the_adapters(lora_gradient, f
 
 
 @pytest.fixture(scope="module")
+def by_hand(setup):
+    return setup.by_hand()
+
+
+@pytest.mark.slow
+def test_lora_by_hand_takes_more_cycles_and_memory(lora_gradient, by_hand):
+    assert programs.cycles(lora_gradient) <= 0.96 * programs.cycles(by_hand)
+    assert programs.temporary(lora_gradient) <= 0.75 * programs.temporary(by_hand)
+
+
+@pytest.fixture(scope="module")
 def qlora_gradient(setup):
     return setup.gradient(bits="nf4")
 
 
 def test_a_base_in_nf4_costs_few_cycles(qlora_gradient, lora_gradient):
-    assert programs.cycles(qlora_gradient) <= 1.2 * programs.cycles(lora_gradient)
+    assert programs.cycles(qlora_gradient) <= 1.05 * programs.cycles(lora_gradient)
 
 
 def test_a_base_in_nf4_takes_no_more_temporary_memory(qlora_gradient, lora_gradient):
@@ -88,3 +99,15 @@ def test_a_base_in_nf4_takes_no_more_temporary_memory(qlora_gradient, lora_gradi
 
 def test_a_base_in_nf4_is_gathered_packed(qlora_gradient, lora_gradient):
     assert programs.sent(qlora_gradient) <= 0.28 * programs.sent(lora_gradient)
+
+
+@pytest.fixture(scope="module")
+def int8_gradient(setup):
+    return setup.gradient(bits="int8")
+
+
+@pytest.mark.slow
+def test_a_base_in_int8_costs_no_cycles(int8_gradient, lora_gradient):
+    assert programs.cycles(int8_gradient) <= programs.cycles(lora_gradient)
+    assert programs.temporary(int8_gradient) <= programs.temporary(lora_gradient)
+    assert programs.sent(int8_gradient) <= 0.5 * programs.sent(lora_gradient)

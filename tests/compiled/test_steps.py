@@ -96,8 +96,9 @@ def test_by_hand_as_many_numbers_are_sent_on_a_data_mesh(found):
 
 
 def test_temporary_memory_is_that_of_by_hand(found):
+    """Of a small decoder; test_decoder.py has it of a large one."""
     ours, hand = found("gradient", "data"), found("by_hand", "data")
-    assert programs.temporary(ours) <= 1.02 * programs.temporary(hand)
+    assert programs.temporary(ours) <= 1.03 * programs.temporary(hand)
 
 
 # Of q, k and v the compiler gathers 5 a layer for recomputed and backward products together; by hand 4.
