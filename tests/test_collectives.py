@@ -4,8 +4,13 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
+import optax
 import placements
 import pytest
+from helpers import assert_trees_close, trained
+from jax import P
+from jax.sharding import NamedSharding
 
 import lora_jax as lora
 from benchmarks.collectives import (
@@ -141,3 +146,40 @@ def test_what_is_sent_does_not_depend_on_the_mesh_in_context(name):
     with jax.set_mesh(mesh):
         assert sent() == plain
     assert {kind for kind, *_ in plain} >= {"all-reduce"}
+
+
+def test_adapters_of_experts_stay_where_they_are():
+    """Experts are split over the axis that splits the rows: each device trains its own, and gets those of no other."""
+    mesh = jax.make_mesh((8,), ("expert",), (jax.sharding.AxisType.Auto,))
+    split = NamedSharding(mesh, P("expert"))
+
+    def local(w, x):  # [E / 8, D, D], [rows / 8, D]
+        every = jax.lax.all_gather(x, "expert", tiled=True)
+        return jax.lax.psum_scatter(jnp.tanh(jnp.einsum("td,edf->etf", every, w)).sum(0), "expert", tiled=True)
+
+    def model(params, x):
+        return x + jax.shard_map(local, mesh=mesh, in_specs=(P("expert"),) * 2, out_specs=P("expert"))(params["up"], x)
+
+    params = {"up": jax.device_put(jax.random.normal(jax.random.key(0), (16, WIDTH, WIDTH)) / WIDTH, split)}
+    x = jax.device_put(jax.random.normal(jax.random.key(1), (ROWS, WIDTH)), split)
+    plan = lora.plan(model, params, x, rules={"up": lora.Lora(RANK, stack=0)})
+    state = lora.TrainState.create(trained(lora.init(jax.random.key(2), params, plan), 3), optax.sgd(0.1))
+    assert state.trainable["up"].a.sharding.spec[0] == "expert"
+    apply = lora.lora_apply(model)
+
+    def loss(adapters, params, x):
+        return jnp.mean(apply(params, adapters, x) ** 2)
+
+    plain = jax.value_and_grad(loss)
+    expected, gradient = jax.jit(plain)(state.trainable, params, x)
+    step = lora.jit_step(loss, optax.sgd(0.1))
+    found = collectives(step.lower(state, params, x).compile().as_text())
+    norm_and_whether_it_is_finite = 8
+    assert (
+        nbytes(found)
+        <= nbytes(collectives(jax.jit(plain).lower(state.trainable, params, x).compile().as_text()))
+        + norm_and_whether_it_is_finite
+    )
+    moved = jax.tree.map(lambda array, slope: array - 0.1 * slope, state.trainable, gradient)
+    state, metrics = step(state, params, x)
+    assert_trees_close((metrics["loss"], state.trainable["up"].a), (expected, moved["up"].a), rtol=1e-5, atol=1e-6)

@@ -131,8 +131,11 @@ class CopiesOperand(Wrapper):
         return self.one().rows(axis, n, fn, stack)
 
 
-def make_copies(tree: Any, batch: NamedSharding) -> Any:
+def make_copies(tree: Any, batch: NamedSharding, shardings: Any = None) -> Any:
     """Return the tree with copies of each adapter in it, one for each part that a batch of this sharding comes in.
+
+    `shardings` are those of the tree's arrays, if they are known. Matrices that are on the devices of some parts alone,
+    as experts are, have no copies: no other device computes with them, and each would get all of them.
 
     The i-th entry of the sharding's spec splits the i-th axis of the batch, and is taken to split the i-th axis, among
     those that are not multiplied away, of whatever an adapted weight is multiplied with. Where that is not so the
@@ -142,22 +145,29 @@ def make_copies(tree: Any, batch: NamedSharding) -> Any:
     if not splits or jax.sharding.AxisType.Explicit in batch.mesh.axis_types:
         return tree  # explicit axes leave the compiler nothing to decide
     counts, entries = [n for _, n in splits], [batch.spec[i] for i, _ in splits]
+    names = [name for entry in entries for name in names_of(entry)]
 
     def copied(array: jax.Array) -> jax.Array:
         sharding = NamedSharding(batch.mesh, P(*entries, *[P.UNCONSTRAINED] * array.ndim))
         return jax.lax.with_sharding_constraint(jnp.broadcast_to(array, (*counts, *array.shape)), sharding)
 
-    def copy(node: Any) -> Any:
+    def stack_is_split(node: Adapter) -> bool:
+        specs = [sharding.spec[: len(node.axes.stack)] for sharding in jax.tree.leaves(node)]
+        return any(name in names for spec in specs for entry in spec for name in names_of(entry))
+
+    def copy(node: Any, places: Any = None) -> Any:
         if not is_adapter(node) or node.forms_weight or isinstance(node, PerShardCopies):
+            return node
+        if places is not None and stack_is_split(places):
             return node
         return PerShardCopies(jax.tree.map(copied, node), node, node.axes, splits)
 
-    return jax.tree.map(copy, tree, is_leaf=is_adapter)
+    return jax.tree.map(copy, tree, *([] if shardings is None else [shardings]), is_leaf=is_adapter)
 
 
-def copies_alone(tree: Any, batch: NamedSharding) -> list[PerShardCopies | None]:
+def copies_alone(tree: Any, batch: NamedSharding, shardings: Any = None) -> list[PerShardCopies | None]:
     """Return what `make_copies` copies, for each adapter and each other array: None where it copies none."""
-    nodes = jax.tree.leaves(make_copies(tree, batch), is_leaf=is_adapter)
+    nodes = jax.tree.leaves(make_copies(tree, batch, shardings), is_leaf=is_adapter)
     return [node if isinstance(node, PerShardCopies) else None for node in nodes]
 
 

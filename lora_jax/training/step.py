@@ -49,6 +49,7 @@ def train_step(
     microbatches: int = 1,
     axis_name: str | tuple[str, ...] | None = None,
     batch_sharding: NamedSharding | None = None,
+    shardings: Any = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one step, and return the next state and the metrics.
 
@@ -67,7 +68,7 @@ def train_step(
         params: the frozen base.
         batch: further arguments of the loss, pytrees of arrays `[rows, ...]`; what has no rows is marked, as in
             `lora.Unbatched(class_weights)`.
-        microbatches, axis_name, batch_sharding: as for `value_and_grad`.
+        microbatches, axis_name, batch_sharding, shardings: as for `value_and_grad`.
 
     Returns:
         The next state, and the metrics `loss`, `grad_norm`, `skipped`, with a loss scale `loss_scale`, and those that
@@ -90,7 +91,8 @@ def train_step(
     check_step(call, loss, optimizer, microbatches)
     check_state(call, state, TrainState)
     _check_optimizer(optimizer, state)
-    gradient = value_and_grad(loss, microbatches=microbatches, axis_name=axis_name, batch_sharding=batch_sharding)
+    places = {"batch_sharding": batch_sharding, "shardings": shardings}
+    gradient = value_and_grad(loss, microbatches=microbatches, axis_name=axis_name, **places)
     key = None if state.key is None else jax.random.fold_in(state.key, state.step)
     scale = 1.0 if state.loss_scale is None else state.loss_scale.value
     found = gradient(state.trainable, params, *batch, scale=scale, key=key, model_state=state.model_state)
@@ -184,6 +186,7 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
         step = functools.partial(train_step, loss, optimizer, microbatches=microbatches, batch_sharding=batch_sharding)
         if places is None:
             return jax.jit(step, donate_argnums=0)
+        step = functools.partial(step, shardings=places.trainable)
         return jax.jit(step, donate_argnums=0, out_shardings=(places, NamedSharding(places.step.mesh, P())))
 
     def step(state: TrainState, params: Any, *batch: Any) -> Any:

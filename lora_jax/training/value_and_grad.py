@@ -39,6 +39,7 @@ def value_and_grad(
     microbatches: int = 1,
     axis_name: str | tuple[str, ...] | None = None,
     batch_sharding: NamedSharding | None = None,
+    shardings: Any = None,
 ) -> Callable[..., Any]:
     """Return `f(trainable, params, *batch) -> ((loss, metrics), gradient)`, as `jax.value_and_grad` does for one batch.
 
@@ -55,6 +56,9 @@ def value_and_grad(
         axis_name: inside `jax.pmap` or `jax.shard_map`, the axes over which each device has a part of the batch.
         batch_sharding: under `jax.jit` over a mesh, the sharding of the batch: the gradients of adapters are then
             summed over devices once a step, also in scanned layers and with microbatches.
+        shardings: beside `batch_sharding`, those of `trainable`, a tree like it: `jax.tree.map(lambda a: a.sharding,
+            trainable)`, which is not known inside of `jax.jit`. Adapters of experts that are split over the batch's own
+            mesh axes then stay where they are.
 
     Returns:
         `f`. With a keyword `key`, a random key, it calls the loss with a keyword `key` too, another one for each part.
@@ -93,7 +97,7 @@ def value_and_grad(
         _check_keywords(loss, {"key": key is not None, "model_state": model_state is not None})
         # In `shard_map`, the gradient of an array that does not vary over devices would be summed at each of its uses.
         trainable, model_state = jax.tree.map(lambda array: vary(array, axes), (trainable, model_state))
-        copies = [] if batch_sharding is None else copies_alone(trainable, batch_sharding)
+        copies = [] if batch_sharding is None else copies_alone(trainable, batch_sharding, shardings)
         if key is not None:
             for name in axes:
                 key = jax.random.fold_in(key, lax.axis_index(name))

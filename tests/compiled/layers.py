@@ -151,8 +151,10 @@ class Compiled:
 
     def gradient(self, rule: lora.Rule) -> lora.CompileReport:
         """The loss and the gradient of the adapters, by `lora.value_and_grad` as in `lora.jit_step`."""
-        step = lora.value_and_grad(self.loss(), batch_sharding=self.x.sharding)
-        return report(step, self.adapters(rule), self.params, self.x, topology=self.topology)
+        adapters = self.adapters(rule)
+        places = jax.tree.map(lambda leaf: leaf.sharding, adapters)
+        step = lora.value_and_grad(self.loss(), batch_sharding=self.x.sharding, shardings=places)
+        return report(step, adapters, self.params, self.x, topology=self.topology)
 
     def plain_gradient(self, rule: lora.Rule) -> lora.CompileReport:
         """The same by `jax.value_and_grad`."""
