@@ -77,8 +77,9 @@ def case(fn, rule=RULE):
 
 @pytest.mark.parametrize("fn", [unrolled, scanned, recomputed], ids=lambda fn: fn.__name__)
 def test_flops_and_memory_are_those_of_lora_by_hand(fn):
-    """Matrix FLOPs within 0.1 %, temporary memory within 2 % (4 % of the little that a remat leaves): one copy of the
-    base, also of one that is scanned.
+    """Matrix FLOPs within 0.1 %, temporary memory within 2 %: one copy of the base, also of one that is scanned.
+
+    A remat leaves little memory, and the bound is 4 % of it.
     """
     params, adapters, x = case(fn)
     apply = lora.lora_apply(fn)

@@ -1,0 +1,34 @@
+"""Whole models fit their machines, with a base in NF4: the bounds of docs/will_it_fit.md, by its own programs."""
+
+import pytest
+
+pytest.importorskip("libtpu", reason="libtpu is not installed: make test-compiled")
+
+from benchmarks.will_it_fit import BOUNDS, MODELS, RANK
+
+
+def numbers(c):
+    """Of all linears, of the embedding and the head, and of the norms."""
+    attention = c.width * c.head * (2 * c.heads + 2 * c.kv_heads)
+    return (
+        c.layers * (attention + 3 * c.width * c.inner),
+        2 * c.vocabulary * c.width,
+        (2 * c.layers + 1) * c.width,
+    )
+
+
+def factors(c):
+    """Of A and B of all linears."""
+    ends = 2 * (c.width + c.heads * c.head) + 2 * (c.width + c.kv_heads * c.head) + 3 * (c.width + c.inner)
+    return c.layers * RANK * ends
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", BOUNDS, ids=lambda program: f"{program.model} on {program.machine}")
+def test_it_fits(program):
+    found, c = program.report(), MODELS[program.model]
+    assert found.fits, found
+    linears, tables, norms = numbers(c)
+    nf4 = linears // 2 + linears // 64 * 4  # codes of 4 bits, and for each 64 a scale in fp32
+    assert found.parts["base"] == (nf4 + 2 * tables) // found.devices + 2 * norms
+    assert found.parts["adapters"] == 4 * factors(c) + 7 * 2 * 4  # and of each linear alpha and r
