@@ -44,6 +44,19 @@ def test_gradients_of_adapters_are_summed_in_fp32_beside_a_base_in_bf16(lora_gra
     assert {dtype for one in sums for dtype, _, _ in hlo.arrays(one.results)} == {"f32"}
 
 
+def test_gradients_of_factors_are_products_in_fp32(lora_gradient):
+    """A sum over tokens that came out in bf16 would have 8 bits, whatever it is added up in afterwards."""
+    rank, found = programs.RANK, {}
+    for lines in hlo.parse(lora_gradient.text).computations.values():
+        for one in lines:
+            for dtype, shape, _ in hlo.arrays(one.results) if one.operation in ("convolution", "dot") else ():
+                sides = [n for n in shape if n > 1]
+                if len(sides) == 2 and rank in sides and max(sides) in (WIDTH, INNER, KEYS):
+                    found.setdefault(dtype, []).append(shape)
+    assert list(found) == ["f32"]
+    assert len(found["f32"]) >= 2 * 7
+
+
 def test_adapters_and_their_gradients_take_no_more_memory_than_their_bytes(lora_gradient):
     assert lora_gradient.parts["adapters"] == FACTORS + 7 * 2 * 4  # and of each linear alpha and r
     assert lora_gradient.parts["padding of arguments"] <= 0.02 * FACTORS
