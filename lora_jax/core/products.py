@@ -191,14 +191,26 @@ def add_lowrank(
     overflows fp16 by it. x @ A is named `lora_h` for the policies of `jax.checkpoint`: keeping it costs r/d of x and
     saves a pass over x.
 
-    The barrier makes h @ B wait for y. XLA's compiler for TPUs then adds y within that product. Without, it may take
-    h @ B first, write it out in fp32 and add y in passes of their own, which cost more than the thin products do. Where
-    a derivative needs h alone, XLA computes no y for it.
+    h @ B waits for y. XLA's compiler for TPUs then adds y within that product. Without, it may take h @ B first, write
+    it out in fp32 and add y in passes of their own, which cost more than the thin products do.
     """
     if a.shape[-1] == 0:
         return of_y(product.y).astype(product.y.dtype)
     h = checkpoint_name(product.contract(a).astype(product.x.dtype), "lora_h")
-    y, h = jax.lax.optimization_barrier((product.y, h))
+    y, h = _in_turn(product.y, h)
     change, y = product.expand(h, b), of_y(y)
     wide = accumulator(y.dtype, change.dtype)
     return (y.astype(wide) + change.astype(wide)).astype(product.y.dtype)
+
+
+@jax.custom_jvp
+def _in_turn(y: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return both, h when y is there. Where a derivative needs h alone, XLA computes no y for it.
+
+    The derivative knows no order: on a tensor axis, sums of the gradients of y and h over devices are one reduction.
+    """
+    y, h = jax.lax.optimization_barrier((y, h))
+    return y, h
+
+
+_in_turn.defjvp(lambda primals, tangents: (_in_turn(*primals), tuple(tangents)), symbolic_zeros=True)
