@@ -75,11 +75,11 @@ def floor(setup):
 
 
 def test_cycles_over_the_frozen_floor(lora_gradient, floor):
-    assert programs.cycles(lora_gradient) <= 1.01 * programs.cycles(floor)
+    assert programs.cycles(lora_gradient) <= 1.02 * programs.cycles(floor)
 
 
 def test_temporary_memory_over_the_frozen_floor(lora_gradient, floor):
-    assert programs.temporary(lora_gradient) <= 1.06 * programs.temporary(floor)
+    assert programs.temporary(lora_gradient) <= 1.15 * programs.temporary(floor)
 
 
 def test_no_more_is_sent_than_by_the_floor_and_for_the_adapters(lora_gradient, floor):
@@ -93,8 +93,8 @@ def by_hand(setup):
 
 @pytest.mark.slow
 def test_lora_by_hand_takes_more_cycles_and_memory(lora_gradient, by_hand):
-    assert programs.cycles(lora_gradient) <= 0.96 * programs.cycles(by_hand)
-    assert programs.temporary(lora_gradient) <= 0.75 * programs.temporary(by_hand)
+    assert programs.cycles(lora_gradient) <= 0.97 * programs.cycles(by_hand)
+    assert programs.temporary(lora_gradient) <= 0.8 * programs.temporary(by_hand)
 
 
 @pytest.fixture(scope="module")
