@@ -1,4 +1,4 @@
-"""Whole models fit their machines, with a base in NF4: the bounds of docs/will_it_fit.md, by its own programs."""
+"""A whole model fits its machine, with a base in NF4: a bound of docs/will_it_fit.md, by its own program."""
 
 import pytest
 
@@ -24,8 +24,8 @@ def factors(c):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", BOUNDS, ids=lambda program: f"{program.model} on {program.machine}")
-def test_it_fits(program):
+def test_llama_3_8b_fits_four_chips():
+    program = next(one for one in BOUNDS if one.machine == "v5e:2x2")
     found, c = program.report(), MODELS[program.model]
     assert found.fits, found
     linears, tables, norms = numbers(c)
