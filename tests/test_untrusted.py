@@ -407,8 +407,8 @@ def test_loading_and_saving_are_linear(tmp_path, monkeypatch):
         saves.append(calls_of(lambda f=folder, a=adapters, k=key_map: lora.save_peft(f, a, k)))
         loads.append(calls_of(lambda f=folder, p=params, k=key_map: lora.load_peft(f, p, k)))
         assert len(read_config(folder / "adapter_config.json").alpha_pattern) >= n - 3
-    for _, few, more, most in (loads, saves):
-        assert most - more < 2.05 * (more - few)
+    for _, few, more, most in (loads, saves):  # JAX's caches, which other tests fill, take some calls; squares are 4
+        assert most - more < 2.2 * (more - few)
 
 
 def test_expressions_are_compiled_once(monkeypatch):
