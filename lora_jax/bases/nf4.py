@@ -255,9 +255,8 @@ def _pack_scales(scales: jax.Array, stack: int) -> tuple[jax.Array, jax.Array, j
     """
     is_traced = isinstance(scales, jax.core.Tracer)
     xp: Any = jnp if is_traced else np
-    exact = (
-        scales if is_traced else np.asarray(_everywhere(scales))
-    ).mT  # [*s, k, d / 64], the order of torch's weight
+    whole: Any = scales if is_traced else np.asarray(_everywhere(scales))
+    exact = whole.mT  # [*s, k, d / 64], the order of torch's weight
     flat = exact.reshape(*exact.shape[:stack], -1)
     mean = _mean(flat) if is_traced else flat.astype(np.float64).mean(-1).astype(np.float32)
     blocks = _blocks(xp, flat - mean[..., None])

@@ -44,8 +44,7 @@ class PerShardCopies(AdapterWrapper):
         return _first_copy(self.inner, len(self.splits))
 
     def kernel_shape(self) -> tuple[int, ...]:
-        k = len(self.splits)
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[k:], a.dtype), self.inner).kernel_shape()
+        return self.original.kernel_shape()
 
     def lower(self, w: Any) -> Operand | jax.Array:
         """Lower every copy."""

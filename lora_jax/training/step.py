@@ -91,8 +91,9 @@ def train_step(
     check_step(call, loss, optimizer, microbatches)
     check_state(call, state, TrainState)
     _check_optimizer(optimizer, state)
-    places = {"batch_sharding": batch_sharding, "shardings": shardings}
-    gradient = value_and_grad(loss, microbatches=microbatches, axis_name=axis_name, **places)
+    gradient = value_and_grad(
+        loss, microbatches=microbatches, axis_name=axis_name, batch_sharding=batch_sharding, shardings=shardings
+    )
     key = None if state.key is None else jax.random.fold_in(state.key, state.step)
     scale = 1.0 if state.loss_scale is None else state.loss_scale.value
     found = gradient(state.trainable, params, *batch, scale=scale, key=key, model_state=state.model_state)
@@ -183,10 +184,16 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
         return steps.get(where, made), places is not None
 
     def compiled(batch_sharding: NamedSharding | None, places: Any) -> Any:
-        step = functools.partial(train_step, loss, optimizer, microbatches=microbatches, batch_sharding=batch_sharding)
+        step = functools.partial(
+            train_step,
+            loss,
+            optimizer,
+            microbatches=microbatches,
+            batch_sharding=batch_sharding,
+            shardings=places and places.trainable,
+        )
         if places is None:
             return jax.jit(step, donate_argnums=0)
-        step = functools.partial(step, shardings=places.trainable)
         return jax.jit(step, donate_argnums=0, out_shardings=(places, NamedSharding(places.step.mesh, P())))
 
     def step(state: TrainState, params: Any, *batch: Any) -> Any:

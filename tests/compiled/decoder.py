@@ -25,10 +25,6 @@ class Size:
     vocabulary: int = 4096  # a scan over two layers says what one over 32 does, and so does a small head
 
 
-LLAMA_8B = Size(layers=32, vocabulary=128256)
-LLAMA_70B = Size(layers=80, width=8192, inner=28672, heads=64, vocabulary=128256)
-
-
 def shapes(c: Size) -> dict[str, Any]:
     """The parameters, in bf16."""
     keys = c.kv_heads * (c.width // c.heads)
