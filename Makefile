@@ -11,7 +11,7 @@ NEWEST ?= $(shell for python in python3.13 python3.12 $$(ls -d $$HOME/.pyenv/ver
 	do $$python -c "" 2>/dev/null && echo $$python && break; done)
 
 .PHONY: demo demo-sharded compare compare-methods headlines assets test test-newest test-compiled run-compiled test-interop \
-	interop-models lint format types architecture clean
+	interop-models environments lint format types architecture clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py $(ARGS)
@@ -53,6 +53,11 @@ run-compiled: .venv-compiled/.done
 
 interop-models: $(VENV)/.interop-models
 	$(RUN) -m pytest --numprocesses 2 tests/interop_models $(ARGS)
+
+# What test-newest and test-compiled need, where they run
+environments:
+	@if [ -n "$(NEWEST)" ]; then $(MAKE) --no-print-directory .venv-compiled/.done && \
+	$(MAKE) --no-print-directory .venv-newest/.dev PYTHON="$(NEWEST)" VENV=.venv-newest; fi
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

@@ -31,11 +31,11 @@ KEPT_IN_CI = 200
 _run = 0
 
 
-THIRDS, LARGE = 3, 30  # tables of so many cases are run a third at a time
+FIFTHS, LARGE = 5, 30  # tables of so many cases are run a fifth at a time
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the slow tests too, and a third of each large table")
+    parser.addoption("--slow", action="store_true", help="run the slow tests too, and a fifth of each large table")
     parser.addoption("--all", action="store_true", help="run everything")
 
 
@@ -46,9 +46,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Skip what this run is not for.
 
-    The inner loop leaves out what is slow, all but one in n of the cases of a sampled table, and all but a third of a
+    The inner loop leaves out what is slow, all but one in n of the cases of a sampled table, and all but a fifth of a
     large table, always the same ones.
-    With --slow a third of each large table is run, another one for each commit, so that a few runs of CI see all.
+    With --slow a fifth of each of these tables is run, another one for each commit, so that a few runs of CI see all.
     """
     if config.getoption("--all"):
         return
@@ -60,10 +60,10 @@ def pytest_collection_modifyitems(config, items):
         sampled = cases[0].get_closest_marker("sampled")
         ordered = sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))
         if slow:
-            of = THIRDS if sampled or len(cases) >= LARGE else 1
+            of = FIFTHS if sampled or len(cases) >= LARGE else 1
             kept = ordered[turn % of :: of] or ordered[:1]
         else:
-            of = sampled.args[0] if sampled else THIRDS if len(cases) >= LARGE else 1
+            of = sampled.args[0] if sampled else FIFTHS if len(cases) >= LARGE else 1
             kept = ordered[: -(-len(cases) // of)]
         chosen = set(map(id, kept))
         for item in cases:
@@ -71,6 +71,12 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow, as CI does"))
             elif id(item) not in chosen:
                 item.add_marker(pytest.mark.skip(reason=f"one in {of} is run here, and all with --all"))
+
+
+@pytest.fixture(scope="session")
+def share(pytestconfig):
+    """Return how many of a slow test's rounds this run is for: of n all with --all, and a fifth in CI."""
+    return lambda n: n if pytestconfig.getoption("--all") else n // FIFTHS
 
 
 def _turn():

@@ -451,8 +451,7 @@ def mutated(random, tensors):
     )
 
 
-@pytest.mark.parametrize("cases", [150, pytest.param(4000, marks=pytest.mark.slow)])
-def test_mutated_files_of_bitsandbytes(cases, tmp_path):
+def check_mutated(cases, tmp_path):
     """Read as it is, or refused; never something else than was said."""
     random, ends = Random(cases), [0, 0]
     for i in range(cases):
@@ -465,6 +464,15 @@ def test_mutated_files_of_bitsandbytes(cases, tmp_path):
         except lora.LoraError:
             ends[1] += 1
     assert min(ends) > cases / 20
+
+
+def test_mutated_files_of_bitsandbytes(tmp_path):
+    check_mutated(150, tmp_path)
+
+
+@pytest.mark.slow
+def test_many_mutated_files_of_bitsandbytes(tmp_path, share):
+    check_mutated(share(4000), tmp_path)
 
 
 # Packed bases on disk -------------------------------------------------------------------------------------------------

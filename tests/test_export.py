@@ -432,8 +432,7 @@ def mutated(random, content):
     return bytes(content)
 
 
-@pytest.mark.parametrize("cases", [200, pytest.param(4000, marks=pytest.mark.slow)])
-def test_mutated_sources(cases, tmp_path):
+def check_mutated(cases, tmp_path):
     """An index or a shard with some bytes changed: read as it is, or refused; and no file but these is touched."""
     published(tmp_path / "in", "lora", shards=2)
     paths = [path for path in sorted((tmp_path / "in").iterdir()) if path.suffix in (".json", ".safetensors")]
@@ -450,6 +449,15 @@ def test_mutated_sources(cases, tmp_path):
         paths[i].write_bytes(originals[i])
     assert min(ends) > cases / 20
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_mutated_sources(tmp_path):
+    check_mutated(200, tmp_path)
+
+
+@pytest.mark.slow
+def test_many_mutated_sources(tmp_path, share):
+    check_mutated(share(4000), tmp_path)
 
 
 @pytest.mark.slow

@@ -751,9 +751,9 @@ def test_mutations(mutate, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mutate", MUTATIONS)
-def test_many_mutations(mutate, tmp_path):
-    """20,000 of them together, in little memory."""
+def test_many_mutations(mutate, tmp_path, share):
+    """20,000 of them together, and a fifth of these in CI, in little memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    cases = MUTATIONS[mutate][1]
+    cases = share(MUTATIONS[mutate][1])
     assert min(run_mutations(mutate, cases, tmp_path / "in")) > cases / 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000, "kilobytes"

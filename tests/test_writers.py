@@ -553,26 +553,26 @@ def race(server, name, place, times):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
-def test_kills(name, server, place, pytestconfig):
-    kill_often(server, name, place, 60 if pytestconfig.getoption("--all") else 20)
+def test_kills(name, server, place, share):
+    kill_often(server, name, place, share(60))
 
 
 # Where a folder is replaced while orbax reads it, its threads still speak to an event loop that it has closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["peft", "adapters", "base", "file"])
-def test_races(name, server, place, pytestconfig):
-    race(server, name, place, 40 if pytestconfig.getoption("--all") else 15)
+def test_races(name, server, place, share):
+    race(server, name, place, share(40))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["merge", "run"])
-def test_races_that_one_wins(name, server, place, pytestconfig):
+def test_races_that_one_wins(name, server, place, share):
     """Where nothing is replaced, one of two is on disk, whole, and the other one is told."""
     writer, target = WRITERS[name], place / "out"
     newest = 1
     writer.save(target, newest)
-    for i in range(40 if pytestconfig.getoption("--all") else 15):
+    for i in range(share(40)):
         server.order(name, target, 2, 2 + i, 1)
         server.wait_for("end")
         assert not server.numbers("failed"), server.said
