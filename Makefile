@@ -43,13 +43,14 @@ test-interop: $(VENV)/.test-interop
 	$(RUN) -m pytest --numprocesses 2 tests/interop_peft tests/interop_qwix $(ARGS)
 
 # Compiles for TPUs and GPUs that are not there: a quarter of an hour on two cores, and two minutes once .compiled_cache
-# has what is compiled. Its conftest stands alone. Tests of a file are in one process, as they share programs.
+# has what is compiled. Its conftest stands alone. Neighbours share programs, so each process begins with one half of the
+# tests; one that is done takes over from the other, and finds in .compiled_cache what that has compiled.
 test-compiled:
 	@if [ -n "$(NEWEST)" ]; then $(MAKE) --no-print-directory run-compiled; \
 	else echo "test-compiled is skipped: neither python3.13 nor python3.12 runs here; say which with: make NEWEST=... test-compiled"; fi
 
 run-compiled: .venv-compiled/.done
-	.venv-compiled/bin/python -m pytest --numprocesses 2 --dist loadfile -c tests/compiled/pytest.ini tests/compiled $(ARGS)
+	.venv-compiled/bin/python -m pytest --numprocesses 2 --dist worksteal -c tests/compiled/pytest.ini tests/compiled $(ARGS)
 
 interop-models: $(VENV)/.interop-models
 	$(RUN) -m pytest --numprocesses 2 tests/interop_models $(ARGS)

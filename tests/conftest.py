@@ -31,11 +31,12 @@ KEPT_IN_CI = 200
 _run = 0
 
 
-FIFTHS, LARGE = 5, 30  # tables of so many cases are run a fifth at a time
+FIFTHS, LARGE = 5, 30  # tables of so many cases are run a fifth at a time,
+TENTHS, LARGEST = 10, 200  # and of so many a tenth
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the slow tests too, and a fifth of each large table")
+    parser.addoption("--slow", action="store_true", help="run the slow tests too, and a part of each large table")
     parser.addoption("--all", action="store_true", help="run everything")
 
 
@@ -48,7 +49,8 @@ def pytest_collection_modifyitems(config, items):
 
     The inner loop leaves out what is slow, all but one in n of the cases of a sampled table, and all but a fifth of a
     large table, always the same ones.
-    With --slow a fifth of each of these tables is run, another one for each commit, so that a few runs of CI see all.
+    With --slow a fifth of each of these tables is run, or a tenth, another one for each commit, so that some runs of CI
+    see all.
     """
     if config.getoption("--all"):
         return
@@ -60,7 +62,7 @@ def pytest_collection_modifyitems(config, items):
         sampled = cases[0].get_closest_marker("sampled")
         ordered = sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))
         if slow:
-            of = FIFTHS if sampled or len(cases) >= LARGE else 1
+            of = TENTHS if len(cases) >= LARGEST else FIFTHS if sampled or len(cases) >= LARGE else 1
             kept = ordered[turn % of :: of] or ordered[:1]
         else:
             of = sampled.args[0] if sampled else FIFTHS if len(cases) >= LARGE else 1
