@@ -59,6 +59,7 @@ AXES = {
 
 @pytest.mark.parametrize("name", mostly_slow(AXES, ["a matrix", "heads"]))
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.sampled(1)
 def test_lengths_are_right_however_short(name, dtype):
     shape, axes = AXES[name]
     w = jax.random.normal(jax.random.key(0), shape).astype(dtype)
@@ -71,6 +72,7 @@ def test_lengths_are_right_however_short(name, dtype):
 
 @pytest.mark.parametrize("dtype", mostly_slow([jnp.float32, jnp.bfloat16], [jnp.float32]))
 @pytest.mark.parametrize("short", mostly_slow(SHORT, [1.0, 1e-3]))
+@pytest.mark.sampled(1)
 def test_applying_is_merging_however_short(short, dtype):
     """Of fp32 activations over a base of either dtype: values and gradients."""
     w = jax.random.normal(jax.random.key(0), (D, K)).astype(dtype)

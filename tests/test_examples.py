@@ -287,9 +287,11 @@ def test_half_an_epoch_on_the_real_task(tmp_path):
         import finetune_sentiment as demo
         folder = pathlib.Path(sys.argv[1])
         task = demo.load_task()
-        every = task.splits["train"]
-        half = demo.snippets.Split(every.tokens[::2], every.labels[::2])
-        task = dataclasses.replace(task, splits=task.splits | {"train": half})
+        def every(n, name):
+            split = task.splits[name]
+            return demo.snippets.Split(split.tokens[::n], split.labels[::n])
+        splits = task.splits | {"train": every(2, "train"), "validation": every(8, "validation")}
+        task = dataclasses.replace(task, splits=splits)
         probe, adapted = demo.fine_tune(task, demo.Config(output=folder, epochs=1))
         logits, _ = demo.make_lora(task, demo.Config(), seed=0)
         difference = demo.export(task, logits, adapted.trainable, folder)

@@ -133,6 +133,7 @@ def test_a_head_of_its_own_is_what_peft_computes(name, shards, stored, tmp_path)
 
 @pytest.mark.parametrize("stored", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.sampled(1)
 def test_one_tensor_holds_one_change(name, stored, tmp_path):
     """Refused unless both ends change alike, or are asked to; two changes do not fit into one tensor."""
     base = published(tmp_path / "base", stored=stored)

@@ -73,6 +73,7 @@ def case_of(name):
 @pytest.mark.parametrize(
     "name", mostly_slow(FINITE, ["x W overflows fp16", "W overflows fp8, cast after c", "c W underflows"])
 )
+@pytest.mark.sampled(1)
 def test_applying_is_merging_wherever_the_model_is_finite(name):
     """With fresh adapters bit by bit what the program computes, and with trained ones what the merged program does."""
     fn, params, x = case_of(name)
@@ -93,6 +94,7 @@ def test_applying_is_merging_wherever_the_model_is_finite(name):
 
 @pytest.mark.parametrize("fn", mostly_slow([times, divided, twice], [divided]))
 @pytest.mark.parametrize("scalar", mostly_slow([0.25, -0.5, 1e-4], [-0.5]))
+@pytest.mark.sampled(1)
 def test_gradients_by_the_scalar_and_by_adapters(fn, scalar):
     params = {"w": jax.random.normal(jax.random.key(0), (D, K)), "s": jnp.float32(scalar)}
     x = jax.random.normal(jax.random.key(1), (7, D))
@@ -135,6 +137,7 @@ def test_divided_by_infinity():
 
 
 @pytest.mark.parametrize("kind", mostly_slow([kind for kind in ALL if kind != "full"], ["dora"]))
+@pytest.mark.sampled(1)
 def test_every_kind_in_fp16(kind):
     """W and what is added to it are large, and the scalar makes them small."""
     case = Case("scaled", times, {"w": (D, K), "s": ()}, (7, D), pattern="w", dtype=jnp.float16)

@@ -155,6 +155,7 @@ def both_ways(case, adapters):
 
 
 @cases
+@pytest.mark.sampled(1)
 def test_applying_is_merging_and_stays_factored(case, stack, sums):
     adapters = adapters_of(case, stack)
     stacks = {i % len(shape) for shape in case.shapes.values() for i in np.atleast_1d(stack).tolist()}
@@ -250,6 +251,7 @@ def test_dropout_drops_x_before_each_a():
 
 
 @cases
+@pytest.mark.sampled(1)
 def test_flops_are_those_of_the_program(case, stack, sums):
     """What the plan counts is what the traced program has beyond the base."""
     plan = lora.plan(case.fn, case.params(), case.input(), rules={case.pattern: lora.Lora(rank=2, stack=stack)})
