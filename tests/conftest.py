@@ -32,7 +32,7 @@ _run = 0
 
 
 FIFTHS, LARGE = 5, 30  # tables of so many cases are run a fifth at a time,
-TENTHS, LARGEST = 10, 200  # and of so many a tenth
+TENTHS, LARGEST = 10, 100  # and of so many a tenth
 
 
 def pytest_addoption(parser):
