@@ -23,6 +23,7 @@ __all__ = [
     "Operation",
     "Primitive",
     "Var",
+    "abstract_result",
     "as_differentiated",
     "at_equation",
     "bind",
@@ -42,6 +43,12 @@ __all__ = [
 def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
     """Return a jaxpr and its constants, which before JAX 0.12 only a `ClosedJaxpr` has."""
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def abstract_result(fn: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """Return the type of what a function returns, an array, for arguments of these types."""
+    jaxpr, _ = open_jaxpr(jax.make_jaxpr(fn)(*args))
+    return jaxpr.outvars[0].aval
 
 
 def scan_groups(eqn: JaxprEqn) -> tuple[int, int]:

@@ -20,7 +20,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
-from lora_jax.core.factor_products import contract, matmul
+from lora_jax.core.factor_products import contract as product_of_factor
+from lora_jax.core.factor_products import matmul
+from lora_jax.core.remade import Remade, contract
 
 STATIC = {"static": True}
 
@@ -33,6 +35,7 @@ class Product(abc.ABC):
     x: jax.Array
     y: jax.Array  # [*s, *T, *outputs]; [T, k] where the kind of product says so
     precision: Any = field(metadata=STATIC)
+    origin: Remade | None = field(default=None, kw_only=True)  # of x, if a derivative can make it again
 
     @abc.abstractmethod
     def contract(self, a: jax.Array) -> jax.Array:
@@ -67,8 +70,19 @@ class Product(abc.ABC):
 
     def keep(self, keys: jax.Array, probability: float) -> Self:
         """Keep each entry of x with a probability, and divide by it; keys [*s] have one key for each matrix."""
-        mask = _bernoulli(keys.reshape(-1)[0], probability, self.x.shape)
-        return dataclasses.replace(self, x=_masked(self.x, mask, probability))
+
+        def masked(x: jax.Array, keys: jax.Array) -> jax.Array:
+            return _masked(x, _bernoulli(keys.reshape(-1)[0], probability, x.shape), probability)
+
+        return self.with_x(self.given().masked(masked, keys))
+
+    def with_x(self, x: Remade) -> Self:
+        """Return the product of another x."""
+        return dataclasses.replace(self, x=x.value, origin=x.origin())
+
+    def given(self) -> Remade:
+        """Return x, with that of which it can be made."""
+        return self.origin or Remade(self.x)
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +94,7 @@ class Matmul(Product):
         stack, x = self._stacked(), self.x
         if self.flat():
             x, a = as_matrices(x, stack, x.ndim - stack - len(self.axes.inputs)), as_columns(a, stack)
-        return contract(x, a, self.precision, stack)
+        return product_of_factor(x, a, self.precision, stack)
 
     def expand(self, h: jax.Array, b: jax.Array) -> jax.Array:
         stack = self._stacked()
@@ -97,8 +111,12 @@ class Matmul(Product):
 
     def keep(self, keys: jax.Array, probability: float) -> Self:
         shape = self.x.shape[self._stacked() :]
-        mask = jax.vmap(lambda key: _bernoulli(key, probability, shape))(keys.reshape(-1))
-        return dataclasses.replace(self, x=_masked(self.x, mask.reshape(self.x.shape), probability))
+
+        def masked(x: jax.Array, keys: jax.Array) -> jax.Array:
+            mask = jax.vmap(lambda key: _bernoulli(key, probability, shape))(keys.reshape(-1))
+            return _masked(x, mask.reshape(x.shape), probability)
+
+        return self.with_x(self.given().masked(masked, keys))
 
     def token_axes(self) -> tuple[int, ...]:
         return self.x.shape[self._stacked() : self.x.ndim - len(self.axes.inputs)]
@@ -115,7 +133,7 @@ class Matmul(Product):
                     moved += 1
             return array
 
-        return dataclasses.replace(self, axes=axes, x=parts(self.x), y=parts(self.y))
+        return dataclasses.replace(self.with_x(self.given().map(parts)), axes=axes, y=parts(self.y))
 
     def join(self, y: jax.Array, counts: Sequence[int]) -> jax.Array:
         at, split = self._stacked(), [i for i, n in enumerate(counts) if n > 1]
@@ -196,7 +214,7 @@ def add_lowrank(
     """
     if a.shape[-1] == 0:
         return of_y(product.y).astype(product.y.dtype)
-    h = checkpoint_name(product.contract(a).astype(product.x.dtype), "lora_h")
+    h = checkpoint_name(contract(product, a).astype(product.x.dtype), "lora_h")
     y, h = _in_turn(product.y, h)
     change, y = product.expand(h, b), of_y(y)
     wide = accumulator(y.dtype, change.dtype)

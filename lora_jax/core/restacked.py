@@ -22,7 +22,7 @@ def along(product: Product, axes: KernelAxes) -> Product:
     """Return a product for an operand with these axes, which may stack more of them than the product does."""
     if not isinstance(product, Matmul) or not set(axes.stack) - set(product.axes.stack):
         return product
-    return Restacked(axes, product.x, product.y, product.precision, product.axes)
+    return Restacked(axes, product.x, product.y, product.precision, product.axes, origin=product.origin)
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +77,8 @@ class Restacked(Product):
     def keep(self, keys: jax.Array, probability: float) -> Self:
         """Keep each entry of x with a probability: matrices that share an x share what is kept of it."""
         first = tuple(slice(None) if axis in self.program.stack else 0 for axis in self.axes.stack)
-        return dataclasses.replace(self, x=self._product().keep(keys[first], probability).x)
+        kept = self._product().keep(keys[first], probability)
+        return dataclasses.replace(self, x=kept.x, origin=kept.origin)
 
     def token_axes(self) -> tuple[int, ...]:
         return self._product().token_axes()
@@ -86,13 +87,13 @@ class Restacked(Product):
         parts = tuple(axis for axis in axes.stack if axis not in self.axes.stack)
         program = self.program._replace(stack=(*self.program.stack, *parts))
         found = self._product().split(counts, program)
-        return dataclasses.replace(self, axes=axes, x=found.x, y=found.y, program=program)
+        return dataclasses.replace(self, axes=axes, x=found.x, y=found.y, program=program, origin=found.origin)
 
     def join(self, y: jax.Array, counts: Sequence[int]) -> jax.Array:
         return self._product().join(y, counts)
 
     def _product(self) -> Matmul:
-        return Matmul(self.program, self.x, self.y, self.precision)
+        return Matmul(self.program, self.x, self.y, self.precision, origin=self.origin)
 
     def _stacks(self) -> tuple[tuple[int, ...], ...]:
         """Return s, i and o."""

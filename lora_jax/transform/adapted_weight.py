@@ -12,6 +12,7 @@ from lora_jax.core.adapter import Adapter, lower
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.operand import Operand
 from lora_jax.core.packed import is_packed, unpacked
+from lora_jax.core.remade import Remade
 from lora_jax.transform.no_adapter import NoAdapter
 
 Fallback = Callable[["AdaptedWeight", str], None]
@@ -31,6 +32,7 @@ class AdaptedWeight:
     paths: tuple[str, ...] = field(metadata={"static": True})  # of the weights that it is made of
     fallback: Fallback = field(metadata={"static": True})  # asked before W' is formed; refuses by raising
     factor: jax.Array | None = None  # of all of it, which waits for the product: a scalar, or what is left of one
+    x: Remade | None = None  # what the next operation multiplies it by, if a derivative can make that again
 
     @property
     def ndim(self) -> int:

@@ -1,9 +1,10 @@
 """`lora_apply`: any function of parameters becomes the same function with adapters beside the parameters."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import jax
 
@@ -24,10 +25,11 @@ from lora_jax.transform.tracing import tracer
 Params = TypeVar("Params")
 Rest = ParamSpec("Rest")
 Out = TypeVar("Out")
+Keep = Literal["thin", "inputs"]
 
 
 def lora_apply(
-    fn: Callable[Concatenate[Params, Rest], Out], *, materialize: Patterns = False
+    fn: Callable[Concatenate[Params, Rest], Out], *, keep: Keep = "thin", materialize: Patterns = False
 ) -> Callable[Concatenate[Params, Mapping[str, Adapter], Rest], Out]:
     """Turn `fn(params, *args, **kwargs)` into `apply(params, adapters, *args, **kwargs)`, for any traceable `fn`.
 
@@ -40,12 +42,17 @@ def lora_apply(
         fn: any function whose first argument is a pytree of parameters. Other arguments may be arrays, which are
             traced, or anything hashable (flags, strings, None), which is kept. Floats are traced as arrays are, and
             another one is no other program, unless `fn` looks at the number, as `if rate > 0` does.
+        keep: what a derivative keeps for each adapted product x @ W', where the gradient of A needs x. "thin": x @ A,
+            of T x r numbers, and of x nothing where elementwise operations, norms and masks of dropout make it of
+            arrays that the frozen model keeps too; these are done again, products never. "inputs": x itself. Both give
+            the same numbers. Inside the function's own `jax.checkpoint` its policy decides, as ever.
         materialize: where W' may be formed at its full size, because the program does something else to the weight
             than multiply by it: True for all weights, or regular expressions for whole paths.
 
     Raises:
-        LoraError: (when called) adapters for paths that the parameters do not have, or of another shape; an adapted
-            weight in an operation that cannot stay factored, with path, operation and source line.
+        LoraError: `keep` is none of the two. When called: adapters for paths that the parameters do not have, or of
+            another shape; an adapted weight in an operation that cannot stay factored, with path, operation and source
+            line.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> def model(params, x):
@@ -58,6 +65,11 @@ def lora_apply(
     True
     """
     check_function("lora_apply(fn)", "fn", fn)
+    if keep not in ("thin", "inputs"):
+        raise LoraError(
+            f"lora_apply(keep={keep!r}): a derivative keeps 'thin' products, and makes their inputs again where that "
+            "is cheap, or these 'inputs'."
+        )
     trace, interpreter, fallback = tracer(fn), Interpreter(Recent(CALLS_KEPT)), Materialize.of(materialize)
 
     @functools.wraps(fn)
@@ -80,7 +92,8 @@ def lora_apply(
 
         try:
             program = trace(*_as_varying_as(adapters, (params, tuple(rest), kwargs)))
-            return program.run(interpreter, program.arrays, adapt)
+            thin = dataclasses.replace(interpreter, remakes=program.remakes()) if keep == "thin" else interpreter
+            return program.run(thin, program.arrays, adapt)
         except jax.errors.UnexpectedTracerError as error:
             raise LoraError(describe_leak(params, adapters, rest, kwargs)) from error
 

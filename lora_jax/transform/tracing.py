@@ -17,6 +17,7 @@ from lora_jax.core.paths import flatten_with_names, is_array
 from lora_jax.transform.adapted_weight import plain
 from lora_jax.transform.interpreter import Interpreter
 from lora_jax.transform.packed_inputs import as_constant, check_packed
+from lora_jax.transform.remakes import Remakes
 from lora_jax.transform.static_arguments import Static
 
 
@@ -38,6 +39,12 @@ class Program:
         jaxpr, consts = open_jaxpr(self.jaxpr)
         out = interpreter.evaluate(jaxpr, consts, values)
         return jax.tree.unflatten(self.out_tree, [plain(o, "the function returns it") for o in out])
+
+    def remakes(self) -> Remakes:
+        """Return of what a derivative can make the inputs of products again."""
+        n, closed_over = len(self.names), len(self.closed_over)
+        is_parameter = [False] * closed_over + [True] * n + [False] * (len(self.arrays) - n)
+        return Remakes(self.jaxpr, is_parameter)
 
 
 def _abstract(array: Any) -> Any:

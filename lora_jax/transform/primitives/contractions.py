@@ -16,16 +16,17 @@ from lora_jax.core.axes import KernelAxes
 from lora_jax.core.operand import Operand
 from lora_jax.core.packed import is_packed
 from lora_jax.core.products import Matmul, Product, product_dtype
+from lora_jax.core.remade import Remade
 from lora_jax.core.restacked import along
 from lora_jax.transform.adapted_weight import AdaptedWeight, plain
 from lora_jax.transform.primitives.registry import no_rule, rule
 
-# (operation, axes, w, *arrays) -> the frozen product, and what brings its adapted y into the program's order of axes
+# (operation, axes, w, x, *others) -> the frozen product, and what brings its adapted y into the program's order of axes
 Reduce = Callable[..., tuple[Product, Callable[[jax.Array], jax.Array]]]
 
 
 def multiply(
-    eqn: JaxprEqn, args: Sequence[Any], weight: AdaptedWeight, axes: KernelAxes, reduce: Reduce, *arrays: Any
+    eqn: JaxprEqn, args: Sequence[Any], weight: AdaptedWeight, axes: KernelAxes, reduce: Reduce, x: Any, *others: Any
 ) -> Any:
     """Return [x @ W'], where the adapter was made for these axes; else ask for W' as a plain array.
 
@@ -37,7 +38,7 @@ def multiply(
         own = weight.operand.axes
         made = f"its adapter was made for {own}" if any(own) else "these are not inputs and outputs of a matrix"
         return no_rule(eqn, *args, why=f"uses it with {axes}, but {made}")
-    operation = Operation.of(eqn)
+    operation, arrays = Operation.of(eqn), (weight.x or Remade(x), *others)
     if not operand.shares_traces:
         y = _product(reduce, operation, axes, operand, weight.value, *arrays)
     elif any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((operand, weight.value, arrays))):
@@ -89,30 +90,33 @@ def contracted_axes(weight: AdaptedWeight, contract: Sequence[int], batch: Seque
     return KernelAxes(tuple(sorted(batch)), tuple(sorted(contract)), outputs)
 
 
-def _dot_on_left(dot: Operation, axes: KernelAxes, w: Any, x: jax.Array) -> Any:
+def _dot_on_left(dot: Operation, axes: KernelAxes, w: Any, x: Remade) -> Any:
     return _dot(dot, axes, w, x, on_left=True)
 
 
-def _dot_on_right(dot: Operation, axes: KernelAxes, w: Any, x: jax.Array) -> Any:
+def _dot_on_right(dot: Operation, axes: KernelAxes, w: Any, x: Remade) -> Any:
     return _dot(dot, axes, w, x, on_left=False)
 
 
-def _dot(dot: Operation, axes: KernelAxes, w: Any, x: jax.Array, on_left: bool) -> Any:
+def _dot(dot: Operation, axes: KernelAxes, w: Any, x: Remade, on_left: bool) -> Any:
     """Bring a product into the order [*stack, *tokens, *outputs].
 
     XLA orders the result as [batch, free of lhs, free of rhs]. Each axis of it gets a label, ("w", axis of the weight)
     or ("x", axis of x), and the canonical order is stated in the same labels.
     """
-    of_x, to_canonical, to_result, inputs = _orders(dot.params["dimension_numbers"], axes, x.ndim, on_left)
-    rows = _transposed(x, of_x)
-    y = _packed_dot(dot, w, rows, inputs) if is_packed(w) and not axes.stack else None
+    of_x, to_canonical, to_result, inputs = _orders(dot.params["dimension_numbers"], axes, x.value.ndim, on_left)
+    rows, value = x.map(lambda x: _transposed(x, of_x)), x.value
+    y = _packed_dot(dot, w, rows.value, inputs) if is_packed(w) and not axes.stack else None
     if y is None:
-        y = frozen_product(lambda w: dot.bind(w, x)[0] if on_left else dot.bind(x, w)[0], w)
+        y = frozen_product(lambda w: dot.bind(w, value)[0] if on_left else dot.bind(value, w)[0], w)
         y = _transposed(y, to_canonical)
-    dtype = product_dtype(x.dtype, w.dtype)
-    rows = rows if rows.dtype == dtype else rows.astype(dtype)
-    product = Matmul(axes, rows, y, factor_precision(dot.params["precision"], on_left))
+    rows = cast(rows, product_dtype(value.dtype, w.dtype))
+    product = Matmul(axes, rows.value, y, factor_precision(dot.params["precision"], on_left), origin=rows.origin())
     return product, lambda y: _transposed(y, to_result)
+
+
+def cast(x: Remade, dtype: Any) -> Remade:
+    return x if x.value.dtype == dtype else x.map(lambda x: x.astype(dtype))
 
 
 Order = tuple[int, ...] | None  # a permutation; None for the one that changes nothing

@@ -9,8 +9,9 @@ from lora_jax.core._compat import JaxprEqn, Operation
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.convolutions import BackwardConv, Conv, Ragged, channels_last
 from lora_jax.core.products import as_matrices, product_dtype
+from lora_jax.core.remade import Remade
 from lora_jax.transform.adapted_weight import AdaptedWeight
-from lora_jax.transform.primitives.contractions import contracted_axes, factor_precision, frozen_product, multiply
+from lora_jax.transform.primitives.contractions import cast, contracted_axes, factor_precision, frozen_product, multiply
 from lora_jax.transform.primitives.registry import no_rule, rule
 
 
@@ -28,14 +29,16 @@ def conv_general_dilated(eqn: JaxprEqn, x: Any, weight: Any) -> list[Any]:
     return multiply(eqn, (x, weight), weight, forward, _conv, x)
 
 
-def _conv(conv: Operation, axes: KernelAxes, w: Any, x: jax.Array) -> Any:
+def _conv(conv: Operation, axes: KernelAxes, w: Any, x: Remade) -> Any:
     dims, groups = conv.params["dimension_numbers"], conv.params["feature_group_count"]
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
     settings = tuple((name, conv.params[name]) for name in names)
-    y = frozen_product(lambda w: conv.bind(x, w)[0], w)
+    value = x.value
+    y = frozen_product(lambda w: conv.bind(value, w)[0], w)
+    x = cast(x, product_dtype(value.dtype, w.dtype))
     of = (
         axes,
-        x.astype(product_dtype(x.dtype, w.dtype)),
+        x.value,
         channels_last(y, dims),
         factor_precision(conv.params["precision"]),
         dims,
@@ -47,7 +50,9 @@ def _conv(conv: Operation, axes: KernelAxes, w: Any, x: jax.Array) -> Any:
     def restore(adapted: jax.Array) -> jax.Array:
         return jnp.moveaxis(adapted.reshape(*shape, y.shape[channels]), -1, channels)
 
-    return Conv(*of, groups, settings) if is_forward else BackwardConv(*of, settings), restore
+    origin = x.origin()
+    product = Conv(*of, groups, settings, origin=origin) if is_forward else BackwardConv(*of, settings, origin=origin)
+    return product, restore
 
 
 @rule("ragged_dot_general")
@@ -62,12 +67,13 @@ def ragged_dot_general(eqn: JaxprEqn, x: Any, weight: Any, group_sizes: Any) -> 
     return multiply(eqn, args, weight, contracted_axes(weight, w_contract, groups), _ragged_dot, x, group_sizes)
 
 
-def _ragged_dot(ragged: Operation, axes: KernelAxes, w: Any, x: jax.Array, group_sizes: jax.Array) -> Any:
+def _ragged_dot(ragged: Operation, axes: KernelAxes, w: Any, x: Remade, group_sizes: jax.Array) -> Any:
     dims = ragged.params["ragged_dot_dimension_numbers"]
     (x_contract, w_contract), _ = dims.dot_dimension_numbers
     inputs = [i for _, i in sorted(zip(w_contract, x_contract, strict=True))]
-    y = frozen_product(lambda w: ragged.bind(x, w, group_sizes)[0], w)  # [T, *outputs]
-    rows = as_matrices(x.transpose([*dims.lhs_ragged_dimensions, *inputs]), 0, 1)
-    rows = rows.astype(product_dtype(x.dtype, w.dtype))
-    product = Ragged(axes, rows, as_matrices(y, 0, 1), ragged.params["precision"], group_sizes)
+    value, order = x.value, [*dims.lhs_ragged_dimensions, *inputs]
+    y = frozen_product(lambda w: ragged.bind(value, w, group_sizes)[0], w)  # [T, *outputs]
+    rows = cast(x.map(lambda x: as_matrices(x.transpose(order), 0, 1)), product_dtype(value.dtype, w.dtype))
+    y_rows, precision = as_matrices(y, 0, 1), ragged.params["precision"]
+    product = Ragged(axes, rows.value, y_rows, precision, group_sizes, origin=rows.origin())
     return product, lambda adapted: adapted.reshape(y.shape)

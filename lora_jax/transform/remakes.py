@@ -1,0 +1,301 @@
+"""Find of what the inputs of products can be made again, for `lora_apply(fn, keep="thin")`.
+
+An input x of a product with an adapted weight is followed back through elementwise operations to arrays that a training
+step keeps with frozen weights too: operands of nonlinear operations, such as the residual stream, which a norm squares,
+or gate and up, which are multiplied. Sums over an axis are where that ends, as their results are small, and so are
+products, which are never made again.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from lora_jax.core._compat import Jaxpr, JaxprEqn, Literal, Operation, Var, open_jaxpr, scan_groups
+from lora_jax.core.remade import itself
+
+ELEMENTWISE = {
+    *(
+        "abs",
+        "acos",
+        "acosh",
+        "add",
+        "add_any",
+        "and",
+        "asin",
+        "asinh",
+        "atan",
+        "atan2",
+        "atanh",
+        "cbrt",
+        "ceil",
+        "clamp",
+    ),
+    *(
+        "convert_element_type",
+        "copy",
+        "cos",
+        "cosh",
+        "div",
+        "eq",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+    ),
+    *("ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg"),
+    *("nextafter", "not", "or", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n", "sign", "sin", "sinh"),
+    *("sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor"),
+    *("broadcast_in_dim", "expand_dims", "reshape", "squeeze", "transpose"),  # and what only moves numbers
+}
+PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
+CALLS = {"jit", "pjit", "custom_jvp_call"}
+REMATS = {"checkpoint", "remat2"}
+LOOPS = {"cond", "custom_vjp_call", "scan", "while"}
+# What a derivative is computed from: of these operations their operands, of these their results, and of those that are
+# linear in two operands one for the other.
+OPERANDS = {
+    *(
+        "abs",
+        "acos",
+        "acosh",
+        "asin",
+        "asinh",
+        "atan",
+        "atan2",
+        "atanh",
+        "clamp",
+        "cos",
+        "cosh",
+        "erf",
+        "erf_inv",
+        "erfc",
+    ),
+    *("integer_pow", "log", "log1p", "max", "min", "pow", "select_n", "sin", "sinh", "square", "tan", *REMATS, *LOOPS),
+}
+RESULTS = {"cbrt", "div", "exp", "exp2", "expm1", "logistic", "rsqrt", "sqrt", "tanh"}
+BILINEAR = {*PRODUCTS, "mul", "div"}
+SMALL = 8  # an array with an eighth of the numbers costs nothing to speak of
+
+
+class Known(NamedTuple):
+    """A number in a program, and what says whether another one is the same."""
+
+    value: Any
+    key: str
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Known) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@dataclass(frozen=True)
+class Remake:
+    """A program of elementwise operations. Two are equal if they do the same, so that equal layers share a trace."""
+
+    steps: tuple[tuple[Operation, tuple[int | Known, ...]], ...]  # each with its operands: earlier values, or numbers
+    result: int
+
+    def __call__(self, *sources: jax.Array) -> jax.Array:
+        values = list(sources)
+        for operation, operands in self.steps:
+            values += operation.bind(*[o.value if isinstance(o, Known) else values[o] for o in operands])
+        return values[self.result]
+
+
+class Origin(NamedTuple):
+    """Of what an array can be made again, and how."""
+
+    sources: tuple[Var, ...]
+    make: Callable[..., jax.Array]
+
+
+class Remakes:
+    """What the inputs of all products of a program can be made of, in its calls and loops too.
+
+    Inside a `jax.checkpoint` of the program there is nothing to find: what that does not save is made again as a whole.
+
+    Args:
+        jaxpr: the program.
+        is_parameter: for each of its inputs whether it is a weight or another frozen array.
+    """
+
+    def __init__(self, jaxpr: Any, is_parameter: Sequence[bool]) -> None:
+        self.flows: dict[int, _Flow] = {}
+        self.found: dict[int, dict[int, dict[int, Origin]]] = {}
+        self.remats = 0  # around the jaxpr that is followed
+        self._follow(jaxpr, [_Depends(p, not p) for p in is_parameter])
+
+    def of(self, jaxpr: Jaxpr) -> dict[int, dict[int, Origin]]:
+        """Return {number of an equation: {number of its operand: of what it can be made}}, for one of its jaxprs."""
+        if id(jaxpr) not in self.found:
+            self.found[id(jaxpr)] = self.flows[id(jaxpr)].origins() if id(jaxpr) in self.flows else {}
+        return self.found[id(jaxpr)]
+
+    def _follow(self, jaxpr: Any, inputs: Sequence["_Depends"]) -> list["_Depends"]:
+        """Note on what the values of a jaxpr depend, and return that of its outputs."""
+        jaxpr, _ = open_jaxpr(jaxpr)
+        earlier = self.flows.get(id(jaxpr))
+        if earlier is not None:  # one function that is called twice
+            inputs = [a | b for a, b in zip(inputs, earlier.inputs, strict=True)]
+            if inputs == earlier.inputs:
+                return earlier.of_all(jaxpr.outvars)
+        flow = self.flows[id(jaxpr)] = _Flow(jaxpr, list(inputs))
+        if self.remats:
+            self.found[id(jaxpr)] = {}
+        for eqn in jaxpr.eqns:
+            given = flow.of_all(eqn.invars)
+            results = [_any(given)] * len(eqn.outvars)
+            is_remat = eqn.primitive.name in REMATS
+            self.remats += is_remat
+            for inner, operands in _bodies(eqn, given):
+                out = self._follow(inner, operands)
+                if eqn.primitive.name == "scan":  # what one step hands to the next may depend on more
+                    n_consts, n_carry = scan_groups(eqn)
+                    carry = [a | b for a, b in zip(operands[n_consts:], out[:n_carry], strict=False)]
+                    out = self._follow(inner, [*operands[:n_consts], *carry, *operands[n_consts + n_carry :]])
+                if eqn.primitive.name in {*CALLS, *REMATS, "scan"}:
+                    results = out
+            self.remats -= is_remat
+            flow.depends.update(zip(eqn.outvars, results, strict=True))
+        return flow.of_all(jaxpr.outvars)
+
+
+class _Depends(NamedTuple):
+    """On what a value depends. One that depends on both is an activation, through which derivatives go."""
+
+    on_parameters: bool = False
+    on_inputs: bool = False
+
+    def __or__(self, other: Any) -> "_Depends":
+        return _Depends(self.on_parameters or other.on_parameters, self.on_inputs or other.on_inputs)
+
+
+def _any(values: Sequence[_Depends]) -> _Depends:
+    return _Depends(any(v.on_parameters for v in values), any(v.on_inputs for v in values))
+
+
+def _bodies(eqn: JaxprEqn, given: list[_Depends]) -> list[tuple[Any, list[_Depends]]]:
+    """Return the programs inside an equation, each with what its inputs depend on."""
+    name, params = eqn.primitive.name, eqn.params
+    if name in {*CALLS, *REMATS, "scan", "shard_map"}:
+        return [(_called(eqn), given)]
+    if name == "while":
+        n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+        carry = [_any(given)] * (len(given) - n_cond - n_body)
+        return [(params["body_jaxpr"], [*given[n_cond : n_cond + n_body], *carry])]
+    return [(branch, given[1:]) for branch in params["branches"]] if name == "cond" else []
+
+
+def _called(eqn: JaxprEqn) -> Jaxpr:
+    jaxpr, _ = open_jaxpr(eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"])
+    return jaxpr
+
+
+def _is_elementwise(eqn: JaxprEqn) -> bool:
+    if eqn.primitive.name in CALLS:  # small functions, such as `jax.nn.silu`, count as one operation
+        return all(map(_is_elementwise, _called(eqn).eqns))
+    return eqn.primitive.name in ELEMENTWISE
+
+
+def _numbers(v: Any) -> int:
+    return math.prod(v.aval.shape)
+
+
+class _Flow:
+    """The data flow of one jaxpr, whose inputs depend on parameters or not."""
+
+    def __init__(self, jaxpr: Jaxpr, inputs: list[_Depends]) -> None:
+        self.jaxpr, self.inputs = jaxpr, inputs
+        self.depends: dict[Var, _Depends] = dict(zip(jaxpr.invars, inputs, strict=True))
+        self.depends |= dict.fromkeys(jaxpr.constvars, _Depends(on_parameters=True))
+        self.made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+        self.chosen: dict[Var, tuple[Var, ...]] = {}
+
+    def of_all(self, values: Sequence[Any]) -> list[_Depends]:
+        return [_Depends() if isinstance(v, Literal) else self.depends[v] for v in values]
+
+    def origins(self) -> dict[int, dict[int, Origin]]:
+        """Return {number of a product: {number of its operand: of what that is best made again}}."""
+        self.kept = self._kept()
+        found: dict[int, dict[int, Origin]] = {}
+        for i, eqn in enumerate(self.jaxpr.eqns):
+            for position, v in enumerate(eqn.invars[:2] if eqn.primitive.name in PRODUCTS else []):
+                if not isinstance(v, Literal) and self._is_activation(v):
+                    found.setdefault(i, {})[position] = Origin(self._sources(v), self._make(v))
+        return found
+
+    def _is_activation(self, v: Any) -> bool:
+        return self.of_all([v]) == [_Depends(True, True)]
+
+    def _kept(self) -> set[Var]:
+        """Return the values of which a derivative is computed, where weights are frozen."""
+        kept: list[Any] = []
+        for eqn in self.jaxpr.eqns:
+            name = eqn.primitive.name
+            if name in BILINEAR:
+                first, second = eqn.invars[:2]
+                kept += [first] * self._is_activation(second) + [second] * self._is_activation(first)
+            if name in OPERANDS:
+                kept += filter(self._is_activation, eqn.invars)
+            if name in RESULTS:
+                kept += eqn.outvars
+            if name in CALLS:
+                inner = _Flow(_called(eqn), self.of_all(eqn.invars))
+                for e in inner.jaxpr.eqns:
+                    inner.depends.update(dict.fromkeys(e.outvars, _any(inner.of_all(e.invars))))
+                inside = inner._kept()
+                ends = zip([*eqn.invars, *eqn.outvars], [*inner.jaxpr.invars, *inner.jaxpr.outvars], strict=True)
+                kept += [v for v, u in ends if not isinstance(u, Literal) and u in inside]
+        return {v for v in kept if not isinstance(v, Literal)}
+
+    def _sources(self, v: Var) -> tuple[Var, ...]:
+        """Return the arrays that v is best made of; v itself, if that is better kept.
+
+        Those of which the fewest numbers are kept for this alone. Of equally good ones the first in the program, as
+        other inputs are made of them too.
+        """
+        if v not in self.chosen:
+            self.chosen[v] = (v,)
+            eqn = self.made_by.get(v)
+            if eqn is not None and _is_elementwise(eqn):
+                inputs = [u for u in eqn.invars if not isinstance(u, Literal)]
+                earlier = tuple(dict.fromkeys(itertools.chain.from_iterable(map(self._sources, inputs))))
+                little = _numbers(v) // SMALL
+                more = self._for_this(earlier) - self._for_this((v,))
+                larger = sum(map(_numbers, earlier)) - _numbers(v)
+                if more < -little or (more <= little and larger <= little):
+                    self.chosen[v] = earlier
+        return self.chosen[v]
+
+    def _for_this(self, values: Sequence[Var]) -> int:
+        """Return how many numbers would be kept for this alone."""
+        return sum(_numbers(v) for v in values if v not in self.kept and self._is_activation(v))
+
+    def _make(self, v: Var) -> Callable[..., jax.Array]:
+        """Return the program that makes v of its sources."""
+        if self._sources(v) == (v,):
+            return itself
+        numbers = {source: i for i, source in enumerate(self._sources(v))}
+        steps: list[tuple[Operation, tuple[int | Known, ...]]] = []
+
+        def number(v: Any) -> int | Known:
+            if isinstance(v, Literal):
+                return Known(v.val, f"{v.aval} {v.val!r}")
+            if v not in numbers:
+                eqn = self.made_by[v]
+                steps.append((Operation.of(eqn), tuple(map(number, eqn.invars))))
+                numbers.update((out, len(numbers) + i) for i, out in enumerate(eqn.outvars))
+            return numbers[v]
+
+        result = number(v)
+        assert isinstance(result, int)
+        return Remake(tuple(steps), result)
