@@ -1,7 +1,7 @@
-"""How many instructions a kernel for TPUs has, which no report says: the compiler writes them down when it is loaded so.
+"""How many instructions a kernel for TPUs has, which no report says: the compiler writes them down if it is told to.
 
-Run as a program of its own: `python bundles.py topology rows d k transposed` prints the number for one product with a
-weight in NF4.
+It is told when it is loaded, so this is a program of its own: `python bundles.py topology rows d k transposed` prints
+how many steps one product with a weight in NF4 takes, and the compiler writes down what is in one.
 """
 
 import os
@@ -28,7 +28,9 @@ def of_nf4_product(topology: str, rows: int, d: int, k: int, transposed: bool) -
         run = subprocess.run(command, env=how, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-2000:]
         (text,) = (
-            file for file in Path(folder).glob("*nf4_product*-final_bundles.txt") if "schedule-analysis" not in file.name
+            file
+            for file in Path(folder).glob("*nf4_product*-final_bundles.txt")
+            if "schedule-analysis" not in file.name
         )
         return int(run.stdout) * len(BUNDLE.findall(text.read_text()))
 
