@@ -95,7 +95,7 @@ class CopiesOperand(Wrapper):
     def apply(self, product: Product) -> jax.Array:
         """Multiply each part of the rows by its own copy; all of them by the original if the rows have no such parts.
 
-        Convolutions have none, as XLA convolves each with its own copy in one of many groups of channels.
+        Convolutions have none: with a kernel for each part they would be convolutions of groups of channels.
         """
         rows = product.token_axes()
         fits = [i < len(rows) and rows[i] % n == 0 for i, n in self.splits]
