@@ -101,8 +101,8 @@ def test_temporary_memory_is_that_of_by_hand(found):
     assert programs.temporary(ours) <= 1.03 * programs.temporary(hand)
 
 
-# On a tensor mesh two things that are meant to be so cost more than by hand. Written into the model by hand they make it
-# what `lora_apply` makes: to the byte in what is sent, to 1.02 in temporary memory.
+# On a tensor mesh two things that are meant to be so cost more than by hand. Written into the model by hand they make
+# it what `lora_apply` makes: to the byte in what is sent, to 1.02 in temporary memory.
 # - Sums over tokens, and y + h B, in fp32: 1.10 of the memory by hand. In the backward pass the compiler gathers q, k
 #   and v for their products again, where by hand it keeps what it gathered to recompute: 5 gathers a layer, by hand 4.
 # - h B waits for y, for 0.03 of the cycles at large sizes: 6 gathers a layer, and 1.13 of the memory.
