@@ -61,7 +61,7 @@ def test_both_products(platform, shape):
         np.testing.assert_allclose(found, x @ dense, rtol=1e-5, atol=2e-4)
 
 
-@pytest.mark.parametrize("platform", INTERPRETED)
+@pytest.mark.parametrize("platform", [*INTERPRETED, "interpreted tpu v4"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_narrow_products(platform, transposed):
     """Values are rounded to each of W's dtypes, sums are not."""
@@ -72,6 +72,13 @@ def test_narrow_products(platform, transposed):
     assert found.dtype == jnp.bfloat16
     narrow = np.asarray(jnp.asarray(w.T if transposed else w).astype(jnp.bfloat16), np.float32)
     np.testing.assert_array_equal(found, jnp.asarray(np.asarray(x, np.float32) @ narrow).astype(jnp.bfloat16))
+
+
+def test_the_largest_tiles_have_few_rows_too_many():
+    """As few tiles as can be, of one size; what is computed for nothing is less than 16 rows of each."""
+    for rows, tiles, height in ((1, 1, 16), (300, 1, 304), (1024, 1, 1024), (1025, 2, 528), (5000, 5, 1008)):
+        found, *_ = nf4_kernels.tile(rows, 4096, 14336, "tpu")
+        assert (-(-rows // found), found) == (tiles, height)
 
 
 def test_values_are_rounded_as_the_program_rounds_them():
@@ -227,7 +234,7 @@ def test_what_they_are_not_for():
 
 
 H100, V5E = ("NVIDIA H100 80GB HBM3", "cuda"), ("TPU v5 lite", "tpu")
-KINDS = {"TPU v5 lite": "tpu", "TPU v6 lite": "tpu", "TPU v5": "tpu", H100[0]: "cuda"}
+KINDS = {"TPU v4": "tpu", "TPU v5 lite": "tpu", "TPU v6 lite": "tpu", "TPU v5": "tpu", H100[0]: "cuda"}
 
 # From JAX 0.12 on.
 without_warning = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -266,7 +273,7 @@ def test_the_machine_that_a_program_is_lowered_for_decides():
         assert lowered(16, platform) == []
     with on("TPU v3", "tpu"):
         assert lowered(16, "tpu") == [], "Mosaic does not take them for so old ones"
-    for machine, own, most, name in ((V5E, "tpu", 256, "tpu_custom_call"), (H100, "cuda", 64, "triton")):
+    for machine, own, most, name in ((V5E, "tpu", 1024, "tpu_custom_call"), (H100, "cuda", 64, "triton")):
         with on(*machine):
             for platform in ("cpu", "tpu", "cuda"):
                 assert lowered(16, platform, kernel=None) == ([name] if platform == own else [])

@@ -1,6 +1,7 @@
 """Where adapters go on a mesh."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from placements import PLACEMENTS, batch, params, plan
 
 import lora_jax as lora
+from benchmarks.collectives import collectives
 from lora_jax import LoraError
 from lora_jax.core.paths import flatten_with_names
 from lora_jax.sharding.batches import combined_sharding
@@ -321,7 +323,7 @@ def test_a_step_over_arrays_that_are_split_in_different_ways():
 def test_copies_change_nothing(case):
     """Law 1 with copies, whatever the program does to the weight: values, and the gradient once added up.
 
-    Programs whose first token axis has no five parts use one copy for all.
+    Programs whose first token axis has no five parts use the adapter itself.
     """
     mesh = jax.make_mesh((5,), ("data",), (AxisType.Auto,), devices=jax.devices()[:5])
     whole = NamedSharding(mesh, P("data"))
@@ -338,6 +340,27 @@ def test_copies_change_nothing(case):
     expected = jax.jit(jax.value_and_grad(lambda a, p, x: total(apply(p, a, x))))(adapters, p, x)
     rounding = 5e-2 if case.name in ("cast", "bf16", "bf16_activations", "fp16") else 1e-4
     assert_trees_close(found, expected, rtol=rounding, atol=rounding * 10)
+
+
+def test_a_convolution_has_the_gradient_of_the_adapter_itself():
+    """Its rows have no parts with copies of their own. Each array is summed over devices once, and none is sent."""
+    rows = NamedSharding(make_mesh((8,), ("data",)), P("data"))
+    case = next(case for case in MODELS if case.name == "convolution")
+    p, adapters = case.params(), case.adapters(RULES["lora"])
+    x = jax.random.normal(jax.random.key(1), (8, *case.input().shape[1:]))
+    apply = lora.lora_apply(case.fn)
+
+    def loss(adapters, p, x):
+        return total(apply(p, adapters, x))
+
+    gradient = jax.jit(lora.value_and_grad(loss, batch_sharding=rows))
+    args = (*jax.device_put((adapters, p), NamedSharding(rows.mesh, P())), jax.device_put(x, rows))
+    found = gradient(*args)[1]
+    assert_trees_close(found, jax.grad(loss)(adapters, p, x), rtol=1e-4, atol=1e-4)
+    sent = collectives(gradient.lower(*args).compile().as_text())
+    assert {c.kind for c in sent} == {"all-reduce"}
+    shapes = sorted(math.prod(shape) for c in sent for shape in c.shapes for _ in range(c.times) if shape)
+    assert shapes == sorted(array.size for one in adapters.values() for array in (one.a, one.b))
 
 
 def test_copies_are_of_one_adapter():

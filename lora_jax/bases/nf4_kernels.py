@@ -5,7 +5,8 @@
 W = code[codes] * scales: codes uint4 [d, k], scales fp32 [d / 64, k], one for each block of 64 numbers along d. So a
 scale is for whole rows of a tile's columns, and goes to all of them without moving between lanes.
 
-A kernel is for TPU (Mosaic) or for GPU (Triton); "interpreted tpu" and "interpreted gpu" run them anywhere, for tests.
+A kernel is for TPU (Mosaic), "tpu v4" being one without gathers, or for GPU (Triton). "interpreted tpu" and the others
+alike run anywhere, for tests.
 """
 
 import functools
@@ -19,6 +20,7 @@ from lora_jax.core._compat import shape_like
 
 Tile = tuple[int, int, int]  # rows of x, rows of W, columns of W
 BLOCK = 64  # numbers in a block
+SUBLANES = 8  # rows of a TPU's register, of numbers of 32 bits
 
 CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -32,13 +34,24 @@ def tile(rows: int, d: int, k: int, platform: str) -> Tile | None:
     tall, wide, most = ((512, 256, 128), (512, 256, 128), 1024) if for_tpu else ((BLOCK,), (128, 64, 32), 0)
     bd = next((n for n in tall if d % n == 0), d if d <= most else 0)
     bk = next((n for n in wide if k % n == 0), k if k <= most and k % BLOCK == 0 else 0)
-    bt = min(row_tile(platform), max(16, 1 << (rows - 1).bit_length()))
+    most_rows = row_tile(platform)
+    bt = _even_rows(rows, most_rows) if for_tpu else min(most_rows, max(16, 1 << (rows - 1).bit_length()))
     return (bt, bd, bk) if 0 < bd * bk <= 2**18 else None
 
 
 def row_tile(platform: str) -> int:
-    """Return the largest number of rows of a tile."""
-    return 256 if "tpu" in platform else 64
+    """Return the largest number of rows of a tile.
+
+    The more, the less of a product's time is dequantization. All of a tile's products are written out one after the
+    other, so that more than 1,024 rows make large programs.
+    """
+    return 1024 if "tpu" in platform else 64
+
+
+def _even_rows(rows: int, most: int) -> int:
+    """Return the rows of a tile, in sixteens, where as few tiles as can hold them share the rows evenly."""
+    tiles = -(-rows // most)
+    return -(-rows // (tiles * 16)) * 16
 
 
 def run(
@@ -53,23 +66,43 @@ def run(
         dtypes: to which W's values are rounded, one after the other.
         precision: of the product.
         transposed: whether W is.
-        platform: "tpu" or "gpu", or "interpreted tpu" and "interpreted gpu".
+        platform: "tpu", "tpu v4" or "gpu", or one of them after "interpreted ".
     """
     rows, (d, k) = len(x), codes.shape
     sizes = tile(rows, d, k, platform)
     assert sizes is not None, "callers ask `tile` first"
     x = jnp.pad(x, ((0, -rows % sizes[0]), (0, 0)))
-    on_platform = _on_tpu if "tpu" in platform else _on_gpu
+    on_tpu = functools.partial(_on_tpu, look_up=_selected if "v4" in platform else _gathered)
+    on_platform = on_tpu if "tpu" in platform else _on_gpu
     dot = functools.partial(_dot, precision=precision, transposed=transposed)
     return on_platform(x, codes, scales, dtypes, dot, sizes, transposed, "interpreted" in platform)[:rows]
 
 
-def _look_up(q: jax.Array, code: Any = CODE) -> Any:
-    """Return code[q] by selections on each bit of q, from the highest: kernels have no gather."""
+def _selected(q: jax.Array, code: Any = CODE) -> Any:
+    """Return code[q] by selections on each bit of q, from the highest: 23 operations on each number."""
     if len(code) == 1:
         return jnp.float32(code[0])
     half = len(code) // 2
-    return jnp.where((q & half) > 0, _look_up(q, code[half:]), _look_up(q, code[:half]))
+    return jnp.where((q & half) > 0, _selected(q, code[half:]), _selected(q, code[:half]))
+
+
+def _gathered(q: jax.Array) -> jax.Array:
+    """Return CODE[q] for q [bd, bk] by gathers along the 8 rows of a register: one for each half of the code.
+
+    With what belongs to them they are 5 operations on each number.
+    """
+    rows = q.reshape(-1, SUBLANES, q.shape[1])
+    low, high = (_along_rows(half, rows & (SUBLANES - 1)) for half in (CODE[:SUBLANES], CODE[SUBLANES:]))
+    return jnp.where(rows < SUBLANES, low, high).reshape(q.shape)
+
+
+def _along_rows(code: Any, at: jax.Array) -> jax.Array:
+    """Return code[at] for 8 numbers and `at` [n, 8, bk]."""
+    numbered = lax.broadcasted_iota(jnp.int32, (1, *at.shape[1:]), 1)
+    table = _selected(numbered, code)  # [1, 8, bk]; a kernel holds no constant arrays
+    dims = lax.GatherDimensionNumbers((), (1,), (1,), (0, 2), (0, 2))
+    table = jnp.broadcast_to(table, at.shape)
+    return lax.gather(table, at[..., None], dims, (1, 1, 1), mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
 
 def _rounded(w: jax.Array, dtypes: Any) -> jax.Array:
@@ -83,7 +116,7 @@ def _dot(x: jax.Array, w: jax.Array, precision: Any, transposed: bool) -> jax.Ar
 
 
 def _on_tpu(
-    x: Any, codes: Any, scales: Any, dtypes: Any, dot: Any, sizes: Tile, transposed: bool, interpret: bool
+    x: Any, codes: Any, scales: Any, dtypes: Any, dot: Any, sizes: Tile, transposed: bool, interpret: bool, look_up: Any
 ) -> jax.Array:
     """Run a kernel whose grid has the contracted axis last, with sums over its steps in fp32.
 
@@ -106,7 +139,7 @@ def _on_tpu(
         which = pl.program_id(1 if transposed else 2) % several
         parts = [scales_ref[m * blocks : (m + 1) * blocks, :] for m in range(several)]
         scale = functools.reduce(lambda low, m: jnp.where(which == m, parts[m], low), range(1, several), parts[0])
-        values = _look_up(codes_ref[...].astype(jnp.int32)).reshape(blocks, BLOCK, bk)
+        values = look_up(codes_ref[...].astype(jnp.int32)).reshape(blocks, BLOCK, bk)
         w = (values * scale[:, None, :]).reshape(bd, bk)
         total[...] += dot(x_ref[...], _rounded(w, dtypes))
 
@@ -149,7 +182,7 @@ def _on_gpu(
     x = x.reshape(rows, half, 2) if transposed else x
 
     def values(q: jax.Array, scale: jax.Array, odd: int) -> jax.Array:
-        return _rounded(_look_up(q >> 4 if odd else q & 15) * scale[None, :], dtypes)  # [bd, bk / 2]
+        return _rounded(_selected(q >> 4 if odd else q & 15) * scale[None, :], dtypes)  # [bd, bk / 2]
 
     def kernel(x_ref: Any, codes_ref: Any, scales_ref: Any, out_ref: Any) -> None:
         def down(n: jax.Array, sums: Any) -> Any:

@@ -28,6 +28,7 @@ Plain = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (x, codes, sca
 PRECISIONS = (None, lax.Precision.DEFAULT, lax.Precision.HIGHEST)
 KERNELS = {"tpu": "tpu", "cuda": "gpu", "cpu": "interpreted tpu"}  # by JAX's platforms
 TOO_OLD = ("TPU v2", "TPU v3", "5.", "6.", "7.")  # kinds of TPUs and compute capabilities of GPUs without them
+WITHOUT_GATHERS = "TPU v4"  # along rows of a register
 
 
 def product(
@@ -139,6 +140,8 @@ def _lower(ctx: mlir.LoweringRuleContext, *args: Any, how: _How, platform: str) 
     kernel = how.kernel_on(platform, x[0], *codes)
     if not (_on_one_device(ctx) and _compiles(ctx, platform, how.kernel)):
         kernel = None
+    elif kernel == "tpu" and _generation(platform).startswith(WITHOUT_GATHERS):
+        kernel = "tpu v4"
     return mlir.lower_fun(functools.partial(_run, how=how, kernel=kernel), multiple_results=False)(ctx, *args)
 
 
@@ -163,16 +166,24 @@ def _on_one_device(ctx: mlir.LoweringRuleContext) -> bool:
 def _compiles(ctx: mlir.LoweringRuleContext, platform: str, wanted: bool | None) -> bool:
     """Return whether Pallas lowers a kernel here: for a TPU or GPU, only if it knows which one.
 
-    That is the one of the mesh around, else the one at hand. A GPU's kernels cannot be exported, unless JAX's check of
-    what may be is turned off: then a user wants them.
+    A GPU's kernels cannot be exported, unless JAX's check of what may be is turned off: then a user wants them.
     """
     if platform not in ("tpu", "cuda"):
         return True
     if platform == "cuda" and wanted is None and ctx.module_context.lowering_parameters.for_export:
         return False
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    generation = device.device_kind if platform == "tpu" else getattr(device, "compute_capability", "")
-    return device.platform in (platform, KERNELS[platform]) and not generation.startswith(TOO_OLD)
+    return _device().platform in (platform, KERNELS[platform]) and not _generation(platform).startswith(TOO_OLD)
+
+
+def _device() -> Any:
+    """Return the device of the mesh around, else the one at hand."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
+def _generation(platform: str) -> str:
+    """Return the kind of a TPU, or the compute capability of a GPU."""
+    device = _device()
+    return device.device_kind if platform == "tpu" else getattr(device, "compute_capability", "")
 
 
 # The primitive --------------------------------------------------------------------------------------------------------

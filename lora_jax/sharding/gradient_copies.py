@@ -35,30 +35,30 @@ class PerShardCopies(AdapterWrapper):
     """Equal copies of one adapter: every array of `inner` begins with an axis of copies for each split."""
 
     inner: Adapter
-    original: Adapter  # no gradient passes it
+    original: Adapter  # for products whose rows are not in the batch's parts
     axes: KernelAxes = field(metadata={"static": True})
     splits: Splits = field(metadata={"static": True})
 
     @property
     def asked(self) -> Adapter:
-        return _first_copy(self.inner, len(self.splits))
+        return self.original
 
-    def kernel_shape(self) -> tuple[int, ...]:
-        return self.original.kernel_shape()
+    def trainable(self) -> "PerShardCopies":
+        return dataclasses.replace(self, inner=self.inner.trainable(), original=self.original.trainable())
 
     def lower(self, w: Any) -> Operand | jax.Array:
-        """Lower every copy."""
+        """Lower every copy, and the original."""
         n, k = len(self.axes.stack), len(self.splits)
         lower: Any = jax.lax.stop_gradient(self.original).lowering(w)
+        whole = lower(self.original)
+        if not isinstance(whole, Operand):
+            return whole
         for _ in self.splits:
             lower = jax.vmap(lower)
-        operand = lower(self.inner)
-        if not isinstance(operand, Operand):
-            return _first_copy(operand, k)
-        inner = operand.with_axes(
+        inner = lower(self.inner).with_axes(
             _with_copies(self.axes, k), lambda array, _: jnp.moveaxis(array, range(k), range(n, n + k))
         )
-        return CopiesOperand(inner, self.axes, self.splits)
+        return CopiesOperand(inner, whole, self.axes, self.splits)
 
 
 @jax.tree_util.register_dataclass
@@ -70,21 +70,41 @@ class CopiesOperand(Wrapper):
     """
 
     inner: Operand
+    whole: Operand  # of the original
     axes: KernelAxes = field(metadata={"static": True})
     splits: Splits = field(metadata={"static": True})
 
     layout = MappingProxyType({})
 
-    def around(self, inner: Operand) -> "CopiesOperand":
-        ndim = sum(map(len, inner.axes)) - len(self.splits)
-        axes = inner.axes
-        for axis in reversed(range(ndim, ndim + len(self.splits))):
-            axes = axes.drop(axis)
-        return dataclasses.replace(self, inner=inner, axes=axes)
+    def both(self, change: Callable[[Operand], Operand]) -> "CopiesOperand":
+        whole = change(self.whole)
+        return dataclasses.replace(self, inner=change(self.inner), whole=whole, axes=whole.axes)
 
-    def one(self) -> Operand:
-        """Return one of the copies."""
-        return self._without(range(len(self.splits)))
+    def transpose(self) -> Operand:
+        return self.both(lambda operand: operand.transpose())
+
+    def scale_by(self, factor: jax.Array) -> Operand:
+        return self.both(lambda operand: operand.scale_by(factor))
+
+    def to_lora(self) -> Operand:
+        return self.both(lambda operand: operand.to_lora())
+
+    def merge(self, w: jax.Array) -> jax.Array:
+        return self.whole.merge(w)
+
+    def apply(self, product: Product) -> jax.Array:
+        """Multiply each part of the rows by its own copy; all of them by the original if the rows have no such parts.
+
+        Convolutions have none: with a kernel for each part they would be convolutions of groups of channels.
+        """
+        rows = product.token_axes()
+        fits = [i < len(rows) and rows[i] % n == 0 for i, n in self.splits]
+        if not any(fits):
+            return self.whole.apply(product)
+        inner = self._without([i for i, fit in enumerate(fits) if not fit])
+        parts = {i: n for (i, n), fit in zip(self.splits, fits, strict=True) if fit}
+        counts = [parts.get(i, 1) for i in range(len(rows))]
+        return product.join(inner.apply(product.split(counts, inner.axes)), counts)
 
     def _without(self, which: Sequence[int]) -> Operand:
         """Return the operand inside with the first copy alone along these of its axes of copies."""
@@ -93,41 +113,32 @@ class CopiesOperand(Wrapper):
             inner = inner.replace_axes(ndim + i, 1, 0, _first_along)
         return inner
 
-    def merge(self, w: jax.Array) -> jax.Array:
-        return self.one().merge(w)
-
-    def apply(self, product: Product) -> jax.Array:
-        """Multiply each part of the rows by its own copy; all of them by one where the rows have no such parts."""
-        rows = product.token_axes()
-        fits = [i < len(rows) and rows[i] % n == 0 for i, n in self.splits]
-        inner = self._without([i for i, fit in enumerate(fits) if not fit])
-        if not any(fits):
-            return inner.apply(product)
-        parts = {i: n for (i, n), fit in zip(self.splits, fits, strict=True) if fit}
-        counts = [parts.get(i, 1) for i in range(len(rows))]
-        return product.join(inner.apply(product.split(counts, inner.axes)), counts)
-
     def concatenate(self, parts: Sequence[Any], sizes: Sequence[int], axis: int) -> Operand | None:
         if any(p is not None and (not isinstance(p, CopiesOperand) or p.splits != self.splits) for p in parts):
             return None
         inner = self.inner.concatenate([p and p.inner for p in parts], sizes, axis)
-        return inner and self.around(inner)
+        whole = self.whole.concatenate([p and p.whole for p in parts], sizes, axis)
+        if inner is None or whole is None:
+            return None
+        return dataclasses.replace(self, inner=inner, whole=whole, axes=whole.axes)
 
     def kernel_shape(self) -> tuple[int, ...]:
-        return self.inner.kernel_shape()[: -len(self.splits)]
+        return self.whole.kernel_shape()
 
     def permute(self, permutation: tuple[int, ...]) -> Operand:
         ndim = len(permutation)
-        return self.around(self.inner.permute((*permutation, *range(ndim, ndim + len(self.splits)))))
+        inner = self.inner.permute((*permutation, *range(ndim, ndim + len(self.splits))))
+        whole = self.whole.permute(permutation)
+        return dataclasses.replace(self, inner=inner, whole=whole, axes=whole.axes)
 
     def specs(self, spec: jax.P) -> Operand:
         ndim = sum(map(len, self.axes))
         every = (*spec, *[None] * (ndim - len(spec) + len(self.splits)))
-        return dataclasses.replace(self, inner=self.inner.specs(P(*every)))
+        return dataclasses.replace(self, inner=self.inner.specs(P(*every)), whole=self.whole.specs(spec))
 
     def rows(self, axis: int, n: int, fn: Callable[..., Any], stack: Sequence[int] = ()) -> Operand:
-        """Return rows of one copy: rows that are looked up are few and thin."""
-        return self.one().rows(axis, n, fn, stack)
+        """Return rows of the original: rows that are looked up are few and thin."""
+        return self.whole.rows(axis, n, fn, stack)
 
 
 def make_copies(tree: Any, batch: NamedSharding, shardings: Any = None) -> Any:
@@ -201,7 +212,8 @@ def add_up(grads: Any, batch: NamedSharding) -> Any:
     def add(node: Any) -> Any:
         if not isinstance(node, PerShardCopies):
             return node
-        return jax.tree.map(lambda array: total(array, len(node.splits)), node.inner)
+        copies = jax.tree.map(lambda array: total(array, len(node.splits)), node.inner)
+        return jax.tree.map(jnp.add, copies, node.original)
 
     return jax.tree.map(add, grads, is_leaf=is_adapter)
 
@@ -215,10 +227,6 @@ def _splits(batch: NamedSharding) -> Splits:
 def _with_copies(axes: KernelAxes, n: int) -> KernelAxes:
     ndim = sum(map(len, axes))
     return axes._replace(stack=(*axes.stack, *range(ndim, ndim + n)))
-
-
-def _first_copy(tree: Any, copies: int) -> Any:
-    return jax.tree.map(lambda array: array[(0,) * copies], tree)
 
 
 def _first_along(array: jax.Array, axis: int) -> jax.Array:

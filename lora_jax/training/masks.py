@@ -183,8 +183,9 @@ def mark(
         if not is_adapter(at):
             return jax.tree.map(other, at)
         if isinstance(at, AdapterWrapper):
-            own = {name: frozen for name in field_names(at, static=False) if name != "inner"}
-            return dataclasses.replace(at, inner=node(at.inner), **own)  # type: ignore[type-var]
+            own = {name: getattr(at, name) for name in field_names(at, static=False)}
+            marks = {name: node(value) if is_adapter(value) else frozen for name, value in own.items()}
+            return dataclasses.replace(at, **marks)  # type: ignore[type-var]
         trained, marks = at.trainable(), {}
         for name in field_names(at, static=False):
             value = array(at, name) if getattr(trained, name) else frozen

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("libtpu", reason="libtpu is not installed: make test-compiled")
 
 import programs
+from products import products
 
 from lora_jax.analysis import hlo
 
@@ -47,12 +48,10 @@ def test_gradients_of_adapters_are_summed_in_fp32_beside_a_base_in_bf16(lora_gra
 def test_gradients_of_factors_are_products_in_fp32(lora_gradient):
     """A sum over tokens that came out in bf16 would have 8 bits, whatever it is added up in afterwards."""
     rank, found = programs.RANK, {}
-    for lines in hlo.parse(lora_gradient.text).computations.values():
-        for one in lines:
-            for dtype, shape, _ in hlo.arrays(one.results) if one.operation in ("convolution", "dot") else ():
-                sides = [n for n in shape if n > 1]
-                if len(sides) == 2 and rank in sides and max(sides) in (WIDTH, INNER, KEYS):
-                    found.setdefault(dtype, []).append(shape)
+    for *_, (dtype, shape) in products(lora_gradient):
+        sides = [n for n in shape if n > 1]
+        if len(sides) == 2 and rank in sides and max(sides) in (WIDTH, INNER, KEYS):
+            found.setdefault(dtype, []).append(shape)
     assert list(found) == ["f32"]
     assert len(found["f32"]) >= 2 * 7
 

@@ -19,6 +19,7 @@ from lora_jax.bases import nf4_kernels
 
 D, K, ROWS = 1024, 2048, 16  # few rows, as in generation: then kernels are the default
 MACHINES = {"v5e:2x2": ("tpu", "tpu", 1), "h100:8": ("cuda", "gpu", 132)}  # JAX's platform, the kernel's, cores
+OTHERS = {"v4:2x2x2": ("tpu", "tpu v4", 1), **dict.fromkeys(("v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"), ("tpu", "tpu", 1))}
 TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
 
 # JAX warns of Triton, in which the kernels for GPUs are written.
@@ -35,11 +36,11 @@ def kernels(text):
 # NF4 ------------------------------------------------------------------------------------------------------------------
 
 
-@on_machines
+@pytest.mark.parametrize("machine", [*MACHINES, *OTHERS])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_kernel_for_nf4_compiles_wholly_and_takes_no_memory(machine, transposed):
     needs(machine)
-    (platform, kernel, cores), found = MACHINES[machine], find_topology(machine)
+    (platform, kernel, cores), found = (MACHINES | OTHERS)[machine], find_topology(machine)
     device, one = found.devices[0], SingleDeviceSharding(found.devices[0])
     run = functools.partial(
         nf4_kernels.run, dtypes=(jnp.bfloat16,), precision=None, transposed=transposed, platform=kernel
@@ -91,6 +92,11 @@ class Nf4:
 def test_in_a_shard_map_products_take_kernels_forward_and_backward(machine):
     nf4 = Nf4(machine)
     assert nf4.kernels(nf4.mapped) == 1
+    assert nf4.kernels(jax.value_and_grad(nf4.mapped, argnums=(0, 1))) == 2
+
+
+def test_a_tpu_that_cannot_gather_has_a_kernel_too():
+    nf4 = Nf4("v4:2x2x2")
     assert nf4.kernels(jax.value_and_grad(nf4.mapped, argnums=(0, 1))) == 2
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import bundles
 import cached
 import jax
 import jax.numpy as jnp
@@ -62,3 +63,19 @@ def test_memory_is_one_weight_in_bf16():
     found = report(product, single(), X)
     assert found.parts["base"] == D * K // 2 + D // 64 * K * 4
     assert found.parts["temporary (activations)"] <= 1.01 * D * K * 2
+
+
+# With few rows, as in generation, a kernel dequantizes W tile by tile ------------------------------------------------
+
+BYTES_A_CYCLE = 819e9 / 1.5e9  # of HBM, at a clock at which 4 units of 128 x 128 make 197 TFLOP/s
+READING = D * K * 2 / BYTES_A_CYCLE  # cycles, of W in bf16: all that a dense product of 16 rows takes
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_of_few_rows_takes_no_longer_than_to_read_a_dense_weight(transposed):
+    assert bundles.of_nf4_product("v5e:2x2", 16, D, K, transposed) <= READING
+
+
+def test_a_product_of_a_thousand_rows():
+    dense = jax.ShapeDtypeStruct((1024, D), jnp.bfloat16)
+    assert bundles.of_nf4_product("v5e:2x2", 1024, D, K, False) <= 1.1 * programs.cycles(report(product, DENSE, dense))

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import programs
 import pytest
+from products import products
 
 import lora_jax as lora
-from lora_jax.analysis import hlo
 
 pytest.importorskip("libtpu", reason="libtpu is not installed: make test-compiled")
 
@@ -37,20 +37,13 @@ def test_an_adapted_product_takes_few_more_cycles(found):
     assert adapted <= 1.06 * plain
 
 
-def products(report):
-    """The dtypes of each product: of x, of the weight, and of the result."""
-    found = []
-    for lines in hlo.parse(report.text).computations.values():
-        types = {one.name: one.results for one in lines}
-        for one in lines:
-            if one.operation in ("convolution", "dot"):
-                arrays = [types[name] for name in one.operands] + [one.results]
-                found.append(tuple(dtype for array in arrays for dtype, _, _ in hlo.arrays(array)))
-    return sorted(found)
+def dtypes(report):
+    """Of x, of the weight and of the result of each product."""
+    return sorted(tuple(array.dtype for array in each) for each in products(report))
 
 
 def test_factors_in_fp32_are_narrow_in_products_which_are_accumulated_in_fp32(found):
-    adapted, plain = map(products, found)
+    adapted, plain = map(dtypes, found)
     assert plain == [("bf16", "bf16", "bf16")]
     assert adapted == [*plain, *[("bf16", "bf16", "f32")] * 2]
 

@@ -101,16 +101,21 @@ def test_temporary_memory_is_that_of_by_hand(found):
     assert programs.temporary(ours) <= 1.03 * programs.temporary(hand)
 
 
-# Of q, k and v the compiler gathers 5 a layer for recomputed and backward products together; by hand 4.
+# On a tensor mesh two things that are meant to be so cost more than by hand. Written into the model by hand they make
+# it what `lora_apply` makes: to the byte in what is sent, to 1.02 in temporary memory.
+# - Sums over tokens, and y + h B, in fp32: 1.10 of the memory by hand. In the backward pass the compiler gathers q, k
+#   and v for their products again, where by hand it keeps what it gathered to recompute: 5 gathers a layer, by hand 4.
+# - h B waits for y, for 0.03 of the cycles at large sizes: 6 gathers a layer, and 1.13 of the memory.
+# Nothing else is more than by hand, so less can be reached by giving up one of these.
 
 
-@pytest.mark.xfail(strict=True, reason="measured 1.022, bound 1: one weight [512, 128] a layer is gathered once more")
+@pytest.mark.xfail(strict=True, reason="measured 1.046, bound 1: two weights [512, 128] a layer are gathered once more")
 def test_by_hand_as_much_is_sent_on_a_tensor_mesh_beside_sums_in_fp32(found):
     ours, hand = found("gradient", "tensor"), found("by_hand", "tensor")
     assert programs.sent(ours) <= programs.sent(hand) + FACTORS["tensor"] * (4 - 2)
 
 
-@pytest.mark.xfail(strict=True, reason="measured 1.127, bound 1.02; 1.122 at width 1,024")
+@pytest.mark.xfail(strict=True, reason="measured 1.157, bound 1.02")
 def test_temporary_memory_on_a_tensor_mesh_is_that_of_by_hand(found):
     ours, hand = found("gradient", "tensor"), found("by_hand", "tensor")
     assert programs.temporary(ours) <= 1.02 * programs.temporary(hand)
