@@ -21,8 +21,9 @@ CALL = "compile_report(step, *args, topology=...)"
 TEMPORARY = "temporary (activations)"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 ADVICE = {
-    "base": "The frozen base is the largest part: split it over more devices (an fsdp axis), or pack it in 4 bits, "
-    "jax.eval_shape(lambda p: lora.bases.quantize(p, rules), params) with lora.bases.Nf4().",
+    "base": "The frozen base is the largest part: split it over more devices (an fsdp axis), pack it in 4 bits, "
+    "jax.eval_shape(lambda p: lora.bases.quantize(p, rules), params) with lora.bases.Nf4(), or keep its layers in the "
+    "memory of the host, lora.bases.to_host(params, patterns).",
     "adapters": "The adapters are the largest part: lower the rank, adapt fewer weights, or split them as the base is, "
     'lora.adapter_shardings(..., policy="inherit"), here lora.abstract_state(..., policy="inherit").',
     "optimizer": "The optimizer's state is the largest part: lower the rank, keep moments in bf16, or split it and the "

@@ -2,8 +2,8 @@
 
 Start with `format`: what a format is. `nf4` (its kernels in `nf4_pallas`, the layouts of files in `nf4_layouts`),
 `int8_fp8` and `qwix` are the formats; `quantize` packs the weights of a tree and `change` measures what that changes,
-`placement` puts them on a mesh, `host` in the memory of the host, `merge` merges adapters into them, `checkpoint` saves and loads them. `lazy` and
-`bitsandbytes` read weights from files one at a time.
+`placement` puts them on a mesh, `host` in the memory of the host, `merge` merges adapters into them, `checkpoint` saves
+and loads them. `lazy` and `bitsandbytes` read weights from files one at a time.
 
 May import core, sharding, checkpoints' folders of arrays, and interop's key map and safetensors index.
 """

@@ -18,7 +18,7 @@ from lora_jax.core.aliases import same
 from lora_jax.core.arrays import describe
 from lora_jax.core.deferred import Deferred, Size
 from lora_jax.core.errors import LoraError
-from lora_jax.core.packed import HOST, Packed, is_packed, move
+from lora_jax.core.packed import HOST, Packed, bits, is_packed, move
 from lora_jax.core.paths import flatten_with_names, is_array
 from lora_jax.core.patterns import first_match
 from lora_jax.core.serialization import register_node
@@ -111,18 +111,26 @@ def _check(name: str, leaf: Any, stack: int | None) -> None:
     for array in jax.tree.leaves(leaf):
         if isinstance(array, jax.core.Tracer):
             raise LoraError(f"{CALL}: {name!r} is traced: move it before jax.jit, which takes it as an argument.")
-        _check_kinds(name, _where(array))
+        _check_kinds(name, _where(array), array)
     return None
 
 
-def _check_kinds(name: str, sharding: Sharding) -> None:
-    device = min(sharding.device_set, key=lambda device: device.id)
+def _check_kinds(name: str, sharding: Sharding, array: Any = None) -> None:
+    """Raise if the devices of an array have no such memory, or if their compiler does not bring it layer by layer."""
+    device: Any = min(sharding.device_set, key=lambda device: device.id)
     kinds = [memory.kind for memory in device.addressable_memories()]
-    if HOST not in kinds:
+    is_elsewhere = isinstance(array, jax.ShapeDtypeStruct) and not kinds  # a machine to compile for, which tells none
+    if HOST not in kinds and not is_elsewhere:
         raise LoraError(
             f"{CALL}: {name!r} cannot be moved, for {device.platform} devices ({device.device_kind}) have no memory of "
             f"the kind {HOST!r}; what they have is {', '.join(map(repr, kinds)) or 'none that has a name'}. Pack it in "
             "fewer bits there, lora.bases.quantize, or split it over more devices."
+        )
+    if device.platform == "tpu" and array is not None and bits(array.dtype) < 8:
+        raise LoraError(
+            f"{CALL}: {name!r} has numbers of {array.dtype}. For each layer XLA's compiler for TPUs would bring all "
+            "layers of them, and send them back in another order: leave it on the device, or pack it in 8 bits, "
+            "lora.bases.Int8()."
         )
 
 

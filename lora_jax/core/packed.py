@@ -118,7 +118,7 @@ class Packed(ShortRepr, NoArray, abc.ABC):
         return any(map(_on_host, self.arrays().values()))
 
     def brought(self) -> Self:
-        """Return the weight with its packed arrays on the device, copied from the memory of the host if they are there."""
+        """Return the weight with its packed arrays on the device; those on the host are copied."""
         return jax.tree.map(_brought, self)
 
     def dot(self, x: jax.Array, inputs: tuple[int, ...], precision: Any) -> jax.Array | None:

@@ -1,0 +1,110 @@
+"""A base in the memory of the host, by the real compilers: it comes layer by layer, and is never sent back."""
+
+import functools
+import re
+
+import decoder
+import jax
+import jax.numpy as jnp
+import programs
+import pytest
+from cached import report
+from jax.ad_checkpoint import checkpoint_name
+from needs import needs
+
+import lora_jax as lora
+
+SIZE = decoder.Size(layers=8, width=512, inner=1024, heads=4, kv_heads=4, vocabulary=1024)
+LINEARS = SIZE.layers * (4 * SIZE.width**2 + 3 * SIZE.width * SIZE.inner)  # numbers
+TPU, GPU = ("v5e:1x1", 1), ("h100:8", 8)
+FORMATS = {"bf16": None, **programs.FORMATS}
+
+
+@functools.cache
+def step(machine, fsdp, host, bits="bf16"):
+    """`lora.jit_step` with adapters on all seven linears, over a base on the host or on the device."""
+    needs(machine)
+    setup = programs.setup(machine, 1, SIZE, programs.FEW, fsdp=fsdp)
+    params = setup.packed(bits) if FORMATS[bits] else setup.params
+    state = setup.state(params)
+    if host:
+        params = lora.bases.to_host(params, decoder.LINEARS)
+    return setup.report(lora.jit_step(setup.loss(), programs.OPTIMIZER), state, params, setup.ids, setup.ids)
+
+
+def copies(text):
+    """Of the asynchronous copies between the memories, the shapes that come from the host, and those that go to it."""
+    here, there = [], []
+    for line in text.splitlines():
+        if found := re.search(r" = (\(.*\)) (copy|dynamic-slice|dynamic-update-slice)-start\(", line):
+            arrays = re.findall(r"(\w+\[[\d,]+\])\{([^}]*)\}", found[1])
+            # A slice has (whole, part), a copy (to, source), an update (whole, part, whole).
+            source, to = (arrays[0], arrays[-1]) if found[2] == "dynamic-slice" else (arrays[1], arrays[0])
+            if ("S(5)" in source[1]) != ("S(5)" in to[1]):
+                (here if "S(5)" in source[1] else there).append(to[0])
+    return here, there
+
+
+def test_a_tpu_brings_each_weight_twice_and_sends_none_back():
+    """Once in the forward pass, and once for a layer that is computed again and its derivatives."""
+    found, plain = step(*TPU, host=True), step(*TPU, host=False)
+    here, there = copies(found.text)
+    assert len(here) == 2 * 7
+    assert there == []
+    assert len(re.findall(r"dynamic-slice-done\(", found.text)) >= 2 * 7
+    assert found.host["arguments"] == 2 * LINEARS
+    assert plain.parts["base"] - found.parts["base"] == 2 * LINEARS
+    one = 2 * LINEARS // SIZE.layers
+    assert programs.temporary(found) <= programs.temporary(plain) + 1.1 * one, "of the weights, one layer at a time"
+    assert "on the host" in str(found)
+
+
+def test_a_tpu_brings_packed_weights_packed():
+    found = step(*TPU, host=True, bits="int8")
+    here, there = copies(found.text)
+    assert len(here) == 2 * 7 * 2, "numbers and scales"
+    assert {shape.partition("[")[0] for shape in here} == {"s8", "f32"}
+    assert there == []
+
+
+def test_of_4_bits_a_tpu_would_bring_all_layers_for_each():
+    with pytest.raises(lora.LoraError, match=r"'layers/down' has numbers of uint4.*lora.bases.Int8"):
+        step(*TPU, host=True, bits="nf4")
+
+
+def test_gpus():
+    found, plain = step(*GPU, host=True), step(*GPU, host=False)
+    assert found.host["arguments"] == 2 * LINEARS // 8
+    assert plain.parts["base"] - found.parts["base"] == 2 * LINEARS // 8
+    assert found.needed < plain.needed
+
+
+def test_layer_inputs_are_kept_on_the_host():
+    """Of eight layers' inputs, the device has those of one or two."""
+    needs(TPU[0])
+    mesh = lora.topology_mesh("v5e:1x1", fsdp=1)
+    layers, rows, width = 8, 8192, 2048  # more than the compiler keeps in the chip's vector memory
+    shapes = {"layers": jax.ShapeDtypeStruct((layers, width, width), jnp.bfloat16)}
+    params = lora.abstract(shapes, mesh)
+    x = lora.abstract(jax.ShapeDtypeStruct((rows, width), jnp.bfloat16), mesh)
+
+    def gradient(policy):
+        def layer(x, w):
+            x = checkpoint_name(x, "layer_input")
+            return jnp.tanh(x @ w), None
+
+        def model(params, x):
+            body = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+            return jax.lax.scan(body, x, params["layers"])[0]
+
+        plan = lora.plan(model, params, x, rules={".*": lora.Lora(rank=4)})
+        adapters = lora.abstract_state(params, plan, programs.OPTIMIZER).trainable
+        apply = lora.lora_apply(model)
+        step = jax.grad(lambda adapters, params, x: jnp.sum(apply(params, adapters, x).astype(jnp.float32) ** 2))
+        return report(step, adapters, params, x, topology="v5e:1x1")
+
+    found = gradient(lora.policies.offload("layer_input"))
+    plain = gradient(jax.checkpoint_policies.nothing_saveable)
+    one = 2 * rows * width
+    assert found.host["temporary (activations)"] == layers * one
+    assert programs.temporary(plain) - programs.temporary(found) >= (layers - 3) * one
