@@ -181,9 +181,11 @@ def test_merged_in_place_of_what_was_there():
 def test_saved_and_loaded_to_the_host(tmp_path):
     there = bases.to_host(base("int8"), "layers/.*")
     bases.save(tmp_path / "base", there)
-    where = jax.tree.map(lambda w: w.sharding, bases.dense(base("int8")))
-    for loaded in (bases.load(tmp_path / "base"), bases.load(tmp_path / "base", bases.to_host(where, "layers/.*"))):
-        assert_trees_equal(bases.dense(loaded), bases.dense(base("int8")))
+    mesh = jax.make_mesh((1,), ("x",), (jax.sharding.AxisType.Auto,))
+    where = bases.to_host(jax.tree.map(lambda _: NamedSharding(mesh, P()), base()), "layers/.*")
+    loaded = bases.load(tmp_path / "base", where)
+    assert_trees_equal(bases.dense(loaded), bases.dense(base("int8")))
+    assert {array.sharding.memory_kind for array in jax.tree.leaves(loaded["layers"])} == {"pinned_host"}
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

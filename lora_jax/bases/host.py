@@ -73,8 +73,9 @@ def to_host(params: Any, patterns: str | Sequence[str], *, stack: int | None = N
         their arrays on the host, and so are shardings.
 
     Raises:
-        LoraError: the devices have no memory of kind "pinned_host"; a pattern matches no path; a leaf is no array of
-            floats, or is traced, or has no sharding; it has fewer axes than `stack`.
+        LoraError: the devices have no memory of the kind "pinned_host"; a pattern matches no path; a leaf is no array of
+            floats, or is traced, or has no more axes than `stack`; on TPUs, it is a stack of packed weights, of which
+            XLA would bring all for each.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> def model(params, x):
@@ -117,20 +118,18 @@ def _check(name: str, leaf: Any, stack: int | None) -> None:
 
 def _check_kinds(name: str, sharding: Sharding, array: Any = None) -> None:
     """Raise if the devices of an array have no such memory, or if their compiler does not bring it layer by layer."""
-    device: Any = min(sharding.device_set, key=lambda device: device.id)
+    device: Any = sorted(sharding.device_set, key=str)[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
-    is_elsewhere = isinstance(array, jax.ShapeDtypeStruct) and not kinds  # a machine to compile for, which tells none
-    if HOST not in kinds and not is_elsewhere:
+    if HOST not in kinds:
         raise LoraError(
             f"{CALL}: {name!r} cannot be moved, for {device.platform} devices ({device.device_kind}) have no memory of "
             f"the kind {HOST!r}; what they have is {', '.join(map(repr, kinds)) or 'none that has a name'}. Pack it in "
             "fewer bits there, lora.bases.quantize, or split it over more devices."
         )
-    if device.platform == "tpu" and array is not None and bits(array.dtype) < 8:
+    if device.platform == "tpu" and array is not None and array.ndim > 2 and bits(array.dtype) < 16:
         raise LoraError(
-            f"{CALL}: {name!r} has numbers of {array.dtype}. For each layer XLA's compiler for TPUs would bring all "
-            "layers of them, and send them back in another order: leave it on the device, or pack it in 8 bits, "
-            "lora.bases.Int8()."
+            f"{CALL}: {name!r} has numbers of {array.dtype}. For each layer XLA's compiler for TPUs would bring the "
+            "whole stack of them, and send it back in another order: leave it on the device."
         )
 
 

@@ -16,12 +16,12 @@ import lora_jax as lora
 
 SIZE = decoder.Size(layers=8, width=512, inner=1024, heads=4, kv_heads=4, vocabulary=1024)
 LINEARS = SIZE.layers * (4 * SIZE.width**2 + 3 * SIZE.width * SIZE.inner)  # numbers
-TPU, GPU = ("v5e:1x1", 1), ("h100:8", 8)
+TPU = "v5e:1x1"
 FORMATS = {"bf16": None, **programs.FORMATS}
 
 
 @functools.cache
-def step(machine, fsdp, host, bits="bf16"):
+def step(machine, host, fsdp=1, bits="bf16"):
     """`lora.jit_step` with adapters on all seven linears, over a base on the host or on the device."""
     needs(machine)
     setup = programs.setup(machine, 1, SIZE, programs.FEW, fsdp=fsdp)
@@ -47,7 +47,7 @@ def copies(text):
 
 def test_a_tpu_brings_each_weight_twice_and_sends_none_back():
     """Once in the forward pass, and once for a layer that is computed again and its derivatives."""
-    found, plain = step(*TPU, host=True), step(*TPU, host=False)
+    found, plain = step(TPU, host=True), step(TPU, host=False)
     here, there = copies(found.text)
     assert len(here) == 2 * 7
     assert there == []
@@ -59,30 +59,23 @@ def test_a_tpu_brings_each_weight_twice_and_sends_none_back():
     assert "on the host" in str(found)
 
 
-def test_a_tpu_brings_packed_weights_packed():
-    found = step(*TPU, host=True, bits="int8")
-    here, there = copies(found.text)
-    assert len(here) == 2 * 7 * 2, "numbers and scales"
-    assert {shape.partition("[")[0] for shape in here} == {"s8", "f32"}
-    assert there == []
+@pytest.mark.parametrize("bits", programs.FORMATS)
+def test_of_packed_weights_a_tpu_would_bring_the_whole_stack_for_each_layer(bits):
+    """Numbers of 8 bits and less are in another order on the host than where they are sliced."""
+    with pytest.raises(lora.LoraError, match=r"'layers/down' has numbers of u?int[48]"):
+        step(TPU, host=True, bits=bits)
 
 
-def test_of_4_bits_a_tpu_would_bring_all_layers_for_each():
-    with pytest.raises(lora.LoraError, match=r"'layers/down' has numbers of uint4.*lora.bases.Int8"):
-        step(*TPU, host=True, bits="nf4")
-
-
-def test_gpus():
-    found, plain = step(*GPU, host=True), step(*GPU, host=False)
-    assert found.host["arguments"] == 2 * LINEARS // 8
-    assert plain.parts["base"] - found.parts["base"] == 2 * LINEARS // 8
-    assert found.needed < plain.needed
+def test_gpus_that_are_not_there_have_no_memory_with_a_name():
+    """JAX then leaves out where an array is to be, so that nothing can be said of it."""
+    with pytest.raises(lora.LoraError, match=r"gpu devices \(NVIDIA H100.*have no memory of the kind 'pinned_host'"):
+        step("h100:8", fsdp=8, host=True)
 
 
 def test_layer_inputs_are_kept_on_the_host():
     """Of eight layers' inputs, the device has those of one or two."""
-    needs(TPU[0])
-    mesh = lora.topology_mesh("v5e:1x1", fsdp=1)
+    needs(TPU)
+    mesh = lora.topology_mesh(TPU, fsdp=1)
     layers, rows, width = 8, 8192, 2048  # more than the compiler keeps in the chip's vector memory
     shapes = {"layers": jax.ShapeDtypeStruct((layers, width, width), jnp.bfloat16)}
     params = lora.abstract(shapes, mesh)
@@ -101,7 +94,7 @@ def test_layer_inputs_are_kept_on_the_host():
         adapters = lora.abstract_state(params, plan, programs.OPTIMIZER).trainable
         apply = lora.lora_apply(model)
         step = jax.grad(lambda adapters, params, x: jnp.sum(apply(params, adapters, x).astype(jnp.float32) ** 2))
-        return report(step, adapters, params, x, topology="v5e:1x1")
+        return report(step, adapters, params, x, topology=TPU)
 
     found = gradient(lora.policies.offload("layer_input"))
     plain = gradient(jax.checkpoint_policies.nothing_saveable)

@@ -52,13 +52,10 @@ def multiply(
 
 
 def frozen_product(product: Callable[[jax.Array], jax.Array], w: Any) -> jax.Array:
-    """Return product(w). A packed weight is unpacked for it and again for its derivative: it is kept packed.
-
-    What comes from the host may serve both where the program computes both at once, as a remat does: copies are slow.
-    """
-    if not is_packed(w):
-        return product(w)
-    return jax.checkpoint(lambda w: product(w.gathered().dense()), prevent_cse=not w.on_host)(w)
+    """Return product(w). A packed weight is unpacked for it and again for its derivative: it is kept packed."""
+    if is_packed(w):  # from the host it comes once where both are computed, as a remat does
+        return jax.checkpoint(lambda w: product(w.gathered().dense()), prevent_cse=not w.on_host)(w)
+    return product(w)
 
 
 def _product(
