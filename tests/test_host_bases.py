@@ -60,7 +60,7 @@ def gradient(how="scan"):
 
 @pytest.mark.parametrize("how", ["scan", "scan, remat", "unrolled", "unrolled, remat"])
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 def test_values_and_gradients_are_those_of_the_plain_base(format, how):
     there, run = bases.to_host(base(format), ".*"), gradient(how)
     both = jax.jit(lambda own, *bases: [run(own, base, X) for base in bases])
@@ -80,7 +80,7 @@ CASES = [c for c in MODELS if c.name not in ("while_loop", "tensor_parallel", "g
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(30)
 def test_every_use_of_a_weight(case):
     """Transposed, reshaped, looked up, convolved: what is no product gets the weight on the device."""
     there = bases.to_host(case.params(), case.pattern)

@@ -57,8 +57,8 @@ def to_host(params: Any, patterns: str | Sequence[str], *, stack: int | None = N
     """Move the weights that patterns match to the memory of the host, from where `lora_apply` brings them.
 
     The model stays as it is. Each product brings its weight to the device, and once more in the backward pass; of
-    layers in a scan, one layer is there at a time, copied while others are computed as far as the compiler can. Call it
-    last, when weights are packed and on their mesh: they keep their shardings. What reads a weight otherwise than by
+    layers in a scan the weights of one are there at a time, and are copied while those that came first are in use. Call
+    it last, when weights are on their mesh: they keep their shardings. What reads a weight otherwise than by
     multiplying, such as the lookup of an embedding, brings all of it.
 
     Args:
@@ -73,9 +73,9 @@ def to_host(params: Any, patterns: str | Sequence[str], *, stack: int | None = N
         their arrays on the host, and so are shardings.
 
     Raises:
-        LoraError: the devices have no memory of the kind "pinned_host"; a pattern matches no path; a leaf is no array of
-            floats, or is traced, or has no more axes than `stack`; on TPUs, it is a stack of packed weights, of which
-            XLA would bring all for each.
+        LoraError: the devices have no memory of the kind "pinned_host"; a pattern matches no path; a leaf is no array
+            of floats, or is traced, or has no more axes than `stack`; on TPUs, it is a stack of packed weights, of
+            which XLA would bring all for each.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> def model(params, x):
