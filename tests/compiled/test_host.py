@@ -59,6 +59,37 @@ def test_a_tpu_brings_each_weight_twice_and_sends_none_back():
     assert "on the host" in str(found)
 
 
+def test_the_next_layer_is_under_way_where_a_turn_of_the_scan_has_two():
+    """All copies of a turn begin before its first product, and one is awaited where another product is done already."""
+    needs(TPU)
+    mesh = lora.topology_mesh(TPU, fsdp=1)
+    up, down = (jax.ShapeDtypeStruct((8, *shape), jnp.bfloat16) for shape in ((512, 1024), (1024, 512)))
+    params = lora.bases.to_host(lora.abstract({"up": up, "down": down}, mesh), ".*")
+    x = lora.abstract(jax.ShapeDtypeStruct((256, 512), jnp.bfloat16), mesh)
+
+    def layer(x, p):
+        return x + jnp.tanh(x @ p["up"]) @ p["down"], None
+
+    def model(params, x):
+        return jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), x, params, unroll=2)[0]
+
+    adapters = lora.abstract_state(
+        params, lora.plan(model, params, x, rules={".*": lora.Lora(rank=4)}), programs.OPTIMIZER
+    ).trainable
+    apply = lora.lora_apply(model)
+    gradient = jax.grad(lambda adapters, params, x: jnp.sum(apply(params, adapters, x).astype(jnp.float32) ** 2))
+    text = report(gradient, adapters, params, x, topology=TPU).text
+    loops = [one for one in re.split(r"\n(?=\S)", text) if "dynamic-slice-start(" in one and "S(5)" in one]
+    assert len(loops) == 2
+    for loop in loops:
+        order = re.findall(r"(dynamic-slice-start|dynamic-slice-done)\(|(dot_general)\"", loop)
+        kinds = [one or other for one, other in order]
+        first = kinds.index("dynamic-slice-done")
+        assert kinds[:first].count("dynamic-slice-start") == kinds.count("dynamic-slice-start") == 2 * 2
+        last = len(kinds) - 1 - kinds[::-1].index("dynamic-slice-done")
+        assert "dot_general" in kinds[first:last]
+
+
 @pytest.mark.parametrize("bits", programs.FORMATS)
 def test_of_packed_weights_a_tpu_would_bring_the_whole_stack_for_each_layer(bits):
     """Numbers of 8 bits and less are in another order on the host than where they are sliced."""
