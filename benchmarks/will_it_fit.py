@@ -72,6 +72,7 @@ MODELS = {
     "Qwen3-30B-A3B": Model(48, 2048, 768, 32, 4, 151936, experts=128, chosen=8),
 }
 BASES = ("bf16", "NF4")
+HOST = ", host"  # the layers are in the memory of the host
 
 
 # The model -----------------------------------------------------------------------------------------------------------
@@ -238,6 +239,8 @@ class Program:
         mesh = lora.topology_mesh(self.machine, **axes, fsdp=fsdp)
         dense = shapes(c)
         params = lora.abstract(self.packed(dense), mesh, specs(dense, fsdp))
+        if self.base.endswith(HOST):
+            params = lora.bases.to_host(params, "layers/.*")
         ids = lora.abstract(jax.ShapeDtypeStruct((devices, self.tokens), jnp.int32), mesh, P(mesh.axis_names))
         model = make(c, mesh)
         plan = lora.plan(model, params, ids, ids, rules={LINEARS: lora.Lora(rank=RANK)})
@@ -250,7 +253,7 @@ class Program:
         return report(lora.jit_step(loss, OPTIMIZER), state, params, ids, ids, topology=self.machine)
 
     def packed(self, params: Tree) -> Tree:
-        if self.base == "bf16":
+        if self.base.startswith("bf16"):
             return params
         of_layers, of_experts = (lora.bases.Nf4(double=False, stack=stack) for stack in (1, 2))
         mlp = of_experts if MODELS[self.model].experts else of_layers
@@ -264,6 +267,7 @@ BOUNDS = (  # these should fit
     Program("Llama-3-70B", "v5e:16x16", "NF4", 4096, "inherit"),
     Program("Llama-3-70B", "v5p:4x4x4", "NF4", 4096),
     Program("Llama-3-8B", "v5e:2x2", "NF4", 2048),
+    Program("Llama-3-8B", "v5e:1x1", "bf16, host", 2048),
 )
 TPUS, TOKENS = ("v5e:4x4", "v6e:4x8", "v5p:4x4x4"), (2048, 8192)
 LLAMAS, QWEN = ("Llama-3-70B", "Llama-3-8B"), ("Qwen3-30B-A3B",)

@@ -21,7 +21,7 @@ ROOT = DOCS.parent
 PACKAGE = ROOT / "lora_jax"
 LONGEST = 400  # lines of a module
 GROUND, TOP = "core", "the top"
-FACADES = ("starts", "key_maps", "checkpoint", "initializers")  # public names of modules that lie in a room
+FACADES = ("starts", "key_maps", "checkpoint", "initializers", "policies")  # public names of modules that lie in a room
 # The core in the order in which it is best read.
 READING = (
     "transform/apply.py",

@@ -159,6 +159,11 @@ def test_what_is_in_the_memory_of_a_host_takes_none_of_a_device(machine):
     there = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=NamedSharding(mesh, P(), memory_kind="pinned_host"))
     here = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=NamedSharding(mesh, P()))
     assert argument_bytes(({"w": there, "b": here},))["base"] == 8 * 4 * 4
+    report = reports.report_on(
+        machine, {"base": 100}, reports.Compiled("", 100, host={"arguments": 2**31, "outputs": 0})
+    )
+    assert report.parts["base"] == 100
+    assert "on the host   GiB\n-----------  ----\narguments    2.00\n\n" in f"{report}\n\n"
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

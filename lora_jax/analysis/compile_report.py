@@ -4,7 +4,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -21,8 +21,9 @@ CALL = "compile_report(step, *args, topology=...)"
 TEMPORARY = "temporary (activations)"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 ADVICE = {
-    "base": "The frozen base is the largest part: split it over more devices (an fsdp axis), or pack it in 4 bits, "
-    "jax.eval_shape(lambda p: lora.bases.quantize(p, rules), params) with lora.bases.Nf4().",
+    "base": "The frozen base is the largest part: split it over more devices (an fsdp axis), pack it in 4 bits, "
+    "jax.eval_shape(lambda p: lora.bases.quantize(p, rules), params) with lora.bases.Nf4(), or keep its layers in the "
+    "memory of the host, lora.bases.to_host(params, patterns).",
     "adapters": "The adapters are the largest part: lower the rank, adapt fewer weights, or split them as the base is, "
     'lora.adapter_shardings(..., policy="inherit"), here lora.abstract_state(..., policy="inherit").',
     "optimizer": "The optimizer's state is the largest part: lower the rank, keep moments in bf16, or split it and the "
@@ -47,6 +48,9 @@ class CompileReport:
             of their own), temporary (activations and copies), program. The padding that the compiler adds to arguments
             is a part too. Of a program that does not fit, the compiler says no more than `needed`; `temporary` is then
             what is left.
+        host: bytes in the memory of the host, for one device: arguments (as of `lora.bases.to_host`), outputs, and
+            temporary memory (activations that a policy of `jax.checkpoint` offloads). They are not in `needed`. Of a
+            program that does not fit, the compiler does not say.
         sent: bytes that one device gets in collectives in one call, by kind, with loops counted.
         launches: how often collectives of a kind run.
         cycles: the compiler's own estimates in one call, by part of the program, with loops counted; without
@@ -64,6 +68,7 @@ class CompileReport:
     needed: int
     fits: bool
     parts: dict[str, int]
+    host: dict[str, int]
     sent: dict[str, int]
     launches: dict[str, int]
     cycles: dict[str, int]
@@ -78,6 +83,8 @@ class CompileReport:
         verdict = "fits" if self.fits else "DOES NOT FIT"
         rows.append([f"together, of {gib(self.hbm)}: {verdict}", gib(self.needed), f"{self.needed / self.hbm:.1%}"])
         tables = [f"{self.topology}, on one device:", format_table(["memory", "GiB", "of HBM"], rows, right=2)]
+        if on_host := [[name, gib(n)] for name, n in self.host.items() if n]:
+            tables.append(format_table(["on the host", "GiB"], on_host, right=1))
         if self.sent:
             sent = [[kind, f"{self.launches[kind]:,}", f"{n / 1e6:,.1f}"] for kind, n in self.sent.items()]
             tables.append(format_table(["sent in one call", "times", "MB"], sent, right=2))
@@ -141,6 +148,7 @@ class Compiled:
     program: int = 0
     needed: int = 0
     said: str = ""
+    host: dict[str, int] = field(default_factory=dict)  # bytes in the memory of the host
 
 
 def compiled_for(machine: Topology, program: Any) -> Compiled:
@@ -161,7 +169,12 @@ def compiled_for(machine: Topology, program: Any) -> Compiled:
     outputs = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
     program = memory.generated_code_size_in_bytes
     needed = arguments + outputs + temporary + program
-    return Compiled(compiled.as_text(), arguments, outputs, temporary, program, needed)
+    host = {
+        "arguments": memory.host_argument_size_in_bytes,
+        "outputs": memory.host_output_size_in_bytes,
+        TEMPORARY: memory.host_temp_size_in_bytes,
+    }
+    return Compiled(compiled.as_text(), arguments, outputs, temporary, program, needed, host=host)
 
 
 def lowered(step: Any, *args: Any, **static: Any) -> Any:
@@ -218,6 +231,7 @@ def report_on(machine: Topology, arguments: dict[str, int], compiled: Compiled) 
         needed=needed,
         fits=fits,
         parts=parts,
+        host=compiled.host,
         sent=found.sent,
         launches=found.launches,
         cycles=found.cycles,

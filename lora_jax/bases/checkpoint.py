@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.bases.host import HostArray
 from lora_jax.bases.int8_fp8 import EightBits
 from lora_jax.bases.nf4 import Nf4Weight
 from lora_jax.bases.nf4_layouts import from_bytes, of_format_1, to_bytes
@@ -25,7 +26,7 @@ from lora_jax.core.paths import flatten_with_names
 FORMAT = 2  # 1 had NF4 weights with blocks along their last axes
 WHAT = "base"
 SAVED = saving.format_of(WHAT, "base")
-PACKED_CLASSES: dict[str, type[Packed]] = {"nf4": Nf4Weight, "eight_bits": EightBits}  # by their names in descriptions
+PACKED_CLASSES: dict[str, type[Packed]] = {"nf4": Nf4Weight, "eight_bits": EightBits, "host": HostArray}
 EARLIER_NAMES = {"unpacked": "value_dtype", "view": "deferred"}  # of fields, in folders of earlier versions
 
 

@@ -169,9 +169,10 @@ def _by_kernel(x: jax.Array, w: Nf4Weight, *, transposed: bool, precision: Any) 
     plain = functools.partial(_plain, **how)
 
     def run(w: Nf4Weight) -> jax.Array | None:
+        w = w.brought()
         return nf4_pallas.product(x, w.codes, w.fp32_scales(), plain, **how, kernel=w.kernel)
 
-    return jax.checkpoint(run)(w)  # the residual is the packed weight, its scales too
+    return jax.checkpoint(run, prevent_cse=not w.on_host)(w)  # the residual is the packed weight, its scales too
 
 
 def _plain(

@@ -28,6 +28,8 @@ from lora_jax.core.no_array import NoArray
 from lora_jax.core.partition import names_of, size_of
 from lora_jax.core.short_repr import ShortRepr, parts, repr_of_arrays, shape_and_dtype
 
+HOST = "pinned_host"  # JAX's name of the memory of a host from which its devices copy by themselves
+
 
 class Packed(ShortRepr, NoArray, abc.ABC):
     """A frozen weight, stored as packed arrays that begin with its stack axes.
@@ -106,8 +108,18 @@ class Packed(ShortRepr, NoArray, abc.ABC):
         return {name: array for name, array in found.items() if array is not None}
 
     def dense(self) -> jax.Array:
-        """Return the weight as an array."""
-        return apply_deferred(self.dequantize().astype(self.value_dtype), len(self.stack), self.deferred)
+        """Return the weight as an array on the device."""
+        here = self.brought()
+        return apply_deferred(here.dequantize().astype(self.value_dtype), len(self.stack), self.deferred)
+
+    @property
+    def on_host(self) -> bool:
+        """Return whether the packed arrays are in the memory of the host."""
+        return any(map(_on_host, self.arrays().values()))
+
+    def brought(self) -> Self:
+        """Return the weight with its packed arrays on the device; those on the host are copied."""
+        return jax.tree.map(_brought, self)
 
     def dot(self, x: jax.Array, inputs: tuple[int, ...], precision: Any) -> jax.Array | None:
         """Multiply x [*T, *inputs] by W over these axes of W -> [*T, *outputs], without an array of W's size.
@@ -150,7 +162,7 @@ class Packed(ShortRepr, NoArray, abc.ABC):
             return own
         entries = [*own.spec, *[None] * (n + self.array_ndim - len(own.spec))]
         spec = spec_after(self.matrix_spec(entries[n:]), self.inner, self.deferred, _parts(own.mesh))
-        return NamedSharding(own.mesh, jax.P(*entries[:n], *spec))
+        return NamedSharding(own.mesh, jax.P(*entries[:n], *spec), memory_kind=own.memory_kind)
 
     def placed(self, sharding: NamedSharding, gathered: Sequence[str] = ()) -> Self:
         """Move the packed arrays to where the weight is to be, and return the weight there.
@@ -178,10 +190,10 @@ class Packed(ShortRepr, NoArray, abc.ABC):
         """Constrain the packed arrays to `compute_sharding`, in a program over a mesh, before a product."""
         if self.compute_sharding is None:
             return self
-        mesh = self.compute_sharding.mesh
+        mesh, here = self.compute_sharding.mesh, self.brought()
         own = self.array_specs(tuple(self.compute_sharding.spec), _parts(mesh))
-        arrays = {name: _constrained(array, mesh, len(self.stack), own[name]) for name, array in self.arrays().items()}
-        return dataclasses.replace(self, **arrays)  # type: ignore[type-var]
+        arrays = {name: _constrained(array, mesh, len(self.stack), own[name]) for name, array in here.arrays().items()}
+        return dataclasses.replace(here, **arrays)  # type: ignore[type-var]
 
 
 def bits(dtype: Any) -> int:
@@ -196,6 +208,14 @@ def move(array: Any, sharding: Any) -> Any:
     if isinstance(array, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
     return jax.device_put(array, sharding)
+
+
+def _on_host(array: Any) -> bool:
+    return bool(jax.typeof(array).memory_space == jax.memory.Space.Host)
+
+
+def _brought(array: Any) -> Any:
+    return jax.device_put(array, jax.memory.Space.Device) if _on_host(array) else array
 
 
 def _constrained(array: Any, mesh: Any, stack: int, own: tuple[Any, ...]) -> jax.Array:

@@ -32,3 +32,13 @@ def test_llama_3_8b_fits_four_chips():
     nf4 = linears // 2 + linears // 64 * 4  # codes of 4 bits, and for each 64 a scale in fp32
     assert found.parts["base"] == (nf4 + 2 * tables) // found.devices + 2 * norms
     assert found.parts["adapters"] == 4 * factors(c) + 7 * 2 * 4  # and of each linear alpha and r
+
+
+@pytest.mark.slow
+def test_llama_3_8b_in_bf16_fits_one_chip_with_its_layers_on_the_host():
+    program = next(one for one in BOUNDS if one.machine == "v5e:1x1")
+    found, c = program.report(), MODELS[program.model]
+    assert found.fits, found
+    _, tables, _ = numbers(c)
+    assert found.parts["base"] == 2 * (tables + c.width), "the embedding, the head and the last norm"
+    assert found.parts["temporary (activations)"] <= 2.2 * 2**30

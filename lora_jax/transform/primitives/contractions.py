@@ -54,7 +54,9 @@ def multiply(
 
 def frozen_product(product: Callable[[jax.Array], jax.Array], w: Any) -> jax.Array:
     """Return product(w). A packed weight is unpacked for it and again for its derivative: it is kept packed."""
-    return jax.checkpoint(lambda w: product(w.gathered().dense()))(w) if is_packed(w) else product(w)
+    if is_packed(w):  # from the host it comes once where both are computed, as a remat does
+        return jax.checkpoint(lambda w: product(w.gathered().dense()), prevent_cse=not w.on_host)(w)
+    return product(w)
 
 
 def _product(

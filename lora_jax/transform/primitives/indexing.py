@@ -127,7 +127,8 @@ def gather(eqn: JaxprEqn, weight: Any, indices: Any) -> list[Any]:
     order = tuple(in_place.index(label) for label in result)
     value = weight.value
     is_nan = fill is None or fill != fill  # out of bounds: what it is multiplied with makes all of a weight NaN
-    if is_packed(value) and axis < len(value.stack) and order == tuple(range(len(order))) and not batched and is_nan:
+    in_stack = is_packed(value) and axis < len(value.stack) and not value.on_host  # where no ids are
+    if in_stack and order == tuple(range(len(order))) and not batched and is_nan:
         value = value.on_stack(lambda leaf: take(leaf, axis, math.nan if _has_nan(leaf) else 0))
     else:
         [value] = bind(eqn, [unpacked(value), indices])
