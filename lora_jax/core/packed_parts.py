@@ -41,7 +41,7 @@ class InParts(Packed):
         return self.whole.shape
 
     @property
-    def value_dtype(self) -> Any:  # type: ignore[override]
+    def value_dtype(self) -> Any:
         return self.whole.dtype
 
     @property

@@ -34,7 +34,7 @@ ROWS = 3  # arguments that have rows, before the leaves of W: x, labels, weights
 class RowLoss:
     """What is computed of each block. It is found again in a program, as the policy of a remat that keeps nothing."""
 
-    project: Callable[[jax.Array, Any, bool], jax.Array]  # (x [..., d], W, wide) -> x @ W [..., v], in fp32 if wide
+    project: Callable[..., jax.Array]  # (x [..., d], W, wide) -> x @ W [..., v], in fp32 if wide
     loss: Callable[[jax.Array, jax.Array], jax.Array]  # (x @ W [..., v], labels [...]) -> [...]
     summed: bool  # whether the result is the sum over all rows
     shapes: tuple[tuple[int, ...], ...] = ()  # of x, labels and weights
@@ -61,7 +61,7 @@ def row_losses(how: RowLoss, x: jax.Array, labels: jax.Array, weights: jax.Array
 
 def found(eqn: JaxprEqn) -> RowLoss | None:
     """Return what a call of `row_losses` in a program computes; None if the program has it under `jax.vmap`."""
-    shapes = tuple(v.aval.shape for v in eqn.invars[:ROWS])
+    shapes = tuple(v.aval.shape for v in eqn.invars[:ROWS])  # type: ignore[attr-defined]
     for scan in open_jaxpr(eqn.params["call_jaxpr"])[0].eqns:
         for inner in open_jaxpr(scan.params.get("jaxpr"))[0].eqns if scan.primitive.name == "scan" else ():
             if inner.primitive is remat_p and isinstance(how := inner.params["policy"], RowLoss):
@@ -72,6 +72,11 @@ def found(eqn: JaxprEqn) -> RowLoss | None:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def lora_row_losses(how: RowLoss, tree: PyTreeDef, *args: jax.Array) -> jax.Array:
     """Return the losses of all rows, or their sum; `args` are x, labels, weights and the leaves of W."""
+    return _block_by_block(how, tree, *args)
+
+
+def _block_by_block(how: RowLoss, tree: PyTreeDef, *args: jax.Array) -> jax.Array:
+    """Return the losses. Their derivative computes each block again, and keeps nothing of it."""
     run = jax.checkpoint(functools.partial(_block, how, tree), policy=how, prevent_cse=False)
 
     def step(result: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
@@ -87,7 +92,7 @@ def _block(how: RowLoss, tree: PyTreeDef, x: jax.Array, labels: jax.Array, weigh
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def lora_logits(how: RowLoss, tree: PyTreeDef, x: jax.Array, *head: Any) -> jax.Array:
-    """Return x @ W in fp32 or wider, with the derivatives of x @ W in x's dtype: their products have narrow operands."""
+    """Return x @ W in fp32 or wider. The products of its derivative are those of x @ W in x's dtype: narrow ones."""
     return how.project(x, tree.unflatten(head), True)
 
 
@@ -105,7 +110,7 @@ def _logits_tangent(how: RowLoss, tree: PyTreeDef, primals: Any, tangents: Any) 
 def _tangent(how: RowLoss, tree: PyTreeDef, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     moved = _moved(primals, tangents)
     if not how.summed and moved[-1:] >= [ROWS]:  # the gradient by W waits for what each row's loss is worth
-        return _jvp(functools.partial(lora_row_losses.__wrapped__, how, tree), primals, tangents)
+        return _jvp(functools.partial(_block_by_block, how, tree), primals, tangents)
     result, gradients = _in_one_pass(how, tree, primals, moved)
     terms = []
     for i, gradient in zip(moved, gradients, strict=True):

@@ -8,13 +8,17 @@ The z-loss is that of Chowdhery et al. 2022, "PaLM", arXiv 2204.02311; soft caps
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-IGNORED = -1  # a label whose row has a loss of 0, if its logits are finite; a row of another one that is no class has NaN
+IGNORED = (
+    -1
+)  # a label whose row has a loss of 0, if its logits are finite; a row of another one that is no class has NaN
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ def _cross_entropy(c: CrossEntropy, logits: jax.Array, labels: jax.Array) -> jax
 
 
 @_cross_entropy.defjvp
-def _tangent(c: CrossEntropy, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _tangent(c: CrossEntropy, primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
     logits, labels = primals
     loss, capped, lse, is_label, counts = _parts(c, logits, labels)
     slope = jnp.exp(capped - lse[..., None])
@@ -62,7 +66,9 @@ def _parts(c: CrossEntropy, logits: jax.Array, labels: jax.Array) -> tuple[jax.A
     own, words, zero = lax.optimization_barrier((own, jnp.arange(logits.shape[-1]), jnp.zeros((), capped.dtype)))
     is_label = own[..., None] == jnp.expand_dims(words, range(own.ndim))
     loss = (lse + c.z_loss * lse**2 if c.z_loss else lse) / _devices(c)
-    loss = loss - (1 - c.label_smoothing) * jnp.sum(lax.select(is_label, capped, jnp.broadcast_to(zero, capped.shape)), -1)
+    loss = loss - (1 - c.label_smoothing) * jnp.sum(
+        lax.select(is_label, capped, jnp.broadcast_to(zero, capped.shape)), -1
+    )
     if c.label_smoothing:
         loss = loss - c.label_smoothing / _classes(c, logits) * jnp.sum(capped, -1)
     is_class = jnp.where(labels < _classes(c, logits), 1, jnp.nan)
@@ -70,7 +76,7 @@ def _parts(c: CrossEntropy, logits: jax.Array, labels: jax.Array) -> tuple[jax.A
     return loss * counts, capped, lse, is_label, counts
 
 
-def _over(c: CrossEntropy, reduce: functools.partial[jax.Array], array: jax.Array) -> jax.Array:
+def _over(c: CrossEntropy, reduce: Callable[..., Any], array: jax.Array) -> Any:
     return reduce(array, c.axis) if c.axis else array
 
 

@@ -78,8 +78,8 @@ def linear_cross_entropy(
         A scalar, or [..., T].
 
     Raises:
-        LoraError: shapes or dtypes that do not fit, labels out of range, settings of another kind; in `lora.lora_apply`,
-            an adapter of the head that draws random numbers for each row.
+        LoraError: shapes or dtypes that do not fit, labels out of range, settings of another kind; in
+            `lora.lora_apply`, an adapter of the head that draws random numbers for each row.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> hidden, head = jax.random.normal(jax.random.key(0), (2, 5, 8)), jnp.eye(8, 30)
@@ -124,14 +124,15 @@ def linear_log_probs(
         LoraError: as of `linear_cross_entropy`.
 
     >>> import jax.numpy as jnp, lora_jax as lora
-    >>> lora.losses.linear_log_probs(jnp.zeros((3, 8)), jnp.ones((8, 4)), jnp.array([0, 3, -100])).round(3).tolist()
-    [-1.3860000371932983, -1.3860000371932983, 0.0]
+    >>> log_probs = lora.losses.linear_log_probs(jnp.zeros((3, 8)), jnp.ones((8, 4)), jnp.array([0, 3, -100]))
+    >>> [round(float(p), 3) for p in log_probs]
+    [-1.386, -1.386, 0.0]
     """
     call = "linear_log_probs(hidden, head, labels)"
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     _check_settings(call, 0.0, 0.0, soft_cap, "none", chunk_rows)
     kind = CrossEntropy(soft_cap=soft_cap, axis=axes)
-    return -_losses(call, kind, hidden, head, labels, None, ignore, "none", tied, chunk_rows)
+    return 0 - _losses(call, kind, hidden, head, labels, None, ignore, "none", tied, chunk_rows)
 
 
 @dataclass(frozen=True)
