@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import MappingProxyType
@@ -12,9 +12,12 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from lora_jax.core._compat import vary, varying_axes
+from lora_jax.core.arrays import accumulator
 from lora_jax.core.deferred import Size, spec_before
+from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed
 
 NUMBERS = 2**23  # of a part, at most: 32 MiB in fp32
@@ -62,24 +65,86 @@ class InParts(Packed):
         return self.whole.array_specs(spec, size)
 
     def dot(self, x: jax.Array, inputs: tuple[int, ...], precision: Any) -> jax.Array:
-        """Multiply x [*T, d] by W. For the derivative each part is dequantized again, so that none is kept."""
-        axis, w = 1 - inputs[0], self.whole.with_whole_scales()
-        size, n = part_size(w, axis), w.shape[axis]
+        """Multiply x [*T, d] by W, which is dequantized again for the derivative by x. There is none by W."""
+        how = How(inputs[0], self.dot_dtype, precision)
+        return _product(how, x, self.whole.with_whole_scales())
 
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def product(x: jax.Array, part: Packed) -> jax.Array:
-            dims = ((x.ndim - 1,), inputs), ((), ())
-            return lax.dot_general(x, part.dense(), dims, precision=precision, preferred_element_type=self.dot_dtype)
 
-        def put(y: jax.Array, start: Any, size: int) -> jax.Array:
-            return lax.dynamic_update_slice_in_dim(y, product(x, part_of(w, axis, start, size)), start, x.ndim - 1)
+@dataclass(frozen=True)
+class How:
+    """How a product is computed."""
 
-        if size == n:
-            return product(x, w)
-        axes = sorted({axis for array in jax.tree.leaves((x, w)) for axis in varying_axes(array)})
-        y = vary(jnp.zeros((*x.shape[:-1], n), self.dot_dtype), axes)
-        y, _ = lax.scan(lambda y, i: (put(y, i * size, size), None), y, jnp.arange(n // size))
-        return put(y, n - n % size, n % size) if n % size else y
+    inputs: int  # the axis of W that is contracted
+    dtype: Any  # of the result
+    precision: Any
+
+    def dot(self, x: jax.Array, part: Packed, axis: int, dtype: Any) -> jax.Array:
+        """Contract the last axis of x with an axis of a part of W."""
+        dims = ((x.ndim - 1,), (axis,)), ((), ())
+        return lax.dot_general(x, part.dense(), dims, precision=self.precision, preferred_element_type=dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(how: How, x: jax.Array, w: Packed) -> jax.Array:
+    """Return x [*T, d] @ W [*T, k]."""
+    axis, w = 1 - how.inputs, _after(x, w)
+
+    def put(y: jax.Array, start: Any, part: Packed) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(y, how.dot(x, part, how.inputs, how.dtype), start, x.ndim - 1)
+
+    return _over_parts(put, _zeros((*x.shape[:-1], w.shape[axis]), how.dtype, (x, w)), w, axis)
+
+
+def _forward(how: How, x: Any, w: Any) -> tuple[jax.Array, Any]:
+    if any(leaf.perturbed for leaf in jax.tree.leaves(w)):
+        raise LoraError(
+            "something differentiates with respect to a packed weight, of which only arrays are capable: differentiate "
+            "with respect to what multiplies it, or unpack it with lora.bases.dense."
+        )
+    w = jax.tree.map(lambda leaf: leaf.value, w)
+    return _product(how, x.value, w), (w, jnp.zeros((0,), x.value.dtype))
+
+
+def _backward(how: How, kept: Any, dy: Any) -> tuple[Any, None]:
+    """Return dx = dy @ W^T, summed over the parts in fp32."""
+    (w, like), axis = kept, 1 - how.inputs
+    if isinstance(dy, SymbolicZero):
+        return None, None
+
+    w = _after(dy, w)
+
+    def add(dx: jax.Array, start: Any, part: Packed) -> jax.Array:
+        of_part = lax.dynamic_slice_in_dim(dy, start, part.shape[axis], dy.ndim - 1)
+        return dx + how.dot(of_part, part, axis, dx.dtype)
+
+    dx = _zeros((*dy.shape[:-1], w.shape[how.inputs]), accumulator(dy.dtype), (dy, w))
+    return _over_parts(add, dx, w, axis).astype(like.dtype), None
+
+
+_product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _over_parts(fn: Callable[[jax.Array, Any, Packed], jax.Array], carry: jax.Array, w: Packed, axis: int) -> jax.Array:
+    """Return fn(... fn(fn(carry, 0, part 0), start of part 1, part 1) ...), one part after the other."""
+    size, n = part_size(w, axis), w.shape[axis]
+    if size == n:
+        return fn(carry, 0, w)
+
+    def step(carry: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        return fn(carry, i * size, part_of(w, axis, i * size, size)), None
+
+    carry, _ = lax.scan(step, carry, jnp.arange(n // size))
+    return fn(carry, n - n % size, part_of(w, axis, n - n % size, n % size)) if n % size else carry
+
+
+def _after(x: jax.Array, w: Packed) -> Packed:
+    """Return W as something that is there after x: else JAX dequantizes all of it before a loop over blocks of x."""
+    return lax.optimization_barrier((x, w))[1]  # type: ignore[no-any-return]
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.Array:
+    axes = sorted({axis for array in jax.tree.leaves(like) for axis in varying_axes(array)})
+    return vary(jnp.zeros(shape, dtype), axes)
 
 
 def part_size(w: Packed, axis: int) -> int:

@@ -199,7 +199,7 @@ def _compute(
     x, labels, each = hidden.reshape(*rows, hidden.shape[-1]), labels.reshape(rows), weights.reshape(rows)
     x, labels, each = in_blocks(x, n, 0, -2), in_blocks(labels, n, IGNORED), in_blocks(each, n, 0)
     how = RowLoss(Project(tied), kind, summed=reduction != "none")
-    losses = row_losses(how, x, labels, each, head)
+    losses = row_losses(how, x, labels, each, head.gathered().with_whole_scales() if is_packed(head) else head)
     if kind.axis:
         losses = lax.psum(losses, kind.axis)
     if reduction == "none":

@@ -173,7 +173,7 @@ def losses_of_rows(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 
     weight = _repeated(head[0], labels.shape[-1])
     if is_packed(weight.value):
-        weight = weight.replace(weight.value.gathered())
+        weight = weight.replace(weight.value.gathered().with_whole_scales())
     return [row_losses(dataclasses.replace(how, project=project), x, labels, weights, weight)]
 
 
