@@ -139,7 +139,8 @@ def _over_parts(fn: Callable[[jax.Array, Any, Packed], jax.Array], carry: jax.Ar
 
 def _after(x: jax.Array, w: Packed) -> Packed:
     """Return W as something that is there after x: else JAX dequantizes all of it before a loop over blocks of x."""
-    return lax.optimization_barrier((x, w))[1]  # type: ignore[no-any-return]
+    _, w = lax.optimization_barrier((x, w))
+    return w
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.Array:
