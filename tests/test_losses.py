@@ -413,6 +413,18 @@ def test_over_a_mesh_the_compiler_splits_rows_and_vocabulary(spec):
     assert sum(one.nbytes * one.times for one in sent if one.depth) <= 4 * 4 * 8 // 2 * (D + 3) + 16
 
 
+@pytest.mark.slow
+def test_on_a_mesh_of_explicit_axes_the_batch_may_be_split():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden, head = jax.random.normal(keys[0], (8, 8, D)), jax.random.normal(keys[1], (D, V))
+    labels = jax.random.randint(keys[2], (8, 8), 0, V)
+    with jax.set_mesh(mesh):
+        args = (jax.device_put(array, jax.NamedSharding(mesh, P("data"))) for array in (hidden, labels))
+        found = jax.jit(jax.value_and_grad(lambda x, y: ours(x, head, y, chunk_rows=16)))(*args)
+    assert_same(jax.device_get(found), jax.device_get(jax.value_and_grad(plain)(hidden, head, labels)))
+
+
 # Costs ---------------------------------------------------------------------------------------------------------------
 
 

@@ -66,9 +66,7 @@ def _parts(c: CrossEntropy, logits: jax.Array, labels: jax.Array) -> tuple[jax.A
     own, words, zero = lax.optimization_barrier((own, jnp.arange(logits.shape[-1]), jnp.zeros((), capped.dtype)))
     is_label = own[..., None] == jnp.expand_dims(words, range(own.ndim))
     loss = (lse + c.z_loss * lse**2 if c.z_loss else lse) / _devices(c)
-    loss = loss - (1 - c.label_smoothing) * jnp.sum(
-        lax.select(is_label, capped, jnp.broadcast_to(zero, capped.shape)), -1
-    )
+    loss = loss - (1 - c.label_smoothing) * jnp.sum(jnp.where(is_label, capped, zero), -1)
     if c.label_smoothing:
         loss = loss - c.label_smoothing / _classes(c, logits) * jnp.sum(capped, -1)
     is_class = jnp.where(labels < _classes(c, logits), 1, jnp.nan)

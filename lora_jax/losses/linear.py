@@ -191,7 +191,7 @@ def _compute(
     counts = jnp.ones(shape, bool) if ignore is None else labels != ignore
     is_class = (labels >= 0) & (labels < classes)
     labels = jnp.where(counts, jnp.where(is_class, labels, classes), IGNORED).astype(jnp.int32)
-    weights = jnp.ones(shape, wide) if weights is None else weights.astype(wide)
+    weights = jnp.ones_like(labels, wide) if weights is None else weights.astype(wide)
     total = jnp.sum(jnp.where(counts, weights, 0))
 
     rows = shape if shape and math.prod(shape[:-1]) <= chunk_rows else (math.prod(shape),)
