@@ -50,6 +50,7 @@ class Room:
 _ROOMS = (
     Room(GROUND, "What all rooms share: adapters, axes, paths, products, packed weights.", ("core",)),
     Room("adapters", "The kinds of adapters, one formula a file.", ("adapters",), ("core",)),
+    Room("losses", "Losses over a vocabulary that form no logits.", ("losses",), ("core",)),
     Room("transform", "lora_apply, plan, and merge, which is their definition.", ("transform",), ("core",)),
     Room(
         "interop",

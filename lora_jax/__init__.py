@@ -1,6 +1,6 @@
 """LoRA for any JAX function: low-rank adapters as a pytree of their own beside frozen parameters."""
 
-from lora_jax import bases, checkpoint, initializers, key_maps, policies, starts
+from lora_jax import bases, checkpoint, initializers, key_maps, losses, policies, starts
 from lora_jax.adapters.adalora import AdaLora, AdaLoraAdapter, orthogonality
 from lora_jax.adapters.combine import combine
 from lora_jax.adapters.dora import Dora, DoraAdapter
@@ -112,6 +112,7 @@ __all__ = [
     "lora_fa",
     "lora_fa_gradient",
     "lora_plus",
+    "losses",
     "merge",
     "merge_checkpoint",
     "orthogonality",

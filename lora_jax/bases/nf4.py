@@ -12,6 +12,7 @@ A matrix of which no first axes hold whole blocks is one column: all its numbers
 padded to whole blocks.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -114,6 +115,9 @@ class Nf4Weight(Packed):
         outer = jnp.repeat(self.outer, SCALES, axis=-1)[..., : blocks * k].reshape(*stack, k, blocks)
         scales = _numbers(scale_code(), self.scales) * outer.mT + self.mean[..., None, None]
         return jax.lax.optimization_barrier(scales)  # else XLA:CPU computes each of them 64 times
+
+    def with_whole_scales(self) -> "Nf4Weight":
+        return dataclasses.replace(self, scales=self.fp32_scales(), outer=None, mean=None)
 
     def dot(self, x: jax.Array, inputs: tuple[int, ...], precision: Any) -> jax.Array | None:
         """Multiply by a kernel, if W as it is packed is one matrix [inputs, outputs] or [outputs, inputs]."""

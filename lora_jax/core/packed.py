@@ -43,6 +43,7 @@ class Packed(ShortRepr, NoArray, abc.ABC):
     deferred: Deferred  # what is done to each matrix after that
     compute_sharding: NamedSharding | None  # of one matrix, as it was packed, while something is multiplied by it
     parts: ClassVar[tuple[str, ...]]  # the names of the fields that hold packed arrays
+    dot_dtype: Any = None  # of the results of `dot`, where it is not x's
 
     @abc.abstractmethod
     def dequantize(self) -> jax.Array:
@@ -127,6 +128,10 @@ class Packed(ShortRepr, NoArray, abc.ABC):
         None where a format has no kernel for this product, or none on this device.
         """
         return None
+
+    def with_whole_scales(self) -> Self:
+        """Return the same weight with every scale in one array, which can be cut where the weight is."""
+        return self
 
     def repack_like(self, w: jax.Array) -> Self:
         """Pack another weight of this shape in the same way, with the same deferred operations."""

@@ -17,12 +17,19 @@ from lora_jax.core._compat import (
     Literal,
     Var,
     as_differentiated,
+    bind,
+    describe,
     jit_p,
     open_jaxpr,
     remat_p,
     scan_groups,
 )
+from lora_jax.core.arrays import is_key
+from lora_jax.core.errors import LoraError
+from lora_jax.core.factor_products import FACTOR_PRODUCT
 from lora_jax.core.packed import is_packed
+from lora_jax.core.packed_parts import InParts
+from lora_jax.core.row_losses import LOGITS, ROW_LOSSES, found, row_losses
 from lora_jax.transform.adapted_weight import AdaptedWeight, plain
 
 Body = Callable[[Any, Sequence[Any]], list[Any]]
@@ -135,6 +142,41 @@ def shard_map(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
     return list(run(*args))
 
 
+def inlined(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    """Evaluate one of this library's own functions as it stands, without the derivative that it states."""
+    return body(eqn.params["call_jaxpr"], args)
+
+
+def losses_of_rows(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    """Take the losses of x @ W' block by block, as the program does of x @ W.
+
+    Under the program's own `jax.vmap` its blocks are evaluated as they stand, and again for the derivative.
+    """
+    how, (x, labels, weights, *head) = found(eqn), args
+    if len(head) != 1 or not isinstance(head[0], AdaptedWeight) or isinstance(x, AdaptedWeight):
+        return bind(eqn, [plain(arg, "takes losses of it", eqn) for arg in args])
+    if any(map(is_key, jax.tree.leaves(head[0].operand))):
+        raise LoraError(
+            f"{head[0].paths[0]!r} has dropout, and {describe(eqn)} multiplies by it in blocks of rows, which have no "
+            f"masks of their own. Leave it out: lora.with_dropout takes some of the adapters too, and "
+            f"{{**lora.with_dropout(others, key), {head[0].paths[0]!r}: adapters[{head[0].paths[0]!r}]}} is all."
+        )
+    if how is None:
+        return inlined(body, eqn, args)
+
+    def project(x: jax.Array, weight: AdaptedWeight, wide: bool) -> jax.Array:
+        of_shape = jax.ShapeDtypeStruct(weight.shape, weight.value.dtype)
+        program = jax.make_jaxpr(functools.partial(how.project, wide=wide))(x, of_shape)
+        if is_packed(weight.value):
+            weight = weight.replace(InParts(weight.value, program.out_avals[0].dtype))
+        return body(program, [x, weight])[0]
+
+    weight = _repeated(head[0], labels.shape[-1])
+    if is_packed(weight.value):
+        weight = weight.replace(weight.value.gathered().with_whole_scales())
+    return [row_losses(dataclasses.replace(how, project=project), x, labels, weights, weight)]
+
+
 def _divisible(value: Any, spec: Any) -> Any:
     """Return the weight with explicit factors, if its matrices are split over devices."""
     if not isinstance(value, AdaptedWeight):
@@ -224,4 +266,7 @@ CALLS: dict[str, Call] = {
     "while": while_loop,
     "cond": cond,
     "shard_map": shard_map,
+    FACTOR_PRODUCT: inlined,  # the factors of adapters are adapted in their turn
+    LOGITS: inlined,
+    ROW_LOSSES: losses_of_rows,
 }

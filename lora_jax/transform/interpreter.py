@@ -13,7 +13,6 @@ from typing import Any
 import jax
 
 from lora_jax.core._compat import Jaxpr, JaxprEqn, Literal, Var, at_equation, bind, called_function, jit_p, open_jaxpr
-from lora_jax.core.factor_products import FACTOR_PRODUCT
 from lora_jax.core.recent import Recent
 from lora_jax.core.remade import Remade
 from lora_jax.transform.adapted_weight import AdaptedWeight
@@ -68,11 +67,11 @@ class Interpreter:
 
     def _with_adapted(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
         name = eqn.primitive.name
+        if name == "custom_jvp_call":
+            name = called_function(eqn)
         if name in CALLS:
             return self._kept(eqn, CALLS[name])(args)
-        if name == "custom_jvp_call" and called_function(eqn) == FACTOR_PRODUCT:
-            return self._body(eqn.params["call_jaxpr"], args)  # the factors of adapters are adapted in their turn
-        if name.startswith("custom_"):
+        if eqn.primitive.name.startswith("custom_"):
             return no_rule(eqn, *args, why=OWN_DERIVATIVE)
         return RULES.get(name, no_rule)(eqn, *args)
 

@@ -152,7 +152,11 @@ def _packed_dot(dot: Operation, w: Any, rows: jax.Array, inputs: tuple[int, ...]
     precision, wide = dot.params["precision"], dot.params["preferred_element_type"]
     if isinstance(precision, tuple) and precision[0] == precision[1]:
         precision = precision[0]
-    if not isinstance(precision, lax.Precision | None) or wide not in (None, rows.dtype) or dot.params["out_sharding"]:
+    if (
+        not isinstance(precision, lax.Precision | None)
+        or wide not in (None, rows.dtype, w.dot_dtype)
+        or dot.params["out_sharding"]
+    ):
         return None
     return w.dot(rows, inputs, precision)
 
