@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.factor_products import matmul, of_one_dtype, with_factor
-from lora_jax.core.products import STATIC, Product, as_columns, as_rows
+from lora_jax.core.factor_products import as_columns, as_rows, matmul, of_one_dtype, with_factor
+from lora_jax.core.products import STATIC, Product
 
 Settings = tuple[tuple[str, Any], ...]  # strides, padding and dilations of a convolution, by JAX's names
 

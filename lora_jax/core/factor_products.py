@@ -9,6 +9,7 @@ Axes: s stacked matrices, T rows, d inputs, k outputs, r columns of a thin facto
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,16 @@ def _dot(x: jax.Array, w: jax.Array, dims: Any, precision: Any, stack: int, plac
         )
 
     return with_factor(product, x, w)
+
+
+def as_columns(a: jax.Array, stack: int) -> jax.Array:
+    """Return A [*s, *inputs, n] as matrices [*s, d, n]."""
+    return a.reshape(*a.shape[:stack], math.prod(a.shape[stack:-1]), a.shape[-1])
+
+
+def as_rows(b: jax.Array, stack: int) -> jax.Array:
+    """Return B [*s, n, *outputs] as matrices [*s, n, k]."""
+    return b.reshape(*b.shape[: stack + 1], math.prod(b.shape[stack + 1 :]))
 
 
 def _explicit(x: jax.Array) -> jax.P | None:

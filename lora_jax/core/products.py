@@ -15,13 +15,13 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
+from lora_jax.core.dropout_mask import bernoulli, masked
+from lora_jax.core.factor_products import as_columns, as_rows, matmul
 from lora_jax.core.factor_products import contract as product_of_factor
-from lora_jax.core.factor_products import matmul
 from lora_jax.core.remade import Remade, contract
 
 STATIC = {"static": True}
@@ -71,10 +71,10 @@ class Product(abc.ABC):
     def keep(self, keys: jax.Array, probability: float) -> Self:
         """Keep each entry of x with a probability, and divide by it; keys [*s] have one key for each matrix."""
 
-        def masked(x: jax.Array, keys: jax.Array) -> jax.Array:
-            return _masked(x, _bernoulli(keys.reshape(-1)[0], probability, x.shape), probability)
+        def kept(x: jax.Array, keys: jax.Array) -> jax.Array:
+            return masked(x, bernoulli(keys.reshape(-1)[0], probability, x.shape), probability)
 
-        return self.with_x(self.given().masked(masked, keys))
+        return self.with_x(self.given().masked(kept, keys))
 
     def with_x(self, x: Remade) -> Self:
         """Return the product of another x."""
@@ -112,11 +112,11 @@ class Matmul(Product):
     def keep(self, keys: jax.Array, probability: float) -> Self:
         shape = self.x.shape[self._stacked() :]
 
-        def masked(x: jax.Array, keys: jax.Array) -> jax.Array:
-            mask = jax.vmap(lambda key: _bernoulli(key, probability, shape))(keys.reshape(-1))
-            return _masked(x, mask.reshape(x.shape), probability)
+        def kept(x: jax.Array, keys: jax.Array) -> jax.Array:
+            mask = jax.vmap(lambda key: bernoulli(key, probability, shape))(keys.reshape(-1))
+            return masked(x, mask.reshape(x.shape), probability)
 
-        return self.with_x(self.given().masked(masked, keys))
+        return self.with_x(self.given().masked(kept, keys))
 
     def token_axes(self) -> tuple[int, ...]:
         return self.x.shape[self._stacked() : self.x.ndim - len(self.axes.inputs)]
@@ -169,31 +169,6 @@ def as_matrices(x: jax.Array, stack: int, rows: int) -> jax.Array:
 def product_dtype(x: Any, w: Any) -> Any:
     """Return the dtype that x @ W is computed in: that of both, or where they differ one that holds both."""
     return x if x == w and jnp.dtype(x).itemsize > 1 else accumulator(x, w)
-
-
-def as_columns(a: jax.Array, stack: int) -> jax.Array:
-    """Return A [*s, *inputs, n] as matrices [*s, d, n]."""
-    return a.reshape(*a.shape[:stack], math.prod(a.shape[stack:-1]), a.shape[-1])
-
-
-def as_rows(b: jax.Array, stack: int) -> jax.Array:
-    """Return B [*s, n, *outputs] as matrices [*s, n, k]."""
-    return b.reshape(*b.shape[: stack + 1], math.prod(b.shape[stack + 1 :]))
-
-
-def _bernoulli(key: jax.Array, probability: float, shape: tuple[int, ...]) -> jax.Array:
-    """Return what `jax.random.bernoulli` returns for fp32, in fewer operations: compilers see one for each weight.
-
-    That compares 23 random bits with the probability, as floats; here they are compared as they are.
-    """
-    below = math.ceil(float(np.float32(probability)) * 2**23)
-    if below >= 2**23:  # 1 in fp32
-        return jnp.ones(shape, bool)
-    return jax.random.bits(key, shape, jnp.uint32) < np.uint32(below << 9)
-
-
-def _masked(x: jax.Array, mask: jax.Array, probability: float) -> jax.Array:
-    return jnp.where(mask, x / jnp.asarray(probability, x.dtype), jnp.zeros((), x.dtype))
 
 
 def add_lowrank(

@@ -29,6 +29,7 @@ from lora_jax.core.errors import LoraError
 from lora_jax.core.factor_products import FACTOR_PRODUCT
 from lora_jax.core.packed import is_packed
 from lora_jax.core.packed_parts import InParts
+from lora_jax.core.remade import REMADE_PRODUCT
 from lora_jax.core.row_losses import LOGITS, ROW_LOSSES, found, row_losses
 from lora_jax.transform.adapted_weight import AdaptedWeight, plain
 
@@ -267,6 +268,7 @@ CALLS: dict[str, Call] = {
     "cond": cond,
     "shard_map": shard_map,
     FACTOR_PRODUCT: inlined,  # the factors of adapters are adapted in their turn
+    REMADE_PRODUCT: inlined,
     LOGITS: inlined,
     ROW_LOSSES: losses_of_rows,
 }

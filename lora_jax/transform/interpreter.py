@@ -5,7 +5,6 @@ stand: whole scans, `custom_vjp` calls and nested jits among them, with the user
 built again around the same loop.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,10 @@ import jax
 
 from lora_jax.core._compat import Jaxpr, JaxprEqn, Literal, Var, at_equation, bind, called_function, jit_p, open_jaxpr
 from lora_jax.core.recent import Recent
-from lora_jax.core.remade import Remade
 from lora_jax.transform.adapted_weight import AdaptedWeight
 from lora_jax.transform.control_flow import CALLS, Call
 from lora_jax.transform.primitives import RULES, no_rule
-from lora_jax.transform.remakes import Origin, Remakes
+from lora_jax.transform.remakes import Remakes
 
 CALLS_KEPT = 4096  # jits and loops of all shapes that one `lora_apply` has seen
 OWN_DERIVATIVE = "has a derivative rule of its own, which is stated for the whole weight"
@@ -40,9 +38,7 @@ class Interpreter:
         env: dict[Var, Any] = {}
         last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, Literal)}
         origins = self.remakes.of(jaxpr) if self.remakes else {}
-        last_use |= {
-            v: max(i, last_use.get(v, i)) for i in sorted(origins) for o in origins[i].values() for v in o.sources
-        }
+        last_use |= {v: max(i, last_use.get(v, i)) for i, origin in origins.items() for v in origin.all_sources()}
         last_use |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, Literal)}
 
         def read(v: Any) -> Any:
@@ -54,8 +50,7 @@ class Interpreter:
             values = [read(v) for v in eqn.invars]
             with at_equation(eqn):
                 if any(isinstance(value, AdaptedWeight) for value in values):
-                    sources = {j: (origin, [*map(read, origin.sources)]) for j, origin in origins.get(i, {}).items()}
-                    values = _with_origins(values, sources) if sources else values
+                    values = origins[i].given(values, read) if i in origins else values
                     out = self._with_adapted(eqn, values)
                 else:
                     out = bind(eqn, values)
@@ -90,13 +85,3 @@ class Interpreter:
             return eqn, jax.jit(run, inline=eqn.primitive is not jit_p or eqn.params["inline"])
 
         return (self.jitted_calls.get(id(eqn), jitted) if self.jitted_calls is not None else jitted())[1]
-
-
-def _with_origins(values: list[Any], origins: dict[int, tuple[Origin, list[Any]]]) -> list[Any]:
-    """Return the operands of a product, the weight with what the other one can be made of, if that is traced."""
-    weight, other = (0, 1) if isinstance(values[0], AdaptedWeight) else (1, 0)
-    if other not in origins or not isinstance(values[other], jax.core.Tracer):
-        return values
-    origin, sources = origins[other]
-    x = Remade(values[other], tuple(sources), origin.make)
-    return [dataclasses.replace(v, x=x) if j == weight else v for j, v in enumerate(values)]

@@ -6,6 +6,7 @@ or gate and up, which are multiplied. Sums over an axis are where that ends, as 
 products, which are never made again.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 import jax
 
 from lora_jax.core._compat import Jaxpr, JaxprEqn, Literal, Operation, Var, open_jaxpr, scan_groups
-from lora_jax.core.remade import itself
+from lora_jax.core.remade import Remade, itself
+from lora_jax.transform.adapted_weight import AdaptedWeight
 
 ELEMENTWISE = {
     *(
@@ -118,6 +120,25 @@ class Origin(NamedTuple):
     make: Callable[..., jax.Array]
 
 
+class Origins(NamedTuple):
+    """Of what the two operands of a product can be made; a weight has none."""
+
+    first: Origin | None
+    second: Origin | None
+
+    def all_sources(self) -> list[Var]:
+        return [v for origin in self if origin is not None for v in origin.sources]
+
+    def given(self, values: list[Any], read: Callable[[Any], Any]) -> list[Any]:
+        """Return the operands, the weight with what x can be made of, if x is traced; `read` gives values."""
+        weight, other = (0, 1) if isinstance(values[0], AdaptedWeight) else (1, 0)
+        origin = self[other]
+        if origin is None or not isinstance(values[other], jax.core.Tracer):
+            return values
+        x = Remade(values[other], tuple(map(read, origin.sources)), origin.make)
+        return [dataclasses.replace(v, x=x) if i == weight else v for i, v in enumerate(values)]
+
+
 class Remakes:
     """What the inputs of all products of a program can be made of, in its calls and loops too.
 
@@ -130,12 +151,12 @@ class Remakes:
 
     def __init__(self, jaxpr: Any, is_parameter: Sequence[bool]) -> None:
         self.flows: dict[int, _Flow] = {}
-        self.found: dict[int, dict[int, dict[int, Origin]]] = {}
+        self.found: dict[int, dict[int, Origins]] = {}
         self.remats = 0  # around the jaxpr that is followed
         self._follow(jaxpr, [_Depends(p, not p) for p in is_parameter])
 
-    def of(self, jaxpr: Jaxpr) -> dict[int, dict[int, Origin]]:
-        """Return {number of an equation: {number of its operand: of what it can be made}}, for one of its jaxprs."""
+    def of(self, jaxpr: Jaxpr) -> dict[int, Origins]:
+        """Return {number of an equation: of what its operands can be made}, for one of its jaxprs."""
         if id(jaxpr) not in self.found:
             self.found[id(jaxpr)] = self.flows[id(jaxpr)].origins() if id(jaxpr) in self.flows else {}
         return self.found[id(jaxpr)]
@@ -223,15 +244,14 @@ class _Flow:
     def of_all(self, values: Sequence[Any]) -> list[_Depends]:
         return [_Depends() if isinstance(v, Literal) else self.depends[v] for v in values]
 
-    def origins(self) -> dict[int, dict[int, Origin]]:
-        """Return {number of a product: {number of its operand: of what that is best made again}}."""
+    def origins(self) -> dict[int, Origins]:
+        """Return {number of a product: of what its operands are best made again}."""
         self.kept = self._kept()
-        found: dict[int, dict[int, Origin]] = {}
-        for i, eqn in enumerate(self.jaxpr.eqns):
-            for position, v in enumerate(eqn.invars[:2] if eqn.primitive.name in PRODUCTS else []):
-                if not isinstance(v, Literal) and self._is_activation(v):
-                    found.setdefault(i, {})[position] = Origin(self._sources(v), self._make(v))
-        return found
+        products = [(i, eqn) for i, eqn in enumerate(self.jaxpr.eqns) if eqn.primitive.name in PRODUCTS]
+        return {i: Origins(*map(self._origin, eqn.invars[:2])) for i, eqn in products}
+
+    def _origin(self, v: Any) -> Origin | None:
+        return Origin(self._sources(v), self._make(v)) if self._is_activation(v) else None
 
     def _is_activation(self, v: Any) -> bool:
         return self.of_all([v]) == [_Depends(True, True)]

@@ -3,7 +3,6 @@
 Convolutions and products of ragged groups are in `convolutions.py`.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from lora_jax.core.products import Matmul, Product, product_dtype
 from lora_jax.core.remade import Remade
 from lora_jax.core.restacked import along
 from lora_jax.transform.adapted_weight import AdaptedWeight, plain
+from lora_jax.transform.primitives.dot_orders import orders, transposed
 from lora_jax.transform.primitives.registry import no_rule, rule
 
 # (operation, axes, w, x, *others) -> the frozen product, and what brings its adapted y into the program's order of axes
@@ -106,45 +106,19 @@ def _dot(dot: Operation, axes: KernelAxes, w: Any, x: Remade, on_left: bool) -> 
     XLA orders the result as [batch, free of lhs, free of rhs]. Each axis of it gets a label, ("w", axis of the weight)
     or ("x", axis of x), and the canonical order is stated in the same labels.
     """
-    of_x, to_canonical, to_result, inputs = _orders(dot.params["dimension_numbers"], axes, x.value.ndim, on_left)
-    rows, value = x.map(lambda x: _transposed(x, of_x)), x.value
+    of_x, to_canonical, to_result, inputs = orders(dot.params["dimension_numbers"], axes, x.value.ndim, on_left)
+    rows, value = x.map(lambda x: transposed(x, of_x)), x.value
     y = _packed_dot(dot, w, rows.value, inputs) if is_packed(w) and not axes.stack else None
     if y is None:
         y = frozen_product(lambda w: dot.bind(w, value)[0] if on_left else dot.bind(value, w)[0], w)
-        y = _transposed(y, to_canonical)
+        y = transposed(y, to_canonical)
     rows = cast(rows, product_dtype(value.dtype, w.dtype))
     product = Matmul(axes, rows.value, y, factor_precision(dot.params["precision"], on_left), origin=rows.origin())
-    return product, lambda y: _transposed(y, to_result)
+    return product, lambda y: transposed(y, to_result)
 
 
 def cast(x: Remade, dtype: Any) -> Remade:
     return x if x.value.dtype == dtype else x.map(lambda x: x.astype(dtype))
-
-
-Order = tuple[int, ...] | None  # a permutation; None for the one that changes nothing
-
-
-@functools.lru_cache(maxsize=4096)
-def _orders(dimensions: Any, axes: KernelAxes, x_ndim: int, on_left: bool) -> tuple[Order, Order, Order, Any]:
-    """Return the permutations of x, of the result to the canonical order and back, and the weight's contracted axes."""
-    contract, batch = dimensions
-    (w_contract, x_contract), (w_batch, x_batch) = (contract, batch) if on_left else (contract[::-1], batch[::-1])
-    x_free = [i for i in range(x_ndim) if i not in (*x_contract, *x_batch)]
-    stack, inputs = sorted(zip(w_batch, x_batch, strict=True)), sorted(zip(w_contract, x_contract, strict=True))
-    w_labels, x_labels = [("w", i) for i in axes.outputs], [("x", i) for i in x_free]
-    result = [("w", i) for i in w_batch] + (w_labels + x_labels if on_left else x_labels + w_labels)
-    canonical = [("w", w) for w, _ in stack] + x_labels + w_labels
-    orders = (
-        [i for _, i in stack] + x_free + [i for _, i in inputs],
-        [result.index(label) for label in canonical],
-        [canonical.index(label) for label in result],
-    )
-    of_x, to_canonical, to_result = (None if order == sorted(order) else tuple(order) for order in orders)
-    return of_x, to_canonical, to_result, tuple(i for i, _ in inputs)
-
-
-def _transposed(array: jax.Array, order: Order) -> jax.Array:
-    return array if order is None else array.transpose(order)
 
 
 def _packed_dot(dot: Operation, w: Any, rows: jax.Array, inputs: tuple[int, ...]) -> jax.Array | None:
