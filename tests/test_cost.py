@@ -75,19 +75,22 @@ def case(fn, rule=RULE):
     return params, jax.tree.map(lambda a: 0.1 * a, adapters), x
 
 
+@pytest.mark.parametrize("keep", ["thin", "inputs"])
 @pytest.mark.parametrize("fn", [unrolled, scanned, recomputed], ids=lambda fn: fn.__name__)
-def test_flops_and_memory_are_those_of_lora_by_hand(fn):
+def test_flops_and_memory_are_those_of_lora_by_hand(fn, keep):
     """Matrix FLOPs within 0.1 %, temporary memory within 2 %: one copy of the base, also of one that is scanned.
 
-    A remat leaves little memory, and the bound is 4 % of it.
+    A remat leaves little memory, and the bound is 4 % of it. Inputs that are made again are 0.3 % of the FLOPs here,
+    where the width is 128.
     """
     params, adapters, x = case(fn)
-    apply = lora.lora_apply(fn)
+    apply = lora.lora_apply(fn, keep=keep)
     ours = jax.jit(jax.grad(lambda a, p, x: apply(p, a, x))).lower(adapters, params, x).compile()
     form = fn is not unrolled, fn is recomputed
     hand = jax.jit(jax.grad(lambda a, p, x: by_hand(p, a, x, *form))).lower(adapters, params, x).compile()
     assert_trees_close(ours(adapters, params, x), hand(adapters, params, x), rtol=1e-3, atol=1e-3)
-    assert ours.cost_analysis()["flops"] <= 1.001 * hand.cost_analysis()["flops"]
+    made_again = 0.003 if keep == "thin" and fn is not recomputed else 0
+    assert ours.cost_analysis()["flops"] <= (1.001 + made_again) * hand.cost_analysis()["flops"]
     assert memory(ours) <= (1.04 if fn is recomputed else 1.02) * memory(hand)
 
 
@@ -104,16 +107,20 @@ def memory(compiled) -> int:
 
 
 def test_an_unrolled_model_gets_the_equations_of_lora_by_hand_and_reshapes():
-    """So that tracing and compiling it take no longer: the number of equations is bounded, by kind."""
+    """So that tracing and compiling it take no longer: the number of equations is bounded, by kind.
+
+    Norms and activations that are made again are equations too.
+    """
     params, adapters, x = case(unrolled)
-    apply = lora.lora_apply(unrolled)
-    programs = [lambda a: apply(params, a, x), lambda a: by_hand(params, a, x, False)]
-    ours, hand = (
+    thin, kept = (lora.lora_apply(unrolled, keep=keep) for keep in ("thin", "inputs"))
+    programs = [lambda a: thin(params, a, x), lambda a: kept(params, a, x), lambda a: by_hand(params, a, x, False)]
+    thin, kept, hand = (
         Counter(e.primitive.name for e in equations(jax.make_jaxpr(jax.grad(f))(adapters)) if e.primitive.name != "jit")
         for f in programs
     )
-    assert ours["dot_general"] == hand["dot_general"]
-    assert ours.total() <= 1.2 * hand.total()
+    assert thin["dot_general"] == kept["dot_general"] == hand["dot_general"]
+    assert kept.total() <= 1.2 * hand.total()
+    assert thin.total() <= 1.35 * hand.total()
 
 
 def gradient(fn, rule):
@@ -169,4 +176,4 @@ def test_dora_is_lora_and_a_thin_product_with_each_weight(fn):
         dora_step.cost_analysis()["flops"]
         <= lora_step.cost_analysis()["flops"] + products + sums + in_blocks + elementwise
     )
-    assert memory(dora_step) <= 1.07 * memory(lora_step) + 4 * outputs  # x @ W, for the gradient of m
+    assert memory(dora_step) <= 1.08 * memory(lora_step) + 4 * outputs  # x @ W, for the gradient of m

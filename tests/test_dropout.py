@@ -5,7 +5,7 @@ import pytest
 from helpers import MODELS, RULES, D, K, assert_trees_close, assert_trees_equal, eight_devices, total
 
 import lora_jax as lora
-from lora_jax.core import products
+from lora_jax.core import dropout_mask
 from lora_jax.core.paths import path_key
 
 CASES = {case.name: case for case in MODELS}
@@ -162,4 +162,4 @@ def test_a_program_hashes_the_paths_of_all_layers_once():
 def test_masks_are_those_of_jax(probability):
     key = jax.random.key(5)
     expected = jax.random.bernoulli(key, probability, (300, 70))
-    np.testing.assert_array_equal(products._bernoulli(key, probability, (300, 70)), expected)
+    np.testing.assert_array_equal(dropout_mask.bernoulli(key, probability, (300, 70)), expected)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend import source_info_util
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, Var, jaxpr_as_fun
 from jax.extend.core.primitives import jit_p, remat_p
 
 __all__ = [
@@ -23,12 +23,12 @@ __all__ = [
     "Operation",
     "Primitive",
     "Var",
-    "abstract_result",
     "as_differentiated",
     "at_equation",
     "bind",
     "called_function",
     "describe",
+    "jaxpr_as_fun",
     "jit_p",
     "open_jaxpr",
     "remat_p",
@@ -43,12 +43,6 @@ __all__ = [
 def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
     """Return a jaxpr and its constants, which before JAX 0.12 only a `ClosedJaxpr` has."""
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
-
-
-def abstract_result(fn: Callable[..., Any], args: Sequence[Any]) -> Any:
-    """Return the type of what a function returns, an array, for arguments of these types."""
-    jaxpr, _ = open_jaxpr(jax.make_jaxpr(fn)(*args))
-    return jaxpr.outvars[0].aval
 
 
 def scan_groups(eqn: JaxprEqn) -> tuple[int, int]:

@@ -8,9 +8,11 @@ products of the forward pass, and the derivative by x, have narrow operands.
 Axes: s stacked matrices, T rows, d inputs, k outputs, r columns of a thin factor.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -83,7 +85,22 @@ def with_factor(product: BilinearProduct, x: jax.Array, w: jax.Array, *others: j
     """
     if w.dtype.itemsize <= x.dtype.itemsize:
         return product(x, w.astype(x.dtype), *others)
+    if _is_derivative.get():
+        return product(x, w, *others)
     return lora_factor_product(product, x, w, *others)
+
+
+@contextlib.contextmanager
+def as_derivative() -> Iterator[None]:
+    """Take products as the derivative along w does: what is computed inside is linear in w, and has a transpose."""
+    token = _is_derivative.set(True)
+    try:
+        yield
+    finally:
+        _is_derivative.reset(token)
+
+
+_is_derivative: contextvars.ContextVar[bool] = contextvars.ContextVar("is derivative", default=False)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -16,8 +16,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching, mlir
 
-from lora_jax.core._compat import Primitive, abstract_result
+from lora_jax.core._compat import Primitive, jaxpr_as_fun, open_jaxpr
 from lora_jax.core.arrays import is_key
+from lora_jax.core.factor_products import as_derivative
 
 REMADE_PRODUCT = "lora_remade_product"  # by this name the interpreter knows the call
 Linear = Callable[..., jax.Array]  # (*sources, w), linear in w
@@ -36,7 +37,7 @@ class Remade:
         """Return fn(array, keys), which is linear in the array. Its derivative draws the mask again."""
         if self.make is None:
             return self.map(fn, keys)
-        value = remade_p.bind(keys, self.value, product=lambda keys, x: fn(x, keys))
+        value = linear_in_last(lambda keys, x: fn(x, keys), keys, self.value)
         return dataclasses.replace(self.map(fn, keys), value=value)
 
     def map(self, fn: Callable[..., jax.Array], *others: jax.Array) -> Self:
@@ -81,46 +82,59 @@ def _tangent(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
 
 
 def _along_a(product: Any, da: jax.Array) -> jax.Array:
-    """Return x @ dA, of which a derivative keeps the sources of x.
-
-    Of y the product takes the shape alone.
-    """
-    origin = product.origin
+    """Return x @ dA, of which a derivative keeps the sources of x. Of y the product takes the shape alone."""
+    origin, y = product.origin, product.y
     rest, tree = jax.tree.flatten(dataclasses.replace(product, x=None, y=None, origin=None))
-    n, y = len(origin.sources), product.y
+    n = len(origin.sources)
 
     def along(*args: jax.Array) -> jax.Array:
         sources, rest, da = args[:n], args[n:-1], args[-1]
         again = dataclasses.replace(jax.tree.unflatten(tree, rest), x=origin.make(*sources), y=jnp.zeros_like(y))
-        return again.contract(da)
+        with as_derivative():
+            return again.contract(da)
 
-    return remade_p.bind(*origin.sources, *rest, da, product=along)
+    return linear_in_last(along, *origin.sources, *rest, da)
+
+
+def linear_in_last(product: Linear, *args: jax.Array) -> jax.Array:
+    """Return product(*sources, w), which is linear in w.
+
+    Its transpose keeps the sources and begins when its cotangent is there, where that of another function keeps what
+    was made of the sources.
+    """
+    return remade_p.bind(*args, program=jax.make_jaxpr(product)(*args))
+
+
+def _run(*args: jax.Array, program: Any) -> jax.Array:
+    [out] = jaxpr_as_fun(program)(*args)
+    return out
 
 
 remade_p = Primitive("lora_remade_product")
-remade_p.def_impl(lambda *args, product: product(*args))
-remade_p.def_abstract_eval(lambda *avals, product: abstract_result(product, avals))
-mlir.register_lowering(remade_p, mlir.lower_fun(lambda *args, product: product(*args), multiple_results=False))
+remade_p.def_impl(_run)
+remade_p.def_abstract_eval(lambda *_, program: open_jaxpr(program)[0].outvars[0].aval)
+mlir.register_lowering(remade_p, mlir.lower_fun(_run, multiple_results=False))
 
 
-def _jvp(primals: Any, tangents: Any, product: Linear) -> tuple[jax.Array, jax.Array]:
+def _jvp(primals: Any, tangents: Any, program: Any) -> tuple[jax.Array, jax.Array]:
     *sources, _ = primals
     if all(type(t) is ad.Zero for t in tangents[:-1]):
-        return product(*primals), remade_p.bind(*sources, tangents[-1], product=product)
-    return jax.jvp(product, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
+        return _run(*primals, program=program), remade_p.bind(*sources, tangents[-1], program=program)
+    run = functools.partial(_run, program=program)
+    return jax.jvp(run, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
 
 
-def _transpose(ct: Any, *args: Any, product: Linear) -> list[Any]:
+def _transpose(ct: Any, *args: Any, program: Any) -> list[Any]:
     *sources, w = args
     if type(ct) is ad.Zero:
         return [None] * len(sources) + [ad.Zero(w.aval)]
     sources = _after(sources, ct)
-    _, pull = jax.vjp(lambda w: product(*sources, w), jnp.zeros(w.aval.shape, w.aval.dtype))
-    return [None] * len(sources) + list(pull(ct))
+    transposed = jax.linear_transpose(lambda w: _run(*sources, w, program=program), w.aval)
+    return [None] * len(sources) + list(transposed(ct))
 
 
-def _batch(args: Any, axes: Any, product: Linear) -> tuple[jax.Array, int]:
-    return remade_p.bind(*args, product=jax.vmap(product, tuple(axes))), 0
+def _batch(args: Any, axes: Any, program: Any) -> tuple[jax.Array, int]:
+    return linear_in_last(jax.vmap(functools.partial(_run, program=program), tuple(axes)), *args), 0
 
 
 ad.primitive_jvps[remade_p] = _jvp
@@ -129,34 +143,25 @@ batching.primitive_batchers[remade_p] = _batch
 
 
 def _after(arrays: list[jax.Array], token: jax.Array) -> list[jax.Array]:
-    """Return arrays that a program cannot read before another one is there, a product with rows [*T, n].
+    """Return arrays of which the large ones cannot be read before another one is there, a product with rows [*T, n].
 
-    Without that, compilers make x again at once, where its sources are, and keep it. A barrier says so to those for
-    TPUs and GPUs. That for CPUs takes barriers away before it puts a program in order. There the arrays depend on the
-    token: on whether a number has less than 65 bits that are set, of which no compiler knows that it is true.
+    Without that, compilers make x again at once, where its sources are, and keep it. That for CPUs takes barriers away
+    before it puts a program in order. So the arrays depend on the token: on whether its numbers have less than 65 bits
+    that are set, of which no compiler knows that it is true.
     """
-    return lax.platform_dependent(arrays, token, cpu=_dependent, default=_barrier)
-
-
-def _barrier(arrays: list[jax.Array], token: jax.Array) -> list[jax.Array]:
-    arrays, _ = lax.optimization_barrier((arrays, token))
-    return arrays
-
-
-def _dependent(arrays: list[jax.Array], token: jax.Array) -> list[jax.Array]:
+    if not jnp.issubdtype(token.dtype, jnp.floating):
+        return arrays
     rows = token[..., 0]
-    known = lax.population_count(lax.bitcast_convert_type(rows, f"uint{token.dtype.itemsize * 8}")) < 65  # [*T]
+    there = lax.population_count(lax.bitcast_convert_type(rows, f"uint{token.dtype.itemsize * 8}")) < 65  # [*T]
+    large = max(array.size for array in arrays) // 2
 
-    def dependent(array: jax.Array) -> jax.Array:
+    def after(array: jax.Array) -> jax.Array:
         if is_key(array):
-            data = dependent(jax.random.key_data(array))
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+            return jax.random.wrap_key_data(after(jax.random.key_data(array)), impl=jax.random.key_impl(array))
         if array.shape[: rows.ndim] == rows.shape:  # on a mesh, each device asks of its own rows
-            there = known.reshape(*rows.shape, *(1,) * (array.ndim - rows.ndim))
-        elif jax.device_count() == 1:
-            there = known.ravel()[:1].reshape((1,) * array.ndim)
-        else:
+            return jnp.where(there.reshape(*rows.shape, *(1,) * (array.ndim - rows.ndim)), array, jnp.zeros_like(array))
+        if jax.device_count() > 1:
             return array
-        return jnp.where(there, array, jnp.zeros((), array.dtype))
+        return jnp.where(there.ravel()[:1].reshape((1,) * array.ndim), array, jnp.zeros_like(array))
 
-    return [dependent(array) for array in arrays]
+    return [after(array) if array.size >= large or is_key(array) else array for array in arrays]
