@@ -3,8 +3,8 @@
     python benchmarks/will_it_fit.py                  # every program of the table, and the page
     python benchmarks/will_it_fit.py Llama-3-70B v5e:16x16   # those of all these names, printed only
 
-It takes what `make test-compiled` takes, and none of the machines. One compile takes some minutes; what was compiled
-once is kept in `.compiled_cache`, so that a run that was broken off goes on where it was.
+It takes what `make test-compiled` takes, and none of the machines. One compile takes some minutes. What was compiled is
+kept in `.compiled_cache`, and each row is written as it comes, so that a run that was broken off goes on where it was.
 
 The model is as one is trained on a pod: layers in a scan, each computed again in the backward pass; attention in blocks
 of queries, and the loss in blocks of tokens, so that neither all scores nor all logits are in memory at once. All
@@ -18,6 +18,7 @@ import functools
 import itertools
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -301,10 +302,15 @@ def row(program: Program, found: lora.CompileReport) -> list[str]:
 
 
 def write(rows: list[list[str]]) -> None:
-    text = format_table(HEADER, rows, right=2)
+    """Write rows into the page's table, in the place of those of the same programs."""
     page = ROOT / "docs" / "will_it_fit.md"
     before, rest = page.read_text(encoding="utf-8").split(START)
-    page.write_text(f"{before}{START}```\n{text}\n```\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    table, after = rest.split(END, 1)
+    programs = {(p.model, p.machine, p.base, f"{p.tokens:,}"): i for i, p in enumerate(TABLE)}
+    kept = [re.split(r" {2,}", line.strip()) for line in table.splitlines() if line.startswith(tuple(MODELS))]
+    found = {tuple(one[:4]): one for one in [*kept, *rows]}
+    text = format_table(HEADER, sorted(found.values(), key=lambda one: programs[tuple(one[:4])]), right=2)  # type: ignore[index]
+    page.write_text(f"{before}{START}```\n{text}\n```\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -312,12 +318,11 @@ def main() -> None:
         model, machine, base, tokens = sys.argv[1:]
         print(Program(model, machine, base, int(tokens)).report())
         return
-    rows: list[list[str]] = []
     for program in TABLE:
         found = program.report()
-        rows.append(row(program, found))
-        print(*rows[-1], *found.advice[:1], sep=" | ", flush=True)
-        write(rows)
+        one = row(program, found)
+        print(*one, *found.advice[:1], sep=" | ", flush=True)
+        write([one])
 
 
 if __name__ == "__main__":

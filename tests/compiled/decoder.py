@@ -79,7 +79,7 @@ def make(
     mesh: Any = None,
     attention: Callable[..., jax.Array] = plain_attention,
     linear: Linear = plain,
-    policy: Any = jax.checkpoint_policies.nothing_saveable,
+    remat: bool = True,
 ) -> Callable[[Any, jax.Array], jax.Array]:
     """`model(params, ids [B, T]) -> logits [B, T, V]`; of floats [B, T, D] in the place of ids, without the lookup."""
     rows = None if mesh is None else NamedSharding(mesh, P(batch_axes(mesh)))
@@ -101,7 +101,7 @@ def make(
 
     def model(params: Any, ids: jax.Array) -> jax.Array:
         x = kept(ids if jnp.issubdtype(ids.dtype, jnp.floating) else params["embed"][ids])
-        body = jax.checkpoint(layer, policy=policy)
+        body = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable) if remat else layer
         x, _ = jax.lax.scan(body, x, params["layers"])
         return norm(x, params["norm"]) @ params["head"]
 
