@@ -309,7 +309,7 @@ def write(rows: list[list[str]]) -> None:
     programs = {(p.model, p.machine, p.base, f"{p.tokens:,}"): i for i, p in enumerate(TABLE)}
     kept = [re.split(r" {2,}", line.strip()) for line in table.splitlines() if line.startswith(tuple(MODELS))]
     found = {tuple(one[:4]): one for one in [*kept, *rows]}
-    text = format_table(HEADER, sorted(found.values(), key=lambda one: programs[tuple(one[:4])]), right=2)  # type: ignore[index]
+    text = format_table(HEADER, sorted(found.values(), key=lambda one: programs[tuple(one[:4])]), right=2)
     page.write_text(f"{before}{START}```\n{text}\n```\n{END}{after}", encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from helpers import KINDS, MODELS, RULES, assert_trees_close, assert_trees_equal, equations, total, trained
@@ -222,5 +223,142 @@ def test_modules_of_flax():
 
 
 def test_another_word():
-    with pytest.raises(lora.LoraError, match=r"keep='thick'.*'thin'.*'inputs'"):
+    with pytest.raises(lora.LoraError, match=r"keep='thick'.*'inputs'.*'thin'"):
         lora.lora_apply(lambda p, x: x @ p["w"], keep="thick")
+
+
+NEAR = [np.float32(0.000123451), np.float32(0.000123454)]
+
+
+@jax.jit
+def three(h):
+    return 2 * h, h + 1, h * h
+
+
+def several_results(p, x):
+    a, b, _ = three(x @ p["w1"])
+    return (jnp.sin(b) * a) @ p["w2"]
+
+
+def numbers_that_print_alike(p, x):
+    h = x @ p["w1"]
+    return (jnp.sin(h) * NEAR[0]) @ p["w2"] + (jnp.sin(h) * NEAR[1]) @ p["w2"]
+
+
+def a_long_chain(p, x):
+    h = x @ p["w1"]
+    for _ in range(1500):
+        h = jax.lax.neg(h)
+    return jnp.sin(h) @ p["w2"]
+
+
+def gated_by_a_weight(p, x):
+    return (jnp.square(x @ p["w1"]) * p["gate"]) @ p["w2"]
+
+
+def stopped(p, x):
+    h = x @ p["w1"]
+    return (jax.lax.stop_gradient(jnp.exp(h)) * h) @ p["w2"]
+
+
+def complex_between(p, x):
+    h = x @ p["w1"]
+    return jnp.abs((h * jnp.exp(1j * h)) @ p["w2"]) ** 2
+
+
+@pytest.mark.parametrize(
+    "fn", [several_results, numbers_that_print_alike, a_long_chain, gated_by_a_weight, stopped, complex_between]
+)
+def test_programs_that_are_hard_to_make_again(fn):
+    params = {name: jax.random.normal(jax.random.key(i), (4, 4)) / 2 for i, name in enumerate(("w1", "w2"))}
+    params["gate"] = jax.random.normal(jax.random.key(2), (3, 4))
+    x = jax.random.normal(jax.random.key(3), (3, 4))
+    rules = {"w1|w2": lora.Lora(RANK)} | ({"gate": lora.Lora(RANK)} if fn is gated_by_a_weight else {})
+    allowed = "gate" if fn is gated_by_a_weight else False
+    plan = lora.plan(fn, params, x, rules=rules, materialize=allowed)
+    adapters = trained(lora.init(jax.random.key(4), params, plan), 5)
+
+    def gradient(keep):
+        apply = lora.lora_apply(fn, keep=keep, materialize=allowed)
+        return jax.grad(lambda a: total(apply(params, a, x)))(adapters)
+
+    with jax.checking_leaks():
+        thin = gradient("thin")
+    assert_trees_close(thin, gradient("inputs"), rtol=1e-6, atol=1e-7)
+
+
+def test_no_rows_at_all():
+    params = {"w1": jnp.ones((4, 4)), "w2": jnp.ones((4, 4))}
+    x = jnp.ones((0, 4))
+
+    def fn(p, x):
+        return jnp.sin(x @ p["w1"]) @ p["w2"]
+
+    adapters = trained(lora.init(jax.random.key(0), params, lora.plan(fn, params, x, rules={".*": lora.Lora(RANK)})), 1)
+    apply = lora.lora_apply(fn, keep="thin")
+
+    def loss(adapters):
+        return jnp.sum(apply(params, lora.with_dropout(adapters, jax.random.key(0), 0.5), x))
+
+    assert all(not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(adapters)))
+
+
+def test_a_number_of_rows_that_is_not_known():
+    params, adapters, x = setting()
+    apply = lora.lora_apply(lambda p, x: decoder("scan", x, p), keep="thin")
+    gradient = jax.jit(jax.grad(lambda a, x: jnp.sum(apply(params, a, x) ** 2)))
+    [rows] = jax.export.symbolic_shape("rows")
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), adapters)
+    exported = jax.export.export(gradient)(shapes, jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype))
+    assert_trees_close(exported.call(adapters, x), gradient(adapters, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_mesh_of_explicit_axes_and_a_shard_map_over_one_axis():
+    """Arrays that are made again have the types that those had which they are in the place of."""
+    params = {"w1": jnp.ones((4, 4)) / 4, "w2": jnp.ones((4, 4)) / 2}
+    x = jnp.arange(32.0).reshape(8, 4) / 32
+
+    def fn(p, x):
+        return jnp.sin(x @ p["w1"]) @ p["w2"]
+
+    adapters = trained(lora.init(jax.random.key(0), params, lora.plan(fn, params, x, rules={".*": lora.Lora(RANK)})), 1)
+
+    def gradient(keep):
+        apply = lora.lora_apply(fn, keep=keep)
+
+        def loss(a, x):
+            return jnp.sum(apply(params, lora.with_dropout(a, jax.random.key(0), 0.5), x) ** 2)
+
+        return jax.grad(loss)
+
+    expected = jax.jit(gradient("inputs"))(adapters, x)
+    mesh = jax.make_mesh((4, 2), ("data", "other"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        explicit = jax.jit(gradient("thin"))(adapters, jax.device_put(x, jax.P("data")))
+    assert_trees_close(explicit, expected, rtol=1e-5, atol=1e-6)
+
+    mesh = jax.make_mesh((2, 4), ("data", "other"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    settings = {"mesh": mesh, "in_specs": (jax.P(), jax.P("data")), "out_specs": jax.P(), "axis_names": {"data"}}
+    thin, kept = (jax.jit(jax.shard_map(gradient(keep), **settings))(adapters, x) for keep in ("thin", "inputs"))
+    assert_trees_close(thin, kept, rtol=1e-5, atol=1e-6)
+
+
+@jax.custom_jvp
+def cond(h):
+    """A function of the user's that has the name of an operation of JAX."""
+    return jnp.sin(h)
+
+
+cond.defjvps(lambda t, ans, h: jnp.cos(h) * t)
+
+
+def test_a_function_with_the_name_of_an_operation():
+    params, x = {"w": jnp.ones((4, 4))}, jnp.ones((3, 4))
+
+    def fn(p, x):
+        return x @ cond(p["w"])
+
+    plan = lora.plan(fn, params, x, rules={"w": lora.Lora(RANK)}, materialize=True)
+    adapters = trained(lora.init(jax.random.key(0), params, plan), 1)
+    found = lora.lora_apply(fn, materialize=True)(params, adapters, x)
+    assert_trees_close(found, fn(lora.merge(params, adapters), x), rtol=1e-6, atol=1e-6)

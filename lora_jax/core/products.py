@@ -122,8 +122,10 @@ class Matmul(Product):
         return self.x.shape[self._stacked() : self.x.ndim - len(self.axes.inputs)]
 
     def split(self, counts: Sequence[int], axes: KernelAxes) -> Self:
+        at = self._stacked()
+
         def parts(array: jax.Array) -> jax.Array:
-            at, moved = self._stacked(), 0
+            moved = 0
             for i, n in enumerate(counts):
                 if n > 1:
                     axis = at + moved + i

@@ -6,6 +6,7 @@ arrays that the step keeps anyway, those are kept for it: x is made of them agai
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -96,6 +97,11 @@ def _along_a(product: Any, da: jax.Array) -> jax.Array:
     return linear_in_last(along, *origin.sources, *rest, da)
 
 
+def numbers(shape: tuple[Any, ...]) -> int:
+    """Return how many numbers an array has. Of an axis of unknown length, as `jax.export` knows them, it has many."""
+    return math.prod(n if isinstance(n, int) else 1024 for n in shape)
+
+
 def linear_in_last(product: Linear, *args: jax.Array) -> jax.Array:
     """Return product(*sources, w), which is linear in w.
 
@@ -110,7 +116,7 @@ def _run(*args: jax.Array, program: Any) -> jax.Array:
     return out
 
 
-remade_p = Primitive("lora_remade_product")
+remade_p = Primitive("lora_linear_in_last")
 remade_p.def_impl(_run)
 remade_p.def_abstract_eval(lambda *_, program: open_jaxpr(program)[0].outvars[0].aval)
 mlir.register_lowering(remade_p, mlir.lower_fun(_run, multiple_results=False))
@@ -149,11 +155,11 @@ def _after(arrays: list[jax.Array], token: jax.Array) -> list[jax.Array]:
     before it puts a program in order. So the arrays depend on the token: on whether its numbers have less than 65 bits
     that are set, of which no compiler knows that it is true.
     """
-    if not jnp.issubdtype(token.dtype, jnp.floating):
+    if not jnp.issubdtype(token.dtype, jnp.floating) or 0 in token.shape:
         return arrays
     rows = token[..., 0]
     there = lax.population_count(lax.bitcast_convert_type(rows, f"uint{token.dtype.itemsize * 8}")) < 65  # [*T]
-    large = max(array.size for array in arrays) // 2
+    large = max(numbers(array.shape) for array in arrays) // 2
 
     def after(array: jax.Array) -> jax.Array:
         if is_key(array):
@@ -164,4 +170,4 @@ def _after(arrays: list[jax.Array], token: jax.Array) -> list[jax.Array]:
             return array
         return jnp.where(there.ravel()[:1].reshape((1,) * array.ndim), array, jnp.zeros_like(array))
 
-    return [after(array) if array.size >= large or is_key(array) else array for array in arrays]
+    return [after(array) if numbers(array.shape) >= large or is_key(array) else array for array in arrays]

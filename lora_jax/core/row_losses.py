@@ -52,16 +52,16 @@ def row_losses(how: RowLoss, x: jax.Array, labels: jax.Array, weights: jax.Array
         weights: [..., t, n], in fp32 or wider.
         head: W as `how.project` takes it: any tree of arrays.
     """
-    how = replace(how, shapes=(x.shape, labels.shape, weights.shape))
     leaves, tree = jax.tree.flatten(head)
     args = (x, labels, weights, *leaves)
+    how = replace(how, shapes=tuple(arg.shape for arg in args))
     axes = sorted({axis for arg in args for axis in varying_axes(arg)})
     return lora_row_losses(how, tree, *(vary(arg, axes) for arg in args))
 
 
 def found(eqn: JaxprEqn) -> RowLoss | None:
     """Return what a call of `row_losses` in a program computes; None if the program has it under `jax.vmap`."""
-    shapes = tuple(v.aval.shape for v in eqn.invars[:ROWS])  # type: ignore[attr-defined]
+    shapes = tuple(v.aval.shape for v in eqn.invars)  # type: ignore[attr-defined]
     for scan in open_jaxpr(eqn.params["call_jaxpr"])[0].eqns:
         for inner in open_jaxpr(scan.params.get("jaxpr"))[0].eqns if scan.primitive.name == "scan" else ():
             if inner.primitive is remat_p and isinstance(how := inner.params["policy"], RowLoss):

@@ -191,7 +191,7 @@ def _compute(
     counts = jnp.ones(shape, bool) if ignore is None else labels != ignore
     is_class = (labels >= 0) & (labels < classes)
     labels = jnp.where(counts, jnp.where(is_class, labels, classes), IGNORED).astype(jnp.int32)
-    weights = jnp.ones_like(labels, wide) if weights is None else weights.astype(wide)
+    weights = jnp.ones_like(labels, wide) if weights is None else jnp.asarray(weights, wide)
     total = jnp.sum(jnp.where(counts, weights, 0))
 
     rows = shape if shape and math.prod(shape[:-1]) <= chunk_rows else (math.prod(shape),)
@@ -221,7 +221,9 @@ def _check_settings(
         refuse(call, "soft_cap", soft_cap, "a number above 0, such as 30.0, or None")
     if reduction not in ("mean", "sum", "none"):
         refuse(call, "reduction", reduction, '"mean", "sum" or "none"')
-    if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1):
+    if chunk_rows is not None and (
+        isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int | np.integer) or chunk_rows < 1
+    ):
         refuse(call, "chunk_rows", chunk_rows, "a whole number of at least 1, such as 512, or None")
 
 
@@ -231,6 +233,10 @@ def _check_shapes(call: str, hidden: Any, head: Any, labels: Any, weights: Any, 
         refuse(call, "head", head, "an array or a packed weight; of an adapted one, the weight inside lora.lora_apply")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         refuse(call, "labels", labels, "integers")
+    if not jnp.issubdtype(hidden.dtype, jnp.floating):
+        refuse(call, "hidden", hidden, "floats")
+    if 0 in head.shape:
+        refuse(call, "head", head, "at least one class")
     if labels.shape != hidden.shape[:-1] or hidden.ndim == 0:
         raise LoraError(
             f"{call}: `hidden` is {describe(hidden)} and `labels` {describe(labels)}, expected hidden states [..., D] "

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import HOST
 
 
@@ -22,6 +23,9 @@ def offload(*names: str) -> Callable[..., Any]:
         A policy for `jax.checkpoint(layer, policy=..., prevent_cse=False)` in a scan over layers. Under `jax.jit`, on
         devices whose hosts have memory of the kind "pinned_host".
 
+    Raises:
+        LoraError: names that are no strings.
+
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> from jax.ad_checkpoint import checkpoint_name
     >>> def layer(x, w):
@@ -34,6 +38,8 @@ def offload(*names: str) -> Callable[..., Any]:
     >>> gradient({"layers": jnp.ones((3, 4, 4))}, {}, jnp.ones((1, 4)))["layers"].shape
     (3, 4, 4)
     """
+    if not all(isinstance(name, str) for name in names):
+        raise LoraError(f"offload{names!r}: names are strings, one after the other, such as offload('layer_input').")
     return jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[*(names or ("layer_input",))],

@@ -29,7 +29,7 @@ Keep = Literal["thin", "inputs"]
 
 
 def lora_apply(
-    fn: Callable[Concatenate[Params, Rest], Out], *, keep: Keep = "thin", materialize: Patterns = False
+    fn: Callable[Concatenate[Params, Rest], Out], *, keep: Keep = "inputs", materialize: Patterns = False
 ) -> Callable[Concatenate[Params, Mapping[str, Adapter], Rest], Out]:
     """Turn `fn(params, *args, **kwargs)` into `apply(params, adapters, *args, **kwargs)`, for any traceable `fn`.
 
@@ -42,15 +42,15 @@ def lora_apply(
         fn: any function whose first argument is a pytree of parameters. Other arguments may be arrays, which are
             traced, or anything hashable (flags, strings, None), which is kept. Floats are traced as arrays are, and
             another one is no other program, unless `fn` looks at the number, as `if rate > 0` does.
-        keep: what a derivative keeps for each adapted product x @ W', where the gradient of A needs x. "thin": x @ A,
-            of T x r numbers, and of x nothing where elementwise operations, norms and masks of dropout make it of
-            arrays that the frozen model keeps too; these are done again, products never. "inputs": x itself. Both give
-            the same numbers. Inside the function's own `jax.checkpoint` its policy decides, as ever.
+        keep: what a derivative keeps for the gradient of A in each product x @ W'. "inputs": x, as JAX does. "thin": x
+            is not kept where elementwise operations, norms and masks of dropout can make it again from arrays that the
+            frozen model keeps anyway; products are never computed again. The numbers are the same up to rounding.
+            Inside the function's own `jax.checkpoint` its policy decides, as ever. docs/memory.md has figures.
         materialize: where W' may be formed at its full size, because the program does something else to the weight
             than multiply by it: True for all weights, or regular expressions for whole paths.
 
     Raises:
-        LoraError: `keep` is none of the two. When called: adapters for paths that the parameters do not have, or of
+        LoraError: `keep` is neither of the two. When called: adapters for paths that the parameters do not have, or of
             another shape; an adapted weight in an operation that cannot stay factored, with path, operation and source
             line.
 
@@ -66,10 +66,7 @@ def lora_apply(
     """
     check_function("lora_apply(fn)", "fn", fn)
     if keep not in ("thin", "inputs"):
-        raise LoraError(
-            f"lora_apply(keep={keep!r}): a derivative keeps 'thin' products, and makes their inputs again where that "
-            "is cheap, or these 'inputs'."
-        )
+        raise LoraError(f"lora_apply(keep={keep!r}): 'inputs' keeps x for the gradient of A, 'thin' makes it again.")
     trace, interpreter, fallback = tracer(fn), Interpreter(Recent(CALLS_KEPT)), Materialize.of(materialize)
 
     @functools.wraps(fn)

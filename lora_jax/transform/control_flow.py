@@ -267,6 +267,8 @@ CALLS: dict[str, Call] = {
     "while": while_loop,
     "cond": cond,
     "shard_map": shard_map,
+}
+OWN_CALLS: dict[str, Call] = {
     FACTOR_PRODUCT: inlined,  # the factors of adapters are adapted in their turn
     REMADE_PRODUCT: inlined,
     LOGITS: inlined,

@@ -14,7 +14,7 @@ import jax
 from lora_jax.core._compat import Jaxpr, JaxprEqn, Literal, Var, at_equation, bind, called_function, jit_p, open_jaxpr
 from lora_jax.core.recent import Recent
 from lora_jax.transform.adapted_weight import AdaptedWeight
-from lora_jax.transform.control_flow import CALLS, Call
+from lora_jax.transform.control_flow import CALLS, OWN_CALLS, Call
 from lora_jax.transform.primitives import RULES, no_rule
 from lora_jax.transform.remakes import Remakes
 
@@ -62,10 +62,11 @@ class Interpreter:
 
     def _with_adapted(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
         name = eqn.primitive.name
+        calls = CALLS
         if name == "custom_jvp_call":
-            name = called_function(eqn)
-        if name in CALLS:
-            return self._kept(eqn, CALLS[name])(args)
+            name, calls = called_function(eqn), OWN_CALLS
+        if name in calls:
+            return self._kept(eqn, calls[name])(args)
         if eqn.primitive.name.startswith("custom_"):
             return no_rule(eqn, *args, why=OWN_DERIVATIVE)
         return RULES.get(name, no_rule)(eqn, *args)

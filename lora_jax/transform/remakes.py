@@ -8,15 +8,15 @@ products, which are never made again.
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from lora_jax.core._compat import Jaxpr, JaxprEqn, Literal, Operation, Var, open_jaxpr, scan_groups
-from lora_jax.core.remade import Remade, itself
+from lora_jax.core.remade import Remade, itself, numbers
 from lora_jax.transform.adapted_weight import AdaptedWeight
 
 ELEMENTWISE = {
@@ -82,7 +82,7 @@ OPERANDS = {
     *("integer_pow", "log", "log1p", "max", "min", "pow", "select_n", "sin", "sinh", "square", "tan", *REMATS, *LOOPS),
 }
 RESULTS = {"cbrt", "div", "exp", "exp2", "expm1", "logistic", "rsqrt", "sqrt", "tanh"}
-BILINEAR = {*PRODUCTS, "mul", "div"}
+BILINEAR = {*PRODUCTS, "mul", "div"}  # a quotient by what is divided with, too
 SMALL = 8  # an array with an eighth of the numbers costs nothing to speak of
 
 
@@ -135,7 +135,10 @@ class Origins(NamedTuple):
         origin = self[other]
         if origin is None or not isinstance(values[other], jax.core.Tracer):
             return values
-        x = Remade(values[other], tuple(map(read, origin.sources)), origin.make)
+        sources = tuple(map(read, origin.sources))
+        if any(isinstance(source, AdaptedWeight) for source in sources):
+            return values
+        x = Remade(values[other], sources, origin.make)
         return [dataclasses.replace(v, x=x) if i == weight else v for i, v in enumerate(values)]
 
 
@@ -228,7 +231,7 @@ def _is_elementwise(eqn: JaxprEqn) -> bool:
 
 
 def _numbers(v: Any) -> int:
-    return math.prod(v.aval.shape)
+    return numbers(v.aval.shape)
 
 
 class _Flow:
@@ -238,7 +241,7 @@ class _Flow:
         self.jaxpr, self.inputs = jaxpr, inputs
         self.depends: dict[Var, _Depends] = dict(zip(jaxpr.invars, inputs, strict=True))
         self.depends |= dict.fromkeys(jaxpr.constvars, _Depends(on_parameters=True))
-        self.made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+        self.made_at = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
         self.chosen: dict[Var, tuple[Var, ...]] = {}
 
     def of_all(self, values: Sequence[Any]) -> list[_Depends]:
@@ -247,6 +250,8 @@ class _Flow:
     def origins(self) -> dict[int, Origins]:
         """Return {number of a product: of what its operands are best made again}."""
         self.kept = self._kept()
+        for v in self.made_at:  # in the program's order, so that the recursion of `_sources` ends at once
+            self._sources(v)
         products = [(i, eqn) for i, eqn in enumerate(self.jaxpr.eqns) if eqn.primitive.name in PRODUCTS]
         return {i: Origins(*map(self._origin, eqn.invars[:2])) for i, eqn in products}
 
@@ -285,7 +290,7 @@ class _Flow:
         """
         if v not in self.chosen:
             self.chosen[v] = (v,)
-            eqn = self.made_by.get(v)
+            eqn = self.jaxpr.eqns[self.made_at[v]] if v in self.made_at else None
             if eqn is not None and _is_elementwise(eqn):
                 inputs = [u for u in eqn.invars if not isinstance(u, Literal)]
                 earlier = tuple(dict.fromkeys(itertools.chain.from_iterable(map(self._sources, inputs))))
@@ -304,18 +309,22 @@ class _Flow:
         """Return the program that makes v of its sources."""
         if self._sources(v) == (v,):
             return itself
-        numbers = {source: i for i, source in enumerate(self._sources(v))}
+        places = {source: i for i, source in enumerate(self._sources(v))}
+        needed: set[int] = set()  # numbers of equations
+        rest: list[Any] = [v]
+        while rest:  # and not by recursion: chains may be longer than Python's stack
+            u = rest.pop()
+            if not isinstance(u, Literal) and u not in places and self.made_at[u] not in needed:
+                needed.add(self.made_at[u])
+                rest += self.jaxpr.eqns[self.made_at[u]].invars
+
+        def operand(u: Any) -> int | Known:
+            if isinstance(u, Literal):
+                return Known(u.val, f"{u.aval} {np.asarray(u.val).tobytes()!r}")
+            return places[u]
+
         steps: list[tuple[Operation, tuple[int | Known, ...]]] = []
-
-        def number(v: Any) -> int | Known:
-            if isinstance(v, Literal):
-                return Known(v.val, f"{v.aval} {v.val!r}")
-            if v not in numbers:
-                eqn = self.made_by[v]
-                steps.append((Operation.of(eqn), tuple(map(number, eqn.invars))))
-                numbers.update((out, len(numbers) + i) for i, out in enumerate(eqn.outvars))
-            return numbers[v]
-
-        result = number(v)
-        assert isinstance(result, int)
-        return Remake(tuple(steps), result)
+        for eqn in (self.jaxpr.eqns[i] for i in sorted(needed)):
+            steps.append((Operation.of(eqn), tuple(map(operand, eqn.invars))))
+            places.update(zip(eqn.outvars, itertools.count(len(places))))
+        return Remake(tuple(steps), places[v])

@@ -52,9 +52,9 @@ class Setup:
     def report(self, step: Any, *args: Any) -> lora.CompileReport:
         return report(step, *args, topology=self.topology, slices=self.slices)
 
-    def loss(self, model: Any = None) -> Loss:
+    def loss(self, model: Any = None, keep: Any = "inputs") -> Loss:
         """Return the loss of adapters on all seven linears."""
-        apply = lora.lora_apply(model or self.model)
+        apply = lora.lora_apply(model or self.model, keep=keep)
 
         def loss(adapters: Any, params: Any, ids: jax.Array, labels: jax.Array) -> jax.Array:
             return decoder.cross_entropy(apply(params, adapters, ids), labels)
@@ -88,10 +88,10 @@ class Setup:
         compiled = cached.compiled(machine, mapped.lower(*everywhere, ids, ids), everywhere)
         return report_on(machine, argument_bytes((self.state(self.params), self.params)), compiled)
 
-    def gradient(self, bits: str = "") -> lora.CompileReport:
+    def gradient(self, bits: str = "", keep: Any = "inputs") -> lora.CompileReport:
         """The loss and the gradient of the adapters, by `jax.value_and_grad` of `lora_apply`."""
         params = self.packed(bits) if bits else self.params
-        step = jax.value_and_grad(self.loss())
+        step = jax.value_and_grad(self.loss(keep=keep))
         return self.report(step, self.state(params).trainable, params, self.ids, self.ids)
 
     def value_and_grad(self) -> lora.CompileReport:

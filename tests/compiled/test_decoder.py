@@ -4,10 +4,13 @@ Two thousand tokens on each chip of v5e:4x4, the base split over all sixteen, ev
 pass, adapters of rank 16 on all seven linears.
 """
 
+import copy
+
 import pytest
 
 pytest.importorskip("libtpu", reason="libtpu is not installed: make test-compiled")
 
+import decoder
 import programs
 from products import products
 
@@ -94,6 +97,24 @@ def by_hand(setup):
 def test_lora_by_hand_takes_more_cycles_and_memory(lora_gradient, by_hand):
     assert programs.cycles(lora_gradient) <= 0.97 * programs.cycles(by_hand)
     assert programs.temporary(lora_gradient) <= 0.8 * programs.temporary(by_hand)
+
+
+@pytest.fixture(scope="module")
+def without_remat(setup):
+    """The floor, and the gradient with each way to keep."""
+    setup = copy.copy(setup)
+    setup.model = decoder.make(setup.size, setup.mesh, remat=False)
+    return setup.floor(), setup.gradient(keep="thin"), setup.gradient(keep="inputs")
+
+
+@pytest.mark.slow
+def test_what_is_thin_takes_less_memory_and_little_more_time(without_remat):
+    floor, thin, inputs = without_remat
+    assert programs.temporary(thin) <= 1.04 * programs.temporary(floor)
+    assert programs.temporary(inputs) >= 1.08 * programs.temporary(floor)
+    assert programs.cycles(thin) <= 1.07 * programs.cycles(floor)
+    assert programs.cycles(inputs) <= 1.05 * programs.cycles(floor)
+    assert programs.sent(thin) == programs.sent(inputs)
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def _dot(dot: Operation, axes: KernelAxes, w: Any, x: Remade, on_left: bool) -> 
     or ("x", axis of x), and the canonical order is stated in the same labels.
     """
     of_x, to_canonical, to_result, inputs = orders(dot.params["dimension_numbers"], axes, x.value.ndim, on_left)
-    rows, value = x.map(lambda x: transposed(x, of_x)), x.value
+    rows, value = x if of_x is None else x.map(lambda x: transposed(x, of_x)), x.value
     y = _packed_dot(dot, w, rows.value, inputs) if is_packed(w) and not axes.stack else None
     if y is None:
         y = frozen_product(lambda w: dot.bind(w, value)[0] if on_left else dot.bind(value, w)[0], w)
