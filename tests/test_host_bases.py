@@ -220,3 +220,8 @@ def test_traced_arrays_and_plain_functions_are_refused():
         jax.jit(lambda w: bases.to_host({"w": w}, "w"))(X)
     with pytest.raises(lora.LoraError, match=r"call lora.lora_apply\(fn\)"):
         model(bases.to_host(base(), "head"), X)
+
+
+def test_names_of_a_policy_are_strings():
+    with pytest.raises(lora.LoraError, match=r"offload\(\['layer_input'\],?\).*such as offload\('layer_input'\)"):
+        lora.policies.offload(["layer_input"])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import trained
 from jax import P
 
 import lora_jax as lora
@@ -173,6 +174,8 @@ def test_labels_out_of_range_are_refused_or_nan(data):
         ({"z_loss": "much"}, "`z_loss` is 'much', expected a number"),
         ({"soft_cap": 0.0}, "`soft_cap` is 0.0, expected a number above 0"),
         ({"reduction": "max"}, "`reduction` is 'max', expected \"mean\""),
+        ({"hidden": jnp.ones((2, 7, 16), jnp.complex64)}, "`hidden` is complex64[2, 7, 16], expected floats"),
+        ({"head": jnp.ones((16, 0))}, "expected at least one class"),
         ({"chunk_rows": 0}, "`chunk_rows` is 0, expected a whole number of at least 1"),
     ],
 )
@@ -342,6 +345,30 @@ def test_a_head_under_the_programs_own_vmap(data):
     _, adapters = with_adapters(each(plain), params, data, lora.Lora(rank=2))
     found, expected = (by_adapters(each(loss))(adapters, params, data[0], data[2]) for loss in (ours, plain))
     assert_same(found, expected, rtol=1e-4)
+
+
+def test_heads_under_the_programs_own_vmap(data):
+    """Several heads read the same hidden states."""
+    hidden, head, labels, _ = data
+    params = {"layer": parameters(data)["layer"], "heads": jnp.stack([head, 2 * head])}
+
+    def each(loss):
+        def run(p, hidden, labels):
+            x = jnp.tanh(hidden @ p["layer"])
+            return jnp.sum(jax.vmap(lambda head: loss(x, head, labels))(p["heads"]))
+
+        return run
+
+    plan = lora.plan(each(plain), params, hidden, labels, rules={".*": lora.Lora(rank=2)})
+    adapters = trained(lora.init(jax.random.key(0), params, plan), 1)
+    found, expected = (by_adapters(each(loss))(adapters, params, hidden, labels) for loss in (ours, plain))
+    assert_same(found, expected, rtol=1e-4)
+
+
+def test_weights_may_be_a_list(data):
+    hidden, head, labels, _ = data
+    weights = [[1.0] * TIME, [0.5] * TIME]
+    assert_same(ours(hidden, head, labels, weights=weights), ours(hidden, head, labels, weights=jnp.asarray(weights)))
 
 
 def test_dropout_before_the_head_is_refused_by_name(data):

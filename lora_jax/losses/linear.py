@@ -250,9 +250,9 @@ def _check_shapes(call: str, hidden: Any, head: Any, labels: Any, weights: Any, 
             f"{call}: `head` has the shape {list(head.shape)} and `hidden` {list(hidden.shape)}, expected a head "
             f"{wanted}{other}."
         )
-    if weights is not None and jnp.shape(weights) != labels.shape:
+    if weights is not None and np.shape(weights) != labels.shape:
         raise LoraError(
-            f"{call}: `weights` have the shape {list(jnp.shape(weights))}, expected one for each label, "
+            f"{call}: `weights` have the shape {list(np.shape(weights))}, expected one for each label, "
             f"{list(labels.shape)}."
         )
     return int(head.shape[1 - int(tied)])
