@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -176,14 +176,20 @@ def model(c: Config) -> Callable[[Tree, jax.Array], jax.Array]:
 
 
 def with_lora_jax(s: Setting) -> Program:
-    apply = lora.lora_apply(model(s.config))
+    return lora_jax_keeping(s, "lora_jax", "inputs")
+
+
+def with_little_kept(s: Setting) -> Program:
+    return lora_jax_keeping(s, 'lora_jax, keep="thin"', "thin")
+
+
+def lora_jax_keeping(s: Setting, name: str, keep: Literal["thin", "inputs"]) -> Program:
+    apply = lora.lora_apply(model(s.config), keep=keep)
 
     def loss(adapters: Tree, params: Tree, ids: jax.Array, labels: jax.Array) -> jax.Array:
         return cross_entropy(apply(params, adapters, ids), labels)
 
-    return Program(
-        "lora_jax", loss, s.adapters, s.params, lambda grads: {path: (g.a, g.b) for path, g in grads.items()}
-    )
+    return Program(name, loss, s.adapters, s.params, lambda grads: {path: (g.a, g.b) for path, g in grads.items()})
 
 
 def with_dora(s: Setting) -> Program:
@@ -350,6 +356,7 @@ def with_qwix(s: Setting) -> Program:
 PROGRAMS: dict[str, Callable[[Setting], Program]] = {
     "frozen floor": floor,
     "lora_jax": with_lora_jax,
+    'lora_jax, keep="thin"': with_little_kept,
     "lora_jax, DoRA": with_dora,
     "hand-written": by_hand("hand-written", factored),
     "hand-written, 3-D": by_hand("hand-written, 3-D", factored_3d),

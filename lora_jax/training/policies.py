@@ -9,6 +9,31 @@ from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import HOST
 
 
+def thin(prim: Any, *args: Any, **params: Any) -> Any:
+    """Keep x @ A of each adapted product, T x r numbers, and compute all else again: a policy for `jax.checkpoint`.
+
+    It saves the products with A in the backward pass of a layer that is computed twice. JAX calls it with an operation
+    of the program, its operands and its parameters.
+
+    Returns:
+        Whether the results are kept, in the form that JAX wants.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> def model(params, x):
+    ...     body = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None), policy=lora.policies.thin)
+    ...     return jax.lax.scan(body, x, params["layers"])[0].sum()
+    >>> params, x = {"layers": jnp.ones((3, 4, 4))}, jnp.ones((2, 4))
+    >>> adapters = lora.init(jax.random.key(0), params, lora.plan(model, params, x, rules={".*": lora.Lora(rank=2)}))
+    >>> gradient = jax.grad(lambda adapters: lora.lora_apply(model)(params, adapters, x))(adapters)
+    >>> gradient["layers"].a.shape
+    (3, 4, 2)
+    """
+    return _only_h(prim, *args, **params)
+
+
+_only_h = jax.checkpoint_policies.save_only_these_names("lora_h")
+
+
 def offload(*names: str) -> Callable[..., Any]:
     """Return a policy that keeps what has these names in the memory of the host, and computes all else again.
 
