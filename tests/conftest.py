@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config, items):
     The inner loop leaves out what is slow, all but one in n of the cases of a sampled table, and all but a fifth of a
     large table, always the same ones.
     With --slow a fifth of each of these tables is run, or a tenth, another one for each commit, so that some runs of CI
-    see all.
+    see all. What is rare, as it takes minutes, is in one of five runs.
     """
     if config.getoption("--all"):
         return
@@ -64,6 +64,8 @@ def pytest_collection_modifyitems(config, items):
         if slow:
             of = TENTHS if len(cases) >= LARGEST else FIFTHS if sampled or len(cases) >= LARGE else 1
             kept = ordered[turn % of :: of] or ordered[:1]
+            if cases[0].get_closest_marker("rare") and turn % FIFTHS:
+                of, kept = FIFTHS, []
         else:
             of = sampled.args[0] if sampled else FIFTHS if len(cases) >= LARGE else 1
             kept = ordered[: -(-len(cases) // of)]

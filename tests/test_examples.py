@@ -276,6 +276,7 @@ def test_the_data_are_right():
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.assets
 @needs_minilm
 @needs_vader
