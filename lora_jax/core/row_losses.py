@@ -37,7 +37,7 @@ class RowLoss:
     project: Callable[..., jax.Array]  # (x [..., d], W, wide) -> x @ W [..., v], in fp32 if wide
     loss: Callable[[jax.Array, jax.Array], jax.Array]  # (x @ W [..., v], labels [...]) -> [...]
     summed: bool  # whether the result is the sum over all rows
-    shapes: tuple[tuple[int, ...], ...] = ()  # of x, labels and weights
+    shapes: tuple[tuple[int, ...], ...] = ()  # of x, labels, weights and the arrays of W: others are under a vmap
 
     def __call__(self, *_: Any, **__: Any) -> bool:
         return False
@@ -109,7 +109,7 @@ def _logits_tangent(how: RowLoss, tree: PyTreeDef, primals: Any, tangents: Any) 
 @functools.partial(lora_row_losses.defjvp, symbolic_zeros=True)
 def _tangent(how: RowLoss, tree: PyTreeDef, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     moved = _moved(primals, tangents)
-    if not how.summed and moved[-1:] >= [ROWS]:  # the gradient by W waits for what each row's loss is worth
+    if not how.summed and any(i >= ROWS for i in moved):  # the gradient by W waits for what each row's loss is worth
         return _jvp(functools.partial(_block_by_block, how, tree), primals, tangents)
     result, gradients = _in_one_pass(how, tree, primals, moved)
     terms = []

@@ -82,7 +82,7 @@ OPERANDS = {
     *("integer_pow", "log", "log1p", "max", "min", "pow", "select_n", "sin", "sinh", "square", "tan", *REMATS, *LOOPS),
 }
 RESULTS = {"cbrt", "div", "exp", "exp2", "expm1", "logistic", "rsqrt", "sqrt", "tanh"}
-BILINEAR = {*PRODUCTS, "mul", "div"}  # a quotient by what is divided with, too
+BILINEAR = {*PRODUCTS, "mul", "div"}  # div is linear in one alone, and computed from both
 SMALL = 8  # an array with an eighth of the numbers costs nothing to speak of
 
 

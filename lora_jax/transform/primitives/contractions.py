@@ -117,7 +117,7 @@ def _dot(dot: Operation, axes: KernelAxes, w: Any, x: Remade, on_left: bool) -> 
     return product, lambda y: transposed(y, to_result)
 
 
-def cast(x: Remade, dtype: Any) -> Remade:
+def cast(x: Remade, dtype: Any) -> Remade:  # no operation where it has the dtype
     return x if x.value.dtype == dtype else x.map(lambda x: x.astype(dtype))
 
 
