@@ -12,7 +12,7 @@ import jax
 from lora_jax.analysis.abstract_arguments import argument_bytes, check_arguments
 from lora_jax.analysis.failures import compiled_at, first_line, traced_at
 from lora_jax.analysis.hlo_costs import Costs, costs
-from lora_jax.analysis.topologies import Topology, find_topology
+from lora_jax.analysis.topologies import NO_KERNEL, WITHOUT_TRITON, Topology, find_topology
 from lora_jax.core.argument_checks import check_function
 from lora_jax.core.errors import LoraError
 from lora_jax.core.text import count, format_table
@@ -158,7 +158,7 @@ def compiled_for(machine: Topology, program: Any) -> Compiled:
         LoraError: it does not compile, for another reason than that it is too large.
     """
     try:
-        compiled = program.compile(compiler_options=machine.options or None)
+        compiled = _compiled(machine, program)
     except Exception as error:
         if (needed := _needed(str(error))) is None:
             said = f"{first_line(error)}{compiled_at(str(error), program)}"
@@ -175,6 +175,19 @@ def compiled_for(machine: Topology, program: Any) -> Compiled:
         TEMPORARY: memory.host_temp_size_in_bytes,
     }
     return Compiled(compiled.as_text(), arguments, outputs, temporary, program, needed, host=host)
+
+
+def _compiled(machine: Topology, program: Any) -> Any:
+    """Compile a lowered program, the other way where no Triton kernel is known for one of its products.
+
+    On a GPU autotuning would find one, or leave the product to cuBLAS.
+    """
+    try:
+        return program.compile(compiler_options=machine.options or None)
+    except Exception as error:
+        if NO_KERNEL not in str(error):
+            raise
+    return program.compile(compiler_options=machine.options | WITHOUT_TRITON)
 
 
 def lowered(step: Any, *args: Any, **static: Any) -> Any:

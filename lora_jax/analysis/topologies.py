@@ -59,6 +59,7 @@ dnn_version_info { major: 9 minor: 12 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0}
+NO_KERNEL, WITHOUT_TRITON = "No supported config found for HLO", {"xla_gpu_enable_triton_gemm": False}
 GPU_SHARE = 0.75  # XLA_PYTHON_CLIENT_MEM_FRACTION
 
 

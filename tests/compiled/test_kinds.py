@@ -99,7 +99,11 @@ def test_attention_sends_the_gradients_of_adapters_once_in_fp32(found, machine):
     assert gathered(report) <= gathered(frozen)
 
 
-@pytest.mark.xfail(strict=True, reason="measured 1.51, bound 1.02: the last axis of [16, 8, 64] is padded to 128 lanes")
+@pytest.mark.xfail(
+    strict=True,
+    reason="measured 1.51, bound 1.02: B is [16, 8, 64], tiles have 128 lanes, and so it takes twice its bytes. Of the "
+    "six orders of its axes no other takes less (2 where 64 is last, else 8 or 16), nor does Layout.AUTO",
+)
 def test_adapters_of_attention_take_their_own_bytes(found):
     parts = found("v5e:2x2", "heads", "gradient", LORA).parts
     assert parts["padding of arguments"] <= 0.02 * parts["adapters"]

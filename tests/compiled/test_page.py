@@ -1,5 +1,6 @@
 """The example of docs/will_it_fit.md runs, and its report says what the machine's own compiler does."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -166,3 +167,13 @@ def test_kernels_in_a_program_for_one_device_know_it(topology):
     report = lora.compile_report(pl.pallas_call(doubled, out_shape=x), x, topology=topology)
     assert report.fits
     assert re.search("tpu_custom_call|triton", report.text)
+
+
+def test_a_product_without_a_triton_kernel_goes_to_cublas():
+    """Without autotuning XLA finds no kernel for this one."""
+    mesh = lora.topology_mesh("h100:1", data=1)
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 128, 160, 768), (128, 256, 768)))
+    program = functools.partial(jnp.einsum, "becf,edf->ebcd")
+    report = lora.compile_report(program, lora.abstract(x, mesh), lora.abstract(w, mesh), topology="h100:1")
+    assert "__triton" not in report.text
+    assert "cublas" in report.text
