@@ -108,7 +108,12 @@ ROOMS: tuple[Room, ...] = (
     *_ROOMS,
     Room("recipes", "Models from published folders, for the commands.", ("recipes",), _BELOW_CLI),
     Room("cli", "The command lora-jax.", ("cli",), (*_BELOW_CLI, "recipes", *FACADES)),
-    Room(TOP, "The public names. No room imports them from here.", ("", "flax_models", *FACADES), _BELOW_CLI),
+    Room(
+        TOP,
+        "The public names. No room imports them from here.",
+        ("", "flax_models", *FACADES),
+        (*_BELOW_CLI, "recipes"),
+    ),
 )
 
 Graph = Mapping[str, tuple[str, ...]]

@@ -1,5 +1,8 @@
 """LoRA for any JAX function: low-rank adapters as a pytree of their own beside frozen parameters."""
 
+import importlib
+from typing import Any
+
 from lora_jax import bases, checkpoint, initializers, key_maps, losses, policies, starts
 from lora_jax.adapters.adalora import AdaLora, AdaLoraAdapter, orthogonality
 from lora_jax.adapters.combine import combine
@@ -120,6 +123,7 @@ __all__ = [
     "pmap_step",
     "policies",
     "prune",
+    "recipes",
     "register_kind",
     "riemannian",
     "save_peft",
@@ -139,3 +143,10 @@ __all__ = [
 def __dir__() -> list[str]:
     """The public names alone; the folders of the package are no part of the API."""
     return [*__all__, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what few programs need when it is asked for."""
+    if name == "recipes":
+        return importlib.import_module("lora_jax.recipes")
+    raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")
