@@ -1,0 +1,1 @@
+"""Models from published folders, and the examples that they are trained on."""
