@@ -1,13 +1,46 @@
-"""Models from published folders: a config.json and safetensors become a function and its parameters.
+"""Models from published folders, examples from files, and a training run of both: what `lora-jax train` does.
 
-Start with `model`: what a loaded model is, and `load`. `config` reads config.json (with `config_fields` and `rope`),
-`decoder` is the function (with `attention` and `experts`), `loading` reads the weights, `generate` writes texts.
+- Start with `model`: what a loaded model is, and `load`. `config` reads config.json (with `config_fields` and `rope`),
+  `decoder` is the function (with `attention` and `experts`), `loading` reads the weights, `generate` writes texts.
+- `examples` reads files, `chat` and `templates` make texts of conversations, `tokenizer` and `tokens` make tokens of
+  them, `packing` rows of tokens, and `preferences` is what DPO does with pairs.
+- `finetune` is the training run, with `options`, `objectives` and `records` of what it did.
 
 May import all rooms but the command's.
 """
 
 from lora_jax.recipes.config import Config, read_config
+from lora_jax.recipes.examples import read_examples
+from lora_jax.recipes.finetune import Result, evaluate, finetune
 from lora_jax.recipes.loading import default_specs
 from lora_jax.recipes.model import Model, abstract, load, packing
+from lora_jax.recipes.objectives import answer_loss, preference_loss
+from lora_jax.recipes.options import Options
+from lora_jax.recipes.packing import packed_batches
+from lora_jax.recipes.preferences import dpo_loss, preference_batches
+from lora_jax.recipes.tokenizer import Tokenizer
+from lora_jax.recipes.tokens import hold_out, tokenized, tokenized_pairs
 
-__all__ = ["Config", "Model", "abstract", "default_specs", "load", "packing", "read_config"]
+__all__ = [
+    "Config",
+    "Model",
+    "Options",
+    "Result",
+    "Tokenizer",
+    "abstract",
+    "answer_loss",
+    "default_specs",
+    "dpo_loss",
+    "evaluate",
+    "finetune",
+    "hold_out",
+    "load",
+    "packed_batches",
+    "packing",
+    "preference_batches",
+    "preference_loss",
+    "read_config",
+    "read_examples",
+    "tokenized",
+    "tokenized_pairs",
+]
