@@ -6,24 +6,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 CHATML = """
 {%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-
-CHATML_MARKED = """
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {{- '<|im_start|>assistant\\n' }}
-        {%- generation %}
-            {{- message.content + '<|im_end|>' }}
-        {%- endgeneration %}
-        {{- '\\n' }}
-    {%- else %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {{- message.content + '<|im_end|>' }}
+    {{- '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
@@ -62,7 +47,8 @@ LLAMA_3 = """
 {{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}
 {{- 'Today Date: ' + strftime_now('%d %b %Y') + '\\n\\n' + system + '<|eot_id|>' }}
 {%- for message in messages %}
-    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}
+    {{- message.content | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
@@ -76,7 +62,9 @@ GEMMA = """{{ bos_token }}
 {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
 {% endif %}
 {% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}
-{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}
+{{ '<start_of_turn>' + role + '\\n' }}
+{{- message['content'] | trim + '<end_of_turn>' }}
+{{- '\\n' }}
 {% endfor %}
 {% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
 
@@ -97,9 +85,26 @@ MISTRAL = """
 {%- endfor %}
 """
 
+ANSWERS = {  # how each writes what the assistant wrote
+    "chatml": "{{- message.content + '<|im_end|>' }}",
+    "llama-3": "{{- message.content | trim + '<|eot_id|>' }}",
+    "gemma": "{{- message['content'] | trim + '<end_of_turn>' }}",
+    "mistral": "{{- ' ' + message.content + eos_token }}",
+}
+
+
+def marked(name):
+    """Return a template that says itself what the assistant wrote."""
+    template, answer = SPECIAL[name][0], ANSWERS[name]
+    assert template.count(answer) == 1
+    block = f"{{%- generation %}}{answer}{{%- endgeneration %}}"
+    return template.replace(
+        answer, f"{{%- if message.role == 'assistant' %}}{block}{{%- else %}}{answer}{{%- endif %}}"
+    )
+
+
 SPECIAL = {
     "chatml": (CHATML, "<|endoftext|>", "<|im_end|>", ("<|im_start|>",)),
-    "chatml-marked": (CHATML_MARKED, "<|endoftext|>", "<|im_end|>", ("<|im_start|>",)),
     "thinking": (THINKING, "<|endoftext|>", "<|im_end|>", ("<|im_start|>",)),
     "llama-3": (
         LLAMA_3,
@@ -112,9 +117,9 @@ SPECIAL = {
 }
 
 
-def make_folder(folder, name):
+def make_folder(folder, name, template=None):
     """Write the files of a tokenizer of bytes, with a few merges and one of these templates, and return the folder."""
-    template, bos, eos, others = SPECIAL[name]
+    own, bos, eos, others = SPECIAL[name]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ċ", "Ċ"), ("e", "r"), ("H", "i")]
     words = [*alphabet, *(a + b for a, b in merges)]
@@ -129,8 +134,9 @@ def make_folder(folder, name):
     tokenizer.enable_padding(length=8)
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": {"content": eos}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    end = {"__type": "AddedToken", "content": eos, "special": True}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": end}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template or own}))
     stops = [i for token in others if (i := tokenizer.token_to_id(token)) and token in ("<|eot_id|>", "<end_of_turn>")]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.token_to_id(eos), *stops]}))
     return folder

@@ -44,6 +44,12 @@ def tokenizers(tmp_path_factory):
     }
 
 
+def marked(tokenizer, name):
+    """Return the tokenizer with a template that marks the answers itself."""
+    source = chat_templates.marked(name)
+    return Tokenizer(tokenizer._tokenizer, tokenizer.special, tokenizer.eos_ids, {"default": source}, NOW)
+
+
 def user(text):
     return {"role": "user", "content": text}
 
@@ -232,7 +238,6 @@ def test_files_of_tokenizers_that_are_wrong(tmp_path):
 
 ANSWERS = {
     "chatml": ["Hi 🙂 the\n\nend<|im_end|>", "Höther.<|im_end|>"],
-    "chatml-marked": ["Hi 🙂 the\n\nend<|im_end|>", "Höther.<|im_end|>"],
     "thinking": ["<think>\nHöther.\n</think>\n\nHöther.<|im_end|>"],
     "llama-3": ["Hi 🙂 the\n\nend<|eot_id|>", "Höther.<|eot_id|>"],
     "gemma": ["Hi 🙂 the\n\nend<end_of_turn>", "Höther.<end_of_turn>"],
@@ -267,11 +272,25 @@ def test_what_the_assistant_wrote_is_learned(tokenizers, name):
 
 
 def test_turns_of_the_context_and_of_weight_0_are_not_learned(tokenizers):
-    for name in ("chatml", "chatml-marked"):
-        last = [ANSWERS[name][1]]
-        assert answers_of(Conversation(MESSAGES, context=2), tokenizers[name])[0] == last
+    for tokenizer in (tokenizers["chatml"], marked(tokenizers["chatml"], "chatml")):
+        last = [ANSWERS["chatml"][1]]
+        assert answers_of(Conversation(MESSAGES, context=2), tokenizer)[0] == last
         weighted = (MESSAGES[0], {**MESSAGES[1], "weight": 0}, *MESSAGES[2:])
-        assert answers_of(Conversation(weighted), tokenizers[name])[0] == last
+        assert answers_of(Conversation(weighted), tokenizer)[0] == last
+
+
+TEXTS = st.text("aHi the\n.<>|_ö🙂", max_size=12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(name=st.sampled_from([*chat_templates.ANSWERS]), texts=st.lists(TEXTS, min_size=2, max_size=6))
+def test_both_ways_to_find_answers_agree(tokenizers, name, texts):
+    """A template that marks them, and one of which they are found turn by turn."""
+    conversation = Conversation(tuple((user, assistant)[i % 2](text) for i, text in enumerate(texts)))
+    tokenizer = tokenizers[name]
+    ways = [render(conversation, one.template(), stop_texts(one)) for one in (tokenizer, marked(tokenizer, name))]
+    assert ways[0] == ways[1]
+    assert len(ways[0].answers) == len(texts) // 2
 
 
 def test_reasoning_of_one_turn_is_learned_without_a_note(tokenizers):
