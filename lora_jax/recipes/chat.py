@@ -5,6 +5,8 @@ messages before an answer, with the beginning of an answer (`add_generation_prom
 whole text: there the answer begins. The text of the messages up to the answer has to be its beginning as well: there
 it ends, after the special token that the model has to write to stop.
 
+What comes after the last answer is left out, for nothing is learned of it.
+
 Some templates write earlier turns in another way than the last one: without their reasoning, or without the token that
 ends them. Of their conversations only the last answer is learned.
 """
@@ -25,7 +27,7 @@ class Rendered:
     """A conversation as text.
 
     Attributes:
-        text: of all messages.
+        text: of all messages up to the last answer that is learned.
         answers: from where to where each of the answers that are learned reaches, in characters.
         last_only: what was found, where only the last answer is learned though there are others.
     """
@@ -60,6 +62,8 @@ def render(conversation: Conversation, template: Template, stops: Sequence[str] 
     learned = [i for i in turns if i >= conversation.context and messages[i].get("weight") != 0]
     if not learned:
         raise LoraError(f"none of its {len(messages)} messages is an answer of the assistant that is to be learned.")
+    messages = messages[: learned[-1] + 1]  # of what comes after the last answer nothing is learned
+    turns = [i for i in turns if i < len(messages)]
     text, blocks = template.render(messages, conversation.tools)
     if blocks:
         return Rendered(text, _marked(blocks, turns, learned))
@@ -70,8 +74,6 @@ def render(conversation: Conversation, template: Template, stops: Sequence[str] 
     try:
         spans = [_span(text, i, messages, beginning, stops) for i in learned]
     except _RewrittenError as problem:
-        if learned[-1] != len(messages) - 1:
-            raise LoraError(str(problem)) from None
         last = _span(text, learned[-1], messages, beginning, stops)
         return Rendered(text, [last], str(problem) if len(learned) > 1 else "")
     return Rendered(text, spans)

@@ -20,6 +20,7 @@ from lora_jax.core.errors import LoraError
 from lora_jax.recipes.tokens import Tokenized
 
 CALL = "packed_batches(tokens, rows, length, seed)"
+MOST_OPEN = 4096  # rows with room that are kept in mind, so that the time is linear in the examples
 Batch = dict[str, np.ndarray]
 Rows = list[list[int]]  # the numbers of the examples in each row
 DTYPES = {"ids": np.int32, "positions": np.int32, "segments": np.int32, "targets": np.int32, "weights": np.float32}
@@ -61,6 +62,8 @@ def pack(lengths: Sequence[int] | np.ndarray, length: int, seed: int, epoch: int
         rows[row].append(n)
         if left > size and len(rows[row]) != most:
             insort(open_rows, (left - size, row))
+            if len(open_rows) > MOST_OPEN:
+                del open_rows[0]  # the fullest
     return [rows[i] for i in random.permutation(len(rows))]
 
 

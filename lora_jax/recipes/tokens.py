@@ -157,17 +157,12 @@ def tokenized(
     _check("tokenized", max_length, too_long)
     found, tally = _Arrays(), _Tally()
     for line, [(ids, learned)] in _encoded(_singles(examples), tokenizer, tally, skip_bad):
-        pieces = [(ids, learned)]
-        if len(ids) > max_length + 1:
-            tally.count({"cut": "cut", "drop": "dropped", "split": "split"}[too_long], line, _long(ids, max_length))
-            count = {"cut": 1, "drop": 0, "split": -(-(len(ids) - 1) // max_length)}[too_long]
-            parts = [
-                slice(i * max_length, (i + 1) * max_length + 1) for i in range(count)
-            ]  # each token is once a target
-            pieces = [(ids[part], learned[part]) for part in parts]
+        pieces = [(ids[part], learned[part]) for part in _parts(len(ids), max_length, too_long)]
         useful = [piece for piece in pieces if piece[1][1:].any()]
-        if pieces and not useful:
-            tally.count("dropped", line, "nothing that is to be learned is within the longest length.")
+        if len(ids) > max_length + 1:
+            tally.count(too_long if useful else "dropped", line, _long(ids, max_length))
+        elif not useful:
+            tally.count("dropped", line, "there is nothing in it that is to be learned.")
         for piece in useful:
             found.add(*piece)
     return found.result(tally.counts(examples))
@@ -330,6 +325,14 @@ class _Arrays:
         ids, learned = np.concatenate(self.ids), np.concatenate(self.learned)
         counts = replace(counts, examples=len(self.ids), places=len(ids) - len(self.ids), learned=int(learned.sum()))
         return Tokenized(ids, learned, starts, counts)
+
+
+def _parts(tokens: int, max_length: int, too_long: TooLong) -> list[slice]:
+    """Return the parts of an example that are kept. Two that follow one another share a token: a target, then read."""
+    count = -(-(tokens - 1) // max_length)
+    if count > 1:
+        count = {"cut": 1, "drop": 0, "split": count}[too_long]
+    return [slice(i * max_length, (i + 1) * max_length + 1) for i in range(count)]
 
 
 def _check(call: str, max_length: int, too_long: str) -> None:
