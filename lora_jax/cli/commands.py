@@ -25,6 +25,8 @@ try:
 
     from lora_jax.cli.adapters import compose, convert, inspect, verify
     from lora_jax.cli.models import diff, merge, plan
+    from lora_jax.cli.run_model import evaluate, generate
+    from lora_jax.cli.train import train, with_config
 except ImportError as error:
     sys.exit(f"error: {error.name} is not installed, which the command line needs: pip install 'lora_jax[cli]'")
 
@@ -34,6 +36,9 @@ Each command takes what it reads first and what it writes last. Its help, lora-j
 It exits with 0; with 1 after a line that says what is wrong; with 2 for arguments that it does not have.
 lora-jax --version prints the version."""
 COMMANDS: dict[str, Callable[..., int]] = {
+    "train": train,
+    "generate": generate,
+    "eval": evaluate,
     "inspect": inspect,
     "verify": verify,
     "merge": merge,
@@ -50,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lora-jax {__version__}")
         return 0
     try:
+        arguments = with_config(list(sys.argv[1:] if arguments is None else arguments))
         code = int(
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="lora-jax", description=DESCRIPTION, args=arguments)
         )

@@ -12,6 +12,7 @@ May import all rooms but the command's.
 from lora_jax.recipes.config import Config, read_config
 from lora_jax.recipes.examples import read_examples
 from lora_jax.recipes.finetune import Result, evaluate, finetune
+from lora_jax.recipes.held_out import hold_out, write_samples
 from lora_jax.recipes.loading import default_specs
 from lora_jax.recipes.model import Model, abstract, load, packing
 from lora_jax.recipes.objectives import answer_loss, preference_loss
@@ -19,7 +20,7 @@ from lora_jax.recipes.options import Options
 from lora_jax.recipes.packing import packed_batches
 from lora_jax.recipes.preferences import dpo_loss, preference_batches
 from lora_jax.recipes.tokenizer import Tokenizer
-from lora_jax.recipes.tokens import hold_out, tokenized, tokenized_pairs
+from lora_jax.recipes.tokens import tokenized, tokenized_pairs
 
 __all__ = [
     "Config",
@@ -43,4 +44,5 @@ __all__ = [
     "read_examples",
     "tokenized",
     "tokenized_pairs",
+    "write_samples",
 ]

@@ -33,13 +33,14 @@ def preference_batches(
     epochs: int = 1,
     most: int = 8,
 ) -> PackedBatches:
-    """Return batches of preferences, packed as by `packed_batches`: two rows for each of its rows.
+    """Return batches of preferences, packed as by `packed_batches`, with arrays `[rows of this host, 2, length]`.
 
-    Row 2i has the better answers and row 2i + 1 the worse ones; segment k of both is one pair.
+    Along the second axis the first row has the better answers, and the other one the worse; segment k of both is one
+    pair.
 
     Args:
         pairs: from `tokenized_pairs`.
-        rows: of better answers in a batch, on all hosts together: its arrays are `[2 * rows, length]`.
+        rows: of better answers in a batch, on all hosts together.
         length, seed, epoch, start, shard, epochs: as of `packed_batches`.
         most: pairs in a row, S.
 
@@ -57,7 +58,7 @@ def preference_batches(
 
 def _place(pairs: TokenizedPairs, rows: Rows, length: int) -> Batch:
     chosen, rejected = place(pairs.chosen, rows, length), place(pairs.rejected, rows, length)
-    return {name: np.stack([chosen[name], rejected[name]], 1).reshape(-1, length) for name in chosen}
+    return {name: np.stack([chosen[name], rejected[name]], 1) for name in chosen}
 
 
 class PairLogProbs(NamedTuple):
@@ -78,9 +79,9 @@ def pair_log_probs(log_probs: jax.Array, segments: jax.Array, weights: jax.Array
     """Add up the log-probabilities of tokens over each answer.
 
     Args:
-        log_probs: [2 P, T], of the targets, such as `lora.losses.linear_log_probs` computes.
-        segments: [2 P, T], of the batch.
-        weights: [2 P, T], of the batch: 1 for tokens of answers.
+        log_probs: [P, 2, T], of the targets, such as `lora.losses.linear_log_probs` computes.
+        segments: [P, 2, T], of the batch.
+        weights: [P, 2, T], of the batch: 1 for tokens of answers.
         most: S, as it was given to `preference_batches`.
     """
     counted = jnp.where(weights > 0, log_probs * weights, 0)
@@ -88,8 +89,8 @@ def pair_log_probs(log_probs: jax.Array, segments: jax.Array, weights: jax.Array
     def add_up(values: jax.Array, ids: jax.Array) -> jax.Array:
         return jax.ops.segment_sum(values, ids, num_segments=most + 1)[1:]  # without the places that hold nothing
 
-    sums = jax.vmap(add_up)(counted, segments).reshape(-1, 2, most)  # [P, 2, S]
-    is_pair = jax.vmap(add_up)(weights, segments).reshape(-1, 2, most)[:, 0] > 0
+    sums = jax.vmap(jax.vmap(add_up))(counted, segments)  # [P, 2, S]
+    is_pair = jax.vmap(jax.vmap(add_up))(weights, segments)[:, 0] > 0
     return PairLogProbs(sums[:, 0], sums[:, 1], is_pair)
 
 

@@ -1,0 +1,169 @@
+"""The commands that run a model: `generate` and `eval`, and what they share with `train`."""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from lora_jax import recipes
+from lora_jax.cli.folders import Base
+from lora_jax.cli.output import print_json, say
+from lora_jax.core.adapter import Adapter
+from lora_jax.core.errors import LoraError
+from lora_jax.interop.peft.load import load_peft
+from lora_jax.recipes import chat
+from lora_jax.recipes.examples import Conversation, Preference
+from lora_jax.recipes.finetune import Data, make_batches, make_loss
+from lora_jax.recipes.tokens import TokenizedPairs
+
+Rest = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ADAPTERS] PROMPT")]
+RestData = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ADAPTERS] DATA")]
+Bits = Literal[4, 8, 16]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+def generate(
+    model: Base,
+    prompt: Rest,
+    /,
+    system: str = "",
+    raw: bool = False,
+    count: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    bits: Bits = 16,
+    dtype: Dtype = "auto",
+) -> int:
+    """Write what a model answers to a prompt, with adapters or without.
+
+    Example: lora-jax generate SmolLM2-135M-Instruct runs/first/peft "Who are you?"
+
+    Args:
+        model: a folder with config.json, safetensors and tokenizer.json.
+        prompt: the adapters, a folder of HF PEFT, if there are any; and the text.
+        system: what the conversation begins with.
+        raw: go on with the text as it is, without the chat template.
+        count: the most tokens to write.
+        temperature: 0 for the likeliest token each time; else tokens are drawn, the more freely the higher it is.
+        top_p: draw from the likeliest tokens that have this share of the probability together.
+        seed: of what is drawn.
+        bits: of the frozen weights of linear layers.
+        dtype: of what is computed; auto is that of the files.
+    """
+    adapters, text = _one_or_two(prompt, "a prompt")
+    tokenizer = recipes.Tokenizer.load(model)
+    loaded = load(model, recipes.Options(bits=bits, dtype=dtype))
+    tokenizer.check(loaded.config.vocabulary)
+    if not raw and tokenizer.templates:
+        messages = [{"role": "system", "content": system}] if system else []
+        conversation = Conversation((*messages, {"role": "user", "content": text}))
+        text = chat.prompt(conversation, tokenizer.template())
+    ids = tokenizer.encode(text, special=raw or not tokenizer.templates).ids
+    ends, key = tokenizer.eos_ids or loaded.config.eos, jax.random.key(seed)
+    [answer] = loaded.generate(
+        [ids], _adapters(adapters, loaded), count=count, temperature=temperature, top_p=top_p, key=key, eos=ends
+    )
+    show(tokenizer.decode(answer).splitlines() or [""])
+    return 0
+
+
+def evaluate(
+    model: Base,
+    data: RestData,
+    /,
+    max_length: int = 1024,
+    batch_tokens: int = 4096,
+    bits: Bits = 16,
+    dtype: Dtype = "auto",
+    beta: float = 0.1,
+    skip_bad: bool = False,
+    json: bool = False,
+) -> int:
+    """Measure a model with examples: the mean loss of the tokens of answers, or DPO's of pairs.
+
+    Example: lora-jax eval SmolLM2-135M-Instruct runs/first/peft held_out.jsonl
+
+    Args:
+        model: a folder with config.json, safetensors and tokenizer.json.
+        data: the adapters, a folder of HF PEFT, if there are any; and the file of examples.
+        max_length: the longest example in tokens; of longer ones the end is cut off.
+        batch_tokens: places for tokens that are computed at a time.
+        bits: of the frozen weights of linear layers.
+        dtype: of what is computed; auto is that of the files.
+        beta: of DPO.
+        skip_bad: leave out and count lines that are no examples, in place of an error.
+        json: print JSON.
+    """
+    options = recipes.Options(
+        bits=bits, dtype=dtype, beta=beta, max_length=max_length, batch_tokens=batch_tokens, skip_bad=skip_bad
+    )
+    options.check()
+    adapters, file = _one_or_two(data, "a file of examples")
+    tokenizer = recipes.Tokenizer.load(model)
+    tokens = read_tokens(Path(file), tokenizer, options, lambda lines: None if json else show(lines))
+    loaded = load(model, options)
+    tokenizer.check(loaded.config.vocabulary)
+    loss = jax.jit(make_loss(loaded, tokens, options))
+    found = recipes.evaluate(loss, _adapters(adapters, loaded), loaded.params, make_batches(tokens, options, None))
+    if json:
+        print_json({"loss": found, "examples": len(tokens)})
+    elif isinstance(tokens, TokenizedPairs):
+        say(f"Loss {found:.4f} of {len(tokens):,} pairs; without adapters it is {math.log(2):.4f}.")
+    else:
+        say(f"Loss {found:.4f}, perplexity {math.exp(found):.2f}, of {len(tokens):,} examples.")
+    return 0
+
+
+def _one_or_two(given: tuple[str, ...], what: str) -> tuple[str | None, str]:
+    """Return the adapters, if they are given, and what comes after them."""
+    if len(given) not in (1, 2):
+        raise LoraError(f"expected {what}, and before it the adapters if there are any; found {len(given)} arguments.")
+    return (given[0] if len(given) == 2 else None), given[-1]
+
+
+def _adapters(folder: str | None, model: recipes.Model) -> dict[str, Adapter]:
+    if folder is None:
+        return {}
+    adapters, others = load_peft(folder, model.params, model.key_map)
+    if others:
+        raise LoraError(f"{folder} holds {next(iter(others))!r} whole, which is not read here: merge it first.")
+    return adapters
+
+
+# What they share ------------------------------------------------------------------------------------------------------
+
+
+def load(model: Path, options: recipes.Options, mesh: Any = None) -> recipes.Model:
+    """Return the model of a folder, as the options ask for it."""
+    dtype = None if options.dtype == "auto" else jnp.dtype(options.dtype)
+    return recipes.load(model, dtype, mesh, None if options.bits == 16 else options.bits)
+
+
+def read_tokens(
+    path: Path, tokenizer: recipes.Tokenizer, options: recipes.Options, show: Callable[[list[str]], None]
+) -> Data:
+    """Return the examples of a file as tokens, and show how many they are."""
+    examples = recipes.read_examples(path, options.skip_bad)
+    first = next(iter(examples))
+    found: Data
+    if isinstance(first, Preference):
+        found = recipes.tokenized_pairs(examples, tokenizer, options.max_length, skip_bad=options.skip_bad)
+        counts = found.chosen.counts
+    else:
+        found = recipes.tokenized(
+            examples, tokenizer, options.max_length, too_long=options.too_long, skip_bad=options.skip_bad
+        )
+        counts = found.counts
+    show([f"{path}:", *str(counts).splitlines()])
+    return found
+
+
+def show(lines: Iterable[str]) -> None:
+    """Print lines, which may be a model's or a stranger's: none of them can steer the terminal."""
+    for line in lines:
+        say(line)

@@ -1,0 +1,233 @@
+"""The commands that run a model: `train`, `generate` and `eval`."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lora_jax import recipes
+from lora_jax.cli.folders import Base, Output
+from lora_jax.cli.output import say
+from lora_jax.cli.run_model import load, read_tokens
+from lora_jax.core.errors import LoraError
+from lora_jax.core.text import size
+from lora_jax.interop.merge_checkpoint import merge_checkpoint
+from lora_jax.interop.peft.save import save_peft
+from lora_jax.recipes import records
+from lora_jax.recipes.compile_for import compile_for as compiled
+from lora_jax.recipes.finetune import Data, Prepared, Reporter, Result, prepare
+from lora_jax.recipes.options import make_mesh
+
+Examples = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+Given = Annotated[recipes.Options, tyro.conf.arg(name="")]  # without a prefix of their own
+Topology = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
+DEFAULTS = recipes.Options()
+PEFT, MERGED = "peft", "merged"
+
+
+def train(
+    model: Base,
+    data: Examples,
+    output: Output,
+    /,
+    options: Given = DEFAULTS,
+    eval_data: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    merged: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    compile_for: Topology = None,
+) -> int:
+    """Fine-tune a published model with LoRA, and write the adapters as HF PEFT reads them.
+
+    The examples are JSON lines or Parquet of messages, of prompt and completion, or of text. With chosen and rejected,
+    what is trained is DPO. Each option may be in a TOML or YAML file as well, --config FILE.
+
+    Example: lora-jax train SmolLM2-135M-Instruct examples.jsonl runs/first --rank 16 --bits 4
+
+    Args:
+        model: a folder with config.json, safetensors and tokenizer.json.
+        data: a file of examples.
+        output: a new folder. In it, peft has the adapters, config.toml all settings, log.jsonl and curves.png how it
+            went, and checkpoints what --resume goes on from.
+        options: of the run.
+        eval_data: a file of held-out examples, in the place of --eval-split.
+        merged: write the model with the adapters merged, too.
+        resume: go on with what is in the output folder; begin if nothing is.
+        dry_run: show the plan and the memory that a step takes, and train nothing.
+        compile_for: compile a step for a machine that is not there, such as v5e:4x4, say whether it fits, and train
+            nothing.
+    """
+    options.check()
+    if compile_for is not None:
+        print(compiled(compile_for, model, options))
+        return 0
+    places = {"model": str(model), "data": str(data), "output": str(output), "eval_data": str(eval_data or "")}
+    if not dry_run:
+        _begin(output, options, places, resume)
+    mesh, tokenizer = make_mesh(options), recipes.Tokenizer.load(model)
+    tokens, held_out = _read(data, eval_data, tokenizer, options)
+    loaded = load(model, options, mesh)
+    tokenizer.check(loaded.config.vocabulary)
+    if dry_run:
+        _Console().begin(prepare(loaded, tokens, options))
+        return 0
+    with _Console() as console:
+        result = recipes.finetune(loaded, tokens, held_out, output, options, console)
+    if result.ended:
+        _say(f"Told to end at step {result.steps}, which is saved: the same command with --resume goes on.")
+        return 0
+    if jax.process_index() == 0:
+        _write(output, model, loaded, result, merged)
+    if held_out is not None and options.samples:
+        for sample in recipes.write_samples(loaded, result.adapters, tokenizer, held_out, options.samples):
+            _say("")
+            for name, text in dataclasses.asdict(sample).items():
+                _say_lines(
+                    f"{label:7} {line}" for label, line in zip([name, *[""] * 99], text.splitlines(), strict=False)
+                )
+    if result.before is not None and result.after is not None:
+        _say(f"Loss of the held-out examples: {result.before:.4f} before, {result.after:.4f} at step {result.step}.")
+    _say(f"Adapters are in {output / PEFT}.")
+    return 0
+
+
+def with_config(arguments: list[str]) -> list[str]:
+    """Return the arguments of a command with those of a file, `--config FILE`, before them.
+
+    What is given by the command line is given twice then, of which the last counts.
+
+    >>> with_config(["inspect", "adapters"])
+    ['inspect', 'adapters']
+    """
+    if arguments[:1] != ["train"]:
+        return arguments
+    given, rest = _without_config(arguments[1:])
+    if given is None:
+        return arguments
+    values = records.read_config(Path(given))
+    places = [values.pop(name, None) for name in ("model", "data", "output")]
+    own = [i for i, text in enumerate(rest) if text.startswith("-")]
+    if not rest[: own[0] if own else None]:  # none of the three is given
+        if None in places:
+            raise LoraError(f"{given} has not all of model, data and output: give them before the options.")
+        rest = [*map(str, places), *rest]
+        own = [i + 3 for i in own]
+    start = own[0] if own else len(rest)
+    flags = [part for name, value in values.items() for part in _flag(name, value)]
+    return ["train", *rest[:start], *flags, *rest[start:]]
+
+
+def _without_config(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Return the file of `--config FILE` or `--config=FILE`, and the other arguments."""
+    for i, text in enumerate(arguments):
+        if text == "--config":
+            if i + 1 == len(arguments):
+                raise LoraError("--config is the last argument: give the file after it.")
+            return arguments[i + 1], [*arguments[:i], *arguments[i + 2 :]]
+        if text.startswith("--config="):
+            return text.removeprefix("--config="), [*arguments[:i], *arguments[i + 1 :]]
+    return None, arguments
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    """Return an option as the command line has it."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [] if value == "" else [f"--{name}", str(value)]
+
+
+def _begin(output: Path, options: recipes.Options, places: dict[str, str], resume: bool) -> None:
+    """Check that the output folder is new, or of this run, and write its settings."""
+    config = output / records.CONFIG
+    there = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if there and config.exists() and resume:
+        records.check_same(config, options, places)
+    elif there:
+        if config.exists():
+            raise LoraError(f"{output} has a training run: go on with it by --resume, or give another folder.")
+        raise LoraError(f"{output} exists, and has no training run: give a new folder.")
+    elif jax.process_index() == 0:
+        records.write_config(config, options, places)
+
+
+def _read(
+    data: Path, eval_data: Path | None, tokenizer: recipes.Tokenizer, options: recipes.Options
+) -> tuple[Data, Data | None]:
+    """Return the examples as tokens, and those that are held out."""
+    found = read_tokens(data, tokenizer, options, _say_lines)
+    if eval_data is None:
+        return recipes.hold_out(found, options.eval_split, options.seed)
+    held_out = read_tokens(eval_data, tokenizer, options, _say_lines)
+    if type(held_out) is not type(found):
+        raise LoraError(f"{eval_data} has examples of another kind than {data}.")
+    return found, held_out
+
+
+def _write(output: Path, folder: Path, model: recipes.Model, result: Result, merged: bool) -> None:
+    """Write what others read: the adapters, the picture, and the merged model."""
+    adapters = jax.device_get(result.adapters)
+    save_peft(output / PEFT, adapters, model.key_map, base_model=str(folder), task_type="CAUSAL_LM")
+    records.draw_curves(result.log, output / records.CURVES)
+    if merged:
+        merge_checkpoint(folder, output / PEFT, output / MERGED)
+
+
+# What is printed ------------------------------------------------------------------------------------------------------
+
+
+class _Console(Reporter):
+    """A line for the plan and the memory, then a bar with what was measured last; on the first process alone."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]step"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True),
+            disable=jax.process_index() != 0,
+        )
+        self._loss: float | None = None
+        self._held_out = ""
+
+    def __enter__(self) -> "_Console":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, run: Prepared) -> None:
+        _say_lines([*str(run.plan).splitlines(), "", *str(run.memory).splitlines(), "", str(run.batches)])
+        self._task = self._progress.add_task("", total=run.steps, shown="")
+
+    def line(self, line: dict[str, Any]) -> None:
+        if "loss" in line:
+            self._loss = line["loss"] if self._loss is None else 0.9 * self._loss + 0.1 * line["loss"]
+        else:
+            self._held_out = f" held out {line['eval_loss']:.3f}"
+        shown = self._held_out
+        if "loss" in line:
+            speed = line["tokens"] / line["seconds"]
+            shown = f"loss {self._loss:.3f}{shown} lr {line['lr']:.1e} {speed:,.0f} tokens/s"
+            if line["memory"]:
+                shown += f" {size(line['memory'])}"
+        self._progress.update(self._task, completed=line["step"], shown=shown)
+
+
+def _say(text: str) -> None:
+    """Print a line, on the first process alone."""
+    if jax.process_index() == 0:
+        say(text)
+
+
+def _say_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        _say(line)

@@ -1,0 +1,54 @@
+"""A training step compiled for a machine that is not there: whether it fits, and what it costs."""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax import P
+
+from lora_jax.analysis.abstract import abstract, abstract_state
+from lora_jax.analysis.compile_report import CompileReport, compile_report
+from lora_jax.analysis.topologies import find_topology, topology_mesh
+from lora_jax.bases.quantize import quantize
+from lora_jax.core.errors import LoraError
+from lora_jax.recipes.model import abstract as abstract_model
+from lora_jax.recipes.model import packing
+from lora_jax.recipes.objectives import answer_loss
+from lora_jax.recipes.options import BATCH_AXES, Options, check_rows, make_optimizer, mesh_axes, rules
+from lora_jax.recipes.packing import DTYPES
+from lora_jax.training.step import jit_step
+
+
+def compile_for(topology: str, folder: str | Path, options: Options) -> CompileReport:
+    """Compile the step of a training run for another machine, of which only the folder's config.json is read.
+
+    Args:
+        topology: of the machine, as of `lora.compile_report`.
+        folder: of the model.
+        options: of the run; without `mesh`, each device has the whole base.
+
+    Raises:
+        LoraError: as `lora.compile_report`; the mesh is of another number of devices.
+    """
+    options.check()
+    devices = len(find_topology(topology).devices)
+    axes = mesh_axes(options.mesh) or {"data": devices}
+    if math.prod(axes.values()) != devices:
+        raise LoraError(
+            f"mesh is {options.mesh!r}, of {math.prod(axes.values())} devices, and {topology} has {devices}."
+        )
+    check_rows(options, axes)
+    mesh = topology_mesh(topology, **axes)
+    dtype = jnp.bfloat16 if options.dtype == "auto" else jnp.dtype(options.dtype)
+    model = abstract_model(folder, dtype, mesh)
+    dense, formats = model.params, packing(options.bits)
+    params = jax.eval_shape(lambda params: quantize(params, formats), dense) if formats else dense
+    model = model.replace(params=abstract(params, mesh, model.specs))
+    plan = model.plan(rules(options, model))
+    optimizer = make_optimizer(options, 1000)
+    state = abstract_state(model.params, plan, optimizer)
+    shapes = {name: jax.ShapeDtypeStruct((options.rows, options.max_length), dtype) for name, dtype in DTYPES.items()}
+    rows = P(tuple(name for name in BATCH_AXES if name in axes))
+    step = jit_step(answer_loss(model), optimizer, microbatches=options.microbatches)
+    return compile_report(step, state, model.params, abstract(shapes, mesh, rows), topology=topology)

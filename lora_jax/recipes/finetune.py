@@ -1,0 +1,305 @@
+"""A training run: a model and examples as tokens in, adapters out, with checkpoints to go on from.
+
+Its parts are public functions, for loops of one's own: `packed_batches`, `answer_loss` and `preference_loss`,
+`make_optimizer`, `lora.jit_step`, `evaluate`, `lora.Checkpoints`.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import P
+from jax.sharding import NamedSharding
+
+from lora_jax.adapters.dropout import with_dropout
+from lora_jax.checkpoints.manager import Checkpoints
+from lora_jax.core.adapter import Adapter
+from lora_jax.core.errors import LoraError
+from lora_jax.core.targets import Plan
+from lora_jax.initialization.init import init
+from lora_jax.recipes.memory import Memory, check_memory, peak_bytes, step_memory
+from lora_jax.recipes.model import Model
+from lora_jax.recipes.objectives import Batch, Loss, answer_loss, preference_loss
+from lora_jax.recipes.options import BATCH_AXES, Options, learning_rate, make_optimizer, rules
+from lora_jax.recipes.packing import PackedBatches, packed_batches
+from lora_jax.recipes.preferences import preference_batches
+from lora_jax.recipes.records import Log
+from lora_jax.recipes.tokens import Tokenized, TokenizedPairs
+from lora_jax.sharding.batches import local_rows, shard_batch
+from lora_jax.sharding.devices import on_mesh
+from lora_jax.training.state import TrainState
+from lora_jax.training.step import JitStep, jit_step
+
+Data = Tokenized | TokenizedPairs
+EVALUATIONS = 10  # of a run, unless the options say otherwise
+CHECKPOINTS = "checkpoints"
+MEASURE = "eval_loss"
+
+
+class Reporter:
+    """What is told of a run while it goes on. This one says nothing."""
+
+    def begin(self, run: "Prepared") -> None:
+        """Take what is about to be trained."""
+
+    def line(self, line: dict[str, Any]) -> None:
+        """Take a line of the log: of a step, or of an evaluation."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a training run.
+
+    Attributes:
+        adapters: the best by the loss of the held-out examples; without these, the last ones.
+        step: of these adapters.
+        steps: taken in all.
+        before: the loss of the held-out examples without adapters; None if there are none.
+        after: the same with these adapters.
+        ended: whether the process was told to end before all steps were taken.
+        log: a line for each step and evaluation.
+    """
+
+    adapters: dict[str, Adapter]
+    step: int
+    steps: int
+    before: float | None
+    after: float | None
+    ended: bool
+    log: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a training run needs, before anything is trained.
+
+    Attributes:
+        plan: where adapters go.
+        batches: of all epochs.
+        steps: to take.
+        loss: of a batch.
+        step: compiled, from `lora.jit_step`.
+        state: before the first step.
+        memory: that a step takes.
+    """
+
+    plan: Plan
+    batches: PackedBatches
+    steps: int
+    loss: Loss
+    step: JitStep
+    state: TrainState
+    memory: Memory
+
+
+def prepare(model: Model, train: Data, options: Options) -> Prepared:
+    """Make what a training run needs, and compile its step.
+
+    Raises:
+        LoraError: settings, examples and mesh do not fit together, or a step takes more memory than there is.
+    """
+    options.check()
+    rows = batch_sharding(model)
+    batches = make_batches(train, options, rows, options.epochs)
+    steps = min(options.max_steps or len(batches), len(batches))
+    plan, loss = model.plan(rules(options, model)), make_loss(model, train, options)
+    optimizer, key = make_optimizer(options, steps), jax.random.key(options.seed)
+    state = TrainState.create(init(key, model.params, plan), optimizer, key if options.dropout else None)
+    step = jit_step(_with_dropout(loss, options.dropout), optimizer, microbatches=options.microbatches)
+    memory = step_memory(step, state, model.params, _placed(next(make_batches(train, options, rows)), rows))
+    check_memory(memory)
+    return Prepared(plan, batches, steps, loss, step, state, memory)
+
+
+def finetune(
+    model: Model,
+    train: Data,
+    held_out: Data | None,
+    folder: str | Path,
+    options: Options = Options(),  # noqa: B008 (it is frozen)
+    reporter: Reporter = Reporter(),  # noqa: B008
+) -> Result:
+    """Train adapters of a model, and return the best.
+
+    What the folder has of this run is gone on from: the steps that follow are those that would have followed.
+
+    Args:
+        model: from `lora.recipes.load`. Over the mesh that its parameters are on, each device has a part of each batch.
+        train: examples, from `tokenized`; or pairs, from `tokenized_pairs`, for DPO with the base as the reference.
+        held_out: of the same kind, which the loss is measured with; None for none.
+        folder: for checkpoints and the log.
+        options: the settings.
+        reporter: is told how it goes.
+
+    Raises:
+        LoraError: as `prepare`; what is in the folder is of something else; the loss is not finite: the checkpoints
+            before that stay.
+    """
+    run = prepare(model, train, options)
+    folder, rows, batches, steps, state = Path(folder), batch_sharding(model), run.batches, run.steps, run.state
+    measure = _measure(model, held_out, options, run.loss, rows)
+    reporter.begin(run)
+    every = options.eval_every or max(1, steps // EVALUATIONS)
+    best: Any = (MEASURE, "min") if measure else None
+    with Checkpoints(folder / CHECKPOINTS, model.params, run.plan, every=every, keep=2, best=best) as checkpoints:
+        state, position = checkpoints.restore(state)
+        if position is not None:
+            batches.set_state(position)
+        begun, ended = int(state.step), False
+        with Log(folder if jax.process_index() == 0 else None, begun) as log:
+
+            def add(**line: Any) -> None:
+                log.add(line)
+                reporter.line(line)
+
+            meter = _Meter(add, learning_rate(options, steps))
+            if measure and not begun:
+                add(step=0, **{MEASURE: measure(state.trainable)})
+            for n, batch in zip(range(begun + 1, steps + 1), batches, strict=False):
+                state, metrics = run.step(state, model.params, _placed(batch, rows))
+                meter.took(n, metrics, batch)
+                found: dict[str, float | None] = {MEASURE: None}
+                if n % every == 0 or n == steps:
+                    meter.read()
+                    if measure:
+                        found = {MEASURE: measure(state.trainable)}
+                        add(step=n, **found)
+                    meter.restart()
+                if checkpoints.save(state, found, position=batches.get_state, force=n == steps):
+                    ended = True
+                    break
+            meter.read()
+        taken = int(state.step)
+        if measure and not ended:
+            state, _ = checkpoints.restore(state, "best")
+    losses = {line["step"]: line[MEASURE] for line in log.lines if MEASURE in line}
+    own = int(state.step)
+    return Result(_whole(state.trainable), own, taken, losses.get(0), losses.get(own), ended, log.lines)
+
+
+class _Meter:
+    """Reads the metrics of a step while the device takes the next one, so that neither waits for the other.
+
+    Args:
+        add: takes a line of the log.
+        rate: the learning rate of each step.
+    """
+
+    def __init__(self, add: Callable[..., None], rate: Callable[[Any], Any]) -> None:
+        self._add, self._rate = add, rate
+        self._waiting: tuple[int, dict[str, Any], int] | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to measure time anew, after something else than steps."""
+        self._since = time.perf_counter()
+
+    def took(self, n: int, metrics: dict[str, Any], batch: Batch) -> None:
+        """Take the metrics of step `n`, which is under way, and read those of the one before."""
+        self.read()
+        self._waiting = n, metrics, int(np.count_nonzero(batch["segments"]))
+
+    def read(self) -> None:
+        """Read what is waiting.
+
+        Raises:
+            LoraError: the loss or its gradient is not finite.
+        """
+        if self._waiting is None:
+            return
+        n, found, tokens = self._waiting
+        self._waiting = None
+        metrics = {name: float(value) for name, value in found.items()}  # waits for the step
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+            raise LoraError(
+                f"the loss is {metrics['loss']} at step {n}, and the norm of its gradient {metrics['grad_norm']}. The "
+                "checkpoints before stay. Begin again in another folder with a lower lr, or a longer warmup."
+            )
+        line = {name: value for name, value in metrics.items() if name not in ("skipped", "loss_scale")}
+        self._add(step=n, **line, lr=float(self._rate(n - 1)), tokens=tokens, seconds=seconds, memory=peak_bytes())
+
+
+# Its parts ------------------------------------------------------------------------------------------------------------
+
+
+def batch_sharding(model: Model) -> NamedSharding | None:
+    """Return how the rows of a batch are split over the mesh of the parameters; None if they are on no mesh."""
+    mesh = on_mesh(model.params)
+    return None if mesh is None else NamedSharding(mesh, P(tuple(name for name in BATCH_AXES if name in mesh.shape)))
+
+
+def make_batches(data: Data, options: Options, sharding: NamedSharding | None, epochs: int = 1) -> PackedBatches:
+    """Return the batches of examples or pairs: those rows of each that this process's devices have."""
+    is_pairs = isinstance(data, TokenizedPairs)
+    rows = max(1, options.rows // 2) if is_pairs else options.rows
+    shard = (0, 1)
+    if sharding is not None:
+        own = local_rows(sharding, rows)
+        shard = own.start // (own.stop - own.start), rows // (own.stop - own.start)
+    make: Any = preference_batches if is_pairs else packed_batches
+    return make(data, rows, options.max_length, options.seed, shard=shard, epochs=epochs)
+
+
+def make_loss(model: Model, data: Data, options: Options) -> Loss:
+    """Return the loss of the answers, or for pairs DPO's."""
+    return preference_loss(model, options.beta) if isinstance(data, TokenizedPairs) else answer_loss(model)
+
+
+def evaluate(loss: Loss, adapters: Any, params: Any, batches: Iterable[Batch]) -> float:
+    """Return the mean loss over batches, each of which counts by its tokens or pairs.
+
+    Args:
+        loss: jitted, from `answer_loss` or `preference_loss`.
+        adapters: those that are measured; {} for the base alone.
+        params: the base.
+        batches: as the loss takes them.
+    """
+    found = [(value, count) for value, _, count in (loss(adapters, params, batch) for batch in batches)]
+    total = sum(float(count) for _, count in found)
+    return sum(float(value) * float(count) for value, count in found) / total if total else math.nan
+
+
+def _measure(
+    model: Model, held_out: Data | None, options: Options, loss: Loss, rows: NamedSharding | None
+) -> Callable[[Any], float] | None:
+    """Return what measures adapters with the examples that are held out."""
+    if held_out is None or len(held_out) == 0:
+        return None
+    jitted = jax.jit(loss)
+
+    def batches() -> Iterator[Batch]:
+        return (_placed(batch, rows) for batch in make_batches(held_out, options, rows))
+
+    return lambda adapters: evaluate(jitted, adapters, model.params, batches())
+
+
+def _with_dropout(loss: Loss, rate: float) -> Loss:
+    if not rate:
+        return loss
+
+    def dropped(adapters: Any, params: Any, batch: Batch, key: jax.Array) -> Any:
+        return loss(with_dropout(adapters, key, rate), params, batch)
+
+    return dropped  # type: ignore[return-value]
+
+
+def _placed(batch: Batch, sharding: NamedSharding | None) -> Batch:
+    """Bring a batch to the devices; on a mesh, each process brings its own rows."""
+    if sharding is None:
+        return jax.device_put(batch)
+    return shard_batch(batch, sharding)
+
+
+def _whole(adapters: Any) -> Any:
+    """Return adapters whole on each device, where they may be split over hosts."""
+    mesh = on_mesh(adapters)
+    if mesh is None:
+        return adapters
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))(adapters)

@@ -1,0 +1,104 @@
+"""Which examples are held out from training, and what the model answers to them."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from lora_jax.core.adapter import Adapter
+from lora_jax.core.errors import LoraError
+from lora_jax.recipes.model import Model
+from lora_jax.recipes.tokenizer import Tokenizer
+from lora_jax.recipes.tokens import Tokenized, TokenizedPairs
+
+Data = TypeVar("Data", bound=Tokenized | TokenizedPairs)
+OPENING = 16  # tokens of a text that has no prompt, which it is gone on from
+
+
+def hold_out(data: Data, share: float, seed: int = 0) -> tuple[Data, Data | None]:
+    """Return the examples to train with, and those that are held out; None if there are to be none.
+
+    Which ones is decided by a hash of each prompt, whatever the order in the file; examples of one prompt are on one
+    side.
+
+    Args:
+        data: examples or pairs.
+        share: of the examples to hold out, at least one of them.
+        seed: other ones for another seed.
+
+    Raises:
+        LoraError: nothing is left to train with.
+    """
+    if not share:
+        return data, None
+    own = data.chosen if isinstance(data, TokenizedPairs) else data
+    hashes = np.array([_hash(own, n, seed) for n in range(len(own))])
+    most = np.sort(hashes)[max(1, round(share * len(own))) - 1]
+    held = hashes <= most
+    if held.all():
+        raise LoraError(
+            f"eval_split={share} of {len(own)} examples leaves none to train with: give more examples, or 0 for none."
+        )
+    return data.select(np.flatnonzero(~held)), data.select(np.flatnonzero(held))
+
+
+def _hash(data: Tokenized, n: int, seed: int) -> int:
+    ids, first = _example(data, n)
+    key = ids[:first] if first > 1 else ids
+    return int.from_bytes(hashlib.sha256(f"{seed} {key.tolist()}".encode()).digest()[:7])
+
+
+def _example(data: Tokenized, n: int) -> tuple[np.ndarray, int]:
+    """Return the tokens of an example, and which one is the first that is learned."""
+    here = slice(data.starts[n], data.starts[n + 1])
+    return data.ids[here], int(data.learned[here].argmax())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and what follows it.
+
+    Attributes:
+        prompt: as text.
+        answer: of the example.
+        before: what the base writes.
+        after: what it writes with the adapters.
+    """
+
+    prompt: str
+    answer: str
+    before: str
+    after: str
+
+
+def write_samples(
+    model: Model,
+    adapters: dict[str, Adapter],
+    tokenizer: Tokenizer,
+    held_out: Tokenized | TokenizedPairs,
+    count: int,
+    length: int = 64,
+) -> list[Sample]:
+    """Return what the model writes after the prompts of some examples, with adapters and without.
+
+    Args:
+        model, adapters: what writes.
+        tokenizer: of the model.
+        held_out: examples.
+        count: how many of them.
+        length: the most tokens of an answer.
+    """
+    own = held_out.chosen if isinstance(held_out, TokenizedPairs) else held_out
+    prompts, answers = [], []
+    for n in range(min(count, len(own))):
+        ids, first = _example(own, n)
+        first = first if first > 1 else min(OPENING, len(ids) - 1)
+        prompts.append(ids[:first].tolist())
+        answers.append(ids[first : first + length].tolist())
+    if not prompts:
+        return []
+    ends = model.config.eos or tokenizer.eos_ids
+    before, after = (model.generate(prompts, given, count=length, eos=ends) for given in ({}, adapters))
+    texts = [[tokenizer.decode(ids) for ids in column] for column in (prompts, answers, before, after)]
+    return [Sample(*row) for row in zip(*texts, strict=True)]

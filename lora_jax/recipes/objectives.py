@@ -1,0 +1,70 @@
+"""What is minimized: the loss of the tokens of answers, or DPO's of pairs of answers.
+
+Each is a loss for `lora.jit_step`, of a batch as `packed_batches` or `preference_batches` makes it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.losses.linear import linear_cross_entropy, linear_log_probs
+from lora_jax.recipes.model import Model
+from lora_jax.recipes.preferences import PairLogProbs, dpo_loss, pair_log_probs
+from lora_jax.transform.apply import lora_apply
+
+Batch = dict[str, Any]
+# (adapters, params, batch) -> the mean, what else is reported, and of how many tokens or pairs it is the mean.
+Loss = Callable[[Any, Any, Batch], tuple[jax.Array, dict[str, jax.Array], jax.Array]]
+
+
+def answer_loss(model: Model) -> Loss:
+    """Return the loss of supervised fine-tuning: the mean cross-entropy over the tokens with weights."""
+
+    def total(params: Any, batch: Batch) -> jax.Array:
+        hidden = model.hidden(params, batch["ids"], batch["positions"], batch["segments"])
+        return linear_cross_entropy(
+            hidden,
+            model.head(params),
+            batch["targets"],
+            weights=batch["weights"],
+            soft_cap=model.config.logit_cap,
+            reduction="sum",
+        )
+
+    adapted = lora_apply(total)
+
+    def loss(adapters: Any, params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+        count = batch["weights"].sum(dtype=jnp.float32)
+        return adapted(params, adapters, batch) / jnp.maximum(count, 1), {}, count
+
+    return loss
+
+
+def preference_loss(model: Model, beta: float = 0.1, most: int = 8) -> Loss:
+    """Return the loss of DPO, whose reference is the frozen base: the same parameters without the adapters.
+
+    Args:
+        model: the base.
+        beta: how strongly the model is kept near it.
+        most: pairs in a row, as they were packed by `preference_batches`.
+    """
+
+    def log_probs(params: Any, batch: Batch) -> jax.Array:
+        rows = {name: array.reshape(-1, array.shape[-1]) for name, array in batch.items()}  # [2 P, T]
+        hidden = model.hidden(params, rows["ids"], rows["positions"], rows["segments"])
+        found = linear_log_probs(hidden, model.head(params), rows["targets"], soft_cap=model.config.logit_cap)
+        return found.reshape(batch["ids"].shape)
+
+    adapted = lora_apply(log_probs)
+
+    def loss(adapters: Any, params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+        def pairs(adapters: Any) -> PairLogProbs:
+            return pair_log_probs(adapted(params, adapters, batch), batch["segments"], batch["weights"], most)
+
+        policy = pairs(adapters)
+        found = dpo_loss(policy, pairs({}), beta)
+        return found.loss, {"accuracy": found.accuracy, "margin": found.margin}, policy.is_pair.sum(dtype=jnp.float32)
+
+    return loss
