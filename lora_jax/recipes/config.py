@@ -132,7 +132,11 @@ def parse_config(facts: Mapping[str, Any], where: str = CONFIG, ignore: Iterable
     if not isinstance(family, str) or family not in FAMILIES:
         near = f"; near is {nearest(family, FAMILIES, n=1)[0]!r}" if isinstance(family, str) else ""
         inner = facts.get("text_config")
-        hint = " Models of text and images are not read; a folder of their text model alone is." if inner else ""
+        hint = (
+            " Models of text and images are not read; a folder of their text model alone is."
+            if inner is not None
+            else ""
+        )
         raise LoraError(f"{where}: model_type is {short(family)}, expected one of {', '.join(FAMILIES)}{near}.{hint}")
     fields = Fields(FAMILIES[family].defaults | dict(facts), where)
     config = _read(family, fields)

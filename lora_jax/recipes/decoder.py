@@ -101,7 +101,8 @@ def hidden_states(
         y = attend(q, k, v, places, there, window, config.query_scale, config.attention_cap)
         return dense(p["o_proj"], y, "bthr,hrd->btd"), seen
 
-    there, seen = places, None
+    there = places
+    seen: Any = None
     if cache is not None:
         there = Places(*(_write(old, new, cache.filled) for old, new in zip(cache.places, places, strict=True)))
         seen = cache.keys, cache.values
@@ -111,7 +112,8 @@ def hidden_states(
     )
     x, seen = jax.lax.scan(step, x, (body["layers"], windows, np.array(config.rope_of, np.int32), seen))
     if cache is not None:
-        cache = Cache(*seen, there, cache.filled + ids.shape[1])
+        keys, values = seen
+        cache = Cache(keys, values, there, cache.filled + ids.shape[1])
     return norm(config, body["norm"], x), cache
 
 

@@ -22,12 +22,12 @@ class Sampling(NamedTuple):
     """How the next token is chosen.
 
     Args:
-        count: how many tokens are written at most.
+        tokens: how many are written at most.
         draws: whether they are drawn; else the likeliest is taken.
         ends: ids of the tokens that end a text.
     """
 
-    count: int
+    tokens: int
     draws: bool
     ends: tuple[int, ...]
 
@@ -102,14 +102,14 @@ def _run(
     forward = functools.partial(lora_apply(functools.partial(_forward, config)), params, adapters)
     choose = functools.partial(_choose, draws=how.draws, temperature=temperature, top_p=top_p)
 
-    cache = Cache.empty(config, rows, length + how.count, params["model"]["embed_tokens"]["embedding"].dtype)
+    cache = Cache.empty(config, rows, length + how.tokens, params["model"]["embed_tokens"]["embedding"].dtype)
     positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
     logits, cache = forward(ids, positions, mask.astype(jnp.int32), cache)
     token = choose(logits, jax.random.fold_in(key, 0))
 
     def more(state: Any) -> jax.Array:
         i, _, _, done, *_ = state
-        return (i < how.count) & ~done.all()
+        return (i < how.tokens) & ~done.all()
 
     def step(state: Any) -> Any:
         i, token, position, done, lengths, tokens, cache = state
@@ -120,7 +120,7 @@ def _run(
         return i + 1, choose(logits, jax.random.fold_in(key, i + 1)), position + 1, done, lengths, tokens, cache
 
     zeros = jnp.zeros(rows, jnp.int32)
-    tokens = jnp.zeros((rows, how.count), jnp.int32)
+    tokens = jnp.zeros((rows, how.tokens), jnp.int32)
     state = jnp.int32(0), token, positions[:, -1] + 1, zeros > 0, zeros, tokens, cache
     *_, lengths, tokens, _ = jax.lax.while_loop(more, step, state)
     return tokens, lengths
@@ -128,10 +128,10 @@ def _run(
 
 def _forward(
     config: Config, params: Any, ids: jax.Array, positions: jax.Array, segments: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache | None]:
+) -> tuple[jax.Array, Any]:
     """Return the logits of the last token of each row [B, V]."""
-    hidden, cache_ = decoder.hidden_states(config, params, ids, positions, segments, cache, remat=False)
-    return decoder.logits_of(config, params, hidden[:, -1:])[:, 0], cache_
+    hidden, filled = decoder.hidden_states(config, params, ids, positions, segments, cache, remat=False)
+    return decoder.logits_of(config, params, hidden[:, -1:])[:, 0], filled
 
 
 def _choose(logits: jax.Array, key: jax.Array, draws: bool, temperature: Any, top_p: Any) -> jax.Array:

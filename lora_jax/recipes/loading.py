@@ -19,11 +19,10 @@ from jax.sharding import Mesh, NamedSharding
 from lora_jax.bases.format import Format
 from lora_jax.bases.quantize import quantize
 from lora_jax.core.errors import LoraError, short
-from lora_jax.core.partition import check_spec
+from lora_jax.core.partition import check_divisible, full_spec
 from lora_jax.core.paths import nearest
 from lora_jax.core.text import listed
 from lora_jax.interop.key_map import KeyMap, ParameterMatch
-from lora_jax.interop.peft.experts_apart import names_apart
 from lora_jax.interop.safetensors_index import DTYPES, read, tensors_in
 from lora_jax.recipes.config import Config
 from lora_jax.recipes.decoder import shapes
@@ -53,12 +52,11 @@ class Folder:
         self.folder, self.config = folder, config
         self.tensors = tensors_in(folder)[0]
         self.matches = key_map.match(shapes(config))
-        own = {name: tensor.shape for name, tensor in self.tensors.items()}
         self.parts: dict[str, Parts] = {}
         for match in self.matches.values():
             for name in match.tensors().values():
-                apart = names_apart(name, own) if match.entry.is_of_experts and name not in own else []
-                self.parts[name] = tuple(apart) or ((name,),)
+                apart = match.entry.is_of_experts and name not in self.tensors
+                self.parts[name] = _apart(name, config.experts) if apart else ((name,),)
         self._check_names()
         for name, tensor in self.tensors.items():
             if tensor.dtype not in _FLOATS and not _COMPUTED.fullmatch(name):
@@ -135,6 +133,13 @@ class Folder:
                 f"{self.folder} has {len(extra)} tensors that nothing reads, so that the decoder would compute "
                 f"something else than the model:\n{listed(extra)}"
             )
+
+
+def _apart(name: str, experts: int) -> Parts:
+    """Return the tensors of single experts that torch's parameter for all experts is made of."""
+    module, _, last = name.rpartition(".")
+    projections = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+    return tuple(tuple(f"{module}.{e}.{own}.weight" for own in projections) for e in range(experts))
 
 
 def load_params(
@@ -240,11 +245,12 @@ def check_specs(config: Config, mesh: Mesh, specs: Mapping[str, P]) -> dict[str,
     own = shapes(config)
     if wrong := [path for path in (*own, *specs) if path not in own or path not in specs]:
         raise LoraError(f"specs and parameters have different paths: {listed(wrong)}\nis in one of them alone.")
-    for path, shape in own.items():
-        check_spec(path, shape, NamedSharding(mesh, specs[path]))
-        if len(specs[path]) and path.startswith("model/layers/") and specs[path][0] is not None:
-            raise LoraError(f"the spec of {path!r} is {specs[path]}, expected None first: layers are run by a scan.")
-    return {path: P(*specs[path], *[None] * (len(shape) - len(specs[path]))) for path, shape in own.items()}
+    found = {path: full_spec(path, specs[path], len(shape), mesh) for path, shape in own.items()}
+    for path, spec in found.items():
+        check_divisible(f"{path!r} of shape {list(own[path])}", own[path], spec, mesh, "or leave it whole")
+        if path.startswith("model/layers/") and spec[0] is not None:
+            raise LoraError(f"the spec of {path!r} is {spec}, expected None first: layers are run by a scan.")
+    return found
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
