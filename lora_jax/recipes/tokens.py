@@ -292,6 +292,15 @@ def _write(example: Example, tokenizer: Tokenizer, line: int, tally: "_Tally") -
     raise AssertionError(example)
 
 
+_FIRST = {
+    "cut": "First cut",
+    "split": "First split",
+    "dropped": "First dropped",
+    "bad": "First bad",
+    "last_only": "First with only its last answer learned",
+}
+
+
 @dataclass
 class _Tally:
     numbers: Counter[str] = field(default_factory=Counter)
@@ -299,7 +308,7 @@ class _Tally:
 
     def count(self, what: str, line: int, why: str) -> None:
         self.numbers[what] += 1
-        self.notes.setdefault(what, f"First {what.replace('_', ' ')}: line {line}: {why}")
+        self.notes.setdefault(what, f"{_FIRST[what]}: line {line}: {why}")
 
     def counts(self, examples: Any) -> Counts:
         """Return the counts, with those of what could not be read."""
