@@ -1,5 +1,6 @@
 """From a file of examples to batches: what is read, what is learned of it, and where each token is."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 import lora_jax as lora
 from lora_jax.recipes import examples as examples_of
-from lora_jax.recipes.chat import prompt, render, stop_texts
+from lora_jax.recipes.chat import prompt, render
 from lora_jax.recipes.examples import Completion, Conversation, Preference, Text, make_example, read_examples
 from lora_jax.recipes.packing import pack, packed_batches
 from lora_jax.recipes.preferences import PairLogProbs, dpo_loss, pair_log_probs, preference_batches
@@ -178,6 +179,37 @@ def test_files_without_examples(tmp_path):
         list(read_examples(path))
 
 
+KEYS = ["messages", "prompt", "completion", "text", "chosen", "rejected", "tools", "role", "content", "weight", "type"]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from(["", "a", "user", "assistant", "text", "[{}]"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(record=st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4) | JSON)
+def test_whatever_a_line_holds(tokenizers, record):
+    """It is an example whose tokens can be made, or an error of the library says why not."""
+    with contextlib.suppress(lora.LoraError):
+        example = make_example(record, 3)
+        (tokenized_pairs if isinstance(example, Preference) else tokenized)([example], tokenizers["gemma"], 50)
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.binary(max_size=60) | st.text('{}[]":text,ab\\n\\\\u0d8', max_size=60).map(str.encode))
+def test_whatever_a_file_holds(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.jsonl"
+    path.write_bytes(data)
+    found = read_examples(path, skip_bad=True)
+    try:
+        count = len([*found])
+    except lora.LoraError as error:
+        assert "holds no examples" in str(error)  # noqa: PT017 (another error may not come)
+    else:
+        assert found.read == count > 0
+
+
 # Tokenizers -----------------------------------------------------------------------------------------------------------
 
 
@@ -246,7 +278,7 @@ ANSWERS = {
 
 
 def answers_of(conversation, tokenizer):
-    found = render(conversation, tokenizer.template(bool(conversation.tools)), stop_texts(tokenizer))
+    found = render(conversation, tokenizer.template(bool(conversation.tools)), tokenizer.special_texts)
     return [found.text[start:stop] for start, stop in found.answers], found
 
 
@@ -288,7 +320,7 @@ def test_both_ways_to_find_answers_agree(tokenizers, name, texts):
     """A template that marks them, and one of which they are found turn by turn."""
     conversation = Conversation(tuple((user, assistant)[i % 2](text) for i, text in enumerate(texts)))
     tokenizer = tokenizers[name]
-    ways = [render(conversation, one.template(), stop_texts(one)) for one in (tokenizer, marked(tokenizer, name))]
+    ways = [render(conversation, one.template(), one.special_texts) for one in (tokenizer, marked(tokenizer, name))]
     assert ways[0] == ways[1]
     assert len(ways[0].answers) == len(texts) // 2
 

@@ -13,7 +13,6 @@ ends them. Of their conversations only the last answer is learned.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lora_jax.core.errors import LoraError
 from lora_jax.recipes.examples import Conversation, Message
@@ -125,8 +124,3 @@ def _marked(blocks: Sequence[Span], turns: Sequence[int], learned: Sequence[int]
             f"of which {len(learned)} are to be learned: which parts these are cannot be said."
         )
     return [blocks[turns.index(i)] for i in learned]
-
-
-def stop_texts(tokenizer: Any) -> list[str]:
-    """Return the text of all special tokens."""
-    return [text for i in sorted(tokenizer.special_ids) if (text := tokenizer.decode([i], special=True))]

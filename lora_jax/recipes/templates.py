@@ -91,7 +91,7 @@ class Template:
             raise LoraError(f"the chat template is no Jinja, line {error.lineno}: {error.message}.") from None
         except jinja2.TemplateError as error:
             raise LoraError(f"the chat template refuses it: {str(error)[:300]}") from None
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             message = f"the chat template fails for it: {type(error).__name__}: {str(error)[:300]}"
             raise LoraError(message) from None
         return _without_marks(text)

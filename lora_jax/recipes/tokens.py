@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_jax.core.argument_checks import refuse
 from lora_jax.core.errors import LoraError
-from lora_jax.recipes.chat import render, stop_texts
+from lora_jax.recipes.chat import render
 from lora_jax.recipes.examples import Completion, Conversation, Example, Preference, Text
 from lora_jax.recipes.templates import Span
 from lora_jax.recipes.tokenizer import Tokenizer, Tokens
@@ -266,10 +266,9 @@ def _encoded(
 def _written(
     groups: Iterable[Group], tokenizer: Tokenizer, tally: "_Tally", skip_bad: bool
 ) -> Iterator[tuple[int, list[_Written]]]:
-    stops = stop_texts(tokenizer)
     for line, group in groups:
         try:
-            found = [_write(example, tokenizer, stops, line, tally) for example in group]
+            found = [_write(example, tokenizer, line, tally) for example in group]
         except LoraError as error:
             if not skip_bad:
                 raise LoraError(f"line {line}: {error}") from None
@@ -278,7 +277,7 @@ def _written(
             yield line, found
 
 
-def _write(example: Example, tokenizer: Tokenizer, stops: Sequence[str], line: int, tally: "_Tally") -> _Written:
+def _write(example: Example, tokenizer: Tokenizer, line: int, tally: "_Tally") -> _Written:
     match example:
         case Text(text):
             return _Written(text, [(0, len(text))], True)
@@ -286,11 +285,20 @@ def _write(example: Example, tokenizer: Tokenizer, stops: Sequence[str], line: i
             text = prompt + completion
             return _Written(text, [(len(prompt), len(text))], True)
         case Conversation():
-            found = render(example, tokenizer.template(tools=bool(example.tools)), stops)
+            found = render(example, tokenizer.template(tools=bool(example.tools)), tokenizer.special_texts)
             if found.last_only:
                 tally.count("last_only", line, found.last_only)
             return _Written(found.text, found.answers, False)
     raise AssertionError(example)
+
+
+_FIRST = {
+    "cut": "First cut",
+    "split": "First split",
+    "dropped": "First dropped",
+    "bad": "First bad",
+    "last_only": "First with only its last answer learned",
+}
 
 
 @dataclass
@@ -300,7 +308,7 @@ class _Tally:
 
     def count(self, what: str, line: int, why: str) -> None:
         self.numbers[what] += 1
-        self.notes.setdefault(what, f"First {what.replace('_', ' ')}: line {line}: {why}")
+        self.notes.setdefault(what, f"{_FIRST[what]}: line {line}: {why}")
 
     def counts(self, examples: Any) -> Counts:
         """Return the counts, with those of what could not be read."""
