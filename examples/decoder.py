@@ -283,7 +283,7 @@ def stored(file: gguf.File, config: Config) -> Params:
     """
     shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(config), sep="/").items()}
     placed = KEY_MAP.match(shapes)
-    names = {path: {i: _name(torch) for i, torch in place.tensors().items()} for path, place in placed.items()}
+    names = {path: {i: gguf_name(torch) for i, torch in place.tensors().items()} for path, place in placed.items()}
     expected = [name for group in names.values() for name in group.values()]
     if wrong := sorted(set(expected) ^ set(file.tensors)):
         raise gguf.GgufError(
@@ -340,7 +340,7 @@ _NAMES = {
 }
 
 
-def _name(torch: str) -> str:
+def gguf_name(torch: str) -> str:
     """`model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`"""
     inner = torch.removeprefix("model.").removesuffix(".weight")
     if not inner.startswith("layers."):
