@@ -65,7 +65,7 @@ class Counts:
         return "\n".join([first, *([f"{more[0].upper()}{more[1:]}."] if more else []), *self.notes])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokenized:
     """Examples as tokens, one after another.
 
@@ -109,7 +109,7 @@ class Tokenized:
         return Tokenized(ids, learned, starts, counts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenizedPairs:
     """Preferences as tokens: the two answers of a pair have one number in both.
 
