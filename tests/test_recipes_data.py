@@ -200,7 +200,7 @@ def test_whatever_a_line_holds(tokenizers, record):
 @given(data=st.binary(max_size=60) | st.text('{}[]":text,ab\\n\\\\u0d8', max_size=60).map(str.encode))
 def test_whatever_a_file_holds(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzzed.jsonl"
-    path.write_bytes(data)
+    path.write_bytes(b" " + data)  # nothing that begins as Parquet does
     found = read_examples(path, skip_bad=True)
     try:
         count = len([*found])
@@ -388,7 +388,7 @@ def test_completions_and_texts_end_with_the_end(tokenizers):
     tokens = tokenized([Completion("Hi the", " other")], tokenizer, 100)
     assert tokenizer.decode(tokens.ids, special=True) == "<bos>Hi the other<eos>"
     assert learned_text(tokens, tokenizer) == " other<eos>"
-    tokens = tokenized([Text("Hi the"), Text("Hi<eos>")], tokenizer, 100)
+    tokens = tokenized([Text("Hi the"), Text("<bos>Hi<eos>")], tokenizer, 100)  # what is there is not added again
     assert tokenizer.decode(tokens.ids, special=True) == "<bos>Hi the<eos><bos>Hi<eos>"
     assert tokens.learned.tolist() == [False, True, True, True, False, True, True]
     assert tokens.lengths.tolist() == [3, 2]
