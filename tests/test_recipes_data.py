@@ -9,7 +9,10 @@ import sys
 from datetime import datetime
 from functools import partial
 
+import assets
 import chat_templates
+import decoder
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -374,6 +377,21 @@ def test_a_marked_turn_in_several_parts_has_no_weights():
     assert render(Conversation(MESSAGES), template_of(source)).answers == [(0, 4), (4, 13), (13, 17), (17, 26)]
     with pytest.raises(lora.LoraError, match="marks 4 parts as the assistant's, and there are 2 turns"):
         render(Conversation(MESSAGES, context=2), template_of(source))
+
+
+@pytest.mark.assets
+@pytest.mark.skipif(assets.cached(assets.SMOLLM2) is None, reason="needs SmolLM2: make assets")
+def test_the_template_of_smollm2_is_what_is_written_by_hand():
+    file = gguf.read(*assets.cached(assets.SMOLLM2))
+    templates = {"default": file.metadata["tokenizer.chat_template"]}
+    tokenizer = Tokenizer(decoder.load_tokenizer(file), {"eos_token": decoder.STOP}, templates=templates)
+    tokenizer.check(49_152)
+    messages = ({"role": "system", "content": "Be short."}, user("What is 2 + 2?"), assistant("4, of course."))
+    found = tokenized([Conversation(messages)], tokenizer, 100)
+    prompt = decoder.chat("What is 2 + 2?", system="Be short.")
+    assert tokenizer.decode(found.ids, special=True) == f"{prompt}4, of course.{decoder.STOP}\n"
+    assert learned_text(found, tokenizer) == f"4, of course.{decoder.STOP}"
+    assert found.ids[: len(tokenizer.encode(prompt).ids)].tolist() == tokenizer.encode(prompt).ids
 
 
 # Tokens ---------------------------------------------------------------------------------------------------------------
