@@ -2,7 +2,7 @@
 
 import json
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 CHATML = """
 {%- for message in messages %}
@@ -117,14 +117,32 @@ SPECIAL = {
 }
 
 
-def make_folder(folder, name, template=None):
-    """Write the files of a tokenizer of bytes, with a few merges and one of these templates, and return the folder."""
-    own, bos, eos, others = SPECIAL[name]
+def of_bytes():
+    """Return a tokenizer of bytes, as those of Llama 3 and Qwen, with a few merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ċ", "Ċ"), ("e", "r"), ("H", "i")]
     words = [*alphabet, *(a + b for a, b in merges)]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return tokenizer
+
+
+def of_pieces():
+    """Return a tokenizer of characters, as those of Llama 2, Mistral and Gemma; what is no word becomes bytes."""
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("\n", "\n"), ("e", "r"), ("H", "i")]
+    letters = [chr(i) for i in range(32, 127) if chr(i) != " "]
+    words = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "\n", "▁", *letters, *(a + b for a, b in merges)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def make_folder(folder, name, template=None, pieces=False):
+    """Write the files of a tiny tokenizer with one of these templates, and return the folder."""
+    own, bos, eos, others = SPECIAL[name]
+    tokenizer = of_pieces() if pieces else of_bytes()
     tokenizer.add_special_tokens([bos, eos, *others])
     if name != "chatml":
         tokenizer.post_processor = processors.TemplateProcessing(

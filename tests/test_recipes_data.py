@@ -9,7 +9,10 @@ import sys
 from datetime import datetime
 from functools import partial
 
+import assets
 import chat_templates
+import decoder
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,7 +203,7 @@ def test_whatever_a_line_holds(tokenizers, record):
 @given(data=st.binary(max_size=60) | st.text('{}[]":text,ab\\n\\\\u0d8', max_size=60).map(str.encode))
 def test_whatever_a_file_holds(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzzed.jsonl"
-    path.write_bytes(data)
+    path.write_bytes(b" " + data)  # nothing that begins as Parquet does
     found = read_examples(path, skip_bad=True)
     try:
         count = len([*found])
@@ -376,6 +379,21 @@ def test_a_marked_turn_in_several_parts_has_no_weights():
         render(Conversation(MESSAGES, context=2), template_of(source))
 
 
+@pytest.mark.assets
+@pytest.mark.skipif(assets.cached(assets.SMOLLM2) is None, reason="needs SmolLM2: make assets")
+def test_the_template_of_smollm2_is_what_is_written_by_hand():
+    file = gguf.read(*assets.cached(assets.SMOLLM2))
+    templates = {"default": file.metadata["tokenizer.chat_template"]}
+    tokenizer = Tokenizer(decoder.load_tokenizer(file), {"eos_token": decoder.STOP}, templates=templates)
+    tokenizer.check(49_152)
+    messages = ({"role": "system", "content": "Be short."}, user("What is 2 + 2?"), assistant("4, of course."))
+    found = tokenized([Conversation(messages)], tokenizer, 100)
+    prompt = decoder.chat("What is 2 + 2?", system="Be short.")
+    assert tokenizer.decode(found.ids, special=True) == f"{prompt}4, of course.{decoder.STOP}\n"
+    assert learned_text(found, tokenizer) == f"4, of course.{decoder.STOP}"
+    assert found.ids[: len(tokenizer.encode(prompt).ids)].tolist() == tokenizer.encode(prompt).ids
+
+
 # Tokens ---------------------------------------------------------------------------------------------------------------
 
 
@@ -388,7 +406,7 @@ def test_completions_and_texts_end_with_the_end(tokenizers):
     tokens = tokenized([Completion("Hi the", " other")], tokenizer, 100)
     assert tokenizer.decode(tokens.ids, special=True) == "<bos>Hi the other<eos>"
     assert learned_text(tokens, tokenizer) == " other<eos>"
-    tokens = tokenized([Text("Hi the"), Text("Hi<eos>")], tokenizer, 100)
+    tokens = tokenized([Text("Hi the"), Text("<bos>Hi<eos>")], tokenizer, 100)  # what is there is not added again
     assert tokenizer.decode(tokens.ids, special=True) == "<bos>Hi the<eos><bos>Hi<eos>"
     assert tokens.learned.tolist() == [False, True, True, True, False, True, True]
     assert tokens.lengths.tolist() == [3, 2]

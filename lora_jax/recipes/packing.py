@@ -141,7 +141,7 @@ class PackedBatches:
         """Return this host's rows of the next batch."""
         if self.epoch >= self._end:
             raise StopIteration
-        rows = self._rows_of(self.epoch)[self.batch * self._rows :][: self._rows]
+        rows = self._rows_of(self.epoch)[self.batch * self._rows : (self.batch + 1) * self._rows]
         rows += [[]] * (self._rows - len(rows))  # the last batch of an epoch
         self._go_to(self.epoch, self.batch + 1)
         return self._make(rows[self._own])

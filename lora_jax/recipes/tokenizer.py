@@ -103,7 +103,12 @@ class Tokenizer:
         """One more than the largest id."""
         return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
-    @property
+    @functools.cached_property
+    def bos_id(self) -> int | None:
+        """The token that begins a text, if there is one."""
+        return self._tokenizer.token_to_id(self.special.get("bos_token", ""))
+
+    @functools.cached_property
     def eos_id(self) -> int:
         """The token that ends a text.
 

@@ -65,7 +65,7 @@ class Counts:
         return "\n".join([first, *([f"{more[0].upper()}{more[1:]}."] if more else []), *self.notes])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokenized:
     """Examples as tokens, one after another.
 
@@ -109,7 +109,7 @@ class Tokenized:
         return Tokenized(ids, learned, starts, counts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenizedPairs:
     """Preferences as tokens: the two answers of a pair have one number in both.
 
@@ -192,25 +192,6 @@ def tokenized_pairs(
     return TokenizedPairs(chosen.result(counts), rejected.result(counts))
 
 
-def encoded_text(text: str, answers: Sequence[Span], tokens: Tokens, eos: int | None) -> "Encoded":
-    """Return the ids of a text, and which of them are learned: those that have a character of an answer.
-
-    Args:
-        text: what the tokens are of.
-        answers: from where to where each answer reaches, in characters.
-        tokens: of the text.
-        eos: a token that is to end it, and to be learned.
-    """
-    ids, learned = np.array(tokens.ids, np.int32), np.zeros(len(tokens.ids), bool)
-    for start, stop in answers:
-        learned |= (tokens.offsets[:, 1] > start) & (tokens.offsets[:, 0] < stop)
-    if eos is not None:
-        if not len(ids) or ids[-1] != eos:
-            ids, learned = np.append(ids, np.int32(eos)), np.append(learned, True)
-        learned[-1] = True
-    return ids, learned
-
-
 # How it is done -------------------------------------------------------------------------------------------------------
 
 Encoded = tuple[np.ndarray, np.ndarray]  # ids [n] and which are learned [n]
@@ -252,15 +233,21 @@ def _encoded(
             for special in (False, True)
         }
         for line, group in some:
-            yield (
-                line,
-                [
-                    encoded_text(
-                        one.text, one.answers, next(tokens[one.special]), tokenizer.eos_id if one.special else None
-                    )
-                    for one in group
-                ],
-            )
+            yield line, [_finish(one, next(tokens[one.special]), tokenizer) for one in group]
+
+
+def _finish(written: _Written, tokens: Tokens, tokenizer: Tokenizer) -> Encoded:
+    """Return the ids, and which are learned: those that have a character of an answer, and the end of a text."""
+    ids, learned = np.array(tokens.ids, np.int32), np.zeros(len(tokens.ids), bool)
+    for start, stop in written.answers:
+        learned |= (tokens.offsets[:, 1] > start) & (tokens.offsets[:, 0] < stop)
+    if written.special:
+        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:  # the text itself began with it
+            ids, learned = ids[1:], learned[1:]
+        if not len(ids) or ids[-1] != tokenizer.eos_id:
+            ids, learned = np.append(ids, np.int32(tokenizer.eos_id)), np.append(learned, True)
+        learned[-1] = True
+    return ids, learned
 
 
 def _written(
