@@ -604,11 +604,11 @@ def test_pairs_share_a_row_and_a_segment(tokenizers):
     batch = next(preference_batches(pairs, rows=2, length=12, seed=0))
     a, b, eos = (tokenizers["chatml"].encode(text).ids[0] for text in ("a", "b", "<|im_end|>"))
     found = []
-    for better, worse in ((0, 1), (2, 3)):
+    for row in range(2):
         for segment in range(1, batch["segments"].max() + 1):
             targets = [
-                batch["targets"][row][(batch["segments"][row] == segment) & (batch["weights"][row] > 0)].tolist()
-                for row in (better, worse)
+                batch["targets"][at][(batch["segments"][at] == segment) & (batch["weights"][at] > 0)].tolist()
+                for at in ((row, 0), (row, 1))
             ]
             found += [targets] if targets[0] else []
     assert sorted(found) == sorted(

@@ -17,8 +17,8 @@ from lora_jax.core.errors import LoraError
 from lora_jax.interop.peft.load import load_peft
 from lora_jax.recipes import chat
 from lora_jax.recipes.examples import Conversation, Preference
-from lora_jax.recipes.finetune import Data, make_batches, make_loss
 from lora_jax.recipes.tokens import TokenizedPairs
+from lora_jax.recipes.training_run import Data, make_batches, make_loss
 
 Rest = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ADAPTERS] PROMPT")]
 RestData = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ADAPTERS] DATA")]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +21,8 @@ from lora_jax.interop.merge_checkpoint import merge_checkpoint
 from lora_jax.interop.peft.save import save_peft
 from lora_jax.recipes import records
 from lora_jax.recipes.compile_for import compile_for as compiled
-from lora_jax.recipes.finetune import Data, Prepared, Reporter, Result, prepare
 from lora_jax.recipes.options import make_mesh
+from lora_jax.recipes.training_run import Data, Prepared, Reporter, Result, prepare
 
 Examples = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
 Given = Annotated[recipes.Options, tyro.conf.arg(name="")]  # without a prefix of their own
@@ -67,9 +68,8 @@ def train(
         print(compiled(compile_for, model, options))
         return 0
     places = {"model": str(model), "data": str(data), "output": str(output), "eval_data": str(eval_data or "")}
-    if not dry_run:
-        _begin(output, options, places, resume)
-    mesh, tokenizer = make_mesh(options), recipes.Tokenizer.load(model)
+    now = datetime.now() if dry_run else _begin(output, options, places, resume)
+    mesh, tokenizer = make_mesh(options), recipes.Tokenizer.load(model, now)
     tokens, held_out = _read(data, eval_data, tokenizer, options)
     loaded = load(model, options, mesh)
     tokenizer.check(loaded.config.vocabulary)
@@ -110,6 +110,7 @@ def with_config(arguments: list[str]) -> list[str]:
     if given is None:
         return arguments
     values = records.read_config(Path(given))
+    values.pop("date", None)  # of the run whose settings they are
     places = [values.pop(name, None) for name in ("model", "data", "output")]
     own = [i for i, text in enumerate(rest) if text.startswith("-")]
     if not rest[: own[0] if own else None]:  # none of the three is given
@@ -142,18 +143,23 @@ def _flag(name: str, value: Any) -> list[str]:
     return [] if value == "" else [f"--{name}", str(value)]
 
 
-def _begin(output: Path, options: recipes.Options, places: dict[str, str], resume: bool) -> None:
-    """Check that the output folder is new, or of this run, and write its settings."""
-    config = output / records.CONFIG
+def _begin(output: Path, options: recipes.Options, places: dict[str, str], resume: bool) -> datetime:
+    """Check that the output folder is new, or of this run, write its settings, and return when it was begun.
+
+    Templates that write the date of today write the same one when the run goes on.
+    """
+    config, now = output / records.CONFIG, datetime.now()
     there = output.exists() and (not output.is_dir() or any(output.iterdir()))
     if there and config.exists() and resume:
         records.check_same(config, options, places)
-    elif there:
+        return datetime.fromisoformat(records.read_config(config)["date"])
+    if there:
         if config.exists():
             raise LoraError(f"{output} has a training run: go on with it by --resume, or give another folder.")
         raise LoraError(f"{output} exists, and has no training run: give a new folder.")
-    elif jax.process_index() == 0:
-        records.write_config(config, options, places)
+    if jax.process_index() == 0:
+        records.write_config(config, options, places | {"date": now.date().isoformat()})
+    return now
 
 
 def _read(

@@ -4,14 +4,13 @@
   `decoder` is the function (with `attention` and `experts`), `loading` reads the weights, `generate` writes texts.
 - `examples` reads files, `chat` and `templates` make texts of conversations, `tokenizer` and `tokens` make tokens of
   them, `packing` rows of tokens, and `preferences` is what DPO does with pairs.
-- `finetune` is the training run, with `options`, `objectives` and `records` of what it did.
+- `training_run` is `finetune`, with `options`, `objectives` and `records` of what it did.
 
 May import all rooms but the command's.
 """
 
 from lora_jax.recipes.config import Config, read_config
 from lora_jax.recipes.examples import read_examples
-from lora_jax.recipes.finetune import Result, evaluate, finetune
 from lora_jax.recipes.held_out import hold_out, write_samples
 from lora_jax.recipes.loading import default_specs
 from lora_jax.recipes.model import Model, abstract, load, packing
@@ -21,6 +20,7 @@ from lora_jax.recipes.packing import packed_batches
 from lora_jax.recipes.preferences import dpo_loss, preference_batches
 from lora_jax.recipes.tokenizer import Tokenizer
 from lora_jax.recipes.tokens import tokenized, tokenized_pairs
+from lora_jax.recipes.training_run import Result, evaluate, finetune
 
 __all__ = [
     "Config",

@@ -18,7 +18,7 @@ from lora_jax.core.untrusted import open_file
 from lora_jax.recipes.options import Options, check_names
 
 CONFIG, LOG, CURVES = "config.toml", "log.jsonl", "curves.png"
-PLACES = ("model", "data", "output", "eval_data", "merged")  # what a config has beside the options
+PLACES = ("model", "data", "output", "eval_data", "merged", "date")  # what a config has beside the options
 
 # Settings -------------------------------------------------------------------------------------------------------------
 

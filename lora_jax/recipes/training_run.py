@@ -157,9 +157,9 @@ def finetune(
                 log.add(line)
                 reporter.line(line)
 
-            meter = _Meter(add, learning_rate(options, steps))
             if measure and not begun:
                 add(step=0, **{MEASURE: measure(state.trainable)})
+            meter = _Meter(add, learning_rate(options, steps))
             for n, batch in zip(range(begun + 1, steps + 1), batches, strict=False):
                 state, metrics = run.step(state, model.params, _placed(batch, rows))
                 meter.took(n, metrics, batch)

@@ -1,0 +1,361 @@
+"""A training run of `lora.recipes`, and the commands `train`, `generate` and `eval`, on a tiny random model."""
+
+import dataclasses
+import json
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from chat_templates import make_folder
+from test_recipes_models import facts_of, tensors_of, write
+
+import lora_jax as lora
+from lora_jax import cli
+from lora_jax.recipes import objectives, options, records, training_run
+from lora_jax.recipes.held_out import write_samples
+from lora_jax.recipes.tokens import Tokenized, TokenizedPairs
+from lora_jax.recipes.training_run import prepare
+
+SMALL = lora.recipes.Options(rank=2, max_length=32, batch_tokens=8 * 32, lr=1e-2, eval_every=2, samples=0, epochs=2)
+WHERE = ("barn", "lake", "wood")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A model of a few thousand parameters, and conversations and preferences that it can learn."""
+    folder = tmp_path_factory.mktemp("finetune")
+    facts = facts_of("llama", vocab_size=272, eos_token_id=[264])
+    write(folder / "model", facts, tensors_of(facts))
+    make_folder(folder / "model", "chatml")
+    chats = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": WHERE[n % 3]}]}
+        for n in range(40)
+    ]
+    pairs = [{"prompt": f"{n} ", "chosen": "yes", "rejected": "no"} for n in range(40)]
+    for name, lines in (("chats", chats), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(places):
+    return lora.recipes.Tokenizer.load(places / "model")
+
+
+@pytest.fixture(scope="module")
+def model(places):
+    return lora.recipes.load(places / "model")
+
+
+@pytest.fixture(scope="module")
+def chats(places, tokenizer):
+    return lora.recipes.tokenized(lora.recipes.read_examples(places / "chats.jsonl"), tokenizer, 32)
+
+
+@pytest.fixture(scope="module")
+def pairs(places, tokenizer):
+    return lora.recipes.tokenized_pairs(lora.recipes.read_examples(places / "pairs.jsonl"), tokenizer, 32)
+
+
+@pytest.fixture(scope="module")
+def whole_run(model, chats, tmp_path_factory):
+    """A run from its beginning to its end, which others are compared with."""
+    train, held_out = lora.recipes.hold_out(chats, 0.2)
+    folder = tmp_path_factory.mktemp("whole")
+    return lora.recipes.finetune(model, train, held_out, folder / "run", SMALL), train, held_out
+
+
+def losses(result, name="loss"):
+    return {line["step"]: line[name] for line in result.log if name in line}
+
+
+# A run ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_examples_that_were_never_seen_falls(whole_run, model):
+    result, _, held_out = whole_run
+    assert result.after < 0.9 * result.before
+    assert result.steps == max(losses(result))
+    assert result.step == min(losses(result, "eval_loss").items(), key=lambda item: item[1])[0]
+    loss = jax.jit(objectives.answer_loss(model))
+    batches = list(training_run.make_batches(held_out, SMALL, None))
+    found = lora.recipes.evaluate(loss, result.adapters, model.params, batches)
+    assert found == pytest.approx(result.after, rel=1e-6)
+    assert lora.recipes.evaluate(loss, {}, model.params, batches) == pytest.approx(result.before, rel=1e-6)
+
+
+def test_the_loss_is_that_of_answers_alone(model, chats):
+    """Each example by itself, by the plain loss over logits."""
+    total = count = 0.0
+    for n in range(6):
+        ids, learned = (a[chats.starts[n] : chats.starts[n + 1]] for a in (chats.ids, chats.learned))
+        logp = jax.nn.log_softmax(model.logits(model.params, jnp.asarray(ids[None, :-1])))[0]
+        picked = np.asarray(logp)[np.arange(len(ids) - 1), ids[1:]]
+        total, count = total - picked[learned[1:]].sum(), count + learned[1:].sum()
+    some = chats.select(range(6))
+    found = lora.recipes.evaluate(
+        objectives.answer_loss(model), {}, model.params, training_run.make_batches(some, SMALL, None)
+    )
+    assert found == pytest.approx(total / count, rel=1e-5)
+
+
+class Broken(training_run.Reporter):
+    """Breaks a run off after a step, as a process that is killed does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def line(self, line):
+        if line["step"] == self.step and "loss" in line:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(whole_run, model, tmp_path):
+    whole, train, held_out = whole_run
+    with pytest.raises(KeyboardInterrupt):
+        lora.recipes.finetune(model, train, held_out, tmp_path / "run", SMALL, Broken(5))
+    assert max(line["step"] for line in records.read_log(tmp_path / "run" / "log.jsonl")) >= 4
+    result = lora.recipes.finetune(model, train, held_out, tmp_path / "run", SMALL)
+    for name in ("loss", "eval_loss", "lr", "tokens"):
+        assert losses(result, name) == losses(whole, name)
+    assert result.before == whole.before
+    again = lora.recipes.finetune(model, train, held_out, tmp_path / "run", SMALL)
+    assert (again.step, again.after) == (whole.step, whole.after)
+    jax.tree.map(np.testing.assert_array_equal, again.adapters, whole.adapters)
+
+
+def test_over_a_mesh_it_is_the_same(whole_run, places, tmp_path):
+    whole, train, held_out = whole_run
+    own = dataclasses.replace(SMALL, mesh="data=2,fsdp=2,tensor=2")
+    model = lora.recipes.load(places / "model", mesh=options.make_mesh(own))
+    result = lora.recipes.finetune(model, train, held_out, tmp_path, own)
+    assert losses(result) == pytest.approx(losses(whole), rel=1e-4)
+    assert result.after == pytest.approx(whole.after, rel=1e-4)
+
+
+def test_in_microbatches_it_is_the_same(whole_run, model, tmp_path):
+    whole, train, held_out = whole_run
+    result = lora.recipes.finetune(model, train, held_out, tmp_path, dataclasses.replace(SMALL, microbatches=4))
+    assert losses(result) == pytest.approx(losses(whole), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["rslora", "dora", "lora-fa", "vera", "loha", "lokr", "ia3"])
+@pytest.mark.slow
+def test_other_kinds_learn_and_are_saved(kind, model, chats, tmp_path):
+    own = dataclasses.replace(SMALL, kind=kind, max_steps=4, eval_every=4)
+    result = lora.recipes.finetune(model, *lora.recipes.hold_out(chats, 0.2), tmp_path / "run", own)
+    assert result.after < result.before
+    lora.save_peft(tmp_path / "peft", result.adapters, model.key_map)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.slow
+def test_over_a_packed_base(bits, places, chats, tmp_path):
+    model = lora.recipes.load(places / "model", bits=bits)
+    result = lora.recipes.finetune(
+        model, *lora.recipes.hold_out(chats, 0.2), tmp_path, dataclasses.replace(SMALL, dropout=0.1)
+    )
+    assert result.after < 0.95 * result.before
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_is_saved(model, chats, tmp_path):
+    broken = model.replace(params=jax.tree.map(lambda w: w * jnp.float32(1e30), model.params))
+    with pytest.raises(lora.LoraError, match=r"the loss is nan at step 1.*lower lr"):
+        lora.recipes.finetune(broken, chats, None, tmp_path, SMALL)
+
+
+def test_too_little_memory_is_said_before_training(model, chats, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_jax.recipes.memory.free_bytes", lambda: 1000)
+    with pytest.raises(lora.LoraError, match=r"a step takes .*B beside what is there, and 1\.0 kB are free"):
+        lora.recipes.finetune(model, chats, None, tmp_path / "run", SMALL)
+    assert not (tmp_path / "run").exists()
+
+
+# Preferences ----------------------------------------------------------------------------------------------------------
+
+
+def test_preferences_are_learned_in_parts_and_over_a_mesh(places, pairs, model, tmp_path):
+    train, held_out = lora.recipes.hold_out(pairs, 0.2)
+    own = dataclasses.replace(SMALL, max_steps=3, eval_every=3, batch_tokens=32 * 32)
+    one = lora.recipes.finetune(model, train, held_out, tmp_path / "one", own)
+    assert one.before == pytest.approx(math.log(2), abs=1e-6)
+    assert one.after < 0.9 * one.before
+    assert losses(one, "accuracy")[3] > 0.9
+    parts = lora.recipes.finetune(model, train, held_out, tmp_path / "parts", dataclasses.replace(own, microbatches=2))
+    over = dataclasses.replace(own, mesh="data=8")
+    placed = lora.recipes.load(places / "model", mesh=options.make_mesh(over))
+    mesh = lora.recipes.finetune(placed, train, held_out, tmp_path / "mesh", over)
+    for other in (parts, mesh):
+        assert losses(other) == pytest.approx(losses(one), rel=1e-4)
+
+
+def test_a_step_of_dpo_has_one_copy_of_the_base(model, pairs):
+    """The reference is the same arrays: the compiled step takes each parameter once."""
+    run = prepare(model, pairs, SMALL)
+    assert run.memory.parts["base"] == sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+
+
+# Held-out examples, schedules -----------------------------------------------------------------------------------------
+
+
+def tokens_of(rows, first=1):
+    ids = np.concatenate([np.asarray(row, np.int32) for row in rows])
+    starts = np.cumsum([0, *map(len, rows)])
+    learned = np.concatenate([np.arange(len(row)) >= first for row in rows])
+    return Tokenized(ids, learned, starts)
+
+
+def test_examples_of_one_prompt_are_on_one_side():
+    rows = [[n % 10, 5, 6, 100 + n] for n in range(60)]
+    train, held_out = lora.recipes.hold_out(tokens_of(rows, first=3), 0.25, seed=1)
+    sides = [{int(side.ids[start]) for start in side.starts[:-1]} for side in (train, held_out)]
+    assert not sides[0] & sides[1]
+    assert len(train) + len(held_out) == 60
+    shuffled = [rows[n] for n in np.random.default_rng(0).permutation(60)]
+    _, other = lora.recipes.hold_out(tokens_of(shuffled, first=3), 0.25, seed=1)
+    assert sorted(other.ids.tolist()) == sorted(held_out.ids.tolist()), "whatever their order"
+    assert lora.recipes.hold_out(tokens_of(rows), 0.0)[1] is None
+    with pytest.raises(lora.LoraError, match="leaves none to train with"):
+        lora.recipes.hold_out(tokens_of(rows[:1]), 0.5)
+    both = TokenizedPairs(tokens_of(rows, 3), tokens_of(rows, 3))
+    assert len(lora.recipes.hold_out(both, 0.25, seed=1)[1]) == len(held_out)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("steps", [1, 2, 10, 100])
+def test_the_learning_rate_goes_up_and_then_down(schedule, steps):
+    own = lora.recipes.Options(lr=0.5, warmup=0.2, schedule=schedule)
+    rates = np.array([options.learning_rate(own, steps)(n) for n in range(steps)])
+    up = round(0.2 * steps)
+    assert rates[0] > 0
+    assert rates[up if steps > 1 else 0] == pytest.approx(0.5)
+    assert (np.diff(rates[: up + 1]) > 0).all()
+    assert (np.diff(rates[up:]) < 0).all() or schedule == "constant"
+    assert rates[-1] > 0
+
+
+def test_samples_go_on_from_the_prompt(model, chats, tokenizer):
+    [first, second] = write_samples(model, {}, tokenizer, chats, 2, length=4)
+    assert (first.prompt.endswith("assistant\n"), first.answer, second.answer) == (True, "barn", "lake")
+    assert first.before == first.after
+
+
+# The commands ---------------------------------------------------------------------------------------------------------
+
+
+def command(places, output):
+    return ["train", *map(str, (places / "model", places / "chats.jsonl", output))]
+
+
+FLAGS = ["--rank", "2", "--max-length", "32", "--batch-tokens", "256", "--lr", "1e-2", "--max-steps", "4"]
+
+
+@pytest.fixture(scope="module")
+def trained(places):
+    out = places / "run"
+    assert cli.main([*command(places, out), *FLAGS, "--merged"]) == 0
+    return out
+
+
+def test_the_command_writes_what_others_read(trained, places, model, chats, capsys):
+    assert sorted(path.name for path in trained.iterdir()) == [
+        *("checkpoints", "config.toml", "curves.png", "log.jsonl", "merged", "peft")
+    ]
+    adapters, _ = lora.load_peft(trained / "peft", model.params, model.key_map)
+    merged = lora.recipes.load(trained / "merged")
+    ids = jnp.asarray(chats.ids[None, :12])
+    adapted = lora.lora_apply(model.logits)(model.params, adapters, ids)
+    np.testing.assert_allclose(merged.logits(merged.params, ids), adapted, atol=1e-4)
+    assert np.abs(adapted - model.logits(model.params, ids)).max() > 1e-3
+    args = [str(places / "model"), str(trained / "peft")]
+    assert (
+        cli.main(["eval", *args, str(places / "chats.jsonl"), "--max-length", "32", "--batch-tokens", "256", "--json"])
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    loss = jax.jit(objectives.answer_loss(model))
+    assert found["loss"] == pytest.approx(
+        lora.recipes.evaluate(loss, adapters, model.params, training_run.make_batches(chats, SMALL, None)), rel=1e-5
+    )
+    assert cli.main(["generate", *args, "3?", "--count", "3"]) == 0
+    assert capsys.readouterr().out
+
+
+def test_settings_of_a_file_are_those_of_the_command_line(trained, places, tmp_path, capsys):
+    """And a run is repeated from the file that is beside it."""
+    out = tmp_path / "again"
+    assert (
+        cli.main(
+            [
+                "train",
+                *map(str, (places / "model", places / "chats.jsonl", out)),
+                "--config",
+                str(trained / "config.toml"),
+            ]
+        )
+        == 0
+    )
+    first, second = (records.read_log(folder / "log.jsonl") for folder in (trained, out))
+    assert [line.get("loss") for line in first] == [line.get("loss") for line in second]
+    capsys.readouterr()
+    config = tmp_path / "own.yaml"
+    names = {"model": places / "model", "data": places / "chats.jsonl", "output": tmp_path / "third"}
+    lines = [f"{name}: {path}" for name, path in names.items()]
+    config.write_text("\n".join([*lines, "max-length: 32", "batch_tokens: 256"]))
+    assert cli.main(["train", "--config", str(config), "--rank", "3", "--dry-run"]) == 0
+    assert "Lora(rank=3" in capsys.readouterr().out
+    assert not (tmp_path / "third").exists()
+
+
+def test_resume(trained, places, capsys):
+    args = [*command(places, trained), *FLAGS]
+    assert cli.main(args) == 1
+    assert "has a training run: go on with it by --resume" in capsys.readouterr().err
+    assert cli.main([*args, "--resume", "--lr", "2e-2"]) == 1
+    assert "lr was 0.01, now 0.02" in capsys.readouterr().err
+    before = (trained / "log.jsonl").read_text()
+    assert cli.main([*args, "--resume", "--merged"]) == 1, "merged is there"
+    assert (trained / "log.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rank", "0"], "rank"),
+        (["--lr", "0"], "lr is 0.0, expected a number above 0"),
+        (["--max-length", "9999"], r"batch_tokens is 4096, expected at least one row of max_length=9999"),
+        (["--mesh", "data=3"], "of 3 devices, but 8 are there"),
+        (["--mesh", "fish=8"], "mesh has the part 'fish=8'"),
+        (["--mesh", "data=8", "--max-length", "2048"], "a step has 2 rows.*give batch_tokens=16384"),
+        (["--targets", "nothing"], "the pattern 'nothing' matches no parameter"),
+        (["--config", "there_is_none.toml"], "there_is_none.toml cannot be read"),
+        (["--config", "wrong.toml"], "there is no option 'rang'; near are rank"),
+        (["--config"], "--config is the last argument"),
+    ],
+)
+def test_mistakes_are_said(arguments, said, places, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.toml").write_text("rang = 3")
+    small = [] if "--max-length" in arguments else ["--max-length", "32", "--batch-tokens", "256"]
+    code = cli.main([*command(places, tmp_path / "out"), *small, *arguments])
+    error = capsys.readouterr().err
+    assert code == 1
+    assert re.search(said, error)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no examples"),
+        ('{"text": "a"}\n{"messages": []}\n', "line 2"),
+        ("not json\n", "line 1"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', "line 1"),
+    ],
+)
+def test_files_that_are_no_examples(text, said, places, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text(text)
+    assert cli.main(["train", *map(str, (places / "model", tmp_path / "data.jsonl", tmp_path / "out")), *FLAGS]) == 1
+    assert said in capsys.readouterr().err
