@@ -433,6 +433,9 @@ def test_specs_of_ones_own(folders):
     model = lora.recipes.load(folders("llama"), mesh=mesh, specs=specs)
     table = model.params["model"]["embed_tokens"]["embedding"]
     assert {shard.data.shape for shard in table.addressable_shards} == {(4, 16)}
+    explicit = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with pytest.raises(lora.LoraError, match="axes of type Explicit"):
+        lora.recipes.load(folders("llama"), mesh=explicit)
     specs["model"]["norm"]["scale"] = P("y")
     with pytest.raises(lora.LoraError, match="no axis 'y'"):
         lora.recipes.load(folders("llama"), mesh=mesh, specs=specs)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import P
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from lora_jax.bases.format import Format
 from lora_jax.bases.int8_fp8 import Int8
@@ -174,7 +174,7 @@ def load(
     Args:
         folder: where the files are.
         dtype: of the parameters, and so of what is computed; by default that of the files.
-        mesh: where they are to be.
+        mesh: where they are to be; of axes of type Auto.
         bits: 4 packs the linear layers as `lora.bases.Nf4`, 8 as `lora.bases.Int8`; None and 16 leave them as they are.
         specs: a tree of partition specs, one for each parameter; by default `default_specs` of the mesh.
         ignore: names of fields of config.json that change nothing of what the model computes, and are not known here.
@@ -186,6 +186,11 @@ def load(
         raise LoraError(f"load(folder, bits=...): bits is {bits!r}, expected 4, 8, 16 or None.")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise LoraError(f"load(folder, dtype=...): dtype is {dtype!r}, expected one of floats, such as jnp.bfloat16.")
+    if mesh is not None and AxisType.Explicit in mesh.axis_types:
+        raise LoraError(
+            "load(folder, mesh=...): `mesh` has axes of type Explicit, and the decoder states no shardings of what it "
+            "computes: jax.make_mesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))."
+        )
     folder = Path(folder).absolute()
     config = read_config(folder, ignore)
     if specs is not None and mesh is None:
