@@ -18,6 +18,7 @@ import finetune_decoder
 import gguf
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 import lora_jax as lora
@@ -27,7 +28,7 @@ from lora_jax.checkpoints.atomic_dir import written, written_file
 def write_model(file: gguf.File, folder: Path) -> None:
     """Write config.json, model.safetensors, tokenizer.json and tokenizer_config.json into a new folder."""
     config = decoder.config_of(file)
-    shapes = {path: leaf.shape for path, leaf in decoder.flatten_dict(decoder.abstract_params(config), sep="/").items()}
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(decoder.abstract_params(config), sep="/").items()}
     tensors = {}
     for place in decoder.KEY_MAP.match(shapes).values():
         for name in place.tensors().values():

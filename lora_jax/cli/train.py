@@ -1,13 +1,16 @@
 """The commands that run a model: `train`, `generate` and `eval`."""
 
 import dataclasses
+import os
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import numpy as np
 import tyro
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -41,6 +44,7 @@ def train(
     merged: bool = False,
     resume: bool = False,
     dry_run: bool = False,
+    distributed: bool = False,
     compile_for: Topology = None,
 ) -> int:
     """Fine-tune a published model with LoRA, and write the adapters as HF PEFT reads them.
@@ -60,6 +64,9 @@ def train(
         merged: write the model with the adapters merged, too.
         resume: go on with what is in the output folder; begin if nothing is.
         dry_run: show the plan and the memory that a step takes, and train nothing.
+        distributed: be one of several processes, each of which was given this command: on the hosts of a TPU pod, under
+            Slurm, Open MPI or Kubernetes; elsewhere with JAX_COORDINATOR_ADDRESS (host:port of process 0),
+            JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment of each.
         compile_for: compile a step for a machine that is not there, such as v5e:4x4, say whether it fits, and train
             nothing.
     """
@@ -67,6 +74,8 @@ def train(
     if compile_for is not None:
         print(compiled(compile_for, model, options))
         return 0
+    if distributed:
+        _join()
     places = {"model": str(model), "data": str(data), "output": str(output), "eval_data": str(eval_data or "")}
     now = datetime.now() if dry_run else _begin(output, options, places, resume)
     mesh, tokenizer = make_mesh(options), recipes.Tokenizer.load(model, now)
@@ -83,7 +92,7 @@ def train(
         return 0
     if jax.process_index() == 0:
         _write(output, model, loaded, result, merged)
-    if held_out is not None and options.samples:
+    if held_out is not None and options.samples and jax.process_count() == 1:
         for sample in recipes.write_samples(loaded, result.adapters, tokenizer, held_out, options.samples):
             _say("")
             for name, text in dataclasses.asdict(sample).items():
@@ -143,12 +152,39 @@ def _flag(name: str, value: Any) -> list[str]:
     return [] if value == "" else [f"--{name}", str(value)]
 
 
-def _begin(output: Path, options: recipes.Options, places: dict[str, str], resume: bool) -> datetime:
-    """Check that the output folder is new, or of this run, write its settings, and return when it was begun.
+def _join() -> None:
+    """Find the other processes."""
+    count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    try:
+        jax.distributed.initialize(
+            num_processes=int(count) if count else None, process_id=int(index) if index else None
+        )
+    except ValueError as error:  # something is missing, or no number
+        raise LoraError(f"--distributed: {error}") from error
 
-    Templates that write the date of today write the same one when the run goes on.
+
+def _begin(output: Path, options: recipes.Options, places: dict[str, str], resume: bool) -> datetime:
+    """Begin or go on in the output folder, on the first process, and tell the others when it was begun.
+
+    Raises:
+        LoraError: what is in the folder is none of this run.
     """
-    config, now = output / records.CONFIG, datetime.now()
+    begun, problem = 0, None
+    if jax.process_index() == 0:
+        try:
+            begun = _checked_folder(output, options, places, resume).toordinal()
+        except LoraError as error:
+            problem = error
+    if jax.process_count() > 1:
+        begun = int(multihost_utils.broadcast_one_to_all(np.int32(begun)))
+    if not begun:
+        raise problem or LoraError("the first process cannot begin, and says why.")
+    return datetime.fromordinal(begun)
+
+
+def _checked_folder(output: Path, options: recipes.Options, places: dict[str, str], resume: bool) -> datetime:
+    """Return when the run in a folder was begun: templates that write the date of today write that one."""
+    config = output / records.CONFIG
     there = output.exists() and (not output.is_dir() or any(output.iterdir()))
     if there and config.exists() and resume:
         records.check_same(config, options, places)
@@ -157,8 +193,8 @@ def _begin(output: Path, options: recipes.Options, places: dict[str, str], resum
         if config.exists():
             raise LoraError(f"{output} has a training run: go on with it by --resume, or give another folder.")
         raise LoraError(f"{output} exists, and has no training run: give a new folder.")
-    if jax.process_index() == 0:
-        records.write_config(config, options, places | {"date": now.date().isoformat()})
+    now = datetime.now()
+    records.write_config(config, options, places | {"date": now.date().isoformat()})
     return now
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -40,7 +40,8 @@ def hold_out(data: Data, share: float, seed: int = 0) -> tuple[Data, Data | None
         raise LoraError(
             f"eval_split={share} of {len(own)} examples leaves none to train with: give more examples, or 0 for none."
         )
-    return data.select(np.flatnonzero(~held)), data.select(np.flatnonzero(held))
+    train, held_out = (data.select(np.flatnonzero(chosen)) for chosen in (~held, held))
+    return cast(Data, train), cast(Data, held_out)
 
 
 def _hash(data: Tokenized, n: int, seed: int) -> int:

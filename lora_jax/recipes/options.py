@@ -11,7 +11,6 @@ import optax
 from jax.sharding import AxisType, Mesh
 
 from lora_jax.adapters.dora import Dora
-from lora_jax.adapters.ia3 import Ia3
 from lora_jax.adapters.loha import Loha
 from lora_jax.adapters.lokr import Lokr
 from lora_jax.adapters.lora import Lora, RsLora
@@ -24,7 +23,7 @@ from lora_jax.recipes.model import Model
 from lora_jax.recipes.tokens import TooLong
 from lora_jax.training.masks import freeze_base
 
-Kind = Literal["lora", "rslora", "dora", "lora-fa", "vera", "loha", "lokr", "ia3"]
+Kind = Literal["lora", "rslora", "dora", "lora-fa", "vera", "loha", "lokr"]
 KINDS: Mapping[Kind, Any] = {
     "lora": Lora, "rslora": RsLora, "dora": Dora, "lora-fa": LoraFa, "loha": Loha, "lokr": Lokr
 }  # fmt: skip
@@ -142,9 +141,7 @@ def check_names(names: Any, more: tuple[str, ...] = ()) -> None:
 
 def rule(options: Options) -> Rule:
     """Return the rule of the adapters."""
-    if options.kind == "vera":
-        return Vera(options.rank)
-    return Ia3() if options.kind == "ia3" else KINDS[options.kind](options.rank, options.alpha)
+    return Vera(options.rank) if options.kind == "vera" else KINDS[options.kind](options.rank, options.alpha)
 
 
 def rules(options: Options, model: Model) -> dict[str, Rule]:
