@@ -13,11 +13,15 @@ ends them. Of their conversations only the last answer is learned.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lora_jax.core.errors import LoraError
 from lora_jax.recipes.examples import Conversation, Message
-from lora_jax.recipes.templates import Span, Template
 
+if TYPE_CHECKING:  # it takes jinja2, which only who writes conversations needs
+    from lora_jax.recipes.templates import Template
+
+Span = tuple[int, int]  # of characters
 ASSISTANT = ("assistant", "model")  # Gemma's own word for it; its template takes both
 
 
@@ -36,7 +40,7 @@ class Rendered:
     last_only: str = ""
 
 
-def render(conversation: Conversation, template: Template, stops: Sequence[str] = ()) -> Rendered:
+def render(conversation: Conversation, template: "Template", stops: Sequence[str] = ()) -> Rendered:
     """Write a conversation as text.
 
     Args:
@@ -78,7 +82,7 @@ def render(conversation: Conversation, template: Template, stops: Sequence[str] 
     return Rendered(text, spans)
 
 
-def prompt(conversation: Conversation, template: Template) -> str:
+def prompt(conversation: Conversation, template: "Template") -> str:
     """Return the text of messages to which the model is to write the answer."""
     return template.render(conversation.messages, conversation.tools, add_generation_prompt=True)[0]
 

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from lora_jax.core.errors import LoraError
+from lora_jax.recipes.chat import Span
 
 try:
     import jinja2
@@ -22,8 +23,6 @@ except ImportError as error:
 
 # Where a generation block begins and ends, while the text is made. Unicode assigns no characters to these numbers.
 BEGIN, END = "\ufdd0", "\ufdd1"
-
-Span = tuple[int, int]  # of characters
 
 
 class Generation(jinja2.ext.Extension):
