@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -339,6 +340,30 @@ def test_settings_of_a_file_are_those_of_the_command_line(trained, places, tmp_p
     assert cli.main(["train", "--config", str(config), "--rank", "3", "--dry-run"]) == 0
     assert "Lora(rank=3" in capsys.readouterr().out
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page(places, tmp_path, monkeypatch):
+    """Those of docs/train.md, with a tiny model under the names that they have."""
+    monkeypatch.chdir(tmp_path)
+    for name, there in (
+        ("SmolLM2-135M-Instruct", "model"),
+        ("headlines.jsonl", "chats.jsonl"),
+        ("pairs.jsonl", "pairs.jsonl"),
+    ):
+        (tmp_path / name).symlink_to(places / there)
+    page = (Path(__file__).parent.parent / "docs" / "train.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line)[1:] for line in page.splitlines() if line.startswith("    lora-jax ")]
+    assert len(commands) >= 8
+    tiny = {
+        "train": ["--max-length", "32", "--batch-tokens", "512", "--max-steps", "2", "--samples", "0"],
+        "generate": ["--count", "2"],
+        "eval": ["--max-length", "32", "--batch-tokens", "512"],
+    }
+    for command, *arguments in commands:
+        if "--compile-for" not in arguments:  # tests/compiled does that
+            begun = ["--config", f"{arguments[2]}/config.toml"] if "--resume" in arguments else []
+            assert cli.main([command, *arguments, *begun, *tiny[command]]) == 0, (command, *arguments)
 
 
 def test_resume(trained, places, capsys):
