@@ -1,7 +1,7 @@
 """LoRA for any JAX function: low-rank adapters as a pytree of their own beside frozen parameters."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_jax import bases, checkpoint, initializers, key_maps, losses, policies, starts
 from lora_jax.adapters.adalora import AdaLora, AdaLoraAdapter, orthogonality
@@ -49,6 +49,9 @@ from lora_jax.training.value_and_grad import value_and_grad
 from lora_jax.transform.apply import lora_apply
 from lora_jax.transform.merge import merge, unmerge
 from lora_jax.transform.plan import plan
+
+if TYPE_CHECKING:
+    from lora_jax import recipes
 
 __all__ = [
     "AdaLora",
@@ -145,8 +148,10 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    """Import what few programs need when it is asked for."""
-    if name == "recipes":
-        return importlib.import_module("lora_jax.recipes")
-    raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")
+if not TYPE_CHECKING:  # which would take every name for one that is there
+
+    def __getattr__(name: str) -> Any:
+        """Import what few programs need when it is asked for."""
+        if name == "recipes":
+            return importlib.import_module("lora_jax.recipes")
+        raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")

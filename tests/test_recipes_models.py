@@ -227,14 +227,14 @@ def test_rates_of_scaled_positions():
     close(rope.rates(16)[[0, -1]], [plain[0], plain[-1] / 4])
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("llama", marks=SLOW)])
 def test_packed_rows_are_separate_rows(name, models):
     model = models(name)
     packed = np.concatenate([IDS[0, :7], IDS[1, :5]])[None]
     positions = np.concatenate([np.arange(7), np.arange(5)])[None]
     segments = np.array([[1] * 7 + [2] * 5])
-    found = model.logits(model.params, packed, positions, segments)[0]
-    apart = model.logits(model.params, IDS)
+    logits = jax.jit(model.logits)
+    found, apart = logits(model.params, packed, positions, segments)[0], logits(model.params, IDS)
     close(found[:7], apart[0, :7])
     close(found[7:], apart[1, :5])
 
@@ -248,18 +248,18 @@ def test_queries_in_blocks_change_nothing(name, models, monkeypatch):
         return jnp.square(model.logits(params, ids)).mean()
 
     table = model.params["model"]["embed_tokens"]["embedding"]
-    whole = jax.value_and_grad(loss)(table, IDS)
+    whole = jax.jit(jax.value_and_grad(loss))(table, IDS)
     monkeypatch.setattr(attention, "FEWEST", 5)  # 12 queries in three blocks, the last of them not full
     monkeypatch.setattr(attention, "SCORES", 2 * 4 * 12 * 12)
     text = str(jax.make_jaxpr(loss)(table, IDS))
     assert "12,12]" not in text, "all scores at once"
-    jax.tree.map(close, jax.value_and_grad(loss)(table, IDS), whole)
+    jax.tree.map(close, jax.jit(jax.value_and_grad(loss))(table, IDS), whole)
 
 
 def test_remat_changes_nothing(models):
     model = models("mistral")
     gradients = [
-        jax.grad(lambda params, remat=remat: jnp.square(model.logits(params, IDS, remat=remat)).mean())(model.params)
+        jax.jit(jax.grad(lambda p, remat=remat: jnp.square(model.logits(p, IDS, remat=remat)).mean()))(model.params)
         for remat in (True, False)
     ]
     jax.tree.map(close, *gradients)
@@ -388,8 +388,8 @@ def test_shards_and_dtypes(tmp_path, models):
     expected = jax.tree.map(lambda w: w.astype(jnp.bfloat16), models("gemma3").params)
     jax.tree.map(np.testing.assert_array_equal, model.params, expected)
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(jnp.bfloat16)}
-    assert model.hidden(model.params, IDS).dtype == jnp.bfloat16
-    assert model.logits(model.params, IDS).dtype == jnp.float32
+    assert jax.eval_shape(model.hidden, model.params, IDS).dtype == jnp.bfloat16
+    assert jax.eval_shape(model.logits, model.params, IDS).dtype == jnp.float32
     wide = lora.recipes.load(tmp_path / "x", dtype=jnp.float32)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(np.float32)), wide.params, expected)
     with pytest.raises(lora.LoraError, match="expected one of floats"):
@@ -406,7 +406,46 @@ def test_packed_while_loading_is_packed_afterwards(name, bits, folders, models):
     assert jax.tree.structure(model.params) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, model.params, expected)
     dense = lora.bases.dense(model.params)
-    close(model.logits(model.params, IDS), models(name).logits(dense, IDS))
+    close(jax.jit(model.logits)(model.params, IDS), jax.jit(models(name).logits)(dense, IDS))
+
+
+@SLOW
+@pytest.mark.filterwarnings("ignore:packing changes blocks:lora_jax.LoraWarning")
+def test_packed_models_are_trained_and_generate(folders):
+    model = lora.recipes.load(folders("llama"), bits=4)
+    dense = model.replace(params=lora.bases.dense(model.params))
+    adapters = lora.init(jax.random.key(0), model.params, model.plan(lora.Lora(rank=2)))
+
+    def gradient(own):
+        hidden = lora.lora_apply(own.logits)
+        return jax.jit(jax.grad(lambda adapters: jnp.square(hidden(own.params, adapters, IDS)).mean()))(adapters)
+
+    jax.tree.map(close, gradient(model), gradient(dense))
+    prompts = [[3, 1, 4], [5]]
+    assert model.generate(prompts, adapters, count=4, eos=()) == dense.generate(prompts, count=4, eos=())
+
+
+@SLOW
+@pytest.mark.filterwarnings("ignore:packing changes blocks:lora_jax.LoraWarning")
+def test_one_tensor_at_a_time_is_in_memory(folders, monkeypatch):
+    """Before each tensor is read, the devices hold what is packed so far, and nothing else."""
+    read, found = loading.read, []
+
+    def alive():
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    def counted(*args):
+        found.append(alive() - before)
+        return read(*args)
+
+    before = alive()
+    monkeypatch.setattr(loading, "read", counted)
+    model = lora.recipes.load(folders("llama"), bits=4)
+    largest = 4 * max(SIZES["hidden_size"] * SIZES["intermediate_size"], 32 * 16)  # a tensor of the files, in fp32
+    whole = sum(array.nbytes for array in jax.tree.leaves(model.params))
+    assert len(found) > 20
+    assert found == sorted(found), "nothing stays that is not part of the model"
+    assert max(found) <= whole <= found[-1] + 2 * largest
 
 
 @pytest.mark.filterwarnings("ignore:packing changes blocks:lora_jax.LoraWarning")
@@ -423,7 +462,7 @@ def test_sharded_while_loading(bits, tmp_path):
     array = own if bits is None else own.codes
     assert {shard.data.shape for shard in array.addressable_shards} == {(2, 64, 128)}
     ids = jax.device_put(IDS, NamedSharding(mesh, P("data")))
-    close(jax.jit(model.logits)(model.params, ids), whole.logits(whole.params, IDS))
+    close(jax.jit(model.logits)(model.params, ids), jax.jit(whole.logits)(whole.params, IDS))
 
 
 def test_specs_of_ones_own(folders):
@@ -461,12 +500,13 @@ def test_adapters_of_all_linear_layers(name, models, tmp_path):
     adapters = lora.init(jax.random.key(0), model.params, plan)
     adapters = jax.tree.map(lambda a: a + 0.1, adapters)
     merged = lora.merge(model.params, adapters)
-    found = lora.lora_apply(model.logits)(model.params, adapters, IDS)
-    close(found, model.logits(merged, IDS), atol=1e-4)
-    assert np.abs(found - model.logits(model.params, IDS)).max() > 1e-2
+    logits, adapted = jax.jit(model.logits), jax.jit(lora.lora_apply(model.logits))
+    found = adapted(model.params, adapters, IDS)
+    close(found, logits(merged, IDS), atol=1e-4)
+    assert np.abs(found - logits(model.params, IDS)).max() > 1e-2
     lora.save_peft(tmp_path / "adapter", adapters, model.key_map)
     again, _ = lora.load_peft(tmp_path / "adapter", model.params, model.key_map)
-    close(lora.lora_apply(model.logits)(model.params, again, IDS), found)
+    close(adapted(model.params, again, IDS), found)
 
 
 def test_shapes_are_enough_for_a_plan(folders, models):
@@ -477,12 +517,12 @@ def test_shapes_are_enough_for_a_plan(folders, models):
 
 def test_the_head_for_losses_without_logits(models):
     model = models("gemma2")
-    hidden = model.hidden(model.params, IDS)
+    hidden = jax.jit(model.hidden)(model.params, IDS)
     labels = np.roll(IDS, -1, axis=1)
     loss = lora.losses.linear_cross_entropy(
         hidden, model.head(model.params), labels, soft_cap=model.config.logit_cap, reduction="sum"
     )
-    shares = jax.nn.log_softmax(model.logits(model.params, IDS))
+    shares = jax.nn.log_softmax(jax.jit(model.logits)(model.params, IDS))
     close(loss, -jnp.take_along_axis(shares, labels[..., None], axis=-1).sum(), atol=1e-3)
 
 
