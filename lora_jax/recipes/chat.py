@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_jax.core.errors import LoraError
-from lora_jax.recipes.examples import Conversation, Message
+from lora_jax.recipes.examples import Conversation, Message, Span
 
 if TYPE_CHECKING:  # it takes jinja2, which only who writes conversations needs
     from lora_jax.recipes.templates import Template
 
-Span = tuple[int, int]  # of characters
 ASSISTANT = ("assistant", "model")  # Gemma's own word for it; its template takes both
 
 

@@ -26,6 +26,7 @@ LONGEST_LINE = 2**24  # bytes: five million tokens, more than any model reads at
 ROWS_AT_A_TIME = 256  # of a Parquet file
 PARQUET = b"PAR1"  # the first bytes of such a file
 
+Span = tuple[int, int]  # from which to which character of a text
 Message = dict[str, Any]  # "role" and "content", and what else the chat template knows, such as "tool_calls"
 
 # Keys that change what a record means, and that nothing here acts upon.

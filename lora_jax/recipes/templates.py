@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from lora_jax.core.errors import LoraError
-from lora_jax.recipes.chat import Span
+from lora_jax.recipes.examples import Span
 
 try:
     import jinja2

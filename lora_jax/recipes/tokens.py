@@ -16,8 +16,8 @@ import numpy as np
 
 from lora_jax.core.argument_checks import refuse
 from lora_jax.core.errors import LoraError
-from lora_jax.recipes.chat import Span, render
-from lora_jax.recipes.examples import Completion, Conversation, Example, Preference, Text
+from lora_jax.recipes.chat import render
+from lora_jax.recipes.examples import Completion, Conversation, Example, Preference, Span, Text
 from lora_jax.recipes.tokenizer import Tokenizer, Tokens
 
 AT_A_TIME = 512  # examples that the tokenizer is given at once, for all cores
