@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 from lora_jax.core.text import format_table
-from lora_jax.recipes.packing import pack, packed_batches
+from lora_jax.recipes.packed_rows import pack, packed_batches
 from lora_jax.recipes.tokens import Tokenized
 
 

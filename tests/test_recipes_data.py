@@ -24,7 +24,7 @@ import lora_jax as lora
 from lora_jax.recipes import examples as examples_of
 from lora_jax.recipes.chat import prompt, render
 from lora_jax.recipes.examples import Completion, Conversation, Preference, Text, make_example, read_examples
-from lora_jax.recipes.packing import pack, packed_batches
+from lora_jax.recipes.packed_rows import pack, packed_batches
 from lora_jax.recipes.preferences import PairLogProbs, dpo_loss, pair_log_probs, preference_batches
 from lora_jax.recipes.templates import Template
 from lora_jax.recipes.tokenizer import Tokenizer

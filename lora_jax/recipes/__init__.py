@@ -3,7 +3,7 @@
 - Start with `model`: what a loaded model is, and `load`. `config` reads config.json (with `config_fields` and `rope`),
   `decoder` is the function (with `attention` and `experts`), `loading` reads the weights, `generate` writes texts.
 - `examples` reads files, `chat` and `templates` make texts of conversations, `tokenizer` and `tokens` make tokens of
-  them, `packing` rows of tokens, and `preferences` is what DPO does with pairs.
+  them, `packed_rows` rows of tokens, and `preferences` is what DPO does with pairs.
 - `training_run` is `finetune`, with `options`, `objectives` and `records` of what it did.
 
 May import all rooms but the command's.
@@ -16,7 +16,7 @@ from lora_jax.recipes.loading import default_specs
 from lora_jax.recipes.model import Model, abstract, load, packing
 from lora_jax.recipes.objectives import answer_loss, preference_loss
 from lora_jax.recipes.options import Options
-from lora_jax.recipes.packing import packed_batches
+from lora_jax.recipes.packed_rows import packed_batches
 from lora_jax.recipes.preferences import dpo_loss, preference_batches
 from lora_jax.recipes.tokenizer import Tokenizer
 from lora_jax.recipes.tokens import tokenized, tokenized_pairs

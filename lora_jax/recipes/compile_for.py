@@ -16,7 +16,7 @@ from lora_jax.recipes.model import abstract as abstract_model
 from lora_jax.recipes.model import packing
 from lora_jax.recipes.objectives import answer_loss
 from lora_jax.recipes.options import BATCH_AXES, Options, check_rows, make_optimizer, mesh_axes, rules
-from lora_jax.recipes.packing import DTYPES
+from lora_jax.recipes.packed_rows import DTYPES
 from lora_jax.training.step import jit_step
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.argument_checks import refuse
-from lora_jax.recipes.packing import Batch, PackedBatches, Rows, check_batches, place
+from lora_jax.recipes.packed_rows import Batch, PackedBatches, Rows, check_batches, place
 from lora_jax.recipes.tokens import TokenizedPairs
 
 
