@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config, items):
     The inner loop leaves out what is slow, all but one in n of the cases of a sampled table, and all but a fifth of a
     large table, always the same ones.
     With --slow a fifth of each of these tables is run, or a tenth, another one for each commit, so that some runs of CI
-    see all. What is rare, as it takes minutes, is in one of five runs.
+    see all. What is rare, as it takes minutes, is in one of five runs, each in another one.
     """
     if config.getoption("--all"):
         return
@@ -64,8 +64,7 @@ def pytest_collection_modifyitems(config, items):
         if slow:
             of = TENTHS if len(cases) >= LARGEST else FIFTHS if sampled or len(cases) >= LARGE else 1
             kept = ordered[turn % of :: of] or ordered[:1]
-            if cases[0].get_closest_marker("rare") and turn % FIFTHS:
-                of, kept = FIFTHS, []
+            kept = [case for case in kept if not case.get_closest_marker("rare") or _is_turn_of(case, turn)]
         else:
             of = sampled.args[0] if sampled else FIFTHS if len(cases) >= LARGE else 1
             kept = ordered[: -(-len(cases) // of)]
@@ -74,13 +73,21 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker("slow") and not slow:
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow, as CI does"))
             elif id(item) not in chosen:
-                item.add_marker(pytest.mark.skip(reason=f"one in {of} is run here, and all with --all"))
+                rare = item.get_closest_marker("rare") and slow
+                item.add_marker(
+                    pytest.mark.skip(reason=f"one in {FIFTHS if rare else of} is run here, and all with --all")
+                )
 
 
 @pytest.fixture(scope="session")
 def share(pytestconfig):
     """Return how many of a slow test's rounds this run is for: of n all with --all, and a fifth in CI."""
     return lambda n: n if pytestconfig.getoption("--all") else n // FIFTHS
+
+
+def _is_turn_of(item, turn):
+    """Return whether a rare test is run this time: each in other runs than its neighbours."""
+    return (turn + zlib.crc32(item.nodeid.encode())) % FIFTHS == 0
 
 
 def _turn():

@@ -509,6 +509,7 @@ def test_smollm2_answers(smollm2):
 @pytest.mark.assets
 @pytest.mark.slow
 @needs_smollm2
+@pytest.mark.rare
 def test_smollm2_says_with_merged_weights_what_it_says_with_adapters(smollm2):
     _, config, params, tokenizer = smollm2
     forward = functools.partial(run, config=config)

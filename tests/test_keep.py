@@ -271,7 +271,7 @@ def complex_between(p, x):
     [
         several_results,
         numbers_that_print_alike,
-        pytest.param(a_long_chain, marks=pytest.mark.slow),
+        pytest.param(a_long_chain, marks=[pytest.mark.slow, pytest.mark.rare]),
         gated_by_a_weight,
         stopped,
         complex_between,

@@ -661,6 +661,7 @@ def wait_for(worker, word):
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_killed_twelve_times(tmp_path):
     """SIGKILL at random moments, some while a checkpoint is written: all ends as in a quiet run, bit by bit."""
     chance, steps = random.Random(0), 241

@@ -96,6 +96,7 @@ def test_an_interrupted_run_goes_on(task, expected, tmp_path, monkeypatch, capsy
 @pytest.mark.skipif(
     assets.cached(assets.MINILM) is None or assets.cached(assets.VADER) is None, reason="`make assets` brings them"
 )
+@pytest.mark.rare
 def test_the_real_model(tmp_path, monkeypatch):
     """Four steps of MiniLM on a mesh are those of one device."""
     task = demo.load_task()
@@ -108,6 +109,7 @@ def test_the_real_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_two_processes_from_the_command_line(task, tmp_path):
     """`make demo-sharded`, for fewer steps: the adapters are those of one process with all devices."""
     examples = Path(sharded.__file__).parent

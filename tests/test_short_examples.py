@@ -25,6 +25,7 @@ def check(numbers):
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_from_scratch(capsys):
     check(from_scratch.main())
     printed = capsys.readouterr().out
