@@ -13,6 +13,7 @@ from helpers import KINDS, MODELS, RULES, assert_trees_close, assert_trees_equal
 from jax.interpreters import partial_eval
 
 import lora_jax as lora
+from lora_jax.transform import remakes
 
 B, T, D, F, LAYERS, RANK = 2, 64, 32, 128, 3, 2
 NAMES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -220,6 +221,27 @@ def test_modules_of_flax():
     frozen = residuals(lambda x: jnp.sum(model.apply(params, x) ** 2), x)
     thin = lora.lora_apply(model.apply, keep="thin")
     assert residuals(lambda a: jnp.sum(thin(params, a, x) ** 2), adapters) <= frozen
+
+
+def test_a_program_is_analysed_once_for_each_set_of_shapes(monkeypatch):
+    analysed = []
+
+    class Counted(remakes.Remakes):
+        def __init__(self, *args):
+            analysed.append(1)
+            super().__init__(*args)
+
+    monkeypatch.setattr(remakes, "Remakes", Counted)
+    params, adapters, x = setting()
+    loss_and_gradient = gradient("scan", "thin")
+    first, second = (loss_and_gradient(adapters, params, x) for _ in range(2))
+    assert_trees_equal(first, second)
+    assert len(analysed) == 1
+    loss_and_gradient(adapters, params, x[:1])
+    loss_and_gradient(adapters, params, x)
+    assert len(analysed) == 2
+    gradient("scan", "inputs")(adapters, params, x)
+    assert len(analysed) == 2
 
 
 def test_another_word():

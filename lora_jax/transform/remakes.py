@@ -8,6 +8,7 @@ products, which are never made again.
 
 import dataclasses
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 
 from lora_jax.core._compat import Jaxpr, JaxprEqn, Literal, Operation, Var, open_jaxpr, scan_groups
+from lora_jax.core.recent import Recent
 from lora_jax.core.remade import Remade, itself, numbers
 from lora_jax.transform.adapted_weight import AdaptedWeight
 
@@ -83,6 +85,7 @@ OPERANDS = {
 }
 RESULTS = {"cbrt", "div", "exp", "exp2", "expm1", "logistic", "rsqrt", "sqrt", "tanh"}
 BILINEAR = {*PRODUCTS, "mul", "div"}  # div is linear in one alone, and computed from both
+PROGRAMS_KEPT = 64  # whose analysis is remembered: one for each set of shapes
 SMALL = 8  # an array with an eighth of the numbers costs nothing to speak of
 
 
@@ -156,13 +159,17 @@ class Remakes:
         self.flows: dict[int, _Flow] = {}
         self.found: dict[int, dict[int, Origins]] = {}
         self.remats = 0  # around the jaxpr that is followed
+        self.lock = threading.Lock()  # several threads may call one function
         self._follow(jaxpr, [_Depends(p, not p) for p in is_parameter])
 
     def of(self, jaxpr: Jaxpr) -> dict[int, Origins]:
         """Return {number of an equation: of what its operands can be made}, for one of its jaxprs."""
-        if id(jaxpr) not in self.found:
-            self.found[id(jaxpr)] = self.flows[id(jaxpr)].origins() if id(jaxpr) in self.flows else {}
-        return self.found[id(jaxpr)]
+        if id(jaxpr) not in self.flows:
+            return {}
+        with self.lock:
+            if id(jaxpr) not in self.found:
+                self.found[id(jaxpr)] = self.flows[id(jaxpr)].origins()
+            return self.found[id(jaxpr)]
 
     def _follow(self, jaxpr: Any, inputs: Sequence["_Depends"]) -> list["_Depends"]:
         """Note on what the values of a jaxpr depend, and return that of its outputs."""
@@ -191,6 +198,18 @@ class Remakes:
             self.remats -= is_remat
             flow.depends.update(zip(eqn.outvars, results, strict=True))
         return flow.of_all(jaxpr.outvars)
+
+
+class Analyses:
+    """The analyses of the programs that one `lora_apply` has seen last, so that an eager call finds its own."""
+
+    def __init__(self) -> None:
+        self._recent: Recent[tuple[Any, Remakes]] = Recent(PROGRAMS_KEPT)
+
+    def of(self, jaxpr: Any, is_parameter: Sequence[bool]) -> Remakes:
+        """Return the analysis of a program, which is kept beside it so that its id is not used again."""
+        key = id(jaxpr), tuple(is_parameter)
+        return self._recent.get(key, lambda: (jaxpr, Remakes(jaxpr, is_parameter)))[1]
 
 
 class _Depends(NamedTuple):
