@@ -176,8 +176,13 @@ class Remakes:
             return self.found[id(jaxpr)]
 
     def kept(self, eqn: JaxprEqn, x: Any) -> Kept | None:
-        """Return the bytes that a derivative keeps of a product's input x; None inside a `jax.checkpoint`."""
+        """Return the bytes that a derivative keeps of a product's input x; None inside a `jax.checkpoint`.
+
+        A product in what is not followed, such as a loss over a vocabulary, keeps x.
+        """
         whole = numbers(x.shape) * x.dtype.itemsize
+        if id(eqn) not in self.around:
+            return Kept(whole, whole)
         flow = self.around[id(eqn)]
         if flow is None:
             return None
