@@ -16,12 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import lora_jax as lora
 from lora_jax.core.text import format_table
@@ -96,4 +96,6 @@ def main(c: Config) -> None:
 
 
 if __name__ == "__main__":
+    import tyro
+
     main(tyro.cli(Config))

@@ -13,6 +13,7 @@ from helpers import KINDS, MODELS, RULES, assert_trees_close, assert_trees_equal
 from jax.interpreters import partial_eval
 
 import lora_jax as lora
+from lora_jax.transform import remakes
 
 B, T, D, F, LAYERS, RANK = 2, 64, 32, 128, 3, 2
 NAMES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -115,6 +116,58 @@ def test_of_x_nothing_is_kept_but_what_no_elementwise_operation_makes(form):
     attended = LAYERS * B * T * D
     assert kept("thin") <= frozen + attended
     assert kept("inputs") >= frozen + attended + LAYERS * B * T * F  # the check sees what it is meant to see
+
+
+@pytest.mark.parametrize("form", ["unrolled", "scan"])
+def test_a_plan_says_what_is_kept_for_each_weight(form):
+    """Each weight's x, as counted by hand; with "thin" what JAX itself keeps beside the frozen model's residuals."""
+    params, adapters, x = setting()
+    plan = lora.plan(lambda p, x: decoder(form, x, p), params, x, rules={"|".join(NAMES): lora.Lora(RANK)})
+    narrow, wide = LAYERS * B * T * D * 4, LAYERS * B * T * F * 4
+    assert {path: target.kept().inputs for path, target in plan.items()} == dict.fromkeys(NAMES, narrow) | {
+        "down": wide
+    }
+    assert {path: target.kept().thin for path, target in plan.items()} == dict.fromkeys(NAMES, 0) | {"o": narrow}
+    apply = lora.lora_apply(lambda p, x: decoder(form, x, p), keep="thin")
+    by_jax = residuals(lambda a: jnp.sum(apply(params, a, x) ** 2), adapters)
+    frozen = residuals(lambda x: jnp.sum(decoder(form, x, params) ** 2), x)
+    assert sum(target.kept().thin for target in plan.values()) == 4 * (by_jax - frozen)
+    down, o = (next(line for line in str(plan).splitlines() if line.startswith(name)) for name in ("down ", "o "))
+    assert (down.split()[-4:], o.split()[-4:]) == (["196.6", "kB", "0", "B"], ["49.2", "kB"] * 2)
+
+
+def test_a_plan_says_where_a_remat_decides():
+    params, _, x = setting()
+    plan = lora.plan(lambda p, x: decoder("remat", x, p), params, x, rules={"|".join(NAMES): lora.Lora(RANK)})
+    assert all(target.kept() is None for target in plan.values())
+    assert str(plan).splitlines()[2].split()[-2:] == ["remat", "remat"]
+
+
+def test_a_plan_counts_no_x_that_is_there_anyway():
+    """An argument, what the frozen model keeps, and what an adapter without a trained A has no use for."""
+    params = {name: jnp.ones((D, D)) for name in ("first", "linear", "exp", "squared")}
+    x, size = jnp.ones((T, D)), 4 * T * D
+
+    def fn(p, x):
+        h = x @ p["first"]
+        h = jnp.exp(h @ p["linear"])  # this h only an adapter needs, and the next one the derivative of exp too
+        h = h @ p["exp"]
+        return (h * h) @ p["squared"]
+
+    def kept(rule):
+        return {path: tuple(t.kept()) for path, t in lora.plan(fn, params, x, rules={".*": rule}).items()}
+
+    expected = {"first": (0, 0), "linear": (size, size), "exp": (0, 0), "squared": (size, 0)}
+    assert kept(lora.Lora(RANK)) == expected
+    for rule in (lora.LoraFa(RANK), lora.Vera(RANK), lora.Ia3()):
+        assert kept(rule) == dict.fromkeys(params, (0, 0))
+
+
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
+@pytest.mark.sampled(4)
+def test_a_plan_of_every_program_keeps_no_more_with_less(case):
+    for target in case.plan(RULES["lora"]).values():
+        assert target.kept() is None or 0 <= target.kept().thin <= target.kept().inputs
 
 
 def test_masks_of_dropout_are_not_kept():
@@ -220,6 +273,27 @@ def test_modules_of_flax():
     frozen = residuals(lambda x: jnp.sum(model.apply(params, x) ** 2), x)
     thin = lora.lora_apply(model.apply, keep="thin")
     assert residuals(lambda a: jnp.sum(thin(params, a, x) ** 2), adapters) <= frozen
+
+
+def test_a_program_is_analysed_once_for_each_set_of_shapes(monkeypatch):
+    analysed = []
+
+    class Counted(remakes.Remakes):
+        def __init__(self, *args):
+            analysed.append(1)
+            super().__init__(*args)
+
+    monkeypatch.setattr(remakes, "Remakes", Counted)
+    params, adapters, x = setting()
+    loss_and_gradient = gradient("scan", "thin")
+    first, second = (loss_and_gradient(adapters, params, x) for _ in range(2))
+    assert_trees_equal(first, second)
+    assert len(analysed) == 1
+    loss_and_gradient(adapters, params, x[:1])
+    loss_and_gradient(adapters, params, x)
+    assert len(analysed) == 2
+    gradient("scan", "inputs")(adapters, params, x)
+    assert len(analysed) == 2
 
 
 def test_another_word():

@@ -188,7 +188,7 @@ def test_init_takes_a_plan():
 
 def test_the_table_can_be_read():
     lines = str(CASES["two_layers"].plan(Lora(2, alpha=8))).splitlines()
-    assert lines[0].split() == ["path", "shape", "axes", "rule", "parameters", "bytes", "FLOPs"]
+    assert lines[0].split() == ["path", "shape", "axes", "rule", "parameters", "bytes", "FLOPs", "x", "thin"]
     assert lines[2].startswith("w1    [12, 10]  inputs 0, outputs 1  Lora(rank=2, alpha=8)")
     assert lines[-1].startswith("2 of 3 weights adapted: 88 parameters beside 250 (26.04%), 352 B.")
     assert K == 10

@@ -21,6 +21,7 @@ class Row(NamedTuple):
     flops: int
     shared: tuple[str, ...]  # which axes share a factor
     formed: tuple[str, ...]  # where the weight is formed at full size
+    kept: tuple[int, int] | None  # bytes of x that a gradient keeps, by `keep`; None if a remat of the function decides
 
 
 Group = tuple[str, list[Row]]  # what the rows are called, and the rows
@@ -32,19 +33,26 @@ def format_plan(rows: Sequence[Row], base_leaves: int, base_parameters: int, gro
     is_shorter = len(groups) < len(rows)
     cells = [[name, list(alike[0].shape), alike[0].axes, alike[0].rule, *[len(alike)] * is_shorter,
               f"{sum(row.parameters for row in alike):,}", size(sum(row.nbytes for row in alike)),
-              count(sum(row.flops for row in alike))] for name, alike in groups]  # fmt: skip
-    header = ["path", "shape", "axes", "rule", *["weights"] * is_shorter, "parameters", "bytes", "FLOPs"]
-    table = format_table(header, cells, right=3 + is_shorter)
+              count(sum(row.flops for row in alike)), *_kept(alike)] for name, alike in groups]  # fmt: skip
+    header = ["path", "shape", "axes", "rule", *["weights"] * is_shorter, "parameters", "bytes", "FLOPs", "x", "thin"]
+    table = format_table(header, cells, right=5 + is_shorter)
     parameters, trained = sum(row.parameters for row in rows), sum(row.trained for row in rows)
     of_these = f" ({trained:,} of them trained)" if trained < parameters else ""
     share = parameters / (base_parameters + parameters)
     summary = (
         f"{len(rows)} of {base_leaves} weights adapted: {parameters:,} parameters{of_these} beside "
         f"{base_parameters:,} ({share:.2%}), {size(sum(row.nbytes for row in rows))}. "
-        "FLOPs are those added to one forward pass."
+        "FLOPs are those added to one forward pass. x is what a gradient keeps of a weight's inputs for its adapter "
+        'alone, thin the same with lora_apply(fn, keep="thin").'
     )
     each = ["A row for each weight: plan.table(grouped=False)."] if is_shorter else []
     return "\n".join([table, summary, *each, *_shared(rows), *_formed(groups)])
+
+
+def _kept(rows: Sequence[Row]) -> list[str]:
+    """Return what a gradient keeps of the inputs of these weights, with each way to keep."""
+    found = [row.kept for row in rows if row.kept is not None]
+    return [size(sum(column)) for column in zip(*found, strict=True)] if found else ["remat", "remat"]
 
 
 def _groups(rows: Sequence[Row]) -> list[Group]:
@@ -52,7 +60,7 @@ def _groups(rows: Sequence[Row]) -> list[Group]:
     alike: dict[tuple[tuple[str, ...], Row], list[tuple[list[str], Row]]] = {}
     for row in rows:
         between, numbers = _split(row.path)
-        alike.setdefault((tuple(between), row._replace(path="")), []).append((numbers, row))
+        alike.setdefault((tuple(between), row._replace(path="", kept=None)), []).append((numbers, row))
     groups = []
     for (texts, _), members in alike.items():
         varying = [len(set(column)) > 1 for column in zip(*(numbers for numbers, _ in members), strict=True)]

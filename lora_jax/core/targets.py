@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -13,6 +13,17 @@ from lora_jax.core.axes import KernelAxes
 from lora_jax.core.kinds import check_registered
 from lora_jax.core.layout import of_weight
 from lora_jax.core.plan_table import Row, format_plan
+
+
+class Kept(NamedTuple):
+    """Bytes of a product's x that a derivative keeps for the gradient of A, beside what the frozen model keeps."""
+
+    inputs: int  # with `lora_apply(fn, keep="inputs")`
+    thin: int  # with keep="thin"
+
+
+NOTHING = Kept(0, 0)
+MADE_WITHOUT_X = {"stack", "rank", "outputs"}  # axes of arrays of which the gradient takes x A or y alone
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,7 @@ class Use:
     stopped: bool  # no gradient passes the weight there
     where: str  # the operation and its source line
     is_matmul: bool = False  # no convolution, ragged product or lookup: a rule may stack any of its axes
+    x: Kept | None = NOTHING  # each time; None inside a `jax.checkpoint` of the function, whose policy decides
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,6 +68,27 @@ class Target:
     def flops(self) -> int:
         """Return the FLOPs that the adapter adds to a forward pass of the planned batch, a third of a gradient's."""
         return sum(use.times * self.rule.flops(self.shape, self.axes, self._rows(use)) for use in self.uses)
+
+    def kept(self, adapter: Adapter | None = None) -> Kept | None:
+        """Return the bytes of x that one gradient of the planned batch keeps for this weight's adapter.
+
+        What several weights read is counted for each, and kept once. Of x that the frozen model keeps too, or that the
+        caller holds as an argument, nothing is kept for the adapter. Adapters that never train A keep no x.
+
+        Args:
+            adapter: as `abstract` returns it, if it is at hand.
+
+        Returns:
+            `Kept(inputs, thin)`, by `keep` of `lora_apply`; None if a `jax.checkpoint` of the function decides.
+        """
+        adapter = adapter or self.abstract()
+        arrays = of_weight(adapter.arrays(), adapter.layout)
+        trained = [name for name in arrays if name not in adapter.frozen]
+        uses = [use for use in self.uses if not use.stopped]
+        if all({*adapter.layout[name]} <= MADE_WITHOUT_X for name in trained) or not uses:
+            return NOTHING
+        found = [[use.times * n for n in use.x] for use in uses if use.x is not None]
+        return Kept(*map(sum, zip(*found, strict=True))) if found else None
 
     def _rows(self, use: Use) -> tuple[int, int]:
         """Return the rows of a use over all matrices of the target, which may be more than the program knows of."""
@@ -98,7 +131,7 @@ class Plan(Mapping[str, Target]):
     >>> plan
     Plan(3 of 3 weights adapted, 96 parameters trained)
     >>> print(plan.table().splitlines()[2])
-    layer_*  [8, 8]  inputs 0, outputs 1  Lora(rank=2)        3          96  384 B    192
+    layer_*  [8, 8]  inputs 0, outputs 1  Lora(rank=2)        3          96  384 B    192  0 B   0 B
     >>> plan.parameters, round(plan.fraction, 2)
     (96, 0.33)
     """
@@ -147,7 +180,7 @@ class Plan(Mapping[str, Target]):
         """What there is to say of each weight. Weights of one shape and rule have adapters of one size."""
         return [
             Row(target.path, target.shape, target.axes, str(target.rule), *_sizes(adapter), target.flops(),
-                tuple(target.shared()), target.materialized)
+                tuple(target.shared()), target.materialized, target.kept(adapter))
             for target, adapter in zip(self.targets.values(), abstract_adapters(self.targets).values(), strict=True)
         ]  # fmt: skip
 

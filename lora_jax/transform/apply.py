@@ -20,6 +20,7 @@ from lora_jax.transform.adapted_weight import adapted
 from lora_jax.transform.interpreter import CALLS_KEPT, Interpreter
 from lora_jax.transform.leaked_tracers import describe_leak
 from lora_jax.transform.materialize import Materialize, Patterns
+from lora_jax.transform.remakes import Analyses
 from lora_jax.transform.tracing import tracer
 
 Params = TypeVar("Params")
@@ -68,6 +69,7 @@ def lora_apply(
     if keep not in ("thin", "inputs"):
         raise LoraError(f"lora_apply(keep={keep!r}): 'inputs' keeps x for the gradient of A, 'thin' makes it again.")
     trace, interpreter, fallback = tracer(fn), Interpreter(Recent(CALLS_KEPT)), Materialize.of(materialize)
+    analyses = Analyses()
 
     @functools.wraps(fn)
     def apply(*args: Any, **kwargs: Any) -> Any:
@@ -89,8 +91,8 @@ def lora_apply(
 
         try:
             program = trace(*_as_varying_as(adapters, (params, tuple(rest), kwargs)))
-            thin = dataclasses.replace(interpreter, remakes=program.remakes()) if keep == "thin" else interpreter
-            return program.run(thin, program.arrays, adapt)
+            remakes = analyses.of(program.jaxpr, program.is_parameter()) if keep == "thin" else None
+            return program.run(dataclasses.replace(interpreter, remakes=remakes), program.arrays, adapt)
         except jax.errors.UnexpectedTracerError as error:
             raise LoraError(describe_leak(params, adapters, rest, kwargs)) from error
 

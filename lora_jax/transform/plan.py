@@ -22,6 +22,7 @@ from lora_jax.transform.adapted_weight import AdaptedWeight, adapted
 from lora_jax.transform.interpreter import Interpreter
 from lora_jax.transform.materialize import Materialize, Patterns
 from lora_jax.transform.probe import Log, Probe, probe
+from lora_jax.transform.remakes import Remakes
 from lora_jax.transform.rule_checks import OF_OWN_PACKING, check_rules, hint_of_own_packing, is_own_packing
 from lora_jax.transform.tracing import Program, tracer
 
@@ -65,19 +66,21 @@ def plan(
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> model = lambda params, x: jnp.tanh(x @ params["up"]["kernel"]) @ params["down"]["kernel"].T
     >>> params = {"up": {"kernel": jnp.ones((8, 16))}, "down": {"kernel": jnp.ones((4, 16))}}
-    >>> print(lora.plan(model, params, jnp.ones((4, 8)), rules={".*/kernel": lora.Lora(rank=2, alpha=4)}))
-    path         shape    axes                 rule                   parameters  bytes  FLOPs
-    -----------  -------  -------------------  ---------------------  ----------  -----  -----
-    down/kernel  [4, 16]  inputs 1, outputs 0  Lora(rank=2, alpha=4)          40  160 B    320
-    up/kernel    [8, 16]  inputs 0, outputs 1  Lora(rank=2, alpha=4)          48  192 B    384
-    2 of 2 weights adapted: 88 parameters beside 192 (31.43%), 352 B. FLOPs are those added to one forward pass.
+    >>> rules = {".*/kernel": lora.Lora(rank=2, alpha=4)}
+    >>> print(lora.plan(model, params, jnp.ones((4, 8)), rules=rules))  # doctest: +NORMALIZE_WHITESPACE
+    path         shape    axes                 rule                   parameters  bytes  FLOPs    x  thin
+    -----------  -------  -------------------  ---------------------  ----------  -----  -----  ---  ----
+    down/kernel  [4, 16]  inputs 1, outputs 0  Lora(rank=2, alpha=4)          40  160 B    320  0 B   0 B
+    up/kernel    [8, 16]  inputs 0, outputs 1  Lora(rank=2, alpha=4)          48  192 B    384  0 B   0 B
+    2 of 2 weights adapted: 88 parameters beside 192 (31.43%), 352 B. FLOPs are those added to one forward pass. x is
+    what a gradient keeps of a weight's inputs for its adapter alone, thin the same with lora_apply(fn, keep="thin").
     """
     check_function("plan(fn, params, *args, rules={...})", "fn", fn)
     names, leaves, _ = flatten_with_names(params)
     chosen = first_match(check_rules(rules, args), names, hint=hint_of_own_packing(names, leaves) + NEAREST)
     program = tracer(fn)(params, args, kwargs)
     weights = dict(zip(names, leaves, strict=True))
-    allowed, log = Materialize.of(materialize), Log()
+    allowed, log = Materialize.of(materialize), Log(Remakes(program.jaxpr, program.is_parameter()))
     allowed.check(names)
 
     def follow(name: str, leaf: Any) -> Any:

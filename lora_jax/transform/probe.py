@@ -13,8 +13,9 @@ from lora_jax.core._compat import JaxprEqn, describe
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.operand import Leaf
 from lora_jax.core.products import Matmul, Product
-from lora_jax.core.targets import Use
+from lora_jax.core.targets import NOTHING, Kept, Use
 from lora_jax.transform.adapted_weight import AdaptedWeight
+from lora_jax.transform.remakes import Remakes
 
 STATIC = {"static": True}
 
@@ -22,7 +23,8 @@ STATIC = {"static": True}
 class Log:
     """Notes of what the program does with each weight, and of what it cannot do with it in factored form."""
 
-    def __init__(self) -> None:
+    def __init__(self, remakes: Remakes | None = None) -> None:
+        self.remakes = remakes
         self.uses: dict[str, list[Use]] = {}
         self.obstacles: dict[str, list[str]] = {}
 
@@ -72,7 +74,7 @@ class Probe(Leaf):
     log: Log = field(metadata=STATIC)
     times: int = field(default=1, metadata=STATIC)
     stopped: bool = field(default=False, metadata=STATIC)
-    where: str = field(default="", metadata=STATIC)  # the operation that multiplies by it
+    eqn: Any = field(default=None, metadata=STATIC)  # the operation that multiplies by it
     axes: KernelAxes = field(default=KernelAxes((), (), ()), metadata=STATIC)
 
     layout = MappingProxyType({})
@@ -89,12 +91,13 @@ class Probe(Leaf):
         for member in self.members:
             axes = member.groups(product.axes)
             assert axes is not None, "used_as has seen to it"
-            self._use(member, axes, product.rows(), self.where, isinstance(product, Matmul))
+            x = self.log.remakes.kept(self.eqn, product.x) if self.log.remakes else NOTHING
+            self._use(member, axes, product.rows(), describe(self.eqn), isinstance(product, Matmul), x)
         return product.y
 
     def used_as(self, axes: KernelAxes, eqn: JaxprEqn) -> "Probe | None":
         fits = all(member.groups(axes) for member in self.members)
-        return dataclasses.replace(self, where=describe(eqn)) if fits else None
+        return dataclasses.replace(self, eqn=eqn) if fits else None
 
     def group(self, axis: int) -> str:
         return "unknown"
@@ -144,9 +147,15 @@ class Probe(Leaf):
                 self.log.obstacle(member.path, why)
 
     def _use(
-        self, member: Member, axes: KernelAxes, rows: tuple[int, int], where: str, is_matmul: bool = False
+        self,
+        member: Member,
+        axes: KernelAxes,
+        rows: tuple[int, int],
+        where: str,
+        is_matmul: bool = False,
+        x: Kept | None = NOTHING,
     ) -> None:
-        use = Use(axes, rows, self.times, self.stopped, where, is_matmul)
+        use = Use(axes, rows, self.times, self.stopped, where, is_matmul, x)
         self.log.uses.setdefault(member.path, []).append(use)
 
     def _move(self, change: Callable[[Any], Sequence[tuple[int, ...]]]) -> Self:

@@ -7,7 +7,9 @@ products, which are never made again.
 """
 
 import dataclasses
+import functools
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +18,9 @@ import jax
 import numpy as np
 
 from lora_jax.core._compat import Jaxpr, JaxprEqn, Literal, Operation, Var, open_jaxpr, scan_groups
+from lora_jax.core.recent import Recent
 from lora_jax.core.remade import Remade, itself, numbers
+from lora_jax.core.targets import NOTHING, Kept
 from lora_jax.transform.adapted_weight import AdaptedWeight
 
 ELEMENTWISE = {
@@ -83,6 +87,7 @@ OPERANDS = {
 }
 RESULTS = {"cbrt", "div", "exp", "exp2", "expm1", "logistic", "rsqrt", "sqrt", "tanh"}
 BILINEAR = {*PRODUCTS, "mul", "div"}  # div is linear in one alone, and computed from both
+PROGRAMS_KEPT = 64  # whose analysis is remembered: one for each set of shapes
 SMALL = 8  # an array with an eighth of the numbers costs nothing to speak of
 
 
@@ -154,15 +159,38 @@ class Remakes:
 
     def __init__(self, jaxpr: Any, is_parameter: Sequence[bool]) -> None:
         self.flows: dict[int, _Flow] = {}
+        self.around: dict[int, _Flow | None] = {}  # by the id of an equation; None inside a remat
         self.found: dict[int, dict[int, Origins]] = {}
         self.remats = 0  # around the jaxpr that is followed
+        self.lock = threading.Lock()  # several threads may call one function
         self._follow(jaxpr, [_Depends(p, not p) for p in is_parameter])
+        self.arguments = set(open_jaxpr(jaxpr)[0].invars)  # which the caller holds
 
     def of(self, jaxpr: Jaxpr) -> dict[int, Origins]:
         """Return {number of an equation: of what its operands can be made}, for one of its jaxprs."""
-        if id(jaxpr) not in self.found:
-            self.found[id(jaxpr)] = self.flows[id(jaxpr)].origins() if id(jaxpr) in self.flows else {}
-        return self.found[id(jaxpr)]
+        if id(jaxpr) not in self.flows:
+            return {}
+        with self.lock:
+            if id(jaxpr) not in self.found:
+                self.found[id(jaxpr)] = self.flows[id(jaxpr)].origins()
+            return self.found[id(jaxpr)]
+
+    def kept(self, eqn: JaxprEqn, x: Any) -> Kept | None:
+        """Return the bytes that a derivative keeps of a product's input x; None inside a `jax.checkpoint`.
+
+        A product in what is not followed, such as a loss over a vocabulary, keeps x.
+        """
+        whole = numbers(x.shape) * x.dtype.itemsize
+        if id(eqn) not in self.around:
+            return Kept(whole, whole)
+        flow = self.around[id(eqn)]
+        if flow is None:
+            return None
+        inputs = [v for v in eqn.invars[:2] if not isinstance(v, Literal) and _numbers(v) == numbers(x.shape)]
+        found = next((v for v in inputs if flow.of_all([v])[0].on_inputs), None)
+        if found in self.arguments:
+            return NOTHING
+        return Kept(whole, whole) if found is None else flow.kept_of(found)
 
     def _follow(self, jaxpr: Any, inputs: Sequence["_Depends"]) -> list["_Depends"]:
         """Note on what the values of a jaxpr depend, and return that of its outputs."""
@@ -176,6 +204,7 @@ class Remakes:
         if self.remats:
             self.found[id(jaxpr)] = {}
         for eqn in jaxpr.eqns:
+            self.around[id(eqn)] = None if self.remats else flow
             given = flow.of_all(eqn.invars)
             results = [_any(given)] * len(eqn.outvars)
             is_remat = eqn.primitive.name in REMATS
@@ -191,6 +220,18 @@ class Remakes:
             self.remats -= is_remat
             flow.depends.update(zip(eqn.outvars, results, strict=True))
         return flow.of_all(jaxpr.outvars)
+
+
+class Analyses:
+    """The analyses of the programs that one `lora_apply` has seen last, so that an eager call finds its own."""
+
+    def __init__(self) -> None:
+        self._recent: Recent[tuple[Any, Remakes]] = Recent(PROGRAMS_KEPT)
+
+    def of(self, jaxpr: Any, is_parameter: Sequence[bool]) -> Remakes:
+        """Return the analysis of a program, which is kept beside it so that its id is not used again."""
+        key = id(jaxpr), tuple(is_parameter)
+        return self._recent.get(key, lambda: (jaxpr, Remakes(jaxpr, is_parameter)))[1]
 
 
 class _Depends(NamedTuple):
@@ -234,6 +275,10 @@ def _numbers(v: Any) -> int:
     return numbers(v.aval.shape)
 
 
+def _bytes(v: Any) -> int:
+    return _numbers(v) * int(v.aval.dtype.itemsize)
+
+
 class _Flow:
     """The data flow of one jaxpr, whose inputs depend on parameters or not."""
 
@@ -249,11 +294,20 @@ class _Flow:
 
     def origins(self) -> dict[int, Origins]:
         """Return {number of a product: of what its operands are best made again}."""
-        self.kept = self._kept()
-        for v in self.made_at:  # in the program's order, so that the recursion of `_sources` ends at once
-            self._sources(v)
+        self._choose()
         products = [(i, eqn) for i, eqn in enumerate(self.jaxpr.eqns) if eqn.primitive.name in PRODUCTS]
         return {i: Origins(*map(self._origin, eqn.invars[:2])) for i, eqn in products}
+
+    def kept_of(self, x: Var) -> Kept:
+        """Return the bytes that a derivative keeps for an input of a product alone, as it is or as its sources."""
+        self._choose()
+        return Kept(*(self._for_this(values, _bytes) for values in ((x,), self._sources(x))))
+
+    def _choose(self) -> None:
+        """Choose of what each value is best made, once."""
+        if not self.chosen:
+            for v in self.made_at:  # in the program's order, so that the recursion of `_sources` ends at once
+                self._sources(v)
 
     def _origin(self, v: Any) -> Origin | None:
         return Origin(self._sources(v), self._make(v)) if self._is_activation(v) else None
@@ -261,8 +315,9 @@ class _Flow:
     def _is_activation(self, v: Any) -> bool:
         return self.of_all([v]) == [_Depends(True, True)]
 
-    def _kept(self) -> set[Var]:
-        """Return the values of which a derivative is computed, where weights are frozen."""
+    @functools.cached_property
+    def kept(self) -> set[Var]:
+        """The values of which a derivative is computed, where weights are frozen."""
         kept: list[Any] = []
         for eqn in self.jaxpr.eqns:
             name = eqn.primitive.name
@@ -277,7 +332,7 @@ class _Flow:
                 inner = _Flow(_called(eqn), self.of_all(eqn.invars))
                 for e in inner.jaxpr.eqns:
                     inner.depends.update(dict.fromkeys(e.outvars, _any(inner.of_all(e.invars))))
-                inside = inner._kept()
+                inside = inner.kept
                 ends = zip([*eqn.invars, *eqn.outvars], [*inner.jaxpr.invars, *inner.jaxpr.outvars], strict=True)
                 kept += [v for v, u in ends if not isinstance(u, Literal) and u in inside]
         return {v for v in kept if not isinstance(v, Literal)}
@@ -301,9 +356,9 @@ class _Flow:
                     self.chosen[v] = earlier
         return self.chosen[v]
 
-    def _for_this(self, values: Sequence[Var]) -> int:
-        """Return how many numbers would be kept for this alone."""
-        return sum(_numbers(v) for v in values if v not in self.kept and self._is_activation(v))
+    def _for_this(self, values: Sequence[Var], measure: Callable[[Var], int] = _numbers) -> int:
+        """Return how many numbers, or bytes, would be kept for this alone."""
+        return sum(measure(v) for v in values if v not in self.kept and self._is_activation(v))
 
     def _make(self, v: Var) -> Callable[..., jax.Array]:
         """Return the program that makes v of its sources."""

@@ -17,7 +17,6 @@ from lora_jax.core.paths import flatten_with_names, is_array
 from lora_jax.transform.adapted_weight import plain
 from lora_jax.transform.interpreter import Interpreter
 from lora_jax.transform.packed_inputs import as_constant, check_packed
-from lora_jax.transform.remakes import Remakes
 from lora_jax.transform.static_arguments import Static
 
 
@@ -40,11 +39,10 @@ class Program:
         out = interpreter.evaluate(jaxpr, consts, values)
         return jax.tree.unflatten(self.out_tree, [plain(o, "the function returns it") for o in out])
 
-    def remakes(self) -> Remakes:
-        """Return of what a derivative can make the inputs of products again."""
-        n, closed_over = len(self.names), len(self.closed_over)
-        is_parameter = [False] * closed_over + [True] * n + [False] * (len(self.arrays) - n)
-        return Remakes(self.jaxpr, is_parameter)
+    def is_parameter(self) -> list[bool]:
+        """Return for each input of the jaxpr whether it is a parameter."""
+        n = len(self.names)
+        return [False] * len(self.closed_over) + [True] * n + [False] * (len(self.arrays) - n)
 
 
 def _abstract(array: Any) -> Any:
