@@ -34,6 +34,9 @@ class LowRank(Leaf):
     def apply(self, product: Product) -> jax.Array:
         return add_lowrank(product, self.a, self.b)
 
+    def first_factor(self) -> jax.Array:
+        return self.a
+
     def transpose(self) -> "LowRank":
         n = len(self.axes.stack)
         a, b = jnp.moveaxis(self.b, n, -1), jnp.moveaxis(self.a, -1, n)

@@ -143,6 +143,11 @@ class Operand(abc.ABC):
         return self
 
     @structural
+    def first_factor(self) -> jax.Array | None:
+        """Return A [*stack, *inputs, r], if x @ A is all that is needed of x. A wrapper changes x, and has none."""
+        return None
+
+    @structural
     def group(self, axis: int) -> str:
         """Return the group that an axis of the weight is in."""
         return self.axes.group(axis)

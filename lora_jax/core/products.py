@@ -15,14 +15,13 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.dropout_mask import bernoulli, masked
-from lora_jax.core.factor_products import as_columns, as_rows, matmul
+from lora_jax.core.factor_products import as_columns, as_rows, in_turn, matmul
 from lora_jax.core.factor_products import contract as product_of_factor
-from lora_jax.core.remade import Remade, contract
+from lora_jax.core.remade import Remade, thin_product
 
 STATIC = {"static": True}
 
@@ -36,6 +35,7 @@ class Product(abc.ABC):
     y: jax.Array  # [*s, *T, *outputs]; [T, k] where the kind of product says so
     precision: Any = field(metadata=STATIC)
     origin: Remade | None = field(default=None, kw_only=True)  # of x, if a derivative can make it again
+    h: jax.Array | None = field(default=None, kw_only=True)  # x @ A, where it was taken with those of other weights
 
     @abc.abstractmethod
     def contract(self, a: jax.Array) -> jax.Array:
@@ -78,7 +78,7 @@ class Product(abc.ABC):
 
     def with_x(self, x: Remade) -> Self:
         """Return the product of another x."""
-        return dataclasses.replace(self, x=x.value, origin=x.origin())
+        return dataclasses.replace(self, x=x.value, origin=x.origin(), h=None)
 
     def given(self) -> Remade:
         """Return x, with that of which it can be made."""
@@ -191,21 +191,7 @@ def add_lowrank(
     """
     if a.shape[-1] == 0:
         return of_y(product.y).astype(product.y.dtype)
-    h = checkpoint_name(contract(product, a).astype(product.x.dtype), "lora_h")
-    y, h = _in_turn(product.y, h)
+    y, h = in_turn(product.y, thin_product(product, a) if product.h is None else product.h)
     change, y = product.expand(h, b), of_y(y)
     wide = accumulator(y.dtype, change.dtype)
     return (y.astype(wide) + change.astype(wide)).astype(product.y.dtype)
-
-
-@jax.custom_jvp
-def _in_turn(y: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return both, h when y is there. Where a derivative needs h alone, XLA computes no y for it.
-
-    The derivative knows no order: on a tensor axis, sums of the gradients of y and h over devices are one reduction.
-    """
-    y, h = jax.lax.optimization_barrier((y, h))
-    return y, h
-
-
-_in_turn.defjvp(lambda primals, tangents: (_in_turn(*primals), tuple(tangents)), symbolic_zeros=True)

@@ -14,6 +14,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching, mlir
 
@@ -52,6 +53,11 @@ class Remade:
     def origin(self) -> "Remade | None":
         """Return this, if it can be made again."""
         return None if self.make is None else self
+
+
+def thin_product(product: Any, a: jax.Array) -> jax.Array:
+    """Return h = x @ A in x's dtype, by the name `lora_h`."""
+    return checkpoint_name(contract(product, a).astype(product.x.dtype), "lora_h")
 
 
 def contract(product: Any, a: jax.Array) -> jax.Array:

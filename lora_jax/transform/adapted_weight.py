@@ -33,6 +33,7 @@ class AdaptedWeight:
     fallback: Fallback = field(metadata={"static": True})  # asked before W' is formed; refuses by raising
     factor: jax.Array | None = None  # of all of it, which waits for the product: a scalar, or what is left of one
     x: Remade | None = None  # what the next operation multiplies it by, if a derivative can make that again
+    h: jax.Array | None = None  # x @ A of that operation, if it was taken with those of other weights
 
     @property
     def ndim(self) -> int:

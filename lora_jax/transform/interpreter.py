@@ -5,6 +5,7 @@ stand: whole scans, `custom_vjp` calls and nested jits among them, with the user
 built again around the same loop.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ from lora_jax.core.recent import Recent
 from lora_jax.transform.adapted_weight import AdaptedWeight
 from lora_jax.transform.control_flow import CALLS, OWN_CALLS, Call
 from lora_jax.transform.primitives import RULES, no_rule
-from lora_jax.transform.remakes import Remakes
+from lora_jax.transform.remakes import REMATS, Remakes
+from lora_jax.transform.together import Together
 
 CALLS_KEPT = 4096  # jits and loops of all shapes that one `lora_apply` has seen
 OWN_DERIVATIVE = "has a derivative rule of its own, which is stated for the whole weight"
@@ -32,12 +34,14 @@ class Interpreter:
 
     jitted_calls: Recent[tuple[JaxprEqn, Callable[..., Any]]] | None
     remakes: Remakes | None = None  # of what inputs of products are made again, if they are not kept
+    joins: bool = True  # whether weights that read the same x take their thin products together
 
     def evaluate(self, jaxpr: Jaxpr, consts: list[Any], args: Sequence[Any]) -> list[Any]:
         """Return the outputs of a jaxpr for these inputs; any input or output may be an `AdaptedWeight`."""
         env: dict[Var, Any] = {}
         last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, Literal)}
         origins = self.remakes.of(jaxpr) if self.remakes else {}
+        together = Together(jaxpr.eqns if self.joins else ())
         last_use |= {v: max(i, last_use.get(v, i)) for i, origin in origins.items() for v in origin.all_sources()}
         last_use |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, Literal)}
 
@@ -51,7 +55,7 @@ class Interpreter:
             with at_equation(eqn):
                 if any(isinstance(value, AdaptedWeight) for value in values):
                     values = origins[i].given(values, read) if i in origins else values
-                    out = self._with_adapted(eqn, values)
+                    out = self._with_adapted(eqn, together.given(i, values, env))
                 else:
                     out = bind(eqn, values)
             env.update(zip(eqn.outvars, out, strict=True))
@@ -79,7 +83,8 @@ class Interpreter:
         """Return the call under jit, the same for the same equation, which is kept so that its id is not used again."""
 
         def run(args: list[Any]) -> list[Any]:
-            return call(self._body, eqn, args)
+            inside = dataclasses.replace(self, joins=False) if eqn.primitive.name in REMATS else self
+            return call(inside._body, eqn, args)
 
         def jitted() -> tuple[JaxprEqn, Callable[..., Any]]:
             run.__name__ = run.__qualname__ = str(eqn.params.get("name", eqn.primitive.name))

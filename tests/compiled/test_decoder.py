@@ -110,11 +110,11 @@ def without_remat(setup):
 @pytest.mark.slow
 def test_what_is_thin_takes_less_memory_and_little_more_time(without_remat):
     floor, thin, inputs = without_remat
-    assert programs.temporary(thin) <= 1.04 * programs.temporary(floor)
-    assert programs.temporary(inputs) >= 1.08 * programs.temporary(floor)
-    assert programs.cycles(thin) <= 1.07 * programs.cycles(floor)
-    assert programs.cycles(inputs) <= 1.05 * programs.cycles(floor)
-    assert programs.sent(thin) == programs.sent(inputs)
+    assert programs.temporary(thin) <= 1.03 * programs.temporary(floor)
+    assert 1.04 * programs.temporary(floor) < programs.temporary(inputs) <= 1.07 * programs.temporary(floor)
+    assert programs.cycles(thin) <= 1.06 * programs.cycles(floor)
+    assert programs.cycles(inputs) <= 1.03 * programs.cycles(floor)  # q, k, v and gate, up read x together
+    assert abs(programs.sent(thin) - programs.sent(inputs)) <= 8  # scalars; as it was before products were joined
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 Convolutions and products of ragged groups are in `convolutions.py`.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,9 +41,9 @@ def multiply(
         return no_rule(eqn, *args, why=f"uses it with {axes}, but {made}")
     operation, arrays = Operation.of(eqn), (weight.x or Remade(x), *others)
     if not operand.shares_traces:
-        y = _product(reduce, operation, axes, operand, weight.value, *arrays)
-    elif any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((operand, weight.value, arrays))):
-        y = _traced_product(reduce, operation, axes, operand, weight.value, *arrays)
+        y = _product(reduce, operation, axes, operand, weight.value, weight.h, *arrays)
+    elif any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((operand, weight.value, weight.h, arrays))):
+        y = _traced_product(reduce, operation, axes, operand, weight.value, weight.h, *arrays)
     else:
         product, restore = reduce(operation, axes, weight.value, *arrays)
         y = restore(_compiled_apply(operand, product))
@@ -60,9 +61,10 @@ def frozen_product(product: Callable[[jax.Array], jax.Array], w: Any) -> jax.Arr
 
 
 def _product(
-    reduce: Reduce, operation: Operation, axes: KernelAxes, operand: Operand, w: Any, *arrays: Any
+    reduce: Reduce, operation: Operation, axes: KernelAxes, operand: Operand, w: Any, h: Any, *arrays: Any
 ) -> jax.Array:
     product, restore = reduce(operation, axes, w, *arrays)
+    product = product if h is None else dataclasses.replace(product, h=h)
     return restore(operand.apply(along(product, operand.axes)))
 
 
