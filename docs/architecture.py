@@ -106,7 +106,7 @@ _ROOMS = (
 _BELOW_CLI = tuple(room.name for room in _ROOMS)
 ROOMS: tuple[Room, ...] = (
     *_ROOMS,
-    Room("recipes", "Models from published folders, for the commands.", ("recipes",), _BELOW_CLI),
+    Room("recipes", "Published models, examples as tokens, training runs.", ("recipes",), _BELOW_CLI),
     Room("cli", "The command lora-jax.", ("cli",), (*_BELOW_CLI, "recipes", *FACADES)),
     Room(
         TOP,

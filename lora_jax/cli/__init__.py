@@ -1,8 +1,9 @@
-"""The command line `lora-jax`: adapters and published weights, without a model.
+"""The command line `lora-jax`: training of published models, and work on adapters and weights without a model.
 
 - `commands`: the entry point `main`. Start reading here.
 - `adapters`: the commands that take adapters.
 - `models`: the commands that take published weights.
+- `train`, `run_model`: the commands that run a model.
 - `folders`: folders of adapters in any form, and the key maps that name their modules.
 - `output`: tables, JSON, plots and progress bars.
 

@@ -1,4 +1,8 @@
-"""`lora-jax`: adapters and published weights from the command line, without a model.
+"""`lora-jax`: fine-tune published models, and work on adapters and weights, from the command line.
+
+lora-jax train SmolLM2-135M-Instruct examples.jsonl runs/first --bits 4
+lora-jax generate SmolLM2-135M-Instruct runs/first/peft "Who are you?"
+lora-jax eval SmolLM2-135M-Instruct runs/first/peft held_out.jsonl
 
 lora-jax inspect runs/sentiment/adapters --plot deltas.png
 lora-jax verify runs/sentiment/peft --base MiniLM-L6
@@ -30,7 +34,7 @@ try:
 except ImportError as error:
     sys.exit(f"error: {error.name} is not installed, which the command line needs: pip install 'lora_jax[cli]'")
 
-DESCRIPTION = """Adapters and published weights from the command line, without a model.
+DESCRIPTION = """Fine-tune published models, and work on adapters and published weights.
 
 Each command takes what it reads first and what it writes last. Its help, lora-jax COMMAND --help, has all options.
 It exits with 0; with 1 after a line that says what is wrong; with 2 for arguments that it does not have.
