@@ -10,7 +10,7 @@ import lora_jax as lora
 from lora_jax import KernelAxes, key_maps
 from lora_jax.adapters.dora import DoraAdapter
 from lora_jax.adapters.lora import LoraAdapter
-from lora_jax.key_maps import KeyMap, array, linear
+from lora_jax.key_maps import KeyMap, array, experts, linear
 
 LAYERS, D, HEADS, GROUPS, SIZE, HIDDEN, RANK = 2, 12, 3, 2, 4, 10, 2  # 1 / sqrt(SIZE) is exact
 ATTENTION, MLP = "model.layers.{}.self_attn", "model.layers.{}.mlp"
@@ -273,6 +273,18 @@ def test_values_alone_fit_a_shared_a(tmp_path):
     np.testing.assert_array_equal(shared[KV].a, a.T)
     assert not np.any(shared[KV].b[:, 0])
     np.testing.assert_array_equal(shared[KV].b[:, 1], b.T.reshape(RANK, GROUPS, SIZE))
+
+
+def test_an_a_that_experts_share_is_merged_into_each(tmp_path):
+    key_map = KeyMap(experts("up", "mlp.experts.up_proj"))
+    w, a, b = normal(0, 3, D, HIDDEN), normal(1, D, RANK), normal(2, RANK, 3, HIDDEN)
+    adapters = {"up": LoraAdapter(jnp.asarray(a), jnp.asarray(b), KernelAxes((), (1,), (0, 2)), 2.0)}
+    (tmp_path / "model").mkdir()
+    save_file({"mlp.experts.up_proj": w.swapaxes(1, 2).copy()}, tmp_path / "model" / "model.safetensors")
+    lora.merge_checkpoint(tmp_path / "model", adapters, tmp_path / "merged", key_map)
+    found = load_file(tmp_path / "merged" / "model.safetensors")["mlp.experts.up_proj"]
+    expected = w + 2 * np.einsum("dr,reh->edh", a, b)
+    np.testing.assert_allclose(found, expected.swapaxes(1, 2), rtol=1e-5, atol=1e-5)
 
 
 def test_three_modules_in_one_parameter():
