@@ -137,7 +137,7 @@ def _keras(path: str, name: str, axes: str) -> Iterator[Entry]:
 
 _KERAS_LAYER, _KERAS_BLOCK = "transformer_layer_{i}", "decoder_block_{i}"
 
-# Llama 2 and 3, Mistral, Qwen 2 and dense Qwen 3 of keras-hub, by the paths of their variables.
+# Llama 3, Mistral, Qwen 2 and dense Qwen 3 of keras-hub, by the paths of their variables.
 KERAS_LLAMA = KeyMap(
     embedding("token_embedding/embeddings", "model.embed_tokens"),
     linear("token_embedding/reverse_embeddings", "lm_head"),
