@@ -57,8 +57,10 @@ _ROOMS = (
         "Names and files of torch models.",
         (
             "interop.key_map",
+            "interop.entries",
             "interop.name_templates",
             "interop.architectures",
+            "interop.other_trees",
             "interop.safetensors_index",
             "interop._safetensors",
         ),

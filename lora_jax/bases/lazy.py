@@ -141,6 +141,11 @@ def _piece(
         raise LoraError(f"{match.path!r} is one of several parameters in {name!r}, {describe(tensor.like)}; {why}.")
     if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(dtype, jnp.floating):
         raise LoraError(f"{name!r} is {describe(tensor.like)}, but {match.path!r} has numbers of {jnp.dtype(dtype)}.")
+    if is_packed(tensor.like) and match.entry.moves_outputs:
+        raise LoraError(
+            f"{name!r} is {describe(tensor.like)}, and {match.path!r} has its outputs in another order or of another "
+            "size, which what is packed cannot be given: quantize the parameters themselves, lora.bases.quantize."
+        )
     if is_packed(tensor.like):
         return Stored(
             _as_parameter(match, index, dtype, tensor.like),

@@ -21,7 +21,8 @@ from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
 from lora_jax.core.text import count, printable, size
-from lora_jax.interop.key_map import Entry, KeyMap
+from lora_jax.interop.entries import Entry
+from lora_jax.interop.key_map import KeyMap
 from lora_jax.interop.merge_checkpoint import Tensors, merge_checkpoint, read_tensors
 from lora_jax.interop.model_config import model_facts
 from lora_jax.interop.name_templates import literal

@@ -10,7 +10,8 @@ The parameters are named as the modules of transformers: a path has "/" for each
 
 from collections.abc import Iterator
 
-from lora_jax.interop.key_map import Entry, KeyMap, array, conv, conv1d, embedding, experts, linear
+from lora_jax.interop.entries import Entry, array, conv, conv1d, embedding, experts, linear
+from lora_jax.interop.key_map import KeyMap
 
 
 def _dense(name: str, axes: str = "in out", bias: str = "out*") -> Iterator[Entry]:

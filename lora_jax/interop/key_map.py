@@ -10,7 +10,7 @@ An entry pairs the path of a parameter with the name of a module. A `{name}` sta
 The axes are those of the JAX array, in order: `in` and `out` are inputs and outputs of the product, `window` is the
 window of a convolution, and `in*` or `out*` stands for one axis or more, such as the heads of an attention and their
 size. A `{name}` that the module has and the path lacks is an axis: `"i in out"` is for layers that are stacked along
-the first axis.
+the first axis. `{k|v}` in the module's name, and `k|v` as an axis, is a parameter that holds these modules.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,108 +28,13 @@ from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
 from lora_jax.core.text import printable
-from lora_jax.interop.name_templates import NameTable, fill, placeholders
+from lora_jax.interop.entries import MODULE_KINDS, Entry
+from lora_jax.interop.name_templates import NameTable, choose, fill, placeholders
 
 Array = np.ndarray[Any, Any]
 
 
-class ModuleKind(NamedTuple):
-    """How torch stores the weight of one kind of module."""
-
-    axes: str  # the weight's axes in torch's order
-    suffix: str  # what the tensor's name has after the module's
-
-
-MODULE_KINDS = {
-    "linear": ModuleKind("out in", ".weight"),
-    "conv1d": ModuleKind("in out", ".weight"),  # transformers' Conv1D, of GPT-2
-    "embedding": ModuleKind("in out", ".weight"),
-    "conv": ModuleKind("out in window", ".weight"),
-    "experts": ModuleKind("expert out in", ""),  # one parameter for all experts
-    "experts_transposed": ModuleKind("expert in out", ""),
-    "array": ModuleKind("keep out", ""),
-}
 _FLATTENED = ("in", "out")  # torch has a single axis where we have several of these in a row
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of a key map. Made by `linear`, `embedding`, `conv`, `conv1d`, `experts` or `array`."""
-
-    path: str  # of the parameter, such as "layer_{i}/query/kernel"
-    name: str  # of the module, such as "encoder.layer.{i}.attention.self.query"; of arrays and experts, of the tensor
-    axes: str  # a word for each axis of the JAX array
-    kind: str  # of the module, a key of MODULE_KINDS
-    part: int | None = None  # which part of the module's outputs it is, if torch joins several parameters in one module
-
-    def __post_init__(self) -> None:
-        words, known = self.axes.split(), placeholders(self.path)
-        unknown = [name for name in placeholders(self.name) if name not in known and name not in words]
-        unknown += [name for i, name in enumerate(known) if name in known[:i]]  # which of the two numbers it would be
-        plain = [word.removesuffix("*") for word in words]
-        foreign = [w for w in plain if w not in ("in", "out", "window", "expert", "keep", *placeholders(self.name))]
-        if not words or sum(word.endswith("*") for word in words) > 1 or unknown or foreign:
-            found = f"unknown are {', '.join([*unknown, *foreign])}" if unknown or foreign else "one * at most"
-            raise LoraError(
-                f"the axes {self.axes!r} of {self.path!r} for {self.name!r}: {found}. Expected words such as 'in out', "
-                "with a {name} of the module that is not in the path as an axis."
-            )
-
-    @property
-    def suffix(self) -> str:
-        """Return what the name of the weight has after that of the module."""
-        return MODULE_KINDS[self.kind].suffix
-
-    @property
-    def is_of_experts(self) -> bool:
-        """Return whether torch keeps the weights of all experts in one parameter."""
-        return self.kind.startswith("experts")
-
-    def words(self, ndim: int) -> tuple[str, ...] | None:
-        """Return a word for each of `ndim` axes, or None if there cannot be that many."""
-        words = self.axes.split()
-        more = ndim - len(words)
-        starred = next((i for i, word in enumerate(words) if word.endswith("*")), None)
-        if more < 0 or (more and starred is None):
-            return None
-        if starred is not None:
-            words[starred : starred + 1] = [words[starred][:-1]] * (more + 1)
-        return tuple(words)
-
-
-def linear(path: str, name: str, axes: str = "in out", part: int | None = None) -> Entry:
-    """Describe a weight of `torch.nn.Linear`, which torch keeps as [out, in]."""
-    return Entry(path, name, axes, "linear", part)
-
-
-def conv1d(path: str, name: str, axes: str = "in out", part: int | None = None) -> Entry:
-    """Describe a weight of transformers' `Conv1D`, kept as [in, out] (GPT-2)."""
-    return Entry(path, name, axes, "conv1d", part)
-
-
-def embedding(path: str, name: str, axes: str = "in out") -> Entry:
-    """Describe a table of `torch.nn.Embedding`, [entries, features] in JAX and in torch."""
-    return Entry(path, name, axes, "embedding")
-
-
-def conv(path: str, name: str, axes: str = "window* in out") -> Entry:
-    """Describe a kernel of a convolution, [out, in, *window] in torch."""
-    return Entry(path, name, axes, "conv")
-
-
-def experts(
-    path: str, name: str, axes: str = "expert in out", part: int | None = None, transposed: bool = False
-) -> Entry:
-    """Describe one parameter for all experts, [experts, out, in] in torch, or [experts, in, out] if transposed."""
-    return Entry(path, name, axes, "experts_transposed" if transposed else "experts", part)
-
-
-def array(path: str, name: str, axes: str = "out*", part: int | None = None) -> Entry:
-    """Describe an array that has no factors, such as a bias or a scale.
-
-    `name` is that of the tensor; the axes "keep*" keep its shape as it is.
-    """
-    return Entry(path, name, axes, "array", part)
 
 
 class KeyMap:
@@ -151,15 +55,25 @@ class KeyMap:
         """Return the key map for the same model inside another one: all paths and names get these prefixes."""
         return KeyMap(*(dataclasses.replace(e, path=path + e.path, name=name + e.name) for e in self.entries))
 
-    def stacked(self, placeholder: str = "i") -> "KeyMap":
-        """Return the key map for layers that are stacked along a first axis: `layers/{i}/kernel` is `layers/kernel`."""
+    def stacked(self, placeholder: str = "i", axis: int = 0) -> "KeyMap":
+        """Return the key map for layers that are stacked along an axis: `layers/{i}/kernel` is `layers/kernel`.
+
+        Raises:
+            LoraError: an entry has `in*` or `out*` before that axis, which would not say where it is.
+        """
         mark = "{" + placeholder + "}"
 
         def change(entry: Entry) -> Entry:
             if placeholder not in placeholders(entry.path):
                 return entry
             path = re.sub(rf"/{re.escape(mark)}(?=/|$)|[_.]?(?<!{{){re.escape(mark)}", "", entry.path)
-            return dataclasses.replace(entry, path=path, axes=f"{placeholder} {entry.axes}")
+            before, after = entry.axes.split()[:axis], entry.axes.split()[axis:]
+            if axis < 0 or len(before) < axis or any(word.endswith("*") for word in before):
+                raise LoraError(
+                    f"stacked(axis={axis}): {entry.path!r} has the axes {entry.axes!r}, which do not say where that "
+                    "is; write a word for each axis before it."
+                )
+            return dataclasses.replace(entry, path=path, axes=" ".join([*before, placeholder, *after]))
 
         return KeyMap(*map(change, self.entries))
 
@@ -210,9 +124,15 @@ class KeyMap:
             )
         indices = placeholders(entry.name)
         unstacked = tuple(i for i, word in enumerate(words) if word in indices)
+        for i in unstacked:
+            if "|" in words[i] and shape[i] != len(words[i].split("|")):
+                raise LoraError(
+                    f"{path!r} has shape {list(shape)}, but the key map says that its axis {i} holds the modules "
+                    f"{words[i]!r}: mend that entry."
+                )
         names = {}
         for index in itertools.product(*(range(shape[i]) for i in unstacked)):
-            own = {words[i]: str(n) for i, n in zip(unstacked, index, strict=True)}
+            own = {words[i]: choose(words[i], n) for i, n in zip(unstacked, index, strict=True)}
             names[index] = fill(entry.name, numbers | own)
         return ParameterMatch(path, shape, entry, order, words, unstacked, names)
 
@@ -300,7 +220,7 @@ class ParameterMatch(NamedTuple):
         a = a.transpose(*range(e), *(e + 1 + np.argsort(inputs)), e)
         b = b.reshape(b.shape[0], rank, *experts)[start : start + n]
         b = b.transpose(*range(2, 2 + e), 1, 0)
-        return a, b.reshape(*experts, rank, *self.sizes_of("out"))
+        return a, self.in_our_order(b.reshape(*experts, rank, *self.sizes_of("out")))
 
     def factors_to_torch(self, a: Array, b: Array) -> tuple[Array, Array]:
         """Convert A and B of one module to torch's A [r, in] and B [out, r], the inverse of `factors_from_torch`."""
@@ -310,6 +230,7 @@ class ParameterMatch(NamedTuple):
         positions = np.argsort(np.argsort(inputs))  # of each of torch's inputs among ours
         a = a.transpose(*range(e), a.ndim - 1, *(e + positions))
         a = a.reshape(-1, *_flattened([words[i] for i in inputs], [sizes[i] for i in inputs]))
+        b = self.in_torch_order(b)
         b = b.reshape(*b.shape[:e], rank, -1).transpose(e + 1, e, *range(e)).reshape(self.outputs, -1)
         return a, b.reshape(*b.shape, *(1 for word in words if word == "window"))
 
@@ -328,6 +249,7 @@ class ParameterMatch(NamedTuple):
     def to_torch(self, ours: Array) -> Array:
         """Convert one module's part of the parameter to its torch tensor, or to this parameter's outputs of that."""
         words, _ = self.module_axes()
+        ours = self.in_torch_size(self.in_torch_order(ours, _last_output(words)))
         moved = ours.transpose(order := _order(words, self.entry.kind))
         return moved.reshape(_flattened([words[i] for i in order], moved.shape))
 
@@ -346,7 +268,24 @@ class ParameterMatch(NamedTuple):
                 f"{printable(self.tensors()[index])} has shape {list(tensor.shape)}, but {self.path!r} of shape "
                 f"{list(self.shape)} needs {list(expected)}: another model, or another key map."
             )
-        return tensor.reshape(moved).transpose(np.argsort(order))
+        ours = tensor.reshape(moved).transpose(np.argsort(order))
+        return self.in_our_size(self.in_our_order(ours, _last_output(words)))
+
+    def in_our_order(self, array: Array, axis: int = -1) -> Array:
+        """Return an array whose axis of a head's size is in torch's order in our order."""
+        return _taken(array, np.argsort(_halves(array.shape[axis])), axis) if self.entry.interleaved else array
+
+    def in_torch_order(self, array: Array, axis: int = -1) -> Array:
+        """Return an array whose axis of a head's size is in our order in torch's order."""
+        return _taken(array, _halves(array.shape[axis]), axis) if self.entry.interleaved else array
+
+    def in_our_size(self, array: Array) -> Array:
+        """Return torch's numbers times the entry's factor."""
+        return array if self.entry.factor == 1 else _times(array, self.entry.factor_of(self.sizes_of("out")[-1]))
+
+    def in_torch_size(self, array: Array) -> Array:
+        """Return our numbers without the entry's factor."""
+        return array if self.entry.factor == 1 else _times(array, self.entry.factor_of(self.sizes_of("out")[-1], True))
 
 
 def parts_by_tensor(matches: Mapping[str, ParameterMatch]) -> dict[str, list[ParameterMatch]]:
@@ -381,6 +320,28 @@ def parameter_parts(
                 part = match.from_torch(match.outputs_of(tensors[name], offsets[path]), index)
                 found.setdefault(path, {})[index] = part
     return found
+
+
+def _last_output(words: Sequence[str]) -> int:
+    """Return the last axis of outputs, or the last one of all if there is none."""
+    return max((i for i, word in enumerate(words) if word == "out"), default=-1)
+
+
+def _halves(size: int) -> list[int]:
+    """Return where the entries of two halves are among pairs: the even ones, and then the odd ones."""
+    return [*range(0, size, 2), *range(1, size, 2)]
+
+
+def _taken(array: Array, order: Any, axis: int) -> Array:
+    """Return the entries of one axis in this order."""
+    where: list[Any] = [slice(None)] * (axis % array.ndim)
+    return array[(*where, np.asarray(order))]
+
+
+def _times(array: Array, factor: float) -> Array:
+    """Return the product, in fp32 or wider and then rounded once to the array's dtype."""
+    wide = np.dtype(np.float64 if array.dtype == np.float64 else np.float32)
+    return (array.astype(wide) * np.asarray(factor, wide)).astype(array.dtype)
 
 
 def _order(words: Sequence[str], kind: str) -> list[int]:

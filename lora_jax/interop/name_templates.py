@@ -1,13 +1,13 @@
 """Names with placeholders, such as "layers.{i}.query", which stands for the names of all layers.
 
-A `{word}` stands for a number. Braces themselves are written twice, `{{` and `}}`; single ones with anything else than
-a word between them stand for themselves.
+A `{word}` stands for a number, and `{k|v}` for one of these words. Braces themselves are written twice, `{{` and `}}`;
+single ones with anything else between them stand for themselves.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 
-_TOKEN = re.compile(r"{{|}}|{(\w+)}")
+_TOKEN = re.compile(r"{{|}}|{(\w+(?:\|\w+)*)}")
 
 
 def literal(text: str) -> str:
@@ -49,6 +49,15 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     'layers.7.query'
     """
     return "".join(values[part] if i % 2 else part for i, part in enumerate(split(template)))
+
+
+def choose(word: str, number: int) -> str:
+    """Return what a placeholder is at an index: the number, or that one of its words.
+
+    >>> choose("i", 1), choose("k|v", 1)
+    ('1', 'v')
+    """
+    return word.split("|")[number] if "|" in word else str(number)
 
 
 class NameTable:

@@ -17,7 +17,8 @@ from lora_jax.adapters.token_rows import RowsAdapter
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import flatten_with_names
-from lora_jax.interop.key_map import MODULE_KINDS, Array, KeyMap, parts_by_tensor
+from lora_jax.interop.entries import MODULE_KINDS
+from lora_jax.interop.key_map import Array, KeyMap, parts_by_tensor
 from lora_jax.interop.peft.formats.registry import LORA
 from lora_jax.interop.peft.full_weights import joined
 from lora_jax.interop.peft.load import read_by_module

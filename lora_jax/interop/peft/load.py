@@ -17,7 +17,8 @@ from lora_jax.core.layout import of_weight
 from lora_jax.core.paths import nearest
 from lora_jax.core.targets import Plan
 from lora_jax.core.text import listed
-from lora_jax.interop.key_map import Array, Entry, KeyMap, ParameterMatch
+from lora_jax.interop.entries import Entry
+from lora_jax.interop.key_map import Array, KeyMap, ParameterMatch
 from lora_jax.interop.name_templates import literal
 from lora_jax.interop.peft.adapter_axes import with_axes
 from lora_jax.interop.peft.biases import adapters_of_biases

@@ -13,7 +13,8 @@ import numpy as np
 
 from lora_jax.core.errors import LoraError, short
 from lora_jax.core.targets import Plan
-from lora_jax.interop.key_map import Array, Entry, KeyMap, ParameterMatch
+from lora_jax.interop.entries import Entry
+from lora_jax.interop.key_map import Array, KeyMap, ParameterMatch
 from lora_jax.interop.peft.contents import Contents
 from lora_jax.interop.peft.formats.format import Module
 from lora_jax.interop.peft.parameters import shapes_of

@@ -90,7 +90,7 @@ class Format(abc.ABC):
     peft_type: ClassVar[str]  # in the config
     adapter: ClassVar[type[Adapter]]
     module_kinds: ClassVar[tuple[str, ...]]  # of a key map: the modules that PEFT has this kind for
-    joins_parts: ClassVar[bool] = True  # several parameters of ours can be the outputs of one module
+    joins_parts: ClassVar[bool] = True  # several parameters, or outputs in another order, can be those of one module
     is_lora: ClassVar[bool] = True  # an adapter of this kind is a LoRA in another form
     is_low_rank: ClassVar[bool] = False  # W' is W + s B A of its arrays a and b, with rows of length m if it has an m
 
@@ -251,7 +251,8 @@ class Format(abc.ABC):
 
     def is_for(self, match: ParameterMatch) -> bool:
         """Return whether PEFT has this kind for a module."""
-        return match.entry.kind in self.module_kinds and (self.joins_parts or match.entry.part is None)
+        is_whole = match.entry.part is None and not match.entry.moves_outputs
+        return match.entry.kind in self.module_kinds and (self.joins_parts or is_whole)
 
     def check_module(self, match: ParameterMatch) -> None:
         """Raise if a module's tensors cannot be of this kind."""
@@ -278,7 +279,9 @@ class Format(abc.ABC):
                 part = vector[start : start + match.outputs]
                 if len(part) != match.outputs or (match.entry.part is None and len(vector) != len(part)):
                     raise does_not_fit(match, {name: arrays[name]})
-                ours[name] = part.reshape(match.sizes_of("out"))
+                ours[name] = match.in_our_size(match.in_our_order(part.reshape(match.sizes_of("out"))))
+        if self.scaled in ours:
+            ours[self.scaled] = match.in_our_size(ours[self.scaled])
         return ours
 
     def as_factor(self, match: ParameterMatch, a: Array) -> Array:
@@ -290,8 +293,14 @@ class Format(abc.ABC):
         arrays = {}
         for a, b in self.pairs:
             arrays[a], arrays[b] = match.factors_to_torch(ours[a], ours[b])
-        vectors = [name for name, layout in self.adapter.layout.items() if layout in (OF_RANK, OF_OUTPUTS)]
-        return arrays | {name: ours[name].reshape(-1) for name in vectors}
+        for name, layout in self.adapter.layout.items():
+            if layout == OF_RANK:
+                arrays[name] = ours[name].reshape(-1)
+            elif layout == OF_OUTPUTS:
+                arrays[name] = match.in_torch_size(match.in_torch_order(ours[name])).reshape(-1)
+        if self.scaled in arrays:
+            arrays[self.scaled] = match.in_torch_size(arrays[self.scaled])
+        return arrays
 
     # Adapters ---------------------------------------------------------------------------------------------------------
 
