@@ -488,13 +488,15 @@ def test_a_loss_that_is_too_large_for_a_perplexity(places, monkeypatch, capsys):
 
 
 def test_adapters_that_could_not_be_saved_are_said_before_anything_is_read(places, tmp_path, capsys):
-    """PEFT has no DoRA of experts."""
+    """PEFT has no DoRA of experts, and one rank for the LoKr of all of them."""
     facts = facts_of("qwen3_moe", vocab_size=272, eos_token_id=[264])
     write(tmp_path / "model", facts, {})
     make_folder(tmp_path / "model", "chatml")
     args = [str(tmp_path / "model"), str(tmp_path / "there_is_none.jsonl"), str(tmp_path / "out"), *FLAGS]
     assert cli.main(["train", *args, "--kind", "dora"]) == 1
     assert "experts/down_proj/kernel' is of DORA; PEFT has it for modules" in capsys.readouterr().err
+    assert cli.main(["train", *args, "--kind", "lokr"]) == 1
+    assert "PEFT has one for all" in capsys.readouterr().err
     assert cli.main(["train", *args]) == 1
     assert "there_is_none.jsonl cannot be read" in capsys.readouterr().err
 
