@@ -358,6 +358,7 @@ def test_help(command, capsys, monkeypatch):
     assert "PATH" not in out  # but BASE, ADAPTERS and OUTPUT
     taken = {"merge": "BASE ADAPTERS OUTPUT", "convert": "ADAPTERS OUTPUT", "plan": "BASE"}
     taken |= {"compose": "FOLDER:WEIGHT ... OUTPUT", "diff": "BASE TUNED [OUTPUT]"}
+    taken |= {"train": "BASE DATA OUTPUT", "generate": "BASE [ADAPTERS] PROMPT", "eval": "BASE [ADAPTERS] DATA"}
     usage = re.escape(taken.get(command, "ADAPTERS"))
     assert re.search(rf"\] {usage}( \[?--.*)?$", out.splitlines()[0])
     assert "--key-map" not in out or all(name in out for name in KNOWN)

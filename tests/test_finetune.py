@@ -1,11 +1,13 @@
 """A training run of `lora.recipes`, and the commands `train`, `generate` and `eval`, on a tiny random model."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from chat_templates import make_folder
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from test_recipes_models import facts_of, tensors_of, write
 
 import lora_jax as lora
 from lora_jax import cli
-from lora_jax.recipes import objectives, options, records, training_run
+from lora_jax.cli import commands
+from lora_jax.recipes import objectives, options, packing, records, training_run
 from lora_jax.recipes.held_out import write_samples
 from lora_jax.recipes.tokens import Tokenized, TokenizedPairs
 from lora_jax.recipes.training_run import prepare
@@ -107,6 +112,19 @@ def test_the_loss_is_that_of_answers_alone(model, chats):
     assert found == pytest.approx(total / count, rel=1e-5)
 
 
+def test_the_log_has_the_rates_of_the_formula_and_all_examples_once_an_epoch(whole_run):
+    whole, train, held_out = whole_run
+    up = round(SMALL.warmup * whole.steps)
+    expected = {
+        n: SMALL.lr * (n / (up + 1) if n <= up else (1 + math.cos(math.pi * (n - 1 - up) / (whole.steps - up))) / 2)
+        for n in range(1, whole.steps + 1)
+    }
+    assert losses(whole, "lr") == pytest.approx(expected, rel=1e-5)
+    assert sum(losses(whole, "tokens").values()) == SMALL.epochs * train.lengths.sum()
+    sides = [{tuple(data.ids[a:b]) for a, b in itertools.pairwise(data.starts)} for data in (train, held_out)]
+    assert not sides[0] & sides[1]
+
+
 class Broken(training_run.Reporter):
     """Breaks a run off after a step, as a process that is killed does."""
 
@@ -174,6 +192,51 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_is_saved(model, c
         lora.recipes.finetune(broken, chats, None, tmp_path, SMALL)
 
 
+@pytest.mark.slow
+def test_other_held_out_examples_are_refused(whole_run, model, chats, tmp_path):
+    """The best adapters are chosen by them, among checkpoints that were measured with the first ones."""
+    _, train, held_out = whole_run
+    short = dataclasses.replace(SMALL, max_steps=1)
+    lora.recipes.finetune(model, train, held_out, tmp_path, short)
+    with pytest.raises(lora.LoraError, match="was begun with other held-out examples"):
+        lora.recipes.finetune(model, train, train, tmp_path, short)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rank": "eight"}, "rank is 'eight', expected a whole number"),
+        ({"epochs": 1.5}, "epochs is 1.5, expected a whole number"),
+        ({"lr": True}, "lr is True, expected a number"),
+        ({"skip_bad": "no"}, "skip_bad is 'no', expected true or false"),
+        ({"kind": "lora2"}, "kind is 'lora2', expected one of lora, rslora"),
+        ({"bits": 5}, "bits is 5, expected one of 4, 8, 16"),
+        ({"targets": None}, "targets is None, expected text"),
+    ],
+)
+def test_options_of_another_type(changes, said):
+    with pytest.raises(lora.LoraError, match=said):
+        dataclasses.replace(SMALL, **changes).check()
+
+
+def test_epochs_that_are_never_reached_are_not_packed(model, chats, monkeypatch):
+    packed, pack = [], packing.pack
+    monkeypatch.setattr(packing, "pack", lambda *args: packed.append(args[3]) or pack(*args))
+    batches = training_run.make_batches(chats, SMALL, None, 10**9)
+    assert training_run._steps(batches, dataclasses.replace(SMALL, epochs=10**9, max_steps=5)) == 5
+    assert max(packed) < 5
+
+
+def test_a_step_exchanges_no_numbers_between_processes(model, chats, monkeypatch):
+    """It would wait for the step before: a process is told how many rows the whole batch has."""
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    sharding = NamedSharding(mesh, P("data"))
+    monkeypatch.setattr("lora_jax.sharding.batches._check_equal_over_processes", None)
+    batch = next(training_run.make_batches(chats, SMALL, sharding))
+    placed = training_run._placed(batch, sharding, training_run._rows(chats, SMALL))
+    np.testing.assert_array_equal(placed["ids"], batch["ids"])
+
+
 def test_too_little_memory_is_said_before_training(model, chats, tmp_path, monkeypatch):
     monkeypatch.setattr("lora_jax.recipes.memory.free_bytes", lambda: 1000)
     with pytest.raises(lora.LoraError, match=r"a step takes .*B beside what is there, and 1\.0 kB are free"):
@@ -199,8 +262,9 @@ def test_two_processes_train_as_one(whole_run, places, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found = {line["step"]: line["loss"] for line in records.read_log(tmp_path / "run" / "log.jsonl") if "loss" in line}
-    assert found == pytest.approx(losses(whole), rel=1e-4)
+    lines = [line for line in records.read_log(tmp_path / "run" / "log.jsonl") if "loss" in line]
+    assert {line["step"]: line["loss"] for line in lines} == pytest.approx(losses(whole), rel=1e-4)
+    assert {line["step"]: line["tokens"] for line in lines} == losses(whole, "tokens"), "of both processes"
     assert (tmp_path / "run" / "peft" / "adapter_model.safetensors").exists()
 
 
@@ -221,6 +285,41 @@ def test_preferences_are_learned_in_parts_and_over_a_mesh(places, pairs, model, 
     mesh = lora.recipes.finetune(placed, train, held_out, tmp_path / "mesh", over)
     for other in (parts, mesh):
         assert losses(other) == pytest.approx(losses(one), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_loss_of_dpo_is_that_of_the_paper_with_two_models(model, pairs):
+    """Rafailov et al. 2023, equation 7, of one pair after another; the policy has the adapters in its weights."""
+    noise = np.random.default_rng(0)
+    adapters = lora.init(jax.random.key(0), model.params, model.plan(lora.Lora(4, 8)))
+    adapters = jax.tree.map(lambda a: a + 0.3 * jnp.asarray(noise.normal(size=a.shape), a.dtype), adapters)
+    merged = lora.merge(model.params, adapters)
+    logits = jax.jit(model.logits)
+
+    def log_prob(params, data, n):
+        ids, learned = (a[data.starts[n] : data.starts[n + 1]] for a in (data.ids, data.learned))
+        padded = np.zeros((1, 32), np.int32)  # what comes after changes nothing
+        padded[0, : len(ids)] = ids
+        logp = np.asarray(jax.nn.log_softmax(logits(params, padded)))[0]
+        return logp[np.arange(len(ids) - 1), ids[1:]][learned[1:]].sum()
+
+    some, expected = pairs.select(range(10)), []
+    for n in range(len(some)):
+        ratios = [log_prob(merged, side, n) - log_prob(model.params, side, n) for side in (some.chosen, some.rejected)]
+        expected.append(math.log1p(math.exp(-0.1 * (ratios[0] - ratios[1]))))
+    assert np.ptp(expected) > 1e-3
+    batches = training_run.make_batches(some, SMALL, None)
+    found = lora.recipes.evaluate(objectives.preference_loss(model), adapters, model.params, batches)
+    assert found == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(1, 1), (7, 1), (8, 8)])
+def test_rows_that_pairs_cannot_share(rows, parts, model, pairs):
+    own = dataclasses.replace(SMALL, batch_tokens=rows * 32, microbatches=parts)
+    with pytest.raises(
+        lora.LoraError, match=f"the two answers of pairs.*give batch_tokens={max(rows + 1, 2 * parts) * 32}"
+    ):
+        prepare(model, pairs, own)
 
 
 def test_a_step_of_dpo_has_one_copy_of_the_base(model, pairs):
@@ -366,6 +465,42 @@ def test_the_commands_of_the_page(places, tmp_path, monkeypatch):
             assert cli.main([command, *arguments, *begun, *tiny[command]]) == 0, (command, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["", "--raw"], "the prompt has no tokens"),
+        (["a", "--temperature", "nan"], "temperature=nan"),
+        (["a\ud800"], "half of a surrogate pair"),
+        (["a", "--seed", str(2**70)], "seed is 1180591620717411303424, expected a whole number from 0"),
+        (["a", "--count", str(10**12)], "count=1000000000000"),
+    ],
+)
+def test_prompts_and_settings_that_cannot_be(arguments, said, places, capsys):
+    assert cli.main(["generate", str(places / "model"), *arguments]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_loss_that_is_too_large_for_a_perplexity(places, monkeypatch, capsys):
+    monkeypatch.setattr(lora.recipes, "evaluate", lambda *_: 1000.0)
+    args = [str(places / "model"), str(places / "chats.jsonl"), "--max-length", "32"]
+    assert cli.main(["eval", *args]) == 0
+    assert "Loss 1000.0000, perplexity inf" in capsys.readouterr().out
+
+
+def test_adapters_that_could_not_be_saved_are_said_before_anything_is_read(places, tmp_path, capsys):
+    """PEFT has no DoRA of experts, and one rank for the LoKr of all of them."""
+    facts = facts_of("qwen3_moe", vocab_size=272, eos_token_id=[264])
+    write(tmp_path / "model", facts, {})
+    make_folder(tmp_path / "model", "chatml")
+    args = [str(tmp_path / "model"), str(tmp_path / "there_is_none.jsonl"), str(tmp_path / "out"), *FLAGS]
+    assert cli.main(["train", *args, "--kind", "dora"]) == 1
+    assert "experts/down_proj/kernel' is of DORA; PEFT has it for modules" in capsys.readouterr().err
+    assert cli.main(["train", *args, "--kind", "lokr"]) == 1
+    assert "PEFT has one for all" in capsys.readouterr().err
+    assert cli.main(["train", *args]) == 1
+    assert "there_is_none.jsonl cannot be read" in capsys.readouterr().err
+
+
 def test_resume(trained, places, capsys):
     args = [*command(places, trained), *FLAGS]
     assert cli.main(args) == 1
@@ -373,8 +508,74 @@ def test_resume(trained, places, capsys):
     assert cli.main([*args, "--resume", "--lr", "2e-2"]) == 1
     assert "lr was 0.01, now 0.02" in capsys.readouterr().err
     before = (trained / "log.jsonl").read_text()
-    assert cli.main([*args, "--resume", "--merged"]) == 1, "merged is there"
+    assert cli.main([*args, "--resume", "--merged"]) == 0, "a scheduler may give the same command again"
     assert (trained / "log.jsonl").read_text() == before
+
+
+def test_a_folder_of_a_run_that_never_began_is_taken_again(places, tmp_path, capsys):
+    """An error before the first step leaves the settings alone, which may be what was wrong."""
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    out = tmp_path / "out"
+    assert cli.main(["train", str(places / "model"), str(tmp_path / "bad.jsonl"), str(out), *FLAGS]) == 1
+    assert cli.main([*command(places, out), *FLAGS, "--targets", "nothing"]) == 1
+    assert "the pattern 'nothing' matches no parameter" in capsys.readouterr().err
+    assert records.read_config(out / "config.toml")["targets"] == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rank = 3", "has no training run"),
+        ('date = "3"', "date is '3', expected the day"),
+        ("rank = [1]", "rank is [1]"),
+    ],
+)
+def test_a_config_of_ones_own_in_the_output_folder_is_no_run(text, said, places, tmp_path, capsys):
+    (tmp_path / "config.toml").write_text(text)
+    assert cli.main([*command(places, tmp_path), *FLAGS, "--resume"]) == 1
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "config.toml").read_text() == text
+
+
+def test_a_config_may_hold_text_that_begins_with_a_hyphen(tmp_path):
+    (tmp_path / "own.toml").write_text('targets = "-x"')
+    assert commands.with_config(["train", "M", "D", "O", "--config", str(tmp_path / "own.toml")])[-1] == "--targets=-x"
+
+
+def test_settings_of_any_text_are_read_as_they_were_written(tmp_path):
+    """A run with an emoji in a path has to find its own settings again."""
+    places = dict.fromkeys(("model", "data", "output", "eval_data"), '\U0001f600 "\\\x7f\t\u00e9')
+    records.write_config(tmp_path / "config.toml", SMALL, places)
+    assert records.read_config(tmp_path / "config.toml") == {**places, **dataclasses.asdict(SMALL)}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('rank = "eight"', "rank is 'eight', expected a whole number"),
+        ("rank = true", "rank is True, expected a whole number"),
+        ("epochs = 1.5", "epochs is 1.5, expected a whole number"),
+        ('skip_bad = "yes"', "skip_bad is 'yes', expected true or false"),
+        ("merged = 1", "merged is 1, expected true or false"),
+        ("eval_data = 3", "eval_data is 3, expected text"),
+        ('lr = "fast"', "lr is 'fast', expected a number"),
+    ],
+)
+def test_settings_of_another_type_in_a_file(line, said, tmp_path):
+    """They are errors even where the command line says something else."""
+    (tmp_path / "own.toml").write_text(line)
+    with pytest.raises(lora.LoraError, match=f"own.toml: {re.escape(said)}"):
+        records.read_config(tmp_path / "own.toml")
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_tokenizer_that_does_not_fit_is_said_before_examples_are_read(command, places, tmp_path, capsys):
+    shutil.copytree(places / "model", tmp_path / "model")
+    facts = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(facts | {"vocab_size": 100}))
+    data = [str(tmp_path / "there_is_none.jsonl"), *([str(tmp_path / "out")] if command == "train" else [])]
+    assert cli.main([command, str(tmp_path / "model"), *data, "--max-length", "32"]) == 1
+    assert "does not fit the model: its last token" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from lora_jax.recipes.training_run import Data, make_batches, make_loss
 
 Rest = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ADAPTERS] PROMPT")]
 RestData = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ADAPTERS] DATA")]
+MOST_EXPONENT = 709.0  # of e in fp64
 Bits = Literal[4, 8, 16]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -56,6 +57,8 @@ def generate(
         dtype: of what is computed; auto is that of the files.
     """
     adapters, text = _one_or_two(prompt, "a prompt")
+    if not 0 <= seed < 2**32:
+        raise LoraError(f"seed is {seed}, expected a whole number from 0 to below 2**32.")
     tokenizer = recipes.Tokenizer.load(model)
     loaded = load(model, recipes.Options(bits=bits, dtype=dtype))
     tokenizer.check(loaded.config.vocabulary)
@@ -64,6 +67,8 @@ def generate(
         conversation = Conversation((*messages, {"role": "user", "content": text}))
         text = chat.prompt(conversation, tokenizer.template())
     ids = tokenizer.encode(text, special=raw or not tokenizer.templates).ids
+    if not ids:
+        raise LoraError("the prompt has no tokens: give some text, or leave out --raw.")
     ends, key = tokenizer.eos_ids or loaded.config.eos, jax.random.key(seed)
     [answer] = loaded.generate(
         [ids], _adapters(adapters, loaded), count=count, temperature=temperature, top_p=top_p, key=key, eos=ends
@@ -105,9 +110,9 @@ def evaluate(
     options.check()
     adapters, file = _one_or_two(data, "a file of examples")
     tokenizer = recipes.Tokenizer.load(model)
+    tokenizer.check(recipes.read_config(model).vocabulary)
     tokens = read_tokens(Path(file), tokenizer, options, lambda lines: None if json else show(lines))
     loaded = load(model, options)
-    tokenizer.check(loaded.config.vocabulary)
     loss = jax.jit(make_loss(loaded, tokens, options))
     found = recipes.evaluate(loss, _adapters(adapters, loaded), loaded.params, make_batches(tokens, options, None))
     if json:
@@ -115,8 +120,12 @@ def evaluate(
     elif isinstance(tokens, TokenizedPairs):
         say(f"Loss {found:.4f} of {len(tokens):,} pairs; without adapters it is {math.log(2):.4f}.")
     else:
-        say(f"Loss {found:.4f}, perplexity {math.exp(found):.2f}, of {len(tokens):,} examples.")
+        say(f"Loss {found:.4f}, perplexity {_exp(found):.2f}, of {len(tokens):,} examples.")
     return 0
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < MOST_EXPONENT else math.inf
 
 
 def _one_or_two(given: tuple[str, ...], what: str) -> tuple[str | None, str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -20,11 +21,12 @@ from lora_jax.cli.output import say
 from lora_jax.cli.run_model import load, read_tokens
 from lora_jax.core.errors import LoraError
 from lora_jax.core.text import size
+from lora_jax.initialization.init import init
 from lora_jax.interop.merge_checkpoint import merge_checkpoint
 from lora_jax.interop.peft.save import save_peft
 from lora_jax.recipes import records
 from lora_jax.recipes.compile_for import compile_for as compiled
-from lora_jax.recipes.options import make_mesh
+from lora_jax.recipes.options import make_mesh, rules
 from lora_jax.recipes.training_run import Data, Prepared, Reporter, Result, prepare
 
 Examples = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
@@ -79,9 +81,10 @@ def train(
     places = {"model": str(model), "data": str(data), "output": str(output), "eval_data": str(eval_data or "")}
     now = datetime.now() if dry_run else _begin(output, options, places, resume)
     mesh, tokenizer = make_mesh(options), recipes.Tokenizer.load(model, now)
+    tokenizer.check(recipes.read_config(model).vocabulary)
+    _check_adapters(model, options)
     tokens, held_out = _read(data, eval_data, tokenizer, options)
     loaded = load(model, options, mesh)
-    tokenizer.check(loaded.config.vocabulary)
     if dry_run:
         _Console().begin(prepare(loaded, tokens, options))
         return 0
@@ -96,9 +99,8 @@ def train(
         for sample in recipes.write_samples(loaded, result.adapters, tokenizer, held_out, options.samples):
             _say("")
             for name, text in dataclasses.asdict(sample).items():
-                _say_lines(
-                    f"{label:7} {line}" for label, line in zip([name, *[""] * 99], text.splitlines(), strict=False)
-                )
+                first, *more = text.splitlines() or [""]
+                _say_lines([f"{name:7} {first}", *(f"{'':7} {line}" for line in more)])
     if result.before is not None and result.after is not None:
         _say(f"Loss of the held-out examples: {result.before:.4f} before, {result.after:.4f} at step {result.step}.")
     _say(f"Adapters are in {output / PEFT}.")
@@ -149,7 +151,7 @@ def _flag(name: str, value: Any) -> list[str]:
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
-    return [] if value == "" else [f"--{name}", str(value)]
+    return [] if value == "" else [f"--{name}={value}"]  # in one part, which may hold a hyphen at its beginning
 
 
 def _join() -> None:
@@ -173,7 +175,7 @@ def _begin(output: Path, options: recipes.Options, places: dict[str, str], resum
     if jax.process_index() == 0:
         try:
             begun = _checked_folder(output, options, places, resume).toordinal()
-        except LoraError as error:
+        except (LoraError, OSError) as error:  # raised once the others know it, which would wait for ever
             problem = error
     if jax.process_count() > 1:
         begun = int(multihost_utils.broadcast_one_to_all(np.int32(begun)))
@@ -185,17 +187,34 @@ def _begin(output: Path, options: recipes.Options, places: dict[str, str], resum
 def _checked_folder(output: Path, options: recipes.Options, places: dict[str, str], resume: bool) -> datetime:
     """Return when the run in a folder was begun: templates that write the date of today write that one."""
     config = output / records.CONFIG
-    there = output.exists() and (not output.is_dir() or any(output.iterdir()))
-    if there and config.exists() and resume:
-        records.check_same(config, options, places)
-        return datetime.fromisoformat(records.read_config(config)["date"])
-    if there:
-        if config.exists():
-            raise LoraError(f"{output} has a training run: go on with it by --resume, or give another folder.")
-        raise LoraError(f"{output} exists, and has no training run: give a new folder.")
+    entries = [*output.iterdir()] if output.is_dir() else []
+    if entries or (output.exists() and not output.is_dir()):
+        begun = records.read_date(config) if config in entries else None
+        if begun is None:
+            raise LoraError(f"{output} exists, and has no training run: give a new folder.")
+        if entries != [config]:
+            if not resume:
+                raise LoraError(f"{output} has a training run: go on with it by --resume, or give another folder.")
+            records.check_same(config, options, places)
+            return begun
+        # Settings alone are of a run that an error ended before its first step: it begins anew.
     now = datetime.now()
     records.write_config(config, options, places | {"date": now.date().isoformat()})
     return now
+
+
+def _check_adapters(folder: Path, options: recipes.Options) -> None:
+    """Check before anything is read that the options' adapters fit the model, and that HF PEFT has a place for them.
+
+    Raises:
+        LoraError: they could not be made, or not be saved once they are trained.
+    """
+    model = recipes.abstract(folder)
+    plan = model.plan(rules(options, model))
+    adapters = jax.eval_shape(lambda key, params: init(key, params, plan), jax.random.key(0), model.params)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), adapters)
+    with tempfile.TemporaryDirectory() as scratch:  # the one way to ask for all that saving may refuse
+        save_peft(Path(scratch) / PEFT, zeros, model.key_map)
 
 
 def _read(
@@ -216,7 +235,7 @@ def _write(output: Path, folder: Path, model: recipes.Model, result: Result, mer
     adapters = jax.device_get(result.adapters)
     save_peft(output / PEFT, adapters, model.key_map, base_model=str(folder), task_type="CAUSAL_LM")
     records.draw_curves(result.log, output / records.CURVES)
-    if merged:
+    if merged and not (output / MERGED).exists():  # which a run that was ended already may have
         merge_checkpoint(folder, output / PEFT, output / MERGED)
 
 

@@ -1,6 +1,7 @@
 """Texts that a decoder writes after prompts, a token at a time, with the keys and values of earlier tokens kept."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -76,10 +77,10 @@ def _check(config: Config, prompts: Any, count: int, temperature: float, top_p: 
     low, high = min(map(min, prompts)), max(map(max, prompts))
     if not 0 <= low <= high < config.vocabulary:
         raise LoraError(f"{call}: tokens are from {low} to {high}, but the model has {config.vocabulary}.")
-    if count < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if not 1 <= count <= (config.length or 2**30) or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise LoraError(
-            f"{call}: count={count}, temperature={temperature}, top_p={top_p}, expected at least 1, at least 0, and a "
-            "share above 0 up to 1."
+            f"{call}: count={count}, temperature={temperature}, top_p={top_p}, expected at least 1, a number of "
+            "at least 0, and a share above 0 up to 1."
         )
     if temperature > 0 and key is None:
         raise LoraError(f"{call}: temperature={temperature} draws tokens: give key=jax.random.key(0).")

@@ -38,7 +38,8 @@ def hold_out(data: Data, share: float, seed: int = 0) -> tuple[Data, Data | None
     held = hashes <= most
     if held.all():
         raise LoraError(
-            f"eval_split={share} of {len(own)} examples leaves none to train with: give more examples, or 0 for none."
+            f"eval_split={share} of {len(own)} examples, of {len(set(hashes.tolist()))} different prompts, leaves none "
+            "to train with: those of one prompt stay together. Give more examples, a smaller share, or 0 for none."
         )
     train, held_out = (data.select(np.flatnonzero(chosen)) for chosen in (~held, held))
     return cast(Data, train), cast(Data, held_out)
@@ -99,7 +100,7 @@ def write_samples(
         answers.append(ids[first : first + length].tolist())
     if not prompts:
         return []
-    ends = model.config.eos or tokenizer.eos_ids
+    ends = tokenizer.eos_ids or model.config.eos
     before, after = (model.generate(prompts, given, count=length, eos=ends) for given in ({}, adapters))
     texts = [[tokenizer.decode(ids) for ids in column] for column in (prompts, answers, before, after)]
     return [Sample(*row) for row in zip(*texts, strict=True)]

@@ -4,7 +4,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from numbers import Integral, Real
+from typing import Any, Literal, get_args, get_type_hints
 
 import jax
 import optax
@@ -102,6 +103,9 @@ class Options:
         Raises:
             LoraError: which one, and what it may be.
         """
+        for field in dataclasses.fields(self):
+            if expected := expected_type(field.name, getattr(self, field.name)):
+                raise _wrong(self, field.name, expected)
         whole = {"epochs": 1, "max_steps": 0, "batch_tokens": 1, "max_length": 2, "microbatches": 1, "eval_every": 0}
         for name, least in (whole | {"samples": 0, "seed": 0}).items():
             if getattr(self, name) < least:
@@ -122,6 +126,24 @@ class Options:
                 raise _wrong(self, name, expected)
         rule(self)
         mesh_axes(self.mesh)
+
+
+def expected_type(name: str, value: Any) -> str | None:
+    """Return what an option is expected to be, in words, if a value is of another type: true and false are no numbers.
+
+    >>> expected_type("rank", "eight"), expected_type("rank", 8), expected_type("bits", 5)
+    ('a whole number', None, 'one of 4, 8, 16')
+    """
+    kind = get_type_hints(Options)[name]
+    if choices := get_args(kind):
+        return None if value in choices else f"one of {', '.join(map(str, choices))}"
+    types, said = _TYPES[kind]
+    return None if isinstance(value, types) and isinstance(value, bool) == (kind is bool) else said
+
+
+_TYPES = {
+    int: (Integral, "a whole number"), float: (Real, "a number"), str: (str, "text"), bool: (bool, "true or false")
+}  # fmt: skip
 
 
 def _wrong(options: Options, name: str, expected: str) -> LoraError:
@@ -204,12 +226,20 @@ def make_mesh(options: Options) -> Mesh | None:
     return jax.make_mesh(tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes))
 
 
-def check_rows(options: Options, axes: Mapping[str, int]) -> None:
-    """Raise if the axes that split the batch do not divide the rows of a microbatch."""
-    parts = math.prod(axes.get(name, 1) for name in BATCH_AXES) * options.microbatches
+def check_rows(options: Options, axes: Mapping[str, int], together: int = 1) -> None:
+    """Raise if the axes that split the batch do not divide the rows of a microbatch.
+
+    Args:
+        options: of the run.
+        axes: of the mesh, and their sizes.
+        together: rows that are not split: 2 for the two answers of pairs.
+    """
+    parts = math.prod(axes.get(name, 1) for name in BATCH_AXES) * options.microbatches * together
+    why = f"the mesh axes {', '.join(BATCH_AXES)}, and microbatches={options.microbatches}"
+    why += ", and the two answers of pairs" if together == 2 else ""
     if options.rows % parts:
         raise LoraError(
             f"a step has {options.rows} rows (batch_tokens={options.batch_tokens}, max_length={options.max_length}), "
-            f"which {parts} parts (the mesh axes {', '.join(BATCH_AXES)}, and microbatches={options.microbatches}) do "
-            f"not divide evenly: give batch_tokens={-(-options.rows // parts) * parts * options.max_length}."
+            f"which {parts} parts ({why}) do not divide evenly: give "
+            f"batch_tokens={-(-options.rows // parts) * parts * options.max_length}."
         )

@@ -51,7 +51,7 @@ def preference_batches(
     numbers = {"rows": rows, "length": length, "seed": seed, "epoch": epoch, "start": start, "epochs": epochs}
     check_batches(call, shard, **numbers, most=most)
     lengths = np.maximum(pairs.chosen.lengths, pairs.rejected.lengths)
-    data = f"{pairs.chosen.fingerprint} {pairs.rejected.fingerprint} {most}"
+    data = f"{pairs.fingerprint} {most}"
     make = partial(_place, pairs, length=length)
     return PackedBatches(lengths, make, data, rows, length, seed, epoch, start, shard, epochs, most)
 

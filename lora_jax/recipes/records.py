@@ -9,13 +9,14 @@ import dataclasses
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from lora_jax.checkpoints.atomic_dir import written_file
 from lora_jax.core.errors import LoraError
 from lora_jax.core.untrusted import open_file
-from lora_jax.recipes.options import Options, check_names
+from lora_jax.recipes.options import Options, check_names, expected_type
 
 CONFIG, LOG, CURVES = "config.toml", "log.jsonl", "curves.png"
 PLACES = ("model", "data", "output", "eval_data", "merged", "date")  # what a config has beside the options
@@ -27,9 +28,13 @@ def write_config(path: Path, options: Options, places: Mapping[str, str]) -> Non
     """Write all settings of a run, and of what it is."""
     values = {**places, **dataclasses.asdict(options)}
     with written_file(path) as new:
-        # Strings, numbers and true and false are written alike in JSON and TOML.
-        lines = (f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+        lines = (f"{name} = {_toml(value)}\n" for name, value in values.items())
         new.write_text("".join(lines), encoding="utf-8")
+
+
+def _toml(value: str | float) -> str:
+    """Return a value as TOML has it. JSON has it alike, but for DEL; and it would escape an emoji as UTF-16."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -51,7 +56,36 @@ def read_config(path: Path) -> dict[str, Any]:
     for name, value in values.items():
         if not isinstance(value, str | int | float):
             raise LoraError(f"{path}: {name} is {value!r}, expected text, a number, true or false.")
+        if name in PLACES:
+            kind, said = (bool, "true or false") if name == "merged" else (str, "text")
+            expected = None if isinstance(value, kind) else said
+        else:
+            expected = expected_type(name, value) and expected_type(name, _number(value))  # YAML reads 1e-3 as text
+        if expected:
+            raise LoraError(f"{path}: {name} is {value!r}, expected {expected}.")
     return values
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def read_date(path: Path) -> datetime | None:
+    """Return the day on which the run was begun whose settings a file holds; None if they are of no run.
+
+    Raises:
+        LoraError: as `read_config`; the date is none.
+    """
+    text = read_config(path).get("date")
+    if text is None:
+        return None
+    try:
+        return datetime.fromisoformat(str(text))
+    except ValueError:
+        raise LoraError(f"{path}: date is {text!r}, expected the day on which the run was begun: 2026-01-31.") from None
 
 
 def _yaml(path: Path, text: str) -> Any:

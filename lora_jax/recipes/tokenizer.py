@@ -160,7 +160,11 @@ class Tokenizer:
         Args:
             text: any.
             special: also add the tokens that the model expects around a text. What a template wrote has them already.
+
+        Raises:
+            LoraError: it has half a character, as `check_text` says.
         """
+        check_text(text)
         return self.encode_all([text], special)[0]
 
     def encode_all(self, texts: Sequence[str], special: bool = False) -> list[Tokens]:
@@ -199,6 +203,17 @@ class Tokenizer:
                 f"{self._where} has {has}. Base models often have none: give prompt and completion, or text."
             )
         return _compiled(Template, self.templates[name], tuple(self.special.items()), self.now)
+
+
+def check_text(text: str) -> None:
+    """Raise if a text has half of a surrogate pair, as cut texts in JSON have it: no tokenizer reads that."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise LoraError(
+            f"character {error.start} of its text is {text[error.start]!r}, half of a surrogate pair, which is no "
+            "character by itself: take it out."
+        ) from None
 
 
 @functools.lru_cache(16)

@@ -124,6 +124,11 @@ class TokenizedPairs:
         """Return the number of pairs."""
         return len(self.chosen)
 
+    @property
+    def fingerprint(self) -> str:
+        """A checksum of the tokens of both."""
+        return f"{self.chosen.fingerprint} {self.rejected.fingerprint}"
+
     def select(self, numbers: Sequence[int] | np.ndarray) -> "TokenizedPairs":
         """Return some of the pairs."""
         return TokenizedPairs(self.chosen.select(numbers), self.rejected.select(numbers))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax import P
 from jax.sharding import NamedSharding
 
@@ -25,8 +25,13 @@ from lora_jax.initialization.init import init
 from lora_jax.recipes.memory import Memory, check_memory, peak_bytes, step_memory
 from lora_jax.recipes.model import Model
 from lora_jax.recipes.objectives import Batch, Loss, answer_loss, preference_loss
+<<<<<<< HEAD
 from lora_jax.recipes.options import BATCH_AXES, Options, learning_rate, make_optimizer, rules
 from lora_jax.recipes.packed_rows import PackedBatches, packed_batches
+=======
+from lora_jax.recipes.options import BATCH_AXES, Options, check_rows, learning_rate, make_optimizer, rules
+from lora_jax.recipes.packing import PackedBatches, packed_batches
+>>>>>>> work-TF
 from lora_jax.recipes.preferences import preference_batches
 from lora_jax.recipes.records import Log
 from lora_jax.recipes.tokens import Tokenized, TokenizedPairs
@@ -104,14 +109,16 @@ def prepare(model: Model, train: Data, options: Options) -> Prepared:
         LoraError: settings, examples and mesh do not fit together, or a step takes more memory than there is.
     """
     options.check()
-    rows = batch_sharding(model)
-    batches = make_batches(train, options, rows, options.epochs)
-    steps = min(options.max_steps or len(batches), len(batches))
+    sharding = batch_sharding(model)
+    check_rows(options, sharding.mesh.shape if sharding else {}, 2 if isinstance(train, TokenizedPairs) else 1)
+    batches = make_batches(train, options, sharding, options.epochs)
+    steps = _steps(batches, options)
     plan, loss = model.plan(rules(options, model)), make_loss(model, train, options)
     optimizer, key = make_optimizer(options, steps), jax.random.key(options.seed)
     state = TrainState.create(init(key, model.params, plan), optimizer, key if options.dropout else None)
     step = jit_step(_with_dropout(loss, options.dropout), optimizer, microbatches=options.microbatches)
-    memory = step_memory(step, state, model.params, _placed(next(make_batches(train, options, rows)), rows))
+    batch = _placed(next(make_batches(train, options, sharding)), sharding, _rows(train, options))
+    memory = step_memory(step, state, model.params, batch)
     check_memory(memory)
     return Prepared(plan, batches, steps, loss, step, state, memory)
 
@@ -141,15 +148,25 @@ def finetune(
             before that stay.
     """
     run = prepare(model, train, options)
-    folder, rows, batches, steps, state = Path(folder), batch_sharding(model), run.batches, run.steps, run.state
-    measure = _measure(model, held_out, options, run.loss, rows)
+    folder, sharding, batches, steps, state = Path(folder), batch_sharding(model), run.batches, run.steps, run.state
+    measure = _measure(model, held_out, options, run.loss, sharding)
+    examples = None if held_out is None else held_out.fingerprint
+
+    def position() -> dict[str, Any]:
+        return {**batches.get_state(), "held_out": examples}
+
     reporter.begin(run)
     every = options.eval_every or max(1, steps // EVALUATIONS)
     best: Any = (MEASURE, "min") if measure else None
     with Checkpoints(folder / CHECKPOINTS, model.params, run.plan, every=every, keep=2, best=best) as checkpoints:
-        state, position = checkpoints.restore(state)
-        if position is not None:
-            batches.set_state(position)
+        state, place = checkpoints.restore(state)
+        if place is not None:
+            batches.set_state(place)
+            if place.get("held_out", examples) != examples:
+                raise LoraError(
+                    f"{folder} was begun with other held-out examples, by which the best adapters are chosen: give the "
+                    "same, or another folder."
+                )
         begun, ended = int(state.step), False
         with Log(folder if jax.process_index() == 0 else None, begun) as log:
 
@@ -161,8 +178,9 @@ def finetune(
                 add(step=0, **{MEASURE: measure(state.trainable)})
             meter = _Meter(add, learning_rate(options, steps))
             for n, batch in zip(range(begun + 1, steps + 1), batches, strict=False):
-                state, metrics = run.step(state, model.params, _placed(batch, rows))
-                meter.took(n, metrics, batch)
+                placed = _placed(batch, sharding, _rows(train, options))
+                state, metrics = run.step(state, model.params, placed)
+                meter.took(n, metrics, placed)
                 found: dict[str, float | None] = {MEASURE: None}
                 if n % every == 0 or n == steps:
                     meter.read()
@@ -170,7 +188,7 @@ def finetune(
                         found = {MEASURE: measure(state.trainable)}
                         add(step=n, **found)
                     meter.restart()
-                if checkpoints.save(state, found, position=batches.get_state, force=n == steps):
+                if checkpoints.save(state, found, position=position, force=n == steps):
                     ended = True
                     break
             meter.read()
@@ -192,7 +210,7 @@ class _Meter:
 
     def __init__(self, add: Callable[..., None], rate: Callable[[Any], Any]) -> None:
         self._add, self._rate = add, rate
-        self._waiting: tuple[int, dict[str, Any], int] | None = None
+        self._waiting: tuple[int, dict[str, Any]] | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -202,7 +220,8 @@ class _Meter:
     def took(self, n: int, metrics: dict[str, Any], batch: Batch) -> None:
         """Take the metrics of step `n`, which is under way, and read those of the one before."""
         self.read()
-        self._waiting = n, metrics, int(np.count_nonzero(batch["segments"]))
+        # Counted where the batch is, since a process has its own rows alone.
+        self._waiting = n, {**metrics, "tokens": jnp.count_nonzero(batch["segments"])}
 
     def read(self) -> None:
         """Read what is waiting.
@@ -212,9 +231,10 @@ class _Meter:
         """
         if self._waiting is None:
             return
-        n, found, tokens = self._waiting
+        n, found = self._waiting
         self._waiting = None
         metrics = {name: float(value) for name, value in found.items()}  # waits for the step
+        tokens = int(metrics.pop("tokens"))
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
@@ -237,14 +257,28 @@ def batch_sharding(model: Model) -> NamedSharding | None:
 
 def make_batches(data: Data, options: Options, sharding: NamedSharding | None, epochs: int = 1) -> PackedBatches:
     """Return the batches of examples or pairs: those rows of each that this process's devices have."""
-    is_pairs = isinstance(data, TokenizedPairs)
-    rows = max(1, options.rows // 2) if is_pairs else options.rows
+    rows = _rows(data, options)
     shard = (0, 1)
     if sharding is not None:
         own = local_rows(sharding, rows)
         shard = own.start // (own.stop - own.start), rows // (own.stop - own.start)
-    make: Any = preference_batches if is_pairs else packed_batches
+    make: Any = preference_batches if isinstance(data, TokenizedPairs) else packed_batches
     return make(data, rows, options.max_length, options.seed, shard=shard, epochs=epochs)
+
+
+def _rows(data: Data, options: Options) -> int:
+    """Return the rows of a batch, on all hosts together; each of pairs is one for both answers."""
+    return max(1, options.rows // 2) if isinstance(data, TokenizedPairs) else options.rows
+
+
+def _steps(batches: PackedBatches, options: Options) -> int:
+    """Return how many steps there are to take. Epochs that none of them reaches are not packed to be counted."""
+    steps = 0
+    for epoch in range(options.epochs):
+        steps += batches.batches_of(epoch)
+        if options.max_steps and steps >= options.max_steps:
+            return options.max_steps
+    return steps
 
 
 def make_loss(model: Model, data: Data, options: Options) -> Loss:
@@ -267,7 +301,7 @@ def evaluate(loss: Loss, adapters: Any, params: Any, batches: Iterable[Batch]) -
 
 
 def _measure(
-    model: Model, held_out: Data | None, options: Options, loss: Loss, rows: NamedSharding | None
+    model: Model, held_out: Data | None, options: Options, loss: Loss, sharding: NamedSharding | None
 ) -> Callable[[Any], float] | None:
     """Return what measures adapters with the examples that are held out."""
     if held_out is None or len(held_out) == 0:
@@ -275,7 +309,8 @@ def _measure(
     jitted = jax.jit(loss)
 
     def batches() -> Iterator[Batch]:
-        return (_placed(batch, rows) for batch in make_batches(held_out, options, rows))
+        rows = _rows(held_out, options)
+        return (_placed(batch, sharding, rows) for batch in make_batches(held_out, options, sharding))
 
     return lambda adapters: evaluate(jitted, adapters, model.params, batches())
 
@@ -290,11 +325,11 @@ def _with_dropout(loss: Loss, rate: float) -> Loss:
     return dropped  # type: ignore[return-value]
 
 
-def _placed(batch: Batch, sharding: NamedSharding | None) -> Batch:
-    """Bring a batch to the devices; on a mesh, each process brings its own rows."""
+def _placed(batch: Batch, sharding: NamedSharding | None, rows: int) -> Batch:
+    """Bring a batch to the devices; on a mesh, each process brings its own of these rows."""
     if sharding is None:
         return jax.device_put(batch)
-    return shard_batch(batch, sharding)
+    return shard_batch(batch, sharding, rows)  # without their number, processes would exchange it at each step
 
 
 def _whole(adapters: Any) -> Any:
