@@ -25,13 +25,8 @@ from lora_jax.initialization.init import init
 from lora_jax.recipes.memory import Memory, check_memory, peak_bytes, step_memory
 from lora_jax.recipes.model import Model
 from lora_jax.recipes.objectives import Batch, Loss, answer_loss, preference_loss
-<<<<<<< HEAD
-from lora_jax.recipes.options import BATCH_AXES, Options, learning_rate, make_optimizer, rules
-from lora_jax.recipes.packed_rows import PackedBatches, packed_batches
-=======
 from lora_jax.recipes.options import BATCH_AXES, Options, check_rows, learning_rate, make_optimizer, rules
-from lora_jax.recipes.packing import PackedBatches, packed_batches
->>>>>>> work-TF
+from lora_jax.recipes.packed_rows import PackedBatches, packed_batches
 from lora_jax.recipes.preferences import preference_batches
 from lora_jax.recipes.records import Log
 from lora_jax.recipes.tokens import Tokenized, TokenizedPairs
