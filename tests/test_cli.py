@@ -310,7 +310,7 @@ def test_a_key_map_of_ones_own(own_folder, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("lama", "there is no key map 'lama': expected one of bert, gemma, gpt2, llama, t5, vit, vit_4, or"),
+        ("lama", "there is no key map 'lama': expected one of bert, gemma, .*, vit_4, or"),
         ("h6_none:MAP", r"--key-map h6_none:MAP: there is no module 'h6_none', neither in .* nor among the packages"),
         ("h6_maps.inner:MAP", "h6_maps.inner cannot be imported|there is no module 'h6_maps.inner'"),
         ("h6_maps:MYMAP", "the module h6_maps has no 'MYMAP'; its key maps are MY_MAP"),

@@ -24,7 +24,7 @@ from test_recipes_models import facts_of, tensors_of, write
 import lora_jax as lora
 from lora_jax import cli
 from lora_jax.cli import commands
-from lora_jax.recipes import objectives, options, packing, records, training_run
+from lora_jax.recipes import objectives, options, packed_rows, records, training_run
 from lora_jax.recipes.held_out import write_samples
 from lora_jax.recipes.tokens import Tokenized, TokenizedPairs
 from lora_jax.recipes.training_run import prepare
@@ -220,8 +220,8 @@ def test_options_of_another_type(changes, said):
 
 
 def test_epochs_that_are_never_reached_are_not_packed(model, chats, monkeypatch):
-    packed, pack = [], packing.pack
-    monkeypatch.setattr(packing, "pack", lambda *args: packed.append(args[3]) or pack(*args))
+    packed, pack = [], packed_rows.pack
+    monkeypatch.setattr(packed_rows, "pack", lambda *args: packed.append(args[3]) or pack(*args))
     batches = training_run.make_batches(chats, SMALL, None, 10**9)
     assert training_run._steps(batches, dataclasses.replace(SMALL, epochs=10**9, max_steps=5)) == 5
     assert max(packed) < 5
