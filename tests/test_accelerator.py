@@ -19,6 +19,7 @@ def run(*options):
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_it_checks_values_and_prints_all_its_tables():
     done = run("--tiny", "--rounds", "1")
     assert done.returncode == 0, done.stderr

@@ -55,6 +55,7 @@ def render(conversation: Conversation, template: "Template", stops: Sequence[str
     >>> source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\\n{% endfor %}"
     >>> source += "{% if add_generation_prompt %}<assistant>{% endif %}"
     >>> messages = ({"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."})
+    >>> from lora_jax.recipes.templates import Template
     >>> found = render(Conversation(messages), Template(source, {}, datetime(2026, 1, 1)), ["</s>"])
     >>> [found.text[start:stop] for start, stop in found.answers]
     ['Hello.</s>']
