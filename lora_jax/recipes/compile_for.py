@@ -1,21 +1,18 @@
 """A training step compiled for a machine that is not there: whether it fits, and what it costs."""
 
-import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax import P
 
 from lora_jax.analysis.abstract import abstract, abstract_state
 from lora_jax.analysis.compile_report import CompileReport, compile_report
 from lora_jax.analysis.topologies import find_topology, topology_mesh
 from lora_jax.bases.quantize import quantize
-from lora_jax.core.errors import LoraError
 from lora_jax.recipes.model import abstract as abstract_model
 from lora_jax.recipes.model import packing
 from lora_jax.recipes.objectives import answer_loss
-from lora_jax.recipes.options import BATCH_AXES, Options, check_rows, make_optimizer, mesh_axes, rules
+from lora_jax.recipes.options import Options, axes_over, batch_spec, make_optimizer, rules
 from lora_jax.recipes.packed_rows import DTYPES
 from lora_jax.training.step import jit_step
 
@@ -33,12 +30,7 @@ def compile_for(topology: str, folder: str | Path, options: Options) -> CompileR
     """
     options.check()
     devices = len(find_topology(topology).devices)
-    axes = mesh_axes(options.mesh) or {"data": devices}
-    if math.prod(axes.values()) != devices:
-        raise LoraError(
-            f"mesh is {options.mesh!r}, of {math.prod(axes.values())} devices, and {topology} has {devices}."
-        )
-    check_rows(options, axes)
+    axes = axes_over(options, devices, f"and {topology} has {devices}")
     mesh = topology_mesh(topology, **axes)
     dtype = jnp.bfloat16 if options.dtype == "auto" else jnp.dtype(options.dtype)
     model = abstract_model(folder, dtype, mesh)
@@ -49,6 +41,5 @@ def compile_for(topology: str, folder: str | Path, options: Options) -> CompileR
     optimizer = make_optimizer(options, 1000)
     state = abstract_state(model.params, plan, optimizer)
     shapes = {name: jax.ShapeDtypeStruct((options.rows, options.max_length), dtype) for name, dtype in DTYPES.items()}
-    rows = P(tuple(name for name in BATCH_AXES if name in axes))
     step = jit_step(answer_loss(model), optimizer, microbatches=options.microbatches)
-    return compile_report(step, state, model.params, abstract(shapes, mesh, rows), topology=topology)
+    return compile_report(step, state, model.params, abstract(shapes, mesh, batch_spec(axes)), topology=topology)

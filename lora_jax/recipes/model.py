@@ -109,8 +109,7 @@ class Model:
         """Return the logits of each next token, fp32 [B, T, V], capped where the model does it; arguments as above."""
         if _has_packed(params):
             return lora_apply(self.logits)(params, {}, ids, positions, segments, remat)
-        hidden = decoder.hidden_states(self.config, params, ids, positions, segments, remat=remat)[0]
-        return decoder.logits_of(self.config, params, hidden)
+        return decoder.logits_of(self.config, params, self.hidden(params, ids, positions, segments, remat))
 
     def plan(self, rules: Mapping[str, Rule | None] | Rule, rows: int = 1, tokens: int = 128) -> Plan:
         """Return the plan of adapters, as `lora.plan` does for `model.logits`.

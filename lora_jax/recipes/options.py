@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_type_hints
 
 import jax
 import optax
+from jax import P
 from jax.sharding import AxisType, Mesh
 
 from lora_jax.adapters.dora import Dora
@@ -209,21 +210,41 @@ def mesh_axes(text: str) -> dict[str, int]:
     return found
 
 
+def axes_over(options: Options, devices: int, where: str) -> dict[str, int]:
+    """Return the axes of the mesh of all devices, and their sizes; without `mesh` all are "data".
+
+    Args:
+        options: of the run.
+        devices: how many there are.
+        where: they are, in messages.
+
+    Raises:
+        LoraError: the axes have another number of devices; they do not divide the rows of a step.
+    """
+    axes = mesh_axes(options.mesh) or {"data": devices}
+    if math.prod(axes.values()) != devices:
+        raise LoraError(f"mesh is {options.mesh!r}, of {math.prod(axes.values())} devices, {where}.")
+    check_rows(options, axes)
+    return axes
+
+
 def make_mesh(options: Options) -> Mesh | None:
     """Return the mesh of all devices; None for a single one.
 
     Raises:
-        LoraError: the axes have another number of devices than there are; they do not divide the rows of a step.
+        LoraError: as `axes_over`.
     """
-    axes = mesh_axes(options.mesh) or {"data": jax.device_count()}
-    if math.prod(axes.values()) != jax.device_count():
-        raise LoraError(
-            f"mesh is {options.mesh!r}, of {math.prod(axes.values())} devices, but {jax.device_count()} are there."
-        )
-    check_rows(options, axes)
-    if jax.device_count() == 1:
+    devices = jax.device_count()
+    axes = axes_over(options, devices, f"but {devices} are there")
+    if devices == 1:
         return None
     return jax.make_mesh(tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes))
+
+
+def batch_spec(axes: Iterable[str]) -> P:
+    """Return how the rows of a batch are split over these axes of a mesh."""
+    there = tuple(axes)
+    return P(tuple(name for name in BATCH_AXES if name in there))
 
 
 def check_rows(options: Options, axes: Mapping[str, int], together: int = 1) -> None:

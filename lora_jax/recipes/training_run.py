@@ -25,7 +25,7 @@ from lora_jax.initialization.init import init
 from lora_jax.recipes.memory import Memory, check_memory, peak_bytes, step_memory
 from lora_jax.recipes.model import Model
 from lora_jax.recipes.objectives import Batch, Loss, answer_loss, preference_loss
-from lora_jax.recipes.options import BATCH_AXES, Options, check_rows, learning_rate, make_optimizer, rules
+from lora_jax.recipes.options import Options, batch_spec, check_rows, learning_rate, make_optimizer, rules
 from lora_jax.recipes.packed_rows import PackedBatches, packed_batches
 from lora_jax.recipes.preferences import preference_batches
 from lora_jax.recipes.records import Log
@@ -247,7 +247,7 @@ class _Meter:
 def batch_sharding(model: Model) -> NamedSharding | None:
     """Return how the rows of a batch are split over the mesh of the parameters; None if they are on no mesh."""
     mesh = on_mesh(model.params)
-    return None if mesh is None else NamedSharding(mesh, P(tuple(name for name in BATCH_AXES if name in mesh.shape)))
+    return None if mesh is None else NamedSharding(mesh, batch_spec(mesh.axis_names))
 
 
 def make_batches(data: Data, options: Options, sharding: NamedSharding | None, epochs: int = 1) -> PackedBatches:
