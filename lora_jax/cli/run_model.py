@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,9 +60,8 @@ def generate(
     adapters, text = _one_or_two(prompt, "a prompt")
     if not 0 <= seed < 2**32:
         raise LoraError(f"seed is {seed}, expected a whole number from 0 to below 2**32.")
-    tokenizer = recipes.Tokenizer.load(model)
+    tokenizer = load_tokenizer(model)
     loaded = load(model, recipes.Options(bits=bits, dtype=dtype))
-    tokenizer.check(loaded.config.vocabulary)
     if not raw and tokenizer.templates:
         messages = [{"role": "system", "content": system}] if system else []
         conversation = Conversation((*messages, {"role": "user", "content": text}))
@@ -109,8 +109,7 @@ def evaluate(
     )
     options.check()
     adapters, file = _one_or_two(data, "a file of examples")
-    tokenizer = recipes.Tokenizer.load(model)
-    tokenizer.check(recipes.read_config(model).vocabulary)
+    tokenizer = load_tokenizer(model)
     tokens = read_tokens(Path(file), tokenizer, options, lambda lines: None if json else show(lines))
     loaded = load(model, options)
     loss = jax.jit(make_loss(loaded, tokens, options))
@@ -145,6 +144,13 @@ def _adapters(folder: str | None, model: recipes.Model) -> dict[str, Adapter]:
 
 
 # What they share ------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(model: Path, now: datetime | None = None) -> recipes.Tokenizer:
+    """Return the tokenizer of a folder, which fits its model: that is asked before any weight is read."""
+    tokenizer = recipes.Tokenizer.load(model, now)
+    tokenizer.check(recipes.read_config(model).vocabulary)
+    return tokenizer
 
 
 def load(model: Path, options: recipes.Options, mesh: Any = None) -> recipes.Model:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_jax import recipes
 from lora_jax.cli.folders import Base, Output
 from lora_jax.cli.output import say
-from lora_jax.cli.run_model import load, read_tokens
+from lora_jax.cli.run_model import load, load_tokenizer, read_tokens
 from lora_jax.core.errors import LoraError
 from lora_jax.core.text import size
 from lora_jax.initialization.init import init
@@ -80,8 +80,7 @@ def train(
         _join()
     places = {"model": str(model), "data": str(data), "output": str(output), "eval_data": str(eval_data or "")}
     now = datetime.now() if dry_run else _begin(output, options, places, resume)
-    mesh, tokenizer = make_mesh(options), recipes.Tokenizer.load(model, now)
-    tokenizer.check(recipes.read_config(model).vocabulary)
+    mesh, tokenizer = make_mesh(options), load_tokenizer(model, now)
     _check_adapters(model, options)
     tokens, held_out = _read(data, eval_data, tokenizer, options)
     loaded = load(model, options, mesh)
