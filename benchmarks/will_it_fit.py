@@ -1,7 +1,7 @@
 """Will it fit? Whole models, compiled for the machines that they are trained on: the table in docs/will_it_fit.md.
 
     python benchmarks/will_it_fit.py                  # every program of the table, and the page
-    python benchmarks/will_it_fit.py Llama-3-70B v5e:16x16   # those of all these names, printed only
+    python benchmarks/will_it_fit.py Llama-3-70B v5e:16x16 NF4 4096 inherit   # the report of one, printed only
 
 It takes what `make test-compiled` takes, and none of the machines. One compile takes some minutes. What was compiled is
 kept in `.compiled_cache`, and each row is written as it comes, so that a run that was broken off goes on where it was.
@@ -231,6 +231,12 @@ class Program:
     tokens: int
     policy: str = "tensor"  # where adapters and moments are: whole, or with "inherit" split as the base is
 
+    @property
+    def name(self) -> tuple[str, ...]:
+        """The first words of its row."""
+        base = self.base if self.policy == "tensor" else f"{self.base}, {self.policy}"
+        return self.model, self.machine, base, f"{self.tokens:,}"
+
     def report(self) -> lora.CompileReport:
         """`lora.jit_step` with LoRA on all linears, and Adam."""
         c = MODELS[self.model]
@@ -279,7 +285,8 @@ def programs(models: Sequence[str], machines: Sequence[str]) -> Iterator[Program
         yield Program(model, machine, base, tokens)
 
 
-TABLE = (*programs(LLAMAS, ("h100:8",)), *BOUNDS, *programs(LLAMAS, TPUS), *programs(QWEN, ("h100:8", *TPUS)))
+SPLIT = tuple(Program("Qwen3-30B-A3B", "v5e:4x4", base, 2048, "inherit") for base in BASES)  # whole, they do not fit
+TABLE = (*programs(LLAMAS, ("h100:8",)), *BOUNDS, *programs(LLAMAS, TPUS), *programs(QWEN, ("h100:8", *TPUS)), *SPLIT)
 HEADER = ["model", "machine", "base", "tokens", "GiB", "of", "fits", "largest part", "GiB", "MB sent", "cycles"]
 
 
@@ -287,10 +294,7 @@ def row(program: Program, found: lora.CompileReport) -> list[str]:
     largest = max(found.parts, key=lambda part: found.parts[part])
     sent, cycles = sum(found.sent.values()), sum(found.cycles.values())
     return [
-        program.model,
-        program.machine,
-        program.base,
-        f"{program.tokens:,}",
+        *program.name,
         gib(found.needed),
         gib(found.hbm),
         "yes" if found.fits else "NO",
@@ -306,7 +310,7 @@ def write(rows: list[list[str]]) -> None:
     page = ROOT / "docs" / "will_it_fit.md"
     before, rest = page.read_text(encoding="utf-8").split(START)
     table, after = rest.split(END, 1)
-    programs = {(p.model, p.machine, p.base, f"{p.tokens:,}"): i for i, p in enumerate(TABLE)}
+    programs = {program.name: i for i, program in enumerate(TABLE)}
     kept = [re.split(r" {2,}", line.strip()) for line in table.splitlines() if line.startswith(tuple(MODELS))]
     found = {tuple(one[:4]): one for one in [*kept, *rows]}
     text = format_table(HEADER, sorted(found.values(), key=lambda one: programs[tuple(one[:4])]), right=2)
@@ -314,9 +318,9 @@ def write(rows: list[list[str]]) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) == 5:
-        model, machine, base, tokens = sys.argv[1:]
-        print(Program(model, machine, base, int(tokens)).report())
+    if len(sys.argv) > 1:
+        model, machine, base, tokens, *policy = sys.argv[1:]
+        print(Program(model, machine, base, int(tokens), *policy).report())
         return
     for program in TABLE:
         found = program.report()
