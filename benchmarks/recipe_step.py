@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -146,8 +147,12 @@ def main(config: Config) -> None:
     config = sized(config)
     steps = config.rounds * config.steps
     options = Options(
-        **{"rank": config.rank, "max_length": config.length, "batch_tokens": config.rows * config.length},
-        **{"max_steps": steps, "eval_every": config.steps, "epochs": 1000, "samples": 0},
+        rank=config.rank,
+        max_length=config.length,
+        batch_tokens=config.rows * config.length,
+        max_steps=steps,
+        eval_every=config.steps,
+        epochs=1000,
     )
     with tempfile.TemporaryDirectory() as scratch:
         model = make_model(config, Path(scratch))
@@ -155,8 +160,8 @@ def main(config: Config) -> None:
         tokens, held_out = make_tokens(config, 2000, 1), make_tokens(config, 4, 2)
         by_hand = ByHand(config, model, tokens, options)
         in_turn = InTurn(by_hand)
-        training_run.Meter = Watched  # type: ignore[misc]
-        lora.recipes.finetune(model, tokens, held_out, Path(scratch) / "run", options, in_turn)
+        with patch.object(training_run, "Meter", Watched):
+            lora.recipes.finetune(model, tokens, held_out, Path(scratch) / "run", options, in_turn)
     print(
         f"{size / 1e6:.1f} million parameters, {config.rounds} blocks of {config.steps} steps, the first not counted."
     )

@@ -55,6 +55,10 @@ def train(
     The examples are JSON lines or Parquet of messages, of prompt and completion, or of text. With chosen and rejected,
     what is trained is DPO. Each option may be in a TOML or YAML file as well, --config FILE.
 
+    It exits with 0 once all is written; with 1 after a line that says what is wrong, such as a loss that is not finite
+    or a step that does not fit into the memory; with 2 for arguments that it does not have; with 130 after Ctrl-C; and
+    with 143 if it was told to end, by SIGTERM or the notice of a preemption: all is saved then for --resume.
+
     Example: lora-jax train SmolLM2-135M-Instruct examples.jsonl runs/first --rank 16 --bits 4
 
     Args:
@@ -72,10 +76,6 @@ def train(
             JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment of each.
         compile_for: compile a step for a machine that is not there, such as v5e:4x4, say whether it fits, and train
             nothing. Of the model config.json is read, and of the data the first example, which says what is trained.
-
-    It exits with 0 once all is written; with 1 after a line that says what is wrong, such as a loss that is not finite
-    or a step that does not fit into the memory; with 2 for arguments that it does not have; with 130 after Ctrl-C; and
-    with 143 if it was told to end, by SIGTERM or the notice of a preemption: all is saved then for --resume.
     """
     options.check()
     if compile_for is not None:
