@@ -331,7 +331,7 @@ def test_two_processes_train_as_one(whole_run, places, tmp_path):
     script = tmp_path / "command.py"
     script.write_text("import sys\nfrom lora_jax import cli\nsys.exit(cli.main())\n")
     own = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(SMALL).items()
-           if name not in ("skip_bad", "mesh")]  # fmt: skip
+           if name not in ("skip_bad", "mesh", "log_to")]  # fmt: skip
     launch = [sys.executable, "examples/launch.py", "--local", "2", "--devices-per-process", "2", str(script)]
     root = Path(__file__).parent.parent
     done = subprocess.run(
