@@ -8,8 +8,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -24,7 +26,8 @@ from test_recipes_models import facts_of, tensors_of, write
 import lora_jax as lora
 from lora_jax import cli
 from lora_jax.cli import commands
-from lora_jax.recipes import objectives, options, packed_rows, records, training_run
+from lora_jax.cli import train as train_command
+from lora_jax.recipes import meter, objectives, options, packed_rows, records, training_run
 from lora_jax.recipes.held_out import write_samples
 from lora_jax.recipes.tokens import Tokenized, TokenizedPairs
 from lora_jax.recipes.training_run import prepare
@@ -150,6 +153,83 @@ def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(whole_run, mode
     jax.tree.map(np.testing.assert_array_equal, again.adapters, whole.adapters)
 
 
+def test_a_run_that_was_broken_off_before_its_first_checkpoint_begins_anew(whole_run, model, tmp_path):
+    whole, train, held_out = whole_run
+    with pytest.raises(KeyboardInterrupt):
+        lora.recipes.finetune(model, train, held_out, tmp_path / "run", SMALL, Broken(1))
+    short = dataclasses.replace(SMALL, max_steps=1)
+    result = lora.recipes.finetune(model, train, held_out, tmp_path / "run", short)
+    assert [line["step"] for line in result.log] == [0, 1, 1]
+    assert result.before == whole.before
+
+
+def test_nothing_waits_for_a_step_but_the_reading_of_the_one_before(model, chats, tmp_path, monkeypatch):
+    """The device has its next step while the host reads what is measured, and makes the next batch."""
+    every, happened, of_step = 3, [], {}
+
+    class Watched(meter.Meter):
+        """Notes of which step an array is; they are kept, so that no other one gets their place in memory."""
+
+        def took(self, n, metrics, batch):
+            happened.append(("given", n))
+            more = self._more
+            self._more = lambda *args: of_step.setdefault(("more", n), more(*args))
+            of_step["step", n] = metrics
+            super().took(n, metrics, batch)
+            self._more = more
+
+    def noted(read):
+        def reading(array, *args, **kwargs):
+            if threading.current_thread() is threading.main_thread():
+                steps = [n for (_, n), found in of_step.items() if any(array is one for one in found.values())]
+                happened.append(("read", *steps))
+            return read(array, *args, **kwargs)
+
+        return reading
+
+    array = type(jnp.zeros(()))
+    for name in ("__array__", "__float__", "__int__", "__bool__", "item"):
+        monkeypatch.setattr(array, name, noted(getattr(array, name)))
+    monkeypatch.setattr(training_run, "Meter", Watched)
+    own = dataclasses.replace(SMALL, eval_every=every, max_steps=3 * every)
+    result = lora.recipes.finetune(model, chats, None, tmp_path, own)
+    assert result.steps == 3 * every
+    given = [happened.index(("given", n)) for n in range(1, result.steps + 1)]
+    for n in range(2, result.steps + 1):
+        between = [what for what in happened[given[n - 2] : given[n - 1]] if what[0] == "read"]
+        if n == 2 or (n - 1) % every == 0:
+            continue  # the first save looks at the step, and a checkpoint reads the state
+        assert between == [("read", n - 2)] * len(between), n
+        assert len(between) == (5 if (n - 2) % every else 0), "loss, norm, skipped, rate and tokens, each once"
+
+
+def test_examples_longer_than_the_model_was_made_for_are_said(model, chats):
+    longest = int(chats.lengths.max())
+    short = model.replace(config=dataclasses.replace(model.config, length=longest - 1))
+    with pytest.warns(
+        lora.LoraWarning, match=f"has {longest} tokens, and the model was made for texts of {longest - 1}"
+    ):
+        prepare(short, chats, SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_run_goes_on_over_another_mesh(bits, places, chats, tmp_path):
+    """As it would have gone on over its own, but for how sums are rounded."""
+    train, held_out = lora.recipes.hold_out(chats, 0.2)
+    one = dataclasses.replace(SMALL, dropout=0.1, bits=bits)
+    other = dataclasses.replace(one, mesh="data=2,fsdp=2,tensor=2")
+    models = [lora.recipes.load(places / "model", mesh=mesh, bits=bits) for mesh in (None, options.make_mesh(other))]
+    whole = lora.recipes.finetune(models[0], train, held_out, tmp_path / "whole", one)
+    with pytest.raises(KeyboardInterrupt):
+        lora.recipes.finetune(models[0], train, held_out, tmp_path / "run", one, Broken(5))
+    result = lora.recipes.finetune(models[1], train, held_out, tmp_path / "run", other)
+    kept = [n for n in losses(whole) if n <= 4]
+    assert [losses(result)[n] for n in kept] == [losses(whole)[n] for n in kept], "these it had"
+    assert losses(result) == pytest.approx(losses(whole), rel=1e-3)
+    assert result.after == pytest.approx(whole.after, rel=1e-3)
+
+
 @pytest.mark.slow
 def test_over_a_mesh_it_is_the_same(whole_run, places, tmp_path):
     whole, train, held_out = whole_run
@@ -251,7 +331,7 @@ def test_two_processes_train_as_one(whole_run, places, tmp_path):
     script = tmp_path / "command.py"
     script.write_text("import sys\nfrom lora_jax import cli\nsys.exit(cli.main())\n")
     own = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(SMALL).items()
-           if name not in ("skip_bad", "mesh")]  # fmt: skip
+           if name not in ("skip_bad", "mesh", "log_to")]  # fmt: skip
     launch = [sys.executable, "examples/launch.py", "--local", "2", "--devices-per-process", "2", str(script)]
     root = Path(__file__).parent.parent
     done = subprocess.run(
@@ -510,6 +590,53 @@ def test_resume(trained, places, capsys):
     before = (trained / "log.jsonl").read_text()
     assert cli.main([*args, "--resume", "--merged"]) == 0, "a scheduler may give the same command again"
     assert (trained / "log.jsonl").read_text() == before
+
+
+def at_step(step, act):
+    """Do something at a step of the command `train`, in the place of its bar."""
+
+    def line(self, line):
+        if line["step"] == step and "loss" in line:
+            act()
+
+    return line
+
+
+@pytest.mark.slow
+def test_the_exit_codes_of_a_run_that_is_ended(trained, places, tmp_path, monkeypatch, capsys):
+    """143 once all is saved, as a shell has it of SIGTERM; and what comes then is what would have come."""
+    args = [*command(places, tmp_path / "out"), *FLAGS, "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_command._Console, "line", at_step(1, lambda: signal.raise_signal(signal.SIGTERM)))
+        assert cli.main(args) == 143
+        assert "Told to end at step 1, which is saved" in capsys.readouterr().out
+        patch.setattr(train_command._Console, "line", at_step(2, lambda: signal.raise_signal(signal.SIGINT)))
+        assert cli.main(args) == 130
+        assert "stopped by Ctrl-C" in capsys.readouterr().err
+    mesh = ["--mesh", "data=4,tensor=2"]
+    assert cli.main([*args, *mesh]) == 0
+    found, expected = (records.read_log(folder / "log.jsonl") for folder in (tmp_path / "out", trained))
+    for name in ("loss", "eval_loss"):
+        sides = [[(line["step"], line[name]) for line in lines if name in line] for lines in (found, expected)]
+        np.testing.assert_allclose(*sides, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("fits", "code"), [(True, 0), (False, 1)])
+def test_what_is_compiled_for_another_machine(fits, code, places, monkeypatch, capsys):
+    """The first example says what is trained; whether it fits is the exit code as well."""
+    asked = []
+
+    class Report:
+        def __init__(self, *args, **kwargs):
+            asked.append((args[0], kwargs["pairs"]))
+            self.fits = fits
+
+    monkeypatch.setattr(train_command, "compiled", Report)
+    for data in ("chats", "pairs"):
+        args = ["train", *map(str, (places / "model", places / f"{data}.jsonl", places / "none")), *FLAGS]
+        assert cli.main([*args, "--compile-for", "v5e:4x4"]) == code
+    assert asked == [("v5e:4x4", False), ("v5e:4x4", True)]
+    assert not (places / "none").exists()
 
 
 def test_a_folder_of_a_run_that_never_began_is_taken_again(places, tmp_path, capsys):

@@ -17,6 +17,7 @@ Each command takes what it reads first, and what it writes last.
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -37,7 +38,8 @@ except ImportError as error:
 DESCRIPTION = """Fine-tune published models, and work on adapters and published weights.
 
 Each command takes what it reads first and what it writes last. Its help, lora-jax COMMAND --help, has all options.
-It exits with 0; with 1 after a line that says what is wrong; with 2 for arguments that it does not have.
+It exits with 0; with 1 after a line that says what is wrong; with 2 for arguments that it does not have; with 130 after
+Ctrl-C; train with 143 if it was told to end by SIGTERM, once all is saved.
 lora-jax --version prints the version."""
 COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
@@ -54,7 +56,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command, and return the exit code: 0, or 1 after a line on stderr that says what is wrong."""
+    """Run a command, and return the exit code: 0, or another one after a line on stderr that says why."""
     if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
         print(f"lora-jax {__version__}")
         return 0
@@ -67,6 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except LoraError as error:
         print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C.", file=sys.stderr)
+        return 128 + signal.SIGINT
     except OSError as error:  # such as a full disk that the output goes to
         print(f"error: {first_line(error)}", file=sys.stderr)
         with contextlib.suppress(OSError):  # what is left of the output would be tried again at the end

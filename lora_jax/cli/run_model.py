@@ -58,10 +58,10 @@ def generate(
         dtype: of what is computed; auto is that of the files.
     """
     adapters, text = _one_or_two(prompt, "a prompt")
-    if not 0 <= seed < 2**32:
-        raise LoraError(f"seed is {seed}, expected a whole number from 0 to below 2**32.")
+    options = recipes.Options(bits=bits, dtype=dtype, seed=seed)
+    options.check()
     tokenizer = load_tokenizer(model)
-    loaded = load(model, recipes.Options(bits=bits, dtype=dtype))
+    loaded = load(model, options)
     if not raw and tokenizer.templates:
         messages = [{"role": "system", "content": system}] if system else []
         conversation = Conversation((*messages, {"role": "user", "content": text}))
@@ -164,9 +164,8 @@ def read_tokens(
 ) -> Data:
     """Return the examples of a file as tokens, and show how many they are."""
     examples = recipes.read_examples(path, options.skip_bad)
-    first = next(iter(examples))
     found: Data
-    if isinstance(first, Preference):
+    if is_pairs(path, options):
         found = recipes.tokenized_pairs(examples, tokenizer, options.max_length, skip_bad=options.skip_bad)
         counts = found.chosen.counts
     else:
@@ -176,6 +175,11 @@ def read_tokens(
         counts = found.counts
     show([f"{path}:", *str(counts).splitlines()])
     return found
+
+
+def is_pairs(path: Path, options: recipes.Options) -> bool:
+    """Return whether a file has preferences, by its first example."""
+    return isinstance(next(iter(recipes.read_examples(path, options.skip_bad))), Preference)
 
 
 def show(lines: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import tempfile
 from collections.abc import Iterable
 from datetime import datetime
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_jax import recipes
 from lora_jax.cli.folders import Base, Output
 from lora_jax.cli.output import say
-from lora_jax.cli.run_model import load, load_tokenizer, read_tokens
+from lora_jax.cli.run_model import is_pairs, load, load_tokenizer, read_tokens
 from lora_jax.core.errors import LoraError
 from lora_jax.core.text import size
 from lora_jax.initialization.init import init
@@ -54,6 +55,10 @@ def train(
     The examples are JSON lines or Parquet of messages, of prompt and completion, or of text. With chosen and rejected,
     what is trained is DPO. Each option may be in a TOML or YAML file as well, --config FILE.
 
+    It exits with 0 once all is written; with 1 after a line that says what is wrong, such as a loss that is not finite
+    or a step that does not fit into the memory; with 2 for arguments that it does not have; with 130 after Ctrl-C; and
+    with 143 if it was told to end, by SIGTERM or the notice of a preemption: all is saved then for --resume.
+
     Example: lora-jax train SmolLM2-135M-Instruct examples.jsonl runs/first --rank 16 --bits 4
 
     Args:
@@ -70,12 +75,13 @@ def train(
             Slurm, Open MPI or Kubernetes; elsewhere with JAX_COORDINATOR_ADDRESS (host:port of process 0),
             JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment of each.
         compile_for: compile a step for a machine that is not there, such as v5e:4x4, say whether it fits, and train
-            nothing.
+            nothing. Of the model config.json is read, and of the data the first example, which says what is trained.
     """
     options.check()
     if compile_for is not None:
-        print(compiled(compile_for, model, options))
-        return 0
+        report = compiled(compile_for, model, options, pairs=is_pairs(data, options))
+        print(report)
+        return int(not report.fits)
     if distributed:
         _join()
     places = {"model": str(model), "data": str(data), "output": str(output), "eval_data": str(eval_data or "")}
@@ -91,7 +97,7 @@ def train(
         result = recipes.finetune(loaded, tokens, held_out, output, options, console)
     if result.ended:
         _say(f"Told to end at step {result.steps}, which is saved: the same command with --resume goes on.")
-        return 0
+        return 128 + signal.SIGTERM
     if jax.process_index() == 0:
         _write(output, model, loaded, result, merged)
     if held_out is not None and options.samples and jax.process_count() == 1:
@@ -272,7 +278,7 @@ class _Console(Reporter):
         if "loss" in line:
             self._loss = line["loss"] if self._loss is None else 0.9 * self._loss + 0.1 * line["loss"]
         else:
-            self._held_out = f" held out {line['eval_loss']:.3f}"
+            self._held_out = f" held out {line[records.MEASURE]:.3f}"
         shown = self._held_out
         if "loss" in line:
             speed = line["tokens"] / line["seconds"]

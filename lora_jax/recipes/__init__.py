@@ -4,7 +4,8 @@
   `decoder` is the function (with `attention` and `experts`), `loading` reads the weights, `generate` writes texts.
 - `examples` reads files, `chat` and `templates` make texts of conversations, `tokenizer` and `tokens` make tokens of
   them, `packed_rows` rows of tokens, and `preferences` is what DPO does with pairs.
-- `training_run` is `finetune`, with `options`, `objectives` and `records` of what it did.
+- `training_run` is `finetune`, with `options` and `objectives`; `meter` reads what its steps say, and `records` and
+  `trackers` keep it.
 
 May import all rooms but the command's.
 """

@@ -1,6 +1,7 @@
 """The settings of a training run: what they are, whether they make sense, and what objects they stand for."""
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ Schedule = Literal["cosine", "linear", "constant"]
 BATCH_AXES = ("data", "fsdp")  # of the mesh, which split the rows of a batch
 AXES = (*BATCH_AXES, "tensor", "expert")
 ALL = "all-linear"
+# Where the log goes as well, and what is imported for it. tensorboardX is 0.7 MB and needs numpy and protobuf alone;
+# tensorboard itself, which draws the pictures, brings a server and gRPC, and need not be where a run is trained.
+TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Options:
         eval_every: steps between two evaluations, each with a checkpoint; 0 for ten in a run.
         beta: of DPO, how strongly the model is kept near the base.
         samples: held-out prompts that the model answers before and after.
+        log_to: tensorboard, wandb (Weights & Biases), or both with a comma: where the log goes as well.
         seed: of the adapters' start, the order of the examples, and which are held out.
         skip_bad: leave out and count lines that are no examples, in place of an error.
     """
@@ -90,6 +95,7 @@ class Options:
     eval_every: int = 0
     beta: float = 0.1
     samples: int = 2
+    log_to: str = ""
     seed: int = 0
     skip_bad: bool = False
 
@@ -108,11 +114,11 @@ class Options:
             if expected := expected_type(field.name, getattr(self, field.name)):
                 raise _wrong(self, field.name, expected)
         whole = {"epochs": 1, "max_steps": 0, "batch_tokens": 1, "max_length": 2, "microbatches": 1, "eval_every": 0}
-        for name, least in (whole | {"samples": 0, "seed": 0}).items():
+        for name, least in (whole | {"samples": 0}).items():
             if getattr(self, name) < least:
                 raise _wrong(self, name, f"a whole number of at least {least}")
         for name, value, expected in (
-            ("seed", self.seed < 2**32, "below 2**32"),
+            ("seed", 0 <= self.seed < 2**32, "a whole number from 0 to below 2**32"),
             ("dropout", 0 <= self.dropout < 1, "a share from 0 to below 1"),
             ("lr", 0 < self.lr < math.inf, "a number above 0"),
             ("beta", 0 < self.beta < math.inf, "a number above 0"),
@@ -127,6 +133,7 @@ class Options:
                 raise _wrong(self, name, expected)
         rule(self)
         mesh_axes(self.mesh)
+        tracker_names(self.log_to)
 
 
 def expected_type(name: str, value: Any) -> str | None:
@@ -208,6 +215,23 @@ def mesh_axes(text: str) -> dict[str, int]:
             )
         found[name] = int(size)
     return found
+
+
+def tracker_names(text: str) -> tuple[str, ...]:
+    """Return where the log goes as well. What that takes is installed.
+
+    >>> tracker_names("")
+    ()
+    """
+    names = tuple(part.strip() for part in text.split(",")) if text else ()
+    for i, name in enumerate(names):
+        if name not in TRACKERS or name in names[:i]:
+            raise LoraError(f"log_to has the part {name!r}, expected {' or '.join(TRACKERS)}, each once.")
+        if importlib.util.find_spec(TRACKERS[name]) is None:
+            raise LoraError(
+                f"log_to is {text!r}, and {TRACKERS[name]} is not installed: pip install 'lora_jax[{name}]'."
+            )
+    return names
 
 
 def axes_over(options: Options, devices: int, where: str) -> dict[str, int]:

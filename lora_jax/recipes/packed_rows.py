@@ -11,7 +11,7 @@ Simple One-Dimensional Packing Algorithms"), in a random order, and the rows are
 import functools
 from bisect import bisect_left, insort
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -89,6 +89,18 @@ def place(tokens: Tokenized, rows: Rows, length: int) -> Batch:
     return batch
 
 
+class Order(NamedTuple):
+    """Which rows there are, how they follow one another, and which of them are read; as of `packed_batches`."""
+
+    rows: int
+    length: int
+    seed: int
+    epoch: int
+    start: int
+    shard: tuple[int, int]
+    epochs: int
+
+
 class PackedBatches:
     """Batches of packed rows, epoch after epoch: an iterator, which is gone through once.
 
@@ -99,7 +111,7 @@ class PackedBatches:
         lengths: the places that each example takes.
         make: makes the arrays of some rows.
         data: a checksum of the examples: a state belongs to the same ones.
-        rows, length, seed, epoch, start, shard, epochs: as of `packed_batches`.
+        order: of the rows.
         most: examples of a row.
 
     Attributes:
@@ -112,22 +124,18 @@ class PackedBatches:
         lengths: np.ndarray,
         make: Callable[[Rows], Batch],
         data: str,
-        rows: int,
-        length: int,
-        seed: int,
-        epoch: int,
-        start: int,
-        shard: tuple[int, int],
-        epochs: int,
+        order: Order,
         most: int | None = None,
     ) -> None:
-        self._lengths, self._make, self._most, self._seed, self._length = lengths, make, most, seed, length
-        self._first, self._end = epoch, epoch + epochs
-        self._rows, self._own = rows, slice(rows * shard[0] // shard[1], rows * (shard[0] + 1) // shard[1])
-        self._about = {"rows": int(rows), "length": int(length), "seed": int(seed), "data": data}
+        self._lengths, self._make, self._most = lengths, make, most
+        self._rows, self._length, self._seed = order.rows, order.length, order.seed
+        self._first, self._end = order.epoch, order.epoch + order.epochs
+        part, parts = order.shard
+        self._own = slice(order.rows * part // parts, order.rows * (part + 1) // parts)
+        self._about = {name: int(getattr(order, name)) for name in ("rows", "length", "seed")} | {"data": data}
         self._packed: tuple[int, Rows] = (-1, [])  # an epoch, and its rows
         self._counts: dict[int, int] = {}  # the batches of epochs that were packed
-        self._go_to(epoch, start)
+        self._go_to(order.epoch, order.start)
 
     def __iter__(self) -> Self:
         """Return itself."""
@@ -230,13 +238,15 @@ def packed_batches(
      [0 0 1 2 0 1]
      [1 2 2 2 3 3]]
     """
-    check_batches(CALL, shard, rows=rows, length=length, seed=seed, epoch=epoch, start=start, epochs=epochs)
+    order = checked_order(CALL, Order(rows, length, seed, epoch, start, shard, epochs))
     make = functools.partial(place, tokens, length=length)
-    return PackedBatches(tokens.lengths, make, tokens.fingerprint, rows, length, seed, epoch, start, shard, epochs)
+    return PackedBatches(tokens.lengths, make, tokens.fingerprint, order)
 
 
-def check_batches(call: str, shard: Any, **numbers: Any) -> None:
+def checked_order(call: str, order: Order, **more: Any) -> Order:
     """Raise unless rows, lengths and epochs are at least 1, other numbers at least 0, and hosts have equal parts."""
+    numbers: dict[str, Any] = order._asdict() | more
+    shard: Any = numbers.pop("shard")
     for name, value in numbers.items():
         least = 1 if name in ("rows", "length", "epochs", "most") else 0
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
@@ -253,3 +263,4 @@ def check_batches(call: str, shard: Any, **numbers: Any) -> None:
             f"{call}: {numbers['rows']} rows cannot be split evenly over {shard[1]} hosts: give a multiple of "
             f"{shard[1]}."
         )
+    return order

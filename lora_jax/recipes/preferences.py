@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.argument_checks import refuse
-from lora_jax.recipes.packed_rows import Batch, PackedBatches, Rows, check_batches, place
+from lora_jax.recipes.packed_rows import Batch, Order, PackedBatches, Rows, checked_order, place
 from lora_jax.recipes.tokens import TokenizedPairs
 
 
@@ -48,12 +48,11 @@ def preference_batches(
         LoraError: as of `packed_batches`.
     """
     call = "preference_batches(pairs, rows, length, seed)"
-    numbers = {"rows": rows, "length": length, "seed": seed, "epoch": epoch, "start": start, "epochs": epochs}
-    check_batches(call, shard, **numbers, most=most)
+    order = checked_order(call, Order(rows, length, seed, epoch, start, shard, epochs), most=most)
     lengths = np.maximum(pairs.chosen.lengths, pairs.rejected.lengths)
     data = f"{pairs.fingerprint} {most}"
     make = partial(_place, pairs, length=length)
-    return PackedBatches(lengths, make, data, rows, length, seed, epoch, start, shard, epochs, most)
+    return PackedBatches(lengths, make, data, order, most)
 
 
 def _place(pairs: TokenizedPairs, rows: Rows, length: int) -> Batch:

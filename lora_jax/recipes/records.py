@@ -19,7 +19,12 @@ from lora_jax.core.untrusted import open_file
 from lora_jax.recipes.options import Options, check_names, expected_type
 
 CONFIG, LOG, CURVES = "config.toml", "log.jsonl", "curves.png"
+MEASURE = "eval_loss"  # the loss of held-out examples, in the log and of checkpoints
 PLACES = ("model", "data", "output", "eval_data", "merged", "date")  # what a config has beside the options
+
+# What may be another when a run goes on, as it does not change what is trained; over another mesh sums are rounded in
+# another way.
+FREE = ("samples", "output", "mesh", "log_to")
 
 # Settings -------------------------------------------------------------------------------------------------------------
 
@@ -106,8 +111,7 @@ def check_same(path: Path, options: Options, places: Mapping[str, str]) -> None:
         LoraError: it has others, which are named.
     """
     before, now = read_config(path), {**places, **dataclasses.asdict(options)}
-    free = ("samples", "output")
-    changed = [name for name in now if name not in free and name in before and before[name] != now[name]]
+    changed = [name for name in now if name not in FREE and name in before and before[name] != now[name]]
     if changed:
         lines = "; ".join(f"{name} was {before[name]!r}, now {now[name]!r}" for name in changed)
         raise LoraError(f"{path.parent} was begun with other settings: {lines}. Give the same, or another folder.")
@@ -121,16 +125,24 @@ class Log:
 
     Args:
         folder: of the run; None to keep nothing.
-        step: the last step that was taken before.
+        step: the last step that was taken before; 0 to begin, with what is measured before the first.
+
+    Attributes:
+        lines: all of them.
+        again: those that were taken out.
+        first: the step of the first line that is to come, or one before it.
     """
 
     def __init__(self, folder: Path | None, step: int = 0) -> None:
         self.lines: list[dict[str, Any]] = []
+        self.again: list[dict[str, Any]] = []
+        self.first = step + 1 if step else 0
         self._file: TextIO | None = None
         if folder is None:
             return
         path = folder / LOG
-        self.lines = [line for line in read_log(path) if line["step"] <= step] if path.exists() else []
+        for line in read_log(path) if path.exists() else []:
+            (self.lines if line["step"] < self.first else self.again).append(line)
         with written_file(path) as new:
             new.write_text("".join(f"{json.dumps(line)}\n" for line in self.lines), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
@@ -176,8 +188,8 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     steps = [line for line in lines if "loss" in line]
     axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], color="#9dbcd8", label="batches")
-    if held_out := [line for line in lines if "eval_loss" in line]:
-        points = [line["step"] for line in held_out], [line["eval_loss"] for line in held_out]
+    if held_out := [line for line in lines if MEASURE in line]:
+        points = [line["step"] for line in held_out], [line[MEASURE] for line in held_out]
         axes.plot(*points, color="#c44e52", marker="o", markersize=4, label="held out")
     axes.set(xlabel="step", ylabel="loss")
     axes.spines[["top", "right"]].set_visible(False)

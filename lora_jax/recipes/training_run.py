@@ -4,32 +4,42 @@ Its parts are public functions, for loops of one's own: `packed_batches`, `answe
 `make_optimizer`, `lora.jit_step`, `evaluate`, `lora.Checkpoints`.
 """
 
+import dataclasses
 import math
-import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import P
 from jax.sharding import NamedSharding
 
 from lora_jax.adapters.dropout import with_dropout
 from lora_jax.checkpoints.manager import Checkpoints
 from lora_jax.core.adapter import Adapter
-from lora_jax.core.errors import LoraError
+from lora_jax.core.errors import LoraError, LoraWarning
 from lora_jax.core.targets import Plan
 from lora_jax.initialization.init import init
-from lora_jax.recipes.memory import Memory, check_memory, peak_bytes, step_memory
+from lora_jax.recipes.memory import Memory, check_memory, step_memory
+from lora_jax.recipes.meter import Meter
 from lora_jax.recipes.model import Model
 from lora_jax.recipes.objectives import Batch, Loss, answer_loss, preference_loss
-from lora_jax.recipes.options import Options, batch_spec, check_rows, learning_rate, make_optimizer, rules
+from lora_jax.recipes.options import (
+    Options,
+    batch_spec,
+    check_rows,
+    learning_rate,
+    make_optimizer,
+    rules,
+    tracker_names,
+)
 from lora_jax.recipes.packed_rows import PackedBatches, packed_batches
 from lora_jax.recipes.preferences import preference_batches
-from lora_jax.recipes.records import Log
+from lora_jax.recipes.records import MEASURE, Log
 from lora_jax.recipes.tokens import Tokenized, TokenizedPairs
+from lora_jax.recipes.trackers import Trackers
 from lora_jax.sharding.batches import local_rows, shard_batch
 from lora_jax.sharding.devices import on_mesh
 from lora_jax.training.state import TrainState
@@ -38,7 +48,6 @@ from lora_jax.training.step import JitStep, jit_step
 Data = Tokenized | TokenizedPairs
 EVALUATIONS = 10  # of a run, unless the options say otherwise
 CHECKPOINTS = "checkpoints"
-MEASURE = "eval_loss"
 
 
 class Reporter:
@@ -102,8 +111,12 @@ def prepare(model: Model, train: Data, options: Options) -> Prepared:
 
     Raises:
         LoraError: settings, examples and mesh do not fit together, or a step takes more memory than there is.
+
+    Warns:
+        LoraWarning: an example is longer than the texts that the model was made for.
     """
     options.check()
+    _check_lengths(model, train)
     sharding = batch_sharding(model)
     check_rows(options, sharding.mesh.shape if sharding else {}, 2 if isinstance(train, TokenizedPairs) else 1)
     batches = make_batches(train, options, sharding, options.epochs)
@@ -163,15 +176,21 @@ def finetune(
                     "same, or another folder."
                 )
         begun, ended = int(state.step), False
-        with Log(folder if jax.process_index() == 0 else None, begun) as log:
+        writes = jax.process_index() == 0
+        names = tracker_names(options.log_to) if writes else ()
+        with (
+            Log(folder if writes else None, begun) as log,
+            Trackers(names, folder, log, dataclasses.asdict(options)) as trackers,
+        ):
 
             def add(**line: Any) -> None:
                 log.add(line)
+                trackers.add(line)
                 reporter.line(line)
 
             if measure and not begun:
                 add(step=0, **{MEASURE: measure(state.trainable)})
-            meter = _Meter(add, learning_rate(options, steps))
+            meter = Meter(add, learning_rate(options, steps))
             for n, batch in zip(range(begun + 1, steps + 1), batches, strict=False):
                 placed = _placed(batch, sharding, _rows(train, options))
                 state, metrics = run.step(state, model.params, placed)
@@ -193,52 +212,6 @@ def finetune(
     losses = {line["step"]: line[MEASURE] for line in log.lines if MEASURE in line}
     own = int(state.step)
     return Result(_whole(state.trainable), own, taken, losses.get(0), losses.get(own), ended, log.lines)
-
-
-class _Meter:
-    """Reads the metrics of a step while the device takes the next one, so that neither waits for the other.
-
-    Args:
-        add: takes a line of the log.
-        rate: the learning rate of each step.
-    """
-
-    def __init__(self, add: Callable[..., None], rate: Callable[[Any], Any]) -> None:
-        self._add, self._rate = add, rate
-        self._waiting: tuple[int, dict[str, Any]] | None = None
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin to measure time anew, after something else than steps."""
-        self._since = time.perf_counter()
-
-    def took(self, n: int, metrics: dict[str, Any], batch: Batch) -> None:
-        """Take the metrics of step `n`, which is under way, and read those of the one before."""
-        self.read()
-        # Counted where the batch is, since a process has its own rows alone.
-        self._waiting = n, {**metrics, "tokens": jnp.count_nonzero(batch["segments"])}
-
-    def read(self) -> None:
-        """Read what is waiting.
-
-        Raises:
-            LoraError: the loss or its gradient is not finite.
-        """
-        if self._waiting is None:
-            return
-        n, found = self._waiting
-        self._waiting = None
-        metrics = {name: float(value) for name, value in found.items()}  # waits for the step
-        tokens = int(metrics.pop("tokens"))
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
-        if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
-            raise LoraError(
-                f"the loss is {metrics['loss']} at step {n}, and the norm of its gradient {metrics['grad_norm']}. The "
-                "checkpoints before stay. Begin again in another folder with a lower lr, or a longer warmup."
-            )
-        line = {name: value for name, value in metrics.items() if name not in ("skipped", "loss_scale")}
-        self._add(step=n, **line, lr=float(self._rate(n - 1)), tokens=tokens, seconds=seconds, memory=peak_bytes())
 
 
 # Its parts ------------------------------------------------------------------------------------------------------------
@@ -274,6 +247,21 @@ def _steps(batches: PackedBatches, options: Options) -> int:
         if options.max_steps and steps >= options.max_steps:
             return options.max_steps
     return steps
+
+
+def _check_lengths(model: Model, data: Data) -> None:
+    """Warn of examples with positions that the model was never trained at. Rows may be longer: each begins at 0."""
+    sides = (data.chosen, data.rejected) if isinstance(data, TokenizedPairs) else (data,)
+    longest, most = max(int(side.lengths.max()) for side in sides), model.config.length
+    if 0 < most < longest:
+        warnings.warn(
+            LoraWarning(
+                f"the longest example has {longest:,} tokens, and the model was made for texts of {most:,} "
+                "(max_position_embeddings): what it computes beyond these may mean little at first. "
+                f"max_length={most} cuts examples there."
+            ),
+            stacklevel=3,
+        )
 
 
 def make_loss(model: Model, data: Data, options: Options) -> Loss:

@@ -33,6 +33,18 @@ def test_a_published_model_fits(topology, bits, bytes_a_number, folder):
     assert expected * 0.98 <= report.parts["base"] <= expected * 1.02 + others / 100
 
 
+def test_a_step_of_dpo(folder):
+    """It has one copy of the base, the reference's and the policy's, and computes the forward pass of both."""
+    options = Options(**(vars(OPTIONS) | {"batch_tokens": 8 * 256}))
+    answers, pairs = (compile_for("v5e:2x2", folder, options, pairs=pairs) for pairs in (False, True))
+    assert pairs.fits
+    assert pairs.parts["base"] == answers.parts["base"]
+    cycles = [sum(report.cycles.values()) for report in (answers, pairs)]
+    assert 1.1 * cycles[0] < cycles[1] < 1.6 * cycles[0]
+    with pytest.raises(lora.LoraError, match=r"the two answers of pairs.*give batch_tokens=2048"):
+        compile_for("v5e:2x2", folder, OPTIONS, pairs=True)
+
+
 def test_a_mesh_of_another_machine(folder):
     with pytest.raises(lora.LoraError, match="of 4 devices, and v5e:4x4 has 16"):
         compile_for("v5e:4x4", folder, OPTIONS)
