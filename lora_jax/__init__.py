@@ -15,6 +15,7 @@ from lora_jax.adapters.loha import Loha, LohaAdapter
 from lora_jax.adapters.lokr import Lokr, LokrAdapter
 from lora_jax.adapters.lora import Lora, LoraAdapter, RsLora
 from lora_jax.adapters.lora_fa import LoraFa, LoraFaAdapter
+from lora_jax.adapters.stack import stack, unstack
 from lora_jax.adapters.token_rows import Rows, RowsAdapter
 from lora_jax.adapters.vera import Vera, VeraAdapter
 from lora_jax.analysis.abstract import abstract, abstract_state
@@ -132,12 +133,14 @@ __all__ = [
     "save_peft",
     "shard_batch",
     "shard_map_step",
+    "stack",
     "starts",
     "to_torch",
     "topology_mesh",
     "train_step",
     "trainable_mask",
     "unmerge",
+    "unstack",
     "value_and_grad",
     "with_dropout",
 ]
