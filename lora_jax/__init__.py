@@ -43,6 +43,8 @@ from lora_jax.sharding.unbatched import Unbatched
 from lora_jax.training.adalora_schedule import adapt_budget, prune
 from lora_jax.training.lora_plus import lora_plus
 from lora_jax.training.masks import decay_mask, freeze_base, labels, trainable_mask
+from lora_jax.training.population import Population
+from lora_jax.training.population_step import PerMember, population_step
 from lora_jax.training.preconditioners import lora_fa, lora_fa_gradient, riemannian
 from lora_jax.training.state import LossScale, TrainState
 from lora_jax.training.step import jit_step, pmap_step, shard_map_step, train_step
@@ -81,7 +83,9 @@ __all__ = [
     "LoraFaAdapter",
     "LoraWarning",
     "LossScale",
+    "PerMember",
     "Plan",
+    "Population",
     "Rows",
     "RowsAdapter",
     "RsLora",
@@ -126,6 +130,7 @@ __all__ = [
     "plan",
     "pmap_step",
     "policies",
+    "population_step",
     "prune",
     "recipes",
     "register_kind",

@@ -147,6 +147,22 @@ def unpad(path: str, adapter: Any) -> Any:
     return dataclasses.replace(adapter, **arrays | {"ratio": adapter.ratio[:2]})
 
 
+def zero_padding(adapter: Any) -> Any:
+    """Return an adapter of one member, which may be traced, with zeros where it is padded."""
+    own = own_columns(adapter.ratio)
+    if own is None:
+        return adapter
+
+    def masked(name: str, array: Any) -> Any:
+        axis = _rank_axis(adapter, name)
+        if axis is None:
+            return array
+        is_own = jnp.arange(array.shape[axis]) < own
+        return jnp.where(is_own.reshape([-1 if i == axis else 1 for i in range(array.ndim)]), array, 0)
+
+    return dataclasses.replace(adapter, **{name: masked(name, array) for name, array in adapter.arrays().items()})
+
+
 def rank_of(adapter: Any) -> int:
     """Return the rank of an adapter of one member, zeros among it."""
     return int(adapter.a.shape[-1])
