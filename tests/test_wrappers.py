@@ -95,12 +95,11 @@ def test_applying_wrapped_adapters_is_merging(case, kind, spec):
         )
 
 
-# JAX itself has no vmap of ragged_dot over some of its operands.
 vmapped = [
     pytest.param(c, k, marks=[] if c.name in FEW else pytest.mark.slow)
     for i, c in enumerate(FP32)
     for j, k in enumerate(KINDS)
-    if c.name != "ragged" and (i + j) % 3 == 0
+    if (i + j) % 3 == 0
 ]
 
 

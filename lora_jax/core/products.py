@@ -68,13 +68,19 @@ class Product(abc.ABC):
         """Return y with the parts of a `split` put back in their places."""
         raise NotImplementedError
 
-    def keep(self, keys: jax.Array, probability: float) -> Self:
-        """Keep each entry of x with a probability, and divide by it; keys [*s] have one key for each matrix."""
+    def keep(self, keys: jax.Array, probability: Any) -> Self:
+        """Keep each entry of x with a probability, and divide by it.
 
-        def kept(x: jax.Array, keys: jax.Array) -> jax.Array:
-            return masked(x, bernoulli(keys.reshape(-1)[0], probability, x.shape), probability)
+        Args:
+            keys: [*s], one for each matrix.
+            probability: a number, or an array f32 [*s] of one for each matrix.
+        """
+        return self.with_x(masked_by(self.given(), self.kept, keys, probability))
 
-        return self.with_x(self.given().masked(kept, keys))
+    def kept(self, x: jax.Array, keys: jax.Array, probability: Any) -> jax.Array:
+        """Return x with a mask of it drawn, for keys [s] and a probability, or probabilities [s]."""
+        one = probability[0] if isinstance(probability, jax.Array) else probability
+        return masked(x, bernoulli(keys[0], one, x.shape), one)
 
     def with_x(self, x: Remade) -> Self:
         """Return the product of another x."""
@@ -109,14 +115,12 @@ class Matmul(Product):
         n, tokens = self._stacked(), self.y.ndim - gain.ndim
         return jnp.broadcast_to(jnp.expand_dims(gain, range(n, n + tokens)), self.y.shape)
 
-    def keep(self, keys: jax.Array, probability: float) -> Self:
-        shape = self.x.shape[self._stacked() :]
-
-        def kept(x: jax.Array, keys: jax.Array) -> jax.Array:
-            mask = jax.vmap(lambda key: bernoulli(key, probability, shape))(keys.reshape(-1))
-            return masked(x, mask.reshape(x.shape), probability)
-
-        return self.with_x(self.given().masked(kept, keys))
+    def kept(self, x: jax.Array, keys: jax.Array, probability: Any) -> jax.Array:
+        n = self._stacked()
+        each = probability if isinstance(probability, jax.Array) else None
+        draw = jax.vmap(lambda key, own: bernoulli(key, probability if own is None else own, x.shape[n:]))
+        mask = draw(keys, each).reshape(x.shape)
+        return masked(x, mask, probability if each is None else each.reshape(*x.shape[:n], *(1,) * (x.ndim - n)))
 
     def token_axes(self) -> tuple[int, ...]:
         return self.x.shape[self._stacked() : self.x.ndim - len(self.axes.inputs)]
@@ -160,6 +164,13 @@ class Matmul(Product):
         if any(set(mesh.manual_axes) != set(mesh.axis_names) for mesh in meshes):
             return False
         return any(mesh.axis_names for mesh in meshes) or jax.device_count() == 1
+
+
+def masked_by(x: Remade, kept: Callable[..., jax.Array], keys: jax.Array, probability: Any) -> Remade:
+    """Return x with kept(x, keys [s], probability); a probability that is an array is drawn with as the keys are."""
+    if not isinstance(probability, jax.Array):
+        return x.masked(lambda x, keys: kept(x, keys.reshape(-1), probability), keys)
+    return x.masked(lambda x, keys, each: kept(x, keys.reshape(-1), each.reshape(-1)), keys, probability)
 
 
 def as_matrices(x: jax.Array, stack: int, rows: int) -> jax.Array:
