@@ -68,7 +68,8 @@ def make(config: Config) -> tuple[Any, Any]:
         ("one member", single.lower(states[0], params, x[0])),
         (f"{config.members} members", together.lower(population, params, lora.PerMember(x))),
     ):
-        print(f"{name}: {size(lowered.compile().memory_analysis().temp_size_in_bytes)} while a step runs")
+        memory: Any = lowered.compile().memory_analysis()
+        print(f"{name}: {size(memory.temp_size_in_bytes)} while a step runs")
     print(f"the base: {size(sum(w.nbytes for w in jax.tree.leaves(params)))}")
 
     def at_once() -> None:

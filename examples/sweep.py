@@ -43,6 +43,7 @@ class Config:
     alpha: float = 16.0  # the scale of rank r is alpha / r
     epochs: int = 1
     batch: int = 16  # sentences a step, the same for all members
+    sentences: int = 2048  # of the training split, at most
     seed: int = 0
 
 
@@ -63,7 +64,8 @@ def sweep(task: demo.Task, config: Config) -> tuple[lora.Population, np.ndarray,
         rank: demo.make_lora(task, demo.Config(rank=rank, alpha=config.alpha), config.seed) for rank in config.ranks
     }
     logits = made[config.ranks[0]][0]
-    steps = len(task.splits["train"]) // config.batch * config.epochs
+    train = snippets.balanced(task.splits["train"], config.sentences, config.seed)
+    steps = len(train) // config.batch * config.epochs
     optimizer = make_optimizer(steps)
 
     def loss(trainable: Tree, params: Tree, ids: jax.Array, mask: jax.Array, labels: jax.Array) -> jax.Array:
@@ -75,7 +77,7 @@ def sweep(task: demo.Task, config: Config) -> tuple[lora.Population, np.ndarray,
     predict = jax.jit(jax.vmap(logits, in_axes=(0, None, None, None)))
     printed, done = [], 0
     for epoch in range(config.epochs):
-        for ids, mask, labels in snippets.training_batches(task.splits["train"], config.batch, config.seed + epoch):
+        for ids, mask, labels in snippets.training_batches(train, config.batch, config.seed + epoch):
             population, metrics = step(population, task.params, ids, mask, labels)
             done += 1
             if done == steps // 2:  # the worse half stays as it is

@@ -11,7 +11,7 @@ from helpers import equations
 
 import lora_jax as lora
 
-N, L, T, D, K = 8, 3, 4, 64, 96
+N, L, T, D, K = 8, 3, 2, 256, 384
 
 
 def scanned(p, x):
@@ -48,7 +48,7 @@ def steps(name):
     def loss(adapters, params, x):
         return jnp.mean((apply(params, adapters, x) - 1) ** 2)
 
-    plan = lora.plan(fn, params, X[0], rules={".*": lora.Lora(4)})
+    plan = lora.plan(fn, params, X[0], rules={".*": lora.Lora(1)})
     members = [lora.init(jax.random.key(i), params, plan) for i in range(N)]
     one = lora.TrainState.create(members[0], optax.adam(1e-3))
     all_of_them = lora.Population.create(members, optax.adam, {"learning_rate": [1e-3] * N})
@@ -71,7 +71,7 @@ def test_flops_products_and_memory(name):
         assert not [s for s in shapes(texts[1]) if np.prod(s) == shape], "a base for each member"
     base = sum(w.nbytes for w in jax.tree.leaves(params))
     more = together.memory_analysis().temp_size_in_bytes - alone.memory_analysis().temp_size_in_bytes
-    assert more < base  # of which N - 1 times as much would be one base for each
+    assert more < base / 2  # one base for each member would be N - 1 times as much
 
 
 def shapes(text):

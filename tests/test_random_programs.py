@@ -102,7 +102,7 @@ def check(seed: int, wrapper: str | None = None, place: str | None = None) -> No
     if plan is None:
         return
     wrapper, place = wrapper or rng.choice(WRAPPERS), place or rng.choice(PLACES)
-    if program.has_branches:
+    if (wrapper == "vmap" and program.has_groups) or program.has_branches:
         wrapper = "dropout"  # what others would do, JAX or XLA does not take
     if program.convolves and place == "data and model":
         place = "data"  # where XLA's own gradient is right

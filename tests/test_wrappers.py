@@ -95,11 +95,12 @@ def test_applying_wrapped_adapters_is_merging(case, kind, spec):
         )
 
 
+# JAX itself has no vmap of ragged_dot over some of its operands.
 vmapped = [
     pytest.param(c, k, marks=[] if c.name in FEW else pytest.mark.slow)
     for i, c in enumerate(FP32)
     for j, k in enumerate(KINDS)
-    if (i + j) % 3 == 0
+    if c.name != "ragged" and (i + j) % 3 == 0
 ]
 
 

@@ -15,8 +15,8 @@ def bernoulli(key: jax.Array, probability: Any, shape: tuple[int, ...]) -> jax.A
     may be an array, an fp32 scalar, which gives the same numbers.
     """
     if isinstance(probability, jax.Array):
-        below = jnp.ceil(probability * np.float32(2**23)).astype(jnp.uint32)
-        return jax.random.bits(key, shape, jnp.uint32) >> np.uint32(9) < below
+        traced = jnp.ceil(probability * np.float32(2**23)).astype(jnp.uint32)
+        return jax.random.bits(key, shape, jnp.uint32) >> np.uint32(9) < traced
     below = math.ceil(float(np.float32(probability)) * 2**23)
     if below >= 2**23:  # 1 in fp32
         return jnp.ones(shape, bool)

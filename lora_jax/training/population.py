@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from lora_jax.training.state import TrainState, with_own_memory
 
 CALL = "Population.create(members, optimizer, hyperparameters)"
 # A transformation, or what makes one of hyperparameters that it takes by name, as optax.adamw does.
-Optimizer = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
+Optimizer: TypeAlias = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
 
 
 @register_node("lora_jax.Population")
