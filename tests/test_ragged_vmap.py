@@ -9,6 +9,7 @@ import pytest
 from helpers import equations, total, trained
 
 import lora_jax as lora
+from lora_jax.core import ragged
 from lora_jax.core.ragged import ragged_product
 
 N, T, E, D, K = 3, 10, 4, 6, 5
@@ -42,6 +43,33 @@ def test_whatever_has_the_axis(axes):
         np.testing.assert_allclose(found[0][i], value, rtol=1e-4)
         for one, expected in zip(found[1], gradients, strict=True):
             np.testing.assert_allclose(one[i], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_members_as_further_groups():
+    """What TPUs do, with rows of no group among them."""
+    how = {"precision": None, "wide": None}
+    y = jax.jit(lambda: ragged._product_of_groups(X, W, SIZES, contract=1, **how))()
+    grams = jax.jit(lambda: ragged._gram_of_groups(X, jnp.sin(y), SIZES, **how))()
+    for i in range(N):
+        np.testing.assert_allclose(y[i], by_rows(X[i], W[i], SIZES[i]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        grams, jax.jit(lambda: ragged._gram(X, jnp.sin(y), SIZES, **how))(), rtol=1e-4, atol=1e-4
+    )
+    for i in range(N):
+        start, own = 0, np.asarray(grams[i])
+        for group, size in enumerate(np.asarray(SIZES[i])):
+            rows = slice(start, start + size)
+            np.testing.assert_allclose(own[group], X[i, rows].T @ np.sin(y[i, rows]), rtol=1e-3, atol=1e-4)
+            start += size
+
+
+def test_vmap_of_vmap():
+    twice = jax.jit(jax.vmap(jax.vmap(ragged_product, (0, None, 0)), (0, None, None)))
+    both = jax.jit(jax.vmap(jax.vmap(ragged_product, (0, 0, 0)), (None, 0, None)))
+    found, others = twice(jnp.stack([X, 2 * X]), W[0], SIZES), both(X, jnp.stack([W, -W]), SIZES)
+    for i in range(N):
+        np.testing.assert_allclose(found[1, i], 2 * by_rows(X[i], W[0], SIZES[i]), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(others[1, i], -by_rows(X[i], W[i], SIZES[i]), rtol=1e-4, atol=1e-5)
 
 
 def test_second_derivatives():

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
-from lora_jax.core.dropout_mask import bernoulli, masked
+from lora_jax.core.dropout_mask import dropped
 from lora_jax.core.factor_products import as_columns, as_rows, in_turn, matmul
 from lora_jax.core.factor_products import contract as product_of_factor
 from lora_jax.core.remade import Remade, thin_product
@@ -69,18 +69,8 @@ class Product(abc.ABC):
         raise NotImplementedError
 
     def keep(self, keys: jax.Array, probability: Any) -> Self:
-        """Keep each entry of x with a probability, and divide by it.
-
-        Args:
-            keys: [*s], one for each matrix.
-            probability: a number, or an array f32 [*s] of one for each matrix.
-        """
-        return self.with_x(masked_by(self.given(), self.kept, keys, probability))
-
-    def kept(self, x: jax.Array, keys: jax.Array, probability: Any) -> jax.Array:
-        """Return x with a mask of it drawn, for keys [s] and a probability, or probabilities [s]."""
-        one = probability[0] if isinstance(probability, jax.Array) else probability
-        return masked(x, bernoulli(keys[0], one, x.shape), one)
+        """Keep each entry of x with a probability, and divide by it; both [*s], or the probability a number."""
+        return self.with_x(dropped(self.given(), keys, probability))
 
     def with_x(self, x: Remade) -> Self:
         """Return the product of another x."""
@@ -115,12 +105,8 @@ class Matmul(Product):
         n, tokens = self._stacked(), self.y.ndim - gain.ndim
         return jnp.broadcast_to(jnp.expand_dims(gain, range(n, n + tokens)), self.y.shape)
 
-    def kept(self, x: jax.Array, keys: jax.Array, probability: Any) -> jax.Array:
-        n = self._stacked()
-        each = probability if isinstance(probability, jax.Array) else None
-        draw = jax.vmap(lambda key, own: bernoulli(key, probability if own is None else own, x.shape[n:]))
-        mask = draw(keys, each).reshape(x.shape)
-        return masked(x, mask, probability if each is None else each.reshape(*x.shape[:n], *(1,) * (x.ndim - n)))
+    def keep(self, keys: jax.Array, probability: Any) -> Self:
+        return self.with_x(dropped(self.given(), keys, probability, self._stacked()))
 
     def token_axes(self) -> tuple[int, ...]:
         return self.x.shape[self._stacked() : self.x.ndim - len(self.axes.inputs)]
@@ -164,13 +150,6 @@ class Matmul(Product):
         if any(set(mesh.manual_axes) != set(mesh.axis_names) for mesh in meshes):
             return False
         return any(mesh.axis_names for mesh in meshes) or jax.device_count() == 1
-
-
-def masked_by(x: Remade, kept: Callable[..., jax.Array], keys: jax.Array, probability: Any) -> Remade:
-    """Return x with kept(x, keys [s], probability); a probability that is an array is drawn with as the keys are."""
-    if not isinstance(probability, jax.Array):
-        return x.masked(lambda x, keys: kept(x, keys.reshape(-1), probability), keys)
-    return x.masked(lambda x, keys, each: kept(x, keys.reshape(-1), each.reshape(-1)), keys, probability)
 
 
 def as_matrices(x: jax.Array, stack: int, rows: int) -> jax.Array:

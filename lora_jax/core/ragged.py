@@ -2,7 +2,8 @@
 
 `jax.lax.ragged_dot` is vmapped by JAX only with an axis in all three operands. Many sets of adapters over one base have
 it in x and not in W: there it is put into the rows, so that W is read once and never copied. Where the groups are the
-same for all, row t of each member lies in the same group; else the rows of all members are sorted by group.
+same for all, row t of each member lies in the same group; else the rows of all members are sorted by group. Products
+with factors have the axis in all operands, and keep it as one before the rows.
 
 Axes: T rows, E groups, d inputs, k outputs.
 """
@@ -42,14 +43,49 @@ def _bind(primitive: Any, *args: jax.Array, **how: Any) -> Any:
 
 
 def _product(x: Any, w: Any, group_sizes: Any, *, contract: int, precision: Any, wide: Any) -> Any:
-    dims = lax.RaggedDotDimensionNumbers((((1,), (contract,)), ((), ())), [0], [0])
+    """Multiply x [T, d] by w [E, d, k]; or with a leading axis of members in all three."""
+    n = x.ndim - 2
+    dims = lax.RaggedDotDimensionNumbers((((n + 1,), (n + contract,)), (_first(n), _first(n))), [n], [n])
     return lax.ragged_dot_general(x, w, group_sizes, dims, precision=precision, preferred_element_type=wide)
 
 
 def _gram(x: Any, y: Any, group_sizes: Any, *, precision: Any, wide: Any) -> Any:
     """Return x^T y [E, d, k] of the rows in each group: the derivative by w."""
-    dims = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    return lax.ragged_dot_general(x, y, group_sizes, dims, precision=precision, preferred_element_type=wide)
+    n = x.ndim - 2
+    dims = lax.RaggedDotDimensionNumbers((((n,), (n,)), (_first(n), _first(n))), [n], [])
+    found = lax.ragged_dot_general(x, y, group_sizes, dims, precision=precision, preferred_element_type=wide)
+    return jnp.moveaxis(found, 0, n)  # JAX puts the groups before the members
+
+
+def _first(n: int) -> tuple[int, ...]:
+    return tuple(range(n))
+
+
+# Members as further groups: XLA's compiler for TPUs has no ragged product with an axis beside the rows ----------------
+
+
+def _product_of_groups(x: Any, w: Any, group_sizes: Any, **how: Any) -> Any:
+    if x.ndim == 2:
+        return _product(x, w, group_sizes, **how)
+    sizes, is_in_group = _filled(group_sizes, x.shape[1])
+    y = _product(x.reshape(-1, x.shape[2]), w.reshape(-1, *w.shape[2:]), sizes, **how)
+    return jnp.where(is_in_group, y.reshape(*x.shape[:2], -1), jnp.zeros((), y.dtype))
+
+
+def _gram_of_groups(x: Any, y: Any, group_sizes: Any, **how: Any) -> Any:
+    if x.ndim == 2:
+        return _gram(x, y, group_sizes, **how)
+    sizes, is_in_group = _filled(group_sizes, x.shape[1])
+    x, y = (jnp.where(is_in_group, array, jnp.zeros((), array.dtype)) for array in (x, y))
+    found = _gram(x.reshape(-1, x.shape[2]), y.reshape(-1, y.shape[2]), sizes, **how)
+    return found.reshape(*group_sizes.shape, *found.shape[1:])
+
+
+def _filled(group_sizes: Any, rows: int) -> tuple[Any, Any]:
+    """Return the sizes of all members' groups, each member's last one with its rows of no group, and which are not."""
+    used = jnp.sum(group_sizes, axis=1, dtype=group_sizes.dtype)
+    sizes = group_sizes.at[:, -1].add(rows - used)
+    return sizes.reshape(-1), (jnp.arange(rows)[None] < used[:, None])[..., None]
 
 
 # Derivatives: both are linear in their first two operands, and are each other's transposes ----------------------------
@@ -87,13 +123,13 @@ def _gram_transpose(ct: Any, x: Any, y: Any, sizes: Any, *, precision: Any, wide
 
 def _product_batch(args: Any, axes: Any, **how: Any) -> tuple[Any, int]:
     x, w, sizes = args
-    if axes[1] is not None:
-        return _batch_all(_product, args, axes, **how)
+    if axes[1] is not None or w.ndim == 4:
+        return _batch_all(product_p, args, axes, **how)
     if axes[2] is None:  # the rows of all members that have one place lie side by side
         x = jnp.moveaxis(x, axes[0], 1)  # [T, members, d]
         y = _bind(product_p, x.reshape(-1, x.shape[2]), w, sizes * x.shape[1], **how)
         return y.reshape(*x.shape[:2], y.shape[1]), 1
-    x, _, sizes = _all_batched((x, w, sizes), axes, but=1)
+    x, sizes = _all_batched((x, sizes), (axes[0], axes[2]))
     n, t, d = x.shape
     rows, order = x.reshape(-1, d), jnp.argsort(_groups(sizes, t).reshape(-1), stable=True)
     y = _bind(product_p, rows[order], w, jnp.sum(sizes, 0, dtype=sizes.dtype), **how)
@@ -107,19 +143,22 @@ def _groups(sizes: jax.Array, rows: int) -> jax.Array:
     return jnp.sum(at >= ends, axis=2, dtype=jnp.int32)
 
 
-def _all_batched(args: Any, axes: Any, but: int | None = None) -> Any:
+def _all_batched(args: Any, axes: Any) -> list[Any]:
     """Return operands with the new axis first, repeated for each member where they had none."""
     n = next(arg.shape[axis] for arg, axis in zip(args, axes, strict=True) if axis is not None)
     return [
-        arg
-        if i == but
-        else (jnp.broadcast_to(arg[None], (n, *arg.shape)) if axis is None else jnp.moveaxis(arg, axis, 0))
-        for i, (arg, axis) in enumerate(zip(args, axes, strict=True))
+        jnp.broadcast_to(arg[None], (n, *arg.shape)) if axis is None else jnp.moveaxis(arg, axis, 0)
+        for arg, axis in zip(args, axes, strict=True)
     ]
 
 
-def _batch_all(plain: Any, args: Any, axes: Any, **how: Any) -> tuple[Any, int]:
-    return jax.vmap(functools.partial(plain, **how))(*_all_batched(args, axes)), 0
+def _batch_all(primitive: Any, args: Any, axes: Any, **how: Any) -> tuple[Any, int]:
+    """Give all operands the axis of members; one that they have already is joined with it."""
+    args = _all_batched(args, axes)
+    if args[0].ndim == 3:
+        return _bind(primitive, *args, **how), 0
+    found = _bind(primitive, *(arg.reshape(-1, *arg.shape[2:]) for arg in args), **how)
+    return found.reshape(*args[0].shape[:2], *found.shape[1:]), 0
 
 
 # The primitives -------------------------------------------------------------------------------------------------------
@@ -130,12 +169,16 @@ def _result(plain: Any, *avals: Any, **how: Any) -> Any:
 
 
 product_p, gram_p = Primitive(RAGGED_PRODUCT), Primitive("lora_ragged_gram")
-for _primitive, _plain in ((product_p, _product), (gram_p, _gram)):
+for _primitive, _plain, _of_groups in (
+    (product_p, _product, _product_of_groups),
+    (gram_p, _gram, _gram_of_groups),
+):
     _primitive.def_impl(_plain)
     _primitive.def_abstract_eval(functools.partial(_result, _plain))
     mlir.register_lowering(_primitive, mlir.lower_fun(_plain, multiple_results=False))
+    mlir.register_lowering(_primitive, mlir.lower_fun(_of_groups, multiple_results=False), platform="tpu")
     ad.primitive_jvps[_primitive] = functools.partial(_jvp, _primitive)
 ad.primitive_transposes[product_p] = _product_transpose
 ad.primitive_transposes[gram_p] = _gram_transpose
 batching.primitive_batchers[product_p] = _product_batch
-batching.primitive_batchers[gram_p] = functools.partial(_batch_all, _gram)
+batching.primitive_batchers[gram_p] = functools.partial(_batch_all, gram_p)
