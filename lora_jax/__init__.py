@@ -15,6 +15,7 @@ from lora_jax.adapters.loha import Loha, LohaAdapter
 from lora_jax.adapters.lokr import Lokr, LokrAdapter
 from lora_jax.adapters.lora import Lora, LoraAdapter, RsLora
 from lora_jax.adapters.lora_fa import LoraFa, LoraFaAdapter
+from lora_jax.adapters.stack import stack, unstack
 from lora_jax.adapters.token_rows import Rows, RowsAdapter
 from lora_jax.adapters.vera import Vera, VeraAdapter
 from lora_jax.analysis.abstract import abstract, abstract_state
@@ -42,6 +43,8 @@ from lora_jax.sharding.unbatched import Unbatched
 from lora_jax.training.adalora_schedule import adapt_budget, prune
 from lora_jax.training.lora_plus import lora_plus
 from lora_jax.training.masks import decay_mask, freeze_base, labels, trainable_mask
+from lora_jax.training.population import Population
+from lora_jax.training.population_step import PerMember, population_step
 from lora_jax.training.preconditioners import lora_fa, lora_fa_gradient, riemannian
 from lora_jax.training.state import LossScale, TrainState
 from lora_jax.training.step import jit_step, pmap_step, shard_map_step, train_step
@@ -80,7 +83,9 @@ __all__ = [
     "LoraFaAdapter",
     "LoraWarning",
     "LossScale",
+    "PerMember",
     "Plan",
+    "Population",
     "Rows",
     "RowsAdapter",
     "RsLora",
@@ -125,6 +130,7 @@ __all__ = [
     "plan",
     "pmap_step",
     "policies",
+    "population_step",
     "prune",
     "recipes",
     "register_kind",
@@ -132,12 +138,14 @@ __all__ = [
     "save_peft",
     "shard_batch",
     "shard_map_step",
+    "stack",
     "starts",
     "to_torch",
     "topology_mesh",
     "train_step",
     "trainable_mask",
     "unmerge",
+    "unstack",
     "value_and_grad",
     "with_dropout",
 ]

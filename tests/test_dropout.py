@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,3 +165,34 @@ def test_masks_are_those_of_jax(probability):
     key = jax.random.key(5)
     expected = jax.random.bernoulli(key, probability, (300, 70))
     np.testing.assert_array_equal(dropout_mask.bernoulli(key, probability, (300, 70)), expected)
+
+
+@pytest.mark.parametrize("name", ["two_layers", "scan_over_remat", "ragged", "experts"])
+@pytest.mark.parametrize("keep", ["inputs", "thin"])
+@pytest.mark.slow
+def test_a_rate_that_is_data_draws_the_same_masks(name, keep):
+    """Values and gradients, and several rates under vmap as each by itself, in one program."""
+    case = next(case for case in MODELS if case.name == name)
+    params, x, adapters, key = case.params(), case.input(), case.adapters(RULES["lora"]), jax.random.key(3)
+    apply = lora.lora_apply(case.fn, keep=keep)
+
+    def loss(adapters, rate):
+        return total(apply(params, lora.with_dropout(adapters, key, rate), x))
+
+    rates = jnp.array([0.0, 0.25, 0.6], jnp.float32)
+    found = jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0)))(adapters, rates)
+    for i, rate in enumerate([0, 0.25, 0.6]):
+        expected = jax.jit(jax.value_and_grad(functools.partial(loss, rate=rate)))(adapters)
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(one[i], other, rtol=1e-4, atol=1e-4)
+
+
+def test_rates_that_are_arrays():
+    case = next(case for case in MODELS if case.name == "two_layers")
+    adapters, key = case.adapters(RULES["lora"]), jax.random.key(0)
+    for rate in (jnp.float32(1.0), jnp.ones(2) / 4, jnp.int32(0), jnp.float32(jnp.nan)):
+        with pytest.raises(lora.LoraError, match="expected a number, or float32"):
+            lora.with_dropout(adapters, key, rate)
+    dropped = lora.with_dropout(adapters, key, jnp.float32(0.5))
+    mask = lora.trainable_mask(dropped)
+    assert jax.tree.structure(mask) == jax.tree.structure(dropped)

@@ -19,6 +19,7 @@ import minilm
 import numpy as np
 import pytest
 import snippets
+import sweep
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
@@ -100,6 +101,33 @@ def test_batches_give_results_in_their_own_order(task):
 def test_targets(task, targets, count):
     _, trainable = demo.make_lora(task, demo.Config(targets=targets, rank=2), seed=0)
     assert len(trainable["adapters"]) == count
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_its_members_as_the_demo_does_one(task, tmp_path, capsys):
+    config = sweep.Config(output=tmp_path, rates=(1e-3, 1e-2), ranks=(1, 2), batch=8)
+    before = jax.tree.map(np.array, task.params)
+    scores = sweep.run(task, config)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, task.params))
+    assert scores.shape == (4,)
+    table = capsys.readouterr().out.split("At the end:")[1]
+    assert (table.count(" yes "), table.count(" no ")) == (2, 2)  # the better half went on
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    best = int(np.argmax(scores))
+    rank, rate = [(1, 1e-3), (1, 1e-2), (2, 1e-3), (2, 1e-2)][best]
+    logits, trainable = demo.make_lora(task, demo.Config(rank=rank), config.seed)
+    train = snippets.balanced(task.splits["train"], config.sentences)
+    step, state = demo.make_step(logits, trainable, rate, len(train) // 8)
+    taken = len(train) // 8 if "yes" in table.splitlines()[3 + best] else len(train) // 8 // 2
+    for batch in list(snippets.training_batches(train, 8, config.seed))[:taken]:
+        state, _ = step(state, task.params, *batch)
+    adapters, others = checkpoint.load(tmp_path / "best")
+    for found, alone in zip(
+        jax.tree.leaves((adapters, others["head"])),
+        jax.tree.leaves((state.trainable["adapters"], state.trainable["head"])),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -117,8 +117,8 @@ def test_zeros_change_nothing_and_a_ratio_is_two_numbers():
     zeros = jax.tree.map(jnp.zeros_like, adapters)
     np.testing.assert_array_equal(lora.lora_apply(model)(params, zeros, x), model(params, x))
     np.testing.assert_array_equal(lora.merge(params, zeros)["up"], params["up"])
-    wrong = adapters | {"up": dataclasses.replace(adapters["up"], ratio=jnp.ones(3))}
-    with pytest.raises(LoraError, match=r"'up' has a ratio of shape \[3\], expected \[2\], or a number"):
+    wrong = adapters | {"up": dataclasses.replace(adapters["up"], ratio=jnp.ones(4))}
+    with pytest.raises(LoraError, match=r"'up' has a ratio of shape \[4\], expected \[2\], or a number"):
         lora.merge(params, wrong)
     stacked = jax.tree.map(lambda a: jnp.stack([a, a]), adapters)
     with pytest.raises(LoraError, match=r"'down' is a stack of 2 adapters: add them up one by one"):

@@ -61,7 +61,8 @@ class AdaLoraAdapter(Scaled, Factored):
 def orthogonality(adapters: Mapping[str, Adapter]) -> jax.Array:
     """Return the mean of |A^T A - I| and |B B^T - I| over all A and B (Frobenius norms): AdaLoRA's term of the loss.
 
-    The paper's R of all matrices, as HF PEFT weighs it: add 0.5 of it to the loss.
+    The paper's R of all matrices, as HF PEFT weighs it: add 0.5 of it to the loss. Columns and rows of zeros, as
+    `lora.stack` pads with them, are no part of it.
 
     Raises:
         LoraError: there is no AdaLoRA adapter.
@@ -81,4 +82,5 @@ def orthogonality(adapters: Mapping[str, Adapter]) -> jax.Array:
 def _distance(rows: jax.Array) -> jax.Array:
     """Return |M M^T - I| of each M [s, r, n]."""
     gram = matmul_highest(rows, rows.swapaxes(1, 2))
-    return jnp.linalg.norm(gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)[None], axis=(1, 2))
+    expected = jnp.any(rows != 0, axis=2)[..., None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
+    return jnp.linalg.norm(gram - expected, axis=(1, 2))

@@ -116,9 +116,23 @@ def _lengths(w: jax.Array, factors: LowRank) -> jax.Array:
     aab = dot(dot(a, a, (inputs, inputs), (stack, stack)), b, ((n + 1,), (n,)), (stack, stack))
     mixed, change = (jnp.sum(b * term, axis=n) for term in (2 * aw, aab))
     n2 = squares + mixed + change
-    cancels = jnp.any(n2 < CANCELS * (squares + change))
+    cancels = _in_any_set(jnp.any(n2 < CANCELS * (squares + change)))
     n2 = lax.cond(cancels, lambda: _squares_in_blocks(w, a, b, axes), lambda: n2)
     return jnp.sqrt(jnp.maximum(n2, 0))
+
+
+@jax.custom_batching.custom_vmap
+def _in_any_set(cancels: jax.Array) -> jax.Array:
+    """Return whether this is so in any set of adapters under `vmap`, which would else compute both branches for each.
+
+    Blocks give the right lengths for all of them.
+    """
+    return cancels
+
+
+@_in_any_set.def_vmap
+def _in_any_set_of_a_stack(size: int, is_batched: Any, cancels: jax.Array) -> tuple[jax.Array, bool]:
+    return _in_any_set(jnp.any(cancels, axis=0)), False
 
 
 def _squares_in_blocks(w: jax.Array, a: jax.Array, b: jax.Array, axes: KernelAxes) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_jax.core.adapter import Adapter, AdapterWrapper, lower
 from lora_jax.core.argument_checks import check_adapter_dict, check_key
-from lora_jax.core.arrays import is_key
+from lora_jax.core.arrays import concrete, describe, is_key
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.operand import Operand, Wrapper
@@ -24,7 +24,7 @@ from lora_jax.core.serialization import register_node
 CALL = "with_dropout(adapters, key, rate)"
 
 
-def with_dropout(adapters: Mapping[str, Adapter], key: jax.Array, rate: float = 0.1) -> dict[str, Adapter]:
+def with_dropout(adapters: Mapping[str, Adapter], key: jax.Array, rate: Any = 0.1) -> dict[str, Adapter]:
     """Return the adapters for one training call, in which each entry of x is dropped with probability `rate` before A.
 
     y = x @ W + scale * (mask * x / (1 - rate)) @ A @ B, a mask drawn for each weight and each stacked layer or expert.
@@ -46,16 +46,19 @@ def with_dropout(adapters: Mapping[str, Adapter], key: jax.Array, rate: float = 
 
     Args:
         key: a `jax.random.key` (or an old-style `PRNGKey`).
-        rate: the probability that an entry is dropped, at least 0 and below 1; 0 returns the adapters as they are.
+        rate: the probability that an entry is dropped, at least 0 and below 1; 0 returns the adapters as they are. Or
+            an fp32 scalar, which may be traced: each member of a population has its own.
 
     Raises:
         LoraError: another rate; `adapters` are no `{path: adapter}`, or `key` is no random key.
     """
     check_adapter_dict(CALL, adapters)
     check_key(CALL, key)
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+    if isinstance(rate, jax.Array):
+        _check_array(rate)
+    elif isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
         raise LoraError(f"with_dropout(rate={rate!r}): the rate is a number of at least 0 and below 1, such as 0.1.")
-    if rate == 0:
+    if not isinstance(rate, jax.Array) and rate == 0:
         return dict(adapters)
     if not is_key(key):
         key = jax.random.wrap_key_data(key)
@@ -64,10 +67,22 @@ def with_dropout(adapters: Mapping[str, Adapter], key: jax.Array, rate: float = 
     }
     stacks = {path: adapter.axes.sizes(adapter.kernel_shape())[0] for path, adapter in inner.items()}
     keys = _keys(key, {path: math.prod(stack) for path, stack in stacks.items()})
+
+    def of(stack: tuple[int, ...]) -> tuple[Any, float | None]:
+        return (jnp.full(stack, 1 - rate), None) if isinstance(rate, jax.Array) else (None, float(rate))
+
     return {
-        path: DropoutAdapter(adapter, keys[path].reshape(stacks[path]), adapter.axes, float(rate))
+        path: DropoutAdapter(adapter, keys[path].reshape(stacks[path]), *of(stacks[path]), adapter.axes)
         for path, adapter in inner.items()
     }
+
+
+def _check_array(rate: jax.Array) -> None:
+    """Raise if an array is no rate; of a traced one, the number is not known."""
+    is_wrong = rate.shape != () or rate.dtype != jnp.float32 or (concrete(rate) and not 0 <= float(rate) < 1)
+    if is_wrong:
+        shown = float(rate) if concrete(rate) and rate.shape == () else describe(rate)
+        raise LoraError(f"with_dropout(rate) is {shown}, expected a number, or float32[], at least 0 and below 1.")
 
 
 def _keys(key: jax.Array, counts: Mapping[str, int]) -> dict[str, jax.Array]:
@@ -103,12 +118,15 @@ class DropoutAdapter(AdapterWrapper):
 
     inner: Adapter
     keys: jax.Array  # [*stack]
+    kept: jax.Array | None  # f32 [*stack], 1 - rate, all the same: where the rate is data
+    rate: float | None = field(metadata={"static": True})
     axes: KernelAxes = field(metadata={"static": True})
-    rate: float = field(metadata={"static": True})
 
     def lower(self, w: Any) -> Operand | jax.Array:
         operand = lower(self.inner, w)
-        return DropoutOperand(operand, self.keys, self.axes, self.rate) if isinstance(operand, Operand) else operand
+        if not isinstance(operand, Operand):
+            return operand
+        return DropoutOperand(operand, self.keys, self.kept, self.rate, self.axes)
 
 
 @jax.tree_util.register_dataclass
@@ -118,16 +136,17 @@ class DropoutOperand(Wrapper):
 
     inner: Operand
     keys: jax.Array  # [*stack]
+    kept: jax.Array | None  # [*stack]
+    rate: float | None = field(metadata={"static": True})
     axes: KernelAxes = field(metadata={"static": True})
-    rate: float = field(metadata={"static": True})
 
-    layout = MappingProxyType({"keys": ("stack",)})
+    layout = MappingProxyType({"keys": ("stack",), "kept": ("stack",)})
 
     def apply(self, product: Product) -> jax.Array:
-        return self.inner.apply(product.keep(self.keys, 1 - self.rate))
+        return self.inner.apply(product.keep(self.keys, self.kept if self.rate is None else 1 - self.rate))
 
     def concatenate(self, parts: Sequence[Any], sizes: Sequence[int], axis: int) -> "DropoutOperand | None":
-        """Join the operands inside. Parts that share inputs share a mask, the first one's."""
+        """Join the operands inside. Parts that share inputs share a mask and a rate that is data, the first one's."""
         if any(p is not None and (not isinstance(p, DropoutOperand) or p.rate != self.rate) for p in parts):
             return None
         inner = self.inner.concatenate([p and p.inner for p in parts], sizes, axis)
@@ -138,4 +157,9 @@ class DropoutOperand(Wrapper):
             jnp.repeat(self.keys.take(jnp.array([0]), at), n, at) if p is None else p.keys
             for p, n in zip(parts, sizes, strict=True)
         ]
-        return dataclasses.replace(self.around(inner), keys=jnp.concatenate(keys, at))
+        joined = dataclasses.replace(self.around(inner), keys=jnp.concatenate(keys, at))
+        if self.kept is None:
+            return joined
+        first = self.kept.take(jnp.array([0]), at)
+        kept = [jnp.repeat(first, n, at) if p is None else p.kept for p, n in zip(parts, sizes, strict=True)]
+        return dataclasses.replace(joined, kept=jnp.concatenate(kept, at))

@@ -27,9 +27,12 @@ class Scaled(Adapter):
     that is optimized by one factor, leaves it as it is even where no mask does. Gradients of penalties and noise on
     every array do not: these need `lora.freeze_base`, or labels. Of zeros, as trees are initialized with, the quotient
     is zero: they change nothing.
+
+    Of an adapter whose rank is padded with zeros, as `lora.stack` does it, a third number is its own rank, in the same
+    unit: divided by the second one.
     """
 
-    ratio: Any  # f32 [2], such as alpha and r; when an adapter is made by hand, the scale itself
+    ratio: Any  # f32 [2], such as alpha and r, or [3]; when an adapter is made by hand, the scale itself
     frozen: ClassVar[tuple[str, ...]] = ("ratio",)
 
     def __post_init__(self) -> None:
@@ -52,7 +55,7 @@ class Scaled(Adapter):
 
     def kernel_shape(self) -> tuple[int, ...]:
         shape = super().kernel_shape()
-        if self.ratio is not None and tuple(self.ratio.shape) != (2,):
+        if self.ratio is not None and tuple(self.ratio.shape) not in ((2,), (3,)):
             raise LoraError(f"has a ratio of shape {list(self.ratio.shape)}, expected [2], or a number: its scale.")
         return shape
 
@@ -78,6 +81,23 @@ def times_ratio(array: jax.Array, ratio: Any) -> jax.Array:
     return array.astype(ratio.dtype) * _quotient(ratio)
 
 
-def _quotient(ratio: Any) -> Any:
+def with_own_rank(ratio: Any, rank: int) -> Any:
+    """Return the ratio of an adapter that is padded with zeros, and has this rank without them."""
     xp = np if isinstance(ratio, np.ndarray) else jnp
-    return ratio[..., 0] / xp.where(ratio[..., 1] == 0, xp.ones_like(ratio[..., 1]), ratio[..., 1])
+    return xp.concatenate([ratio, rank * _unit(ratio)[..., None]], -1)
+
+
+def own_columns(ratio: Any) -> Any:
+    """Return the rank that a padded adapter has without its zeros, as an i32 array [...]; None if it has no zeros."""
+    xp = np if isinstance(ratio, np.ndarray) else jnp
+    return xp.rint(ratio[..., 2] / _unit(ratio)).astype(xp.int32) if ratio.shape[-1] == 3 else None
+
+
+def _quotient(ratio: Any) -> Any:
+    return ratio[..., 0] / _unit(ratio)
+
+
+def _unit(ratio: Any) -> Any:
+    """Return what the other numbers of a ratio are divided by."""
+    xp = np if isinstance(ratio, np.ndarray) else jnp
+    return xp.where(ratio[..., 1] == 0, xp.ones_like(ratio[..., 1]), ratio[..., 1])

@@ -173,7 +173,7 @@ class AdapterWrapper(Adapter):
         return self.asked.kernel_shape()
 
     def trainable(self) -> Self:
-        own: dict[str, Any] = dict.fromkeys(field_names(self, static=False), False)
+        own: dict[str, Any] = {n: False for n in field_names(self, static=False) if getattr(self, n) is not None}
         return dataclasses.replace(self, **own | {"inner": self.inner.trainable()})  # type: ignore[type-var]
 
     @property

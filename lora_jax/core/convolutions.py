@@ -13,6 +13,7 @@ from jax import lax
 
 from lora_jax.core.factor_products import as_columns, as_rows, matmul, of_one_dtype, with_factor
 from lora_jax.core.products import STATIC, Product
+from lora_jax.core.ragged import ragged_product
 
 Settings = tuple[tuple[str, Any], ...]  # strides, padding and dilations of a convolution, by JAX's names
 
@@ -96,7 +97,7 @@ class Ragged(Product):
 
     def _dot(self, x: jax.Array, w: jax.Array) -> jax.Array:
         def product(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
-            return lax.ragged_dot(x, w, group_sizes, precision=self.precision)
+            return ragged_product(x, w, group_sizes, precision=self.precision)
 
         return with_factor(of_one_dtype(product), x, w, self.group_sizes)
 

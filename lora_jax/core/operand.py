@@ -205,8 +205,10 @@ class Operand(abc.ABC):
         fields = {}
         for name in field_names(self, static=False):
             value = getattr(self, name)
-            inside = isinstance(value, Operand)
-            fields[name] = getattr(value, method)(*args) if inside else change(value, self.layout[name])
+            if isinstance(value, Operand):
+                fields[name] = getattr(value, method)(*args)
+            elif value is not None:  # some operands can do without one of their arrays
+                fields[name] = change(value, self.layout[name])
         return dataclasses.replace(self, axes=axes, **fields)  # type: ignore[type-var]
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
-from lora_jax.core.dropout_mask import bernoulli, masked
+from lora_jax.core.dropout_mask import dropped
 from lora_jax.core.factor_products import as_columns, as_rows, in_turn, matmul
 from lora_jax.core.factor_products import contract as product_of_factor
 from lora_jax.core.remade import Remade, thin_product
@@ -68,13 +68,9 @@ class Product(abc.ABC):
         """Return y with the parts of a `split` put back in their places."""
         raise NotImplementedError
 
-    def keep(self, keys: jax.Array, probability: float) -> Self:
-        """Keep each entry of x with a probability, and divide by it; keys [*s] have one key for each matrix."""
-
-        def kept(x: jax.Array, keys: jax.Array) -> jax.Array:
-            return masked(x, bernoulli(keys.reshape(-1)[0], probability, x.shape), probability)
-
-        return self.with_x(self.given().masked(kept, keys))
+    def keep(self, keys: jax.Array, probability: Any) -> Self:
+        """Keep each entry of x with a probability, and divide by it; both [*s], or the probability a number."""
+        return self.with_x(dropped(self.given(), keys, probability))
 
     def with_x(self, x: Remade) -> Self:
         """Return the product of another x."""
@@ -109,14 +105,8 @@ class Matmul(Product):
         n, tokens = self._stacked(), self.y.ndim - gain.ndim
         return jnp.broadcast_to(jnp.expand_dims(gain, range(n, n + tokens)), self.y.shape)
 
-    def keep(self, keys: jax.Array, probability: float) -> Self:
-        shape = self.x.shape[self._stacked() :]
-
-        def kept(x: jax.Array, keys: jax.Array) -> jax.Array:
-            mask = jax.vmap(lambda key: bernoulli(key, probability, shape))(keys.reshape(-1))
-            return masked(x, mask.reshape(x.shape), probability)
-
-        return self.with_x(self.given().masked(kept, keys))
+    def keep(self, keys: jax.Array, probability: Any) -> Self:
+        return self.with_x(dropped(self.given(), keys, probability, self._stacked()))
 
     def token_axes(self) -> tuple[int, ...]:
         return self.x.shape[self._stacked() : self.x.ndim - len(self.axes.inputs)]

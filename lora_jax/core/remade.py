@@ -35,12 +35,12 @@ class Remade:
     sources: tuple[jax.Array, ...] = ()
     make: Callable[..., jax.Array] | None = field(default=None, metadata={"static": True})  # None: it is kept
 
-    def masked(self, fn: Callable[[jax.Array, jax.Array], jax.Array], keys: jax.Array) -> Self:
-        """Return fn(array, keys), which is linear in the array. Its derivative draws the mask again."""
+    def masked(self, fn: Callable[..., jax.Array], *keys: jax.Array) -> Self:
+        """Return fn(array, *keys), which is linear in the array. Its derivative draws the mask again."""
         if self.make is None:
-            return self.map(fn, keys)
-        value = linear_in_last(lambda keys, x: fn(x, keys), keys, self.value)
-        return dataclasses.replace(self.map(fn, keys), value=value)
+            return self.map(fn, *keys)
+        value = linear_in_last(lambda *args: fn(args[-1], *args[:-1]), *keys, self.value)
+        return dataclasses.replace(self.map(fn, *keys), value=value)
 
     def map(self, fn: Callable[..., jax.Array], *others: jax.Array) -> Self:
         """Return fn(array, *others)."""

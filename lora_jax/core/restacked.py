@@ -74,10 +74,11 @@ class Restacked(Product):
         gain = _arranged(gain, [*self.axes.stack, *self.axes.outputs], [*self.program.stack, *self.program.outputs])
         return self._product().for_each_output(gain)
 
-    def keep(self, keys: jax.Array, probability: float) -> Self:
+    def keep(self, keys: jax.Array, probability: Any) -> Self:
         """Keep each entry of x with a probability: matrices that share an x share what is kept of it."""
         first = tuple(slice(None) if axis in self.program.stack else 0 for axis in self.axes.stack)
-        kept = self._product().keep(keys[first], probability)
+        of_first = probability[first] if isinstance(probability, jax.Array) else probability
+        kept = self._product().keep(keys[first], of_first)
         return dataclasses.replace(self, x=kept.x, origin=kept.origin)
 
     def token_axes(self) -> tuple[int, ...]:

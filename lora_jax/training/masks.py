@@ -184,7 +184,7 @@ def mark(
             return jax.tree.map(other, at)
         if isinstance(at, AdapterWrapper):
             own = {name: getattr(at, name) for name in field_names(at, static=False)}
-            marks = {name: node(value) if is_adapter(value) else frozen for name, value in own.items()}
+            marks = {n: node(v) if is_adapter(v) else jax.tree.map(lambda _: frozen, v) for n, v in own.items()}
             return dataclasses.replace(at, **marks)  # type: ignore[type-var]
         trained, marks = at.trainable(), {}
         for name in field_names(at, static=False):

@@ -1,7 +1,7 @@
 """The state of a training run: what is trained, its optimizer's state, and all else that a step changes."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from lora_jax.sharding.devices import on_mesh
 from lora_jax.training.argument_checks import check_optimizer, check_taken
 from lora_jax.training.hyperparameters import check_positive
 
+State = TypeVar("State")
 LARGEST_SCALE = 2.0**24  # that a loss scale grows to
 
 
@@ -108,7 +109,7 @@ class TrainState:
         with jax.numpy_dtype_promotion("standard"):  # as in a step
             opt_state = optimizer.init(trainable)
         state = cls(zero, trainable, opt_state, zero.copy(), key, loss_scale, model_state)
-        state = _with_own_memory(state, given)
+        state = with_own_memory(state, given)
         mesh = on_mesh(trainable)
         if mesh is None:
             return state
@@ -116,7 +117,7 @@ class TrainState:
         return jax.tree.map(lambda leaf: leaf if on_mesh(leaf) else jax.device_put(leaf, whole), state)
 
 
-def _with_own_memory(state: TrainState, given: Any) -> TrainState:
+def with_own_memory(state: State, given: Any) -> State:
     """Return a state with copies of the arrays that it shares with what was given, or has more than once.
 
     An optimizer may hold the trained arrays too. Traced arrays and mere shapes stay as they are.
@@ -132,4 +133,5 @@ def _with_own_memory(state: TrainState, given: Any) -> TrainState:
         taken.add(id(leaf))
         return copy
 
-    return jax.tree.map(own, state)
+    found: State = jax.tree.map(own, state)
+    return found

@@ -16,7 +16,7 @@ from lora_jax.core._compat import Jaxpr, JaxprEqn, Literal, Var, at_equation, bi
 from lora_jax.core.recent import Recent
 from lora_jax.transform.adapted_weight import AdaptedWeight
 from lora_jax.transform.control_flow import CALLS, OWN_CALLS, Call
-from lora_jax.transform.primitives import RULES, no_rule
+from lora_jax.transform.primitives import FROZEN, RULES, no_rule
 from lora_jax.transform.remakes import REMATS, Remakes
 from lora_jax.transform.together import Together
 
@@ -57,7 +57,7 @@ class Interpreter:
                     values = origins[i].given(values, read) if i in origins else values
                     out = self._with_adapted(eqn, together.given(i, values, env))
                 else:
-                    out = bind(eqn, values)
+                    out = FROZEN[name](eqn, *values) if (name := eqn.primitive.name) in FROZEN else bind(eqn, values)
             env.update(zip(eqn.outvars, out, strict=True))
             for v in (*eqn.invars, *eqn.outvars):  # an eager call holds no more than the program needs
                 if not isinstance(v, Literal) and last_use.get(v, i) == i:

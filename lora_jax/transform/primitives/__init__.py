@@ -5,6 +5,6 @@ plain array, which is refused unless the user allowed it.
 """
 
 from lora_jax.transform.primitives import contractions, convolutions, indexing, shapes
-from lora_jax.transform.primitives.registry import RULES, no_rule
+from lora_jax.transform.primitives.registry import FROZEN, RULES, no_rule
 
-__all__ = ["RULES", "contractions", "convolutions", "indexing", "no_rule", "shapes"]
+__all__ = ["FROZEN", "RULES", "contractions", "convolutions", "indexing", "no_rule", "shapes"]

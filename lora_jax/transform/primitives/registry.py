@@ -8,13 +8,14 @@ from lora_jax.transform.adapted_weight import plain
 
 PrimitiveRule = Callable[..., list[Any]]  # (equation, *operands) -> results
 RULES: dict[str, PrimitiveRule] = {}
+FROZEN: dict[str, PrimitiveRule] = {}  # for operations on plain arrays, the few that do not run as they stand
 
 
-def rule(*names: str) -> Callable[[PrimitiveRule], PrimitiveRule]:
+def rule(*names: str, table: dict[str, PrimitiveRule] = RULES) -> Callable[[PrimitiveRule], PrimitiveRule]:
     """Register a function as the rule of the primitives of these names."""
 
     def register(fn: PrimitiveRule) -> PrimitiveRule:
-        RULES.update(dict.fromkeys(names, fn))
+        table.update(dict.fromkeys(names, fn))
         return fn
 
     return register
