@@ -15,6 +15,7 @@ from lora_jax.adapters.loha import Loha, LohaAdapter
 from lora_jax.adapters.lokr import Lokr, LokrAdapter
 from lora_jax.adapters.lora import Lora, LoraAdapter, RsLora
 from lora_jax.adapters.lora_fa import LoraFa, LoraFaAdapter
+from lora_jax.adapters.select import select
 from lora_jax.adapters.token_rows import Rows, RowsAdapter
 from lora_jax.adapters.vera import Vera, VeraAdapter
 from lora_jax.analysis.abstract import abstract, abstract_state
@@ -130,6 +131,7 @@ __all__ = [
     "register_kind",
     "riemannian",
     "save_peft",
+    "select",
     "shard_batch",
     "shard_map_step",
     "starts",
