@@ -43,10 +43,10 @@ def select(bank: Mapping[str, Adapter], ids: Any, *, in_axes: Axes = 0, out_axes
         bank: `{path: adapter}`, every array of which has a leading axis of slots, as `lora.stack` makes it.
         ids: the slot of each example, i32 [examples], or of the only one, []; -1 for the base alone. A number beyond
             the bank is refused where it is known, and stands for the base where it is traced.
-        in_axes: where the arguments after the adapters have their examples, as for `jax.vmap`: an int for all or a
-            tuple with an entry for each; None for those that all examples share. Scalars and single keys are shared.
-            Keywords have them along axis 0.
-        out_axes: where the results have them; None for one that has no such axis, which is stacked.
+        in_axes: where the arguments after the adapters have their examples, as for `jax.vmap`: an int for all, or a
+            tuple with an entry for each, in which named tuples may have entries of their own; None for what all
+            examples share. Scalars are shared. Keywords have their examples along axis 0.
+        out_axes: where the results have them; None for one that is the same for all.
 
     Raises:
         LoraError: the bank is empty, or no bank; ids are no whole numbers, or known to be beyond the bank. When
@@ -114,8 +114,8 @@ def _checked(ids: Any, slots: int) -> jax.Array:
 
 
 def _check_axes(name: str, axes: Any) -> None:
-    entries = axes if isinstance(axes, tuple) else (axes,)
-    if any(isinstance(axis, bool) or not isinstance(axis, int | None) for axis in entries):
-        raise LoraError(
-            f"select({name}={axes!r}): expected an int, None, or a tuple of these with one for each argument or result."
-        )
+    if isinstance(axes, tuple):
+        for axis in axes:
+            _check_axes(name, axis)
+    elif isinstance(axes, bool) or not isinstance(axes, int | None):
+        raise LoraError(f"select({name}=...) has {axes!r} in it, expected an int, None, or a tuple of these.")

@@ -20,7 +20,7 @@ from lora_jax.core.products import Product
 from lora_jax.core.serialization import register_node
 from lora_jax.core.slots import is_used, picked
 
-Axes = int | None | tuple[int | None, ...]  # of arguments or results, as those of `jax.vmap`
+Axes = int | None | tuple[Any, ...]  # of arguments or results, as those of `jax.vmap`; tuples may have tuples in them
 
 
 @register_node("lora_jax.selected")
@@ -173,9 +173,7 @@ class BankOperand(Operand):
     def sliced(self) -> Operand:
         return self._each(lambda operand: operand.sliced(), sliced=1)
 
-    def rows(
-        self, axis: int, n: int, fn: Callable[[jax.Array, int], jax.Array], stack: Sequence[int] = ()
-    ) -> Operand:
+    def rows(self, axis: int, n: int, fn: Callable[[jax.Array, int], jax.Array], stack: Sequence[int] = ()) -> Operand:
         return self._each(lambda operand: operand.rows(axis, n, fn, stack))
 
     def insert_axis(self, axis: int, name: str = "stack") -> Operand:

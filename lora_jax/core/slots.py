@@ -79,9 +79,7 @@ def _over_examples(
         and a.shape[-1] > 0
     )
     if plain and product.flat():  # a mesh that the compiler partitions for has its examples where they are
-        y = _matrices(product, a, b, slot)
-        if y is not None:
-            return y, True
+        return _matrices(product, a, b, slot), True
     leaves, tree = jax.tree.flatten((product, a, b, slot))
 
     def one(*leaves: jax.Array) -> jax.Array:
@@ -90,21 +88,19 @@ def _over_examples(
     return jax.vmap(one, in_axes=tuple(0 if flag else None for flag in flags))(*leaves), True
 
 
-def _matrices(product: Any, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.Array | None:
-    """Return all examples' y + x @ A @ B, where another way than gathering is faster; else None."""
+def _matrices(product: Any, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.Array:
+    """Return all examples' y + x @ A @ B, in the way that copies least."""
     examples, slots, rank = slot.shape[0], a.shape[0], a.shape[-1]
     inputs = math.prod(a.shape[1:-1])
     x = product.x.reshape(examples, -1, inputs)  # [E, T, d]
     a, b = a.reshape(slots, inputs, rank), b.reshape(slots, rank, -1)
-    way = way_of(examples, x.shape[1], slots, rank)
-    if way == "gathered":
-        return None
-    precision, y = product.precision, product.y
+    way, precision, y = way_of(examples, x.shape[1], slots, rank), product.precision, product.y
     if way == "blocks":
         change = _in_blocks(precision, x, a, b, slot)
     else:
-        y, h = in_turn(y, checkpoint_name(_one_by_one(precision, x, a, slot).astype(x.dtype), "lora_h"))
-        change = _one_by_one(precision, h, b, slot)
+        each = _one_by_one if way == "loop" else _gathered
+        y, h = in_turn(y, checkpoint_name(each(precision, x, a, slot).astype(x.dtype), "lora_h"))
+        change = each(precision, h, b, slot)
     wide = accumulator(y.dtype, change.dtype)
     return (y.astype(wide) + change.reshape(y.shape).astype(wide)).astype(y.dtype)
 

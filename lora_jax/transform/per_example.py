@@ -18,6 +18,8 @@ from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import is_array
 from lora_jax.core.selected import Axes, SelectedAdapter
 
+_SHARED = "shared"  # in the place of None, which is no leaf of a tree
+
 
 def has_examples(adapters: Mapping[str, Adapter]) -> bool:
     """Return whether adapters are chosen for each example of a batch."""
@@ -70,8 +72,7 @@ def over_examples(
         return _without_example(apply(params, jax.tree.unflatten(tree, own), *args, **kwargs), first.out_axes)
 
     in_axes = (0, [0] * len(slots), moving_axes)
-    out_axes = jax.tree.map(lambda axis: 0 if axis is None else axis, first.out_axes, is_leaf=lambda axis: axis is None)
-    return jax.vmap(one, in_axes=in_axes, out_axes=out_axes)(jnp.arange(count), slots, moving)
+    return jax.vmap(one, in_axes=in_axes, out_axes=first.out_axes)(jnp.arange(count), slots, moving)
 
 
 def _of_example(node: Any, example: jax.Array, slots: Any) -> Any:
@@ -90,18 +91,23 @@ def _axes_of(args: Sequence[Any], kwargs: Mapping[str, Any], in_axes: Axes) -> l
     """Return the axis of examples of each leaf of the arguments; None for what all examples share."""
     if isinstance(in_axes, tuple) and len(in_axes) != len(args):
         raise LoraError(
-            f"lora.select(in_axes={in_axes}) has {len(in_axes)} axes, expected one for each argument that follows the "
-            f"adapters, found {len(args)}. Keywords have their examples along axis 0."
+            f"lora.select(in_axes={in_axes}) has {len(in_axes)} entries, expected one for each argument that follows "
+            f"the adapters, found {len(args)}. Keywords have their examples along axis 0."
         )
-    of_args = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
     of_kwargs = 0 if isinstance(in_axes, tuple) else in_axes
-    pairs = [(arg, axis) for arg, axis in zip(args, of_args, strict=True)]
-    pairs += [(kwargs[name], of_kwargs) for name in sorted(kwargs)]  # the order of a dict's leaves
-    return [axis if _has_examples(leaf) else None for arg, axis in pairs for leaf in jax.tree.leaves(arg)]
+    axes = [*_for_each_leaf(in_axes, tuple(args), "in_axes"), *_for_each_leaf(of_kwargs, kwargs, "in_axes")]
+    leaves = jax.tree.leaves((tuple(args), kwargs))
+    return [axis if is_array(leaf) and jnp.ndim(leaf) else None for leaf, axis in zip(leaves, axes, strict=True)]
 
 
-def _has_examples(leaf: Any) -> bool:
-    return is_array(leaf) and jnp.ndim(leaf) > 0
+def _for_each_leaf(axes: Axes, tree: Any, name: str) -> list[int | None]:
+    """Return an axis for each leaf of a tree, of which `axes` may be the upper part alone."""
+    marked = jax.tree.map(lambda axis: _SHARED if axis is None else axis, axes, is_leaf=lambda axis: axis is None)
+    try:
+        found = jax.tree.leaves(jax.tree.broadcast(marked, tree))
+    except ValueError as error:
+        raise LoraError(f"lora.select({name}={axes}) is no upper part of what it is for: {error}") from None
+    return [None if axis == _SHARED else axis for axis in found]
 
 
 def _check_examples(args: Any, kwargs: Any, axes: list[int | None], count: int) -> None:
@@ -115,22 +121,18 @@ def _check_examples(args: Any, kwargs: Any, axes: list[int | None], count: int) 
             which = f"argument {path[1].idx} after the adapters" if of_args else f"argument {path[1].key!r}"
             where = jax.tree_util.keystr(path[2:])
             raise LoraError(
-                f"{which}{where and f', {where},'} has the shape {list(shape)}, expected {count} examples along axis {axis}, one for each "
-                "of the ids. Say where they are, and what all examples share: lora.select(bank, ids, "
-                "in_axes=(0, 1, None)) for three arguments after the adapters."
+                f"{which}{where and f', {where},'} has the shape {list(shape)}, expected {count} examples along axis "
+                f"{axis}, one for each of the ids. Say where they are, and what all examples share: "
+                "lora.select(bank, ids, in_axes=(0, 1, None)) for three arguments after the adapters."
             )
 
 
 def _without_example(out: Any, out_axes: Axes) -> Any:
     """Return the results of one example without their axes of one example."""
-    if isinstance(out_axes, tuple):
-        if not isinstance(out, tuple | list) or len(out) != len(out_axes):
-            raise LoraError(
-                f"lora.select(out_axes={out_axes}) is of {len(out_axes)} results, but the function returns "
-                f"{len(out) if isinstance(out, tuple | list) else 'one'}."
-            )
-        return tuple(_without_example(one, axis) for one, axis in zip(out, out_axes, strict=True))
-    return out if out_axes is None else jax.tree.map(lambda leaf: _squeezed(leaf, out_axes), out)
+    leaves, tree = jax.tree.flatten(out)
+    axes = _for_each_leaf(out_axes, out, "out_axes")
+    squeezed = [leaf if axis is None else _squeezed(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)]
+    return jax.tree.unflatten(tree, squeezed)
 
 
 def _squeezed(leaf: Any, axis: int) -> jax.Array:
@@ -138,7 +140,8 @@ def _squeezed(leaf: Any, axis: int) -> jax.Array:
     if not -len(shape) <= axis < len(shape) or shape[axis] != 1:
         raise LoraError(
             f"a result of one example has the shape {list(shape)}, and no axis {axis} of that one example: with "
-            "lora.select each example is a batch of its own. A mean over the batch is one number for each example: "
-            "lora.select(bank, ids, out_axes=None) returns them stacked; out_axes=(0, None) for the second result alone."
+            "lora.select each example is a batch of its own. Say where a result has its examples, and None for one "
+            "that is the same for all: lora.select(bank, ids, out_axes=(0, 1, None)). A mean over the batch is a "
+            "number for each example: return it as mean[None], and take the mean of all outside of the function."
         )
     return jnp.squeeze(leaf, axis)
