@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
 from lora_jax.core.arrays import accumulator
-from lora_jax.core.factor_products import in_turn, matmul
+from lora_jax.core.factor_products import dot, in_turn, matmul
 from lora_jax.core.products import Matmul, Product, add_lowrank
 
 Bank = TypeVar("Bank")
@@ -78,7 +78,7 @@ def _over_examples(
         and flags == [True, True, False, False, True]  # of x, y, a, b and slot
         and a.shape[-1] > 0
     )
-    if plain and product.flat():  # a mesh that the compiler partitions for has its examples where they are
+    if plain:
         return _matrices(product, a, b, slot), True
     leaves, tree = jax.tree.flatten((product, a, b, slot))
 
@@ -89,18 +89,22 @@ def _over_examples(
 
 
 def _matrices(product: Any, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.Array:
-    """Return all examples' y + x @ A @ B, in the way that copies least."""
-    examples, slots, rank = slot.shape[0], a.shape[0], a.shape[-1]
-    inputs = math.prod(a.shape[1:-1])
-    x = product.x.reshape(examples, -1, inputs)  # [E, T, d]
-    a, b = a.reshape(slots, inputs, rank), b.reshape(slots, rank, -1)
-    way, precision, y = way_of(examples, x.shape[1], slots, rank), product.precision, product.y
+    """Return all examples' y + x @ A @ B, in the way that copies least.
+
+    On a mesh that the compiler partitions for, axes stay as they are, and each device has the examples that are there.
+    """
+    examples, slots, rank, inputs = slot.shape[0], a.shape[0], a.shape[-1], a.ndim - 2
+    x, y, precision, way = product.x, product.y, product.precision, "gathered"
+    if product.flat():
+        width = math.prod(a.shape[1:-1])
+        x, a, b, inputs = x.reshape(examples, -1, width), a.reshape(slots, width, rank), b.reshape(slots, rank, -1), 1
+        way = way_of(examples, x.shape[1], slots, rank)
     if way == "blocks":
         change = _in_blocks(precision, x, a, b, slot)
     else:
         each = _one_by_one if way == "loop" else _gathered
-        y, h = in_turn(y, checkpoint_name(each(precision, x, a, slot).astype(x.dtype), "lora_h"))
-        change = each(precision, h, b, slot)
+        y, h = in_turn(y, checkpoint_name(each(precision, inputs, x, a, slot).astype(x.dtype), "lora_h"))
+        change = each(precision, 1, h, b, slot)
     wide = accumulator(y.dtype, change.dtype)
     return (y.astype(wide) + change.reshape(y.shape).astype(wide)).astype(y.dtype)
 
@@ -170,8 +174,8 @@ def places(slot: jax.Array, slots: int, size: int, blocks: int) -> jax.Array:
     return jnp.where(jnp.any(member, axis=1), place, blocks * size)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _one_by_one(precision: Any, x: jax.Array, w: jax.Array, slot: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _one_by_one(precision: Any, inputs: int, x: jax.Array, w: jax.Array, slot: jax.Array) -> jax.Array:
     """Return x @ W [E, T, n] in fp32 or wider, with x [E, T, d], w [S, d, n] and a slot for each example."""
 
     def loop(x: jax.Array, w: jax.Array, slot: jax.Array) -> jax.Array:
@@ -184,17 +188,19 @@ def _one_by_one(precision: Any, x: jax.Array, w: jax.Array, slot: jax.Array) -> 
 
         return lax.map(one, (x, index, is_used(w, slot)))
 
-    return lax.platform_dependent(x, w, slot, cpu=loop, default=functools.partial(_gathered, precision))
+    return lax.platform_dependent(x, w, slot, cpu=loop, default=functools.partial(_gathered, precision, inputs))
 
 
-def _gathered(precision: Any, x: jax.Array, w: jax.Array, slot: jax.Array) -> jax.Array:
-    return matmul(x, picked_each(w, slot), precision, 1)
+def _gathered(precision: Any, inputs: int, x: jax.Array, w: jax.Array, slot: jax.Array) -> jax.Array:
+    """Return x @ W in fp32 or wider, with x [E, *T, *inputs] and w [S, *inputs, ...], of so many axes of inputs."""
+    axes = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(1, 1 + inputs))
+    return dot(x, picked_each(w, slot), axes, precision, 1)
 
 
 @_one_by_one.defjvp
-def _along_gathered(precision: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _along_gathered(precision: Any, inputs: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     """Derive by the gathered form, as that of a loop would add to the whole bank in each step."""
     x, w, slot = primals
     dx, dw, _ = tangents
-    _, along = jax.jvp(lambda x, w: _gathered(precision, x, w, slot), (x, w), (dx, dw))
-    return _one_by_one(precision, x, w, slot), along
+    _, along = jax.jvp(lambda x, w: _gathered(precision, inputs, x, w, slot), (x, w), (dx, dw))
+    return _one_by_one(precision, inputs, x, w, slot), along
