@@ -24,8 +24,6 @@ import tyro
 
 import lora_jax as lora
 from lora_jax import key_maps
-from lora_jax.adapters.bank import AdapterBank
-from lora_jax.interop.peft.in_memory import peft_tensors
 from lora_jax.recipes import decoder
 from lora_jax.recipes.config import parse_config
 from lora_jax.recipes.generate import generate
@@ -87,7 +85,7 @@ def write_token(params: Any, chosen: Any, token: jax.Array, position: jax.Array,
     return logits.argmax(-1).astype(jnp.int32), position + 1, cache
 
 
-def serve(params: Any, bank: AdapterBank, requests: list[Request], settings: Settings) -> Iterator[list[int]]:
+def serve(params: Any, bank: lora.AdapterBank, requests: list[Request], settings: Settings) -> Iterator[list[int]]:
     """What each request is answered, in their order, batch by batch."""
     for start in range(0, len(requests), settings.batch):
         batch = requests[start : start + settings.batch]
@@ -137,7 +135,7 @@ def main(settings: Settings = Settings()) -> dict[str, int]:
         def read(folder: Path) -> dict[str, Any]:
             return lora.load_peft(folder, params, KEY_MAP)[0]
 
-        bank = AdapterBank(like, settings.slots)
+        bank = lora.AdapterBank(like, settings.slots)
         for i in range(settings.adapters):
             folder = Path(home) / f"tenant-{i}"
             lora.save_peft(folder, trained(like, i), KEY_MAP)
@@ -165,7 +163,7 @@ def main(settings: Settings = Settings()) -> dict[str, int]:
             )
             expected = generate(MODEL, params, alone, [request.prompt], request.tokens, 0.0, 1.0, None, ())
             wrong += answers[i] != expected[0]
-    tensors, _ = peft_tensors(trained(like, 1200), KEY_MAP)
+    tensors, _ = lora.peft_tensors(trained(like, 1200), KEY_MAP)
     print(f"{len(answers)} requests for {settings.adapters + 1} adapters in {settings.slots} slots")
     print(f"{bank.loads} loads, {bank.evictions} evictions, {programs} programs compiled")
     print(f"{settings.checks} answers compared with those of one adapter alone, {wrong} differ")

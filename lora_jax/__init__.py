@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_jax import bases, checkpoint, initializers, key_maps, losses, policies, starts
 from lora_jax.adapters.adalora import AdaLora, AdaLoraAdapter, orthogonality
+from lora_jax.adapters.bank import AdapterBank
 from lora_jax.adapters.combine import combine
 from lora_jax.adapters.dora import Dora, DoraAdapter
 from lora_jax.adapters.dropout import with_dropout
@@ -34,6 +35,7 @@ from lora_jax.flax_models import from_linen, from_nnx
 from lora_jax.initialization.init import init
 from lora_jax.initialization.rank_allocation import allocate_ranks, gradient_scores, input_scores
 from lora_jax.interop.merge_checkpoint import merge_checkpoint
+from lora_jax.interop.peft.in_memory import peft_tensors
 from lora_jax.interop.peft.load import load_peft
 from lora_jax.interop.peft.save import save_peft
 from lora_jax.interop.torch_tensors import to_torch
@@ -43,6 +45,7 @@ from lora_jax.sharding.unbatched import Unbatched
 from lora_jax.training.adalora_schedule import adapt_budget, prune
 from lora_jax.training.lora_plus import lora_plus
 from lora_jax.training.masks import decay_mask, freeze_base, labels, trainable_mask
+from lora_jax.training.per_slot import per_slot
 from lora_jax.training.preconditioners import lora_fa, lora_fa_gradient, riemannian
 from lora_jax.training.state import LossScale, TrainState
 from lora_jax.training.step import jit_step, pmap_step, shard_map_step, train_step
@@ -58,6 +61,7 @@ __all__ = [
     "AdaLora",
     "AdaLoraAdapter",
     "Adapter",
+    "AdapterBank",
     "Checkpoints",
     "CompileReport",
     "Differences",
@@ -123,6 +127,8 @@ __all__ = [
     "merge",
     "merge_checkpoint",
     "orthogonality",
+    "peft_tensors",
+    "per_slot",
     "plan",
     "pmap_step",
     "policies",

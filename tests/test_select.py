@@ -23,10 +23,8 @@ from helpers import (
 )
 
 import lora_jax as lora
-from lora_jax.adapters.bank import AdapterBank
 from lora_jax.core import slots as ways
 from lora_jax.core.products import Matmul
-from lora_jax.training.per_slot import per_slot
 
 SLOTS = 3
 IDS = (2, -1, 0, 2, 1)
@@ -322,7 +320,7 @@ def test_each_slot_has_its_own_steps():
     params, bank = linear_bank()
     apply = lora.lora_apply(linear)
     alone = lora.freeze_base(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(lambda n: 0.05 / (1 + n))))
-    optimizer = per_slot(alone)
+    optimizer = lora.per_slot(alone)
     batches = [(0, 2, 2), (2, -1, 2), (1, 0, 0)]
     x, y = jnp.asarray(normal((4,), (3, 3, 2, 6))), jnp.asarray(normal((5,), (3, 3, 2, 5)))
 
@@ -379,7 +377,7 @@ def test_a_bank_loads_evicts_and_replaces():
     apply = lora.lora_apply(linear)
     run, x = jax.jit(lambda chosen, x: apply(params, chosen, x)), jnp.asarray(normal((2,), (3, 2, 6)))
     adapters = {"a": some(0), "b": some(1, rank=2), "c": some(2, alpha=-1), "d": {"w2": some(3)["w2"]}}
-    bank = AdapterBank(some(9), slots=2)
+    bank = lora.AdapterBank(some(9), slots=2)
     for name, one in adapters.items():
         bank.register(name, (lambda one=one: one) if name == "b" else one)
     check_requests(bank, run, adapters, ["a", None, "b"], x)
@@ -400,7 +398,7 @@ def test_versions_stay_beside_one_another():
     params, _ = linear_bank()
     apply = lora.lora_apply(linear)
     run, x = jax.jit(lambda chosen, x: apply(params, chosen, x)), jnp.asarray(normal((2,), (3, 2, 6)))
-    bank = AdapterBank(some(9), slots=3)
+    bank = lora.AdapterBank(some(9), slots=3)
     adapters = {("policy", n): some(n) for n in (10, 11, 12)}
     for name, n in adapters:
         assert bank.register(name, adapters[name, n], version=n) == n
@@ -414,7 +412,7 @@ def test_versions_stay_beside_one_another():
 
 
 def test_wrong_adapters_and_requests_are_refused_by_name():
-    bank = AdapterBank(some(9), slots=1)
+    bank = lora.AdapterBank(some(9), slots=1)
     bank.register("a", some(0))
     bank.register("b", some(1))
     for adapters, says in (
@@ -430,7 +428,7 @@ def test_wrong_adapters_and_requests_are_refused_by_name():
     with pytest.raises(lora.LoraError, match="asks for 2 adapters at once, but the bank has 1 slots"):
         bank.ids(["a", "b"])
     with pytest.raises(lora.LoraError, match="`like` is empty"):
-        AdapterBank({}, 1)
+        lora.AdapterBank({}, 1)
     assert bank.resident() == []
     assert list(bank.names()) == ["a", "b"]
 
@@ -445,7 +443,7 @@ def test_a_thousand_adapters_in_64_slots(share):
         np.asarray(leaf) + 0.3 * normal((i,), (1000, *leaf.shape)).astype(np.float32) for i, leaf in enumerate(leaves)
     ]
     one_of = lambda i: jax.tree.unflatten(tree, [leaf[i] for leaf in many])  # noqa: E731
-    bank = AdapterBank(some(0), slots=64)
+    bank = lora.AdapterBank(some(0), slots=64)
     for i in range(1000):
         bank.register(f"tenant {i}", functools.partial(one_of, i))
     run = jax.jit(lambda chosen, x: apply(params, chosen, x))

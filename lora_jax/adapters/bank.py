@@ -43,13 +43,12 @@ class AdapterBank:
         LoraError: no adapters; no slots.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
-    >>> from lora_jax.adapters.bank import AdapterBank
     >>> def model(params, x):
     ...     return x @ params["w"]
     >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((3, 5, 4))
     >>> plan = lora.plan(model, params, x, rules={"w": lora.Lora(rank=2)})
     >>> some = lora.init(jax.random.key(0), params, plan)
-    >>> bank = AdapterBank(some, slots=2)
+    >>> bank = lora.AdapterBank(some, slots=2)
     >>> for name in ["anna", "ben", "carl"]:
     ...     _ = bank.register(name, some)                       # or a function that reads them: lora.load_peft, ...
     >>> apply = jax.jit(lora.lora_apply(model))

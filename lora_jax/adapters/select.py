@@ -53,14 +53,13 @@ def select(bank: Mapping[str, Adapter], ids: Any, *, in_axes: Axes = 0, out_axes
             applied: arguments and ids are not of as many examples; a result has no axis of examples.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
-    >>> from lora_jax.adapters.select import select
     >>> def model(params, x):
     ...     return x @ params["w"]
     >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((3, 5, 4))                  # three examples of five tokens
     >>> plan = lora.plan(model, params, x, rules={"w": lora.Lora(rank=2)})
     >>> bank = jax.vmap(lambda key: lora.init(key, params, plan))(jax.random.split(jax.random.key(0), 8))
     >>> apply = jax.jit(lora.lora_apply(model))
-    >>> apply(params, select(bank, jnp.array([7, -1, 2])), x).shape
+    >>> apply(params, lora.select(bank, jnp.array([7, -1, 2])), x).shape
     (3, 5, 3)
     """
     slots = check_bank(CALL, bank)

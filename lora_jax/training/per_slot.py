@@ -31,8 +31,8 @@ def per_slot(optimizer: optax.GradientTransformation) -> optax.GradientTransform
     Raises:
         LoraError: this is no optax transformation; (when applied) `used` is not of as many slots as the bank.
 
-    >>> import jax.numpy as jnp, optax
-    >>> optimizer = per_slot(optax.adam(0.1))
+    >>> import jax.numpy as jnp, optax, lora_jax as lora
+    >>> optimizer = lora.per_slot(optax.adam(0.1))
     >>> bank = {"w": jnp.ones((3, 2))}
     >>> updates, state = optimizer.update({"w": jnp.array([[1.0, 1], [0, 0], [2, 2]])}, optimizer.init(bank), bank)
     >>> state[0].count.tolist(), updates["w"][1].tolist()

@@ -45,11 +45,10 @@ def peft_tensors(
         LoraError: as `save_peft` does; there are no adapters.
 
     >>> import jax.numpy as jnp, lora_jax as lora
-    >>> from lora_jax.interop.peft.in_memory import peft_tensors
     >>> from lora_jax.key_maps import KeyMap, linear
     >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
     >>> adapters = {"q/kernel": lora.LoraAdapter(jnp.ones((4, 2)), jnp.ones((2, 3)), axes, 0.5)}
-    >>> tensors, config = peft_tensors(adapters, KeyMap(linear("q/kernel", "model.q_proj", "in out")))
+    >>> tensors, config = lora.peft_tensors(adapters, KeyMap(linear("q/kernel", "model.q_proj", "in out")))
     >>> {name: tensor.shape for name, tensor in tensors.items()}
     {'base_model.model.model.q_proj.lora_A.weight': (2, 4), 'base_model.model.model.q_proj.lora_B.weight': (3, 2)}
     >>> config["r"], config["lora_alpha"], config["target_modules"]
