@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_jax import bases, checkpoint, initializers, key_maps, losses, policies, starts
 from lora_jax.adapters.adalora import AdaLora, AdaLoraAdapter, orthogonality
+from lora_jax.adapters.bank import AdapterBank
 from lora_jax.adapters.combine import combine
 from lora_jax.adapters.dora import Dora, DoraAdapter
 from lora_jax.adapters.dropout import with_dropout
@@ -15,6 +16,7 @@ from lora_jax.adapters.loha import Loha, LohaAdapter
 from lora_jax.adapters.lokr import Lokr, LokrAdapter
 from lora_jax.adapters.lora import Lora, LoraAdapter, RsLora
 from lora_jax.adapters.lora_fa import LoraFa, LoraFaAdapter
+from lora_jax.adapters.select import select
 from lora_jax.adapters.stack import stack, unstack
 from lora_jax.adapters.token_rows import Rows, RowsAdapter
 from lora_jax.adapters.vera import Vera, VeraAdapter
@@ -34,6 +36,7 @@ from lora_jax.flax_models import from_linen, from_nnx
 from lora_jax.initialization.init import init
 from lora_jax.initialization.rank_allocation import allocate_ranks, gradient_scores, input_scores
 from lora_jax.interop.merge_checkpoint import merge_checkpoint
+from lora_jax.interop.peft.in_memory import peft_tensors
 from lora_jax.interop.peft.load import load_peft
 from lora_jax.interop.peft.save import save_peft
 from lora_jax.interop.torch_tensors import to_torch
@@ -43,6 +46,7 @@ from lora_jax.sharding.unbatched import Unbatched
 from lora_jax.training.adalora_schedule import adapt_budget, prune
 from lora_jax.training.lora_plus import lora_plus
 from lora_jax.training.masks import decay_mask, freeze_base, labels, trainable_mask
+from lora_jax.training.per_slot import per_slot
 from lora_jax.training.population import Population
 from lora_jax.training.population_step import PerMember, population_step
 from lora_jax.training.preconditioners import lora_fa, lora_fa_gradient, riemannian
@@ -60,6 +64,7 @@ __all__ = [
     "AdaLora",
     "AdaLoraAdapter",
     "Adapter",
+    "AdapterBank",
     "Checkpoints",
     "CompileReport",
     "Differences",
@@ -127,6 +132,8 @@ __all__ = [
     "merge",
     "merge_checkpoint",
     "orthogonality",
+    "peft_tensors",
+    "per_slot",
     "plan",
     "pmap_step",
     "policies",
@@ -136,6 +143,7 @@ __all__ = [
     "register_kind",
     "riemannian",
     "save_peft",
+    "select",
     "shard_batch",
     "shard_map_step",
     "stack",

@@ -9,6 +9,7 @@ import nnx
 import numpy as np
 import own_kind
 import pytest
+import serve_adapters
 
 import lora_jax as lora
 from lora_jax.key_maps import KeyMap, linear
@@ -31,6 +32,13 @@ def test_from_scratch(capsys):
     printed = capsys.readouterr().out
     assert "5 of 6 weights adapted" in printed
     assert "reverse" in printed
+
+
+@pytest.mark.slow
+def test_serve_adapters(capsys):
+    settings = serve_adapters.Settings(adapters=6, slots=3, requests=12, batch=3, tokens=3, checks=2)
+    assert serve_adapters.main(settings) == {"programs": 2, "wrong": 0, "answers": 12, "resident": 3}
+    assert "12 requests for 7 adapters in 3 slots" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from lora_jax.core.arrays import matmul_highest
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.operand import Leaf
 from lora_jax.core.products import Product, add_lowrank
+from lora_jax.core.slots import add_chosen
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +34,9 @@ class LowRank(Leaf):
 
     def apply(self, product: Product) -> jax.Array:
         return add_lowrank(product, self.a, self.b)
+
+    def apply_slot(self, product: Product, slot: jax.Array) -> jax.Array:
+        return add_chosen(product, self.a, self.b, slot)
 
     def first_factor(self) -> jax.Array:
         return self.a

@@ -45,7 +45,7 @@ def check_adapters(adapters: Mapping[str, Adapter], names: list[str], leaves: li
         if any(map(is_taken, arrays)):  # which takes no names
             check_kept(named_arrays(path, adapter), TAKEN_BY_A_STEP)
         check_kept(((path, part) for part in jax.tree.leaves(weight)), TAKEN_BY_DONATION)
-        dtypes = sorted({str(a.dtype) for a in arrays if _is_counted(a.dtype)})
+        dtypes = sorted({str(a.dtype) for a in jax.tree.leaves(adapter.arrays()) if _is_counted(a.dtype)})
         if dtypes:
             raise LoraError(
                 f"the adapter for {path!r} holds {', '.join(dtypes)} arrays, expected floats: cast them back with "

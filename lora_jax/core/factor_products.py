@@ -32,7 +32,7 @@ def matmul(x: jax.Array, w: jax.Array, precision: Any, stack: int = 0, like: jax
     On a mesh with explicit axes the result is sharded as `like` is.
     """
     place = None if like is None else _explicit(like)
-    return _dot(x, w, ((x.ndim - 1,), (stack,)), precision, stack, place)
+    return dot(x, w, ((x.ndim - 1,), (stack,)), precision, stack, place)
 
 
 def contract(x: jax.Array, a: jax.Array, precision: Any, stack: int = 0) -> jax.Array:
@@ -45,10 +45,12 @@ def contract(x: jax.Array, a: jax.Array, precision: Any, stack: int = 0) -> jax.
     inputs = a.ndim - stack - 1
     dims = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(stack + 1, a.ndim))
     place = _explicit(x)
-    return _dot(x, rows, dims, precision, stack, place and jax.P(*place[: x.ndim - inputs], None))
+    return dot(x, rows, dims, precision, stack, place and jax.P(*place[: x.ndim - inputs], None))
 
 
-def _dot(x: jax.Array, w: jax.Array, dims: Any, precision: Any, stack: int, place: jax.P | None) -> jax.Array:
+def dot(x: jax.Array, w: jax.Array, dims: Any, precision: Any, stack: int, place: jax.P | None = None) -> jax.Array:
+    """Return the product of x [*s, ...] and w [*s, ...] along pairs of axes, in x's dtype and accumulated in fp32."""
+
     def product(x: jax.Array, w: jax.Array) -> jax.Array:
         return lax.dot_general(
             x,

@@ -45,7 +45,7 @@ def weight_shape(arrays: Mapping[str, Any], layouts: Mapping[str, Layout], axes:
     Raises:
         LoraError: the arrays do not fit one another.
     """
-    shapes = tuple((name, tuple(arrays[name].shape), layout) for name, layout in layouts.items())
+    shapes = tuple((name, tuple(arrays[name].shape), layout) for name, layout in layouts.items() if name in arrays)
     return _weight_shape(shapes, axes)
 
 

@@ -24,6 +24,7 @@ from lora_jax.core._compat import JaxprEqn
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.layout import Layout, field_names, spans, weight_shape
 from lora_jax.core.products import Product
+from lora_jax.core.slots import is_used, picked
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -106,6 +107,11 @@ class Operand(abc.ABC):
         return self._replace("replace_axes", (first, count, n, fn), first, count, n, fn)
 
     @structural
+    def sliced(self) -> "Operand":
+        """Return the operand as the body of a scan over the first axis sees it; the arrays are not sliced yet."""
+        return self.replace_axes(0, 1, 0, lambda array, _: array)
+
+    @structural
     def rows(
         self, axis: int, n: int, fn: Callable[[jax.Array, int], jax.Array], stack: Sequence[int] = ()
     ) -> "Operand":
@@ -146,6 +152,11 @@ class Operand(abc.ABC):
     def first_factor(self) -> jax.Array | None:
         """Return A [*stack, *inputs, r], if x @ A is all that is needed of x. A wrapper changes x, and has none."""
         return None
+
+    @structural
+    def apply_slot(self, product: Product, slot: jax.Array) -> jax.Array:
+        """Return x @ W' of one slot, where every array of this operand has a leading axis of slots; else y."""
+        return jnp.where(is_used(self, slot), picked(self, slot).apply(product), product.y)
 
     @structural
     def group(self, axis: int) -> str:
@@ -238,6 +249,9 @@ class Wrapper(Operand):
     def around(self, inner: Operand) -> Self:
         """Return the same wrapper around another operand."""
         return dataclasses.replace(self, inner=inner, axes=inner.axes)  # type: ignore[type-var]
+
+    def sliced(self) -> Operand:
+        return self._follow("sliced", (), self.axes.drop(0), lambda array, _: array)
 
     def merge(self, w: jax.Array) -> jax.Array:
         return self.inner.merge(w)

@@ -20,6 +20,7 @@ from lora_jax.transform.adapted_weight import adapted
 from lora_jax.transform.interpreter import CALLS_KEPT, Interpreter
 from lora_jax.transform.leaked_tracers import describe_leak
 from lora_jax.transform.materialize import Materialize, Patterns
+from lora_jax.transform.per_example import has_examples, over_examples
 from lora_jax.transform.remakes import Analyses
 from lora_jax.transform.tracing import tracer
 
@@ -80,6 +81,8 @@ def lora_apply(
                 "them to the front: lora_apply(lambda params, *args, **kw: fn(*args, variables=params, **kw))."
             )
         params, adapters, *rest = args
+        if has_examples(adapters):
+            return over_examples(apply, params, adapters, rest, kwargs)
         names, leaves, _ = flatten_with_names(params)
         check_adapters(adapters, names, leaves)
         fallback.check(names)

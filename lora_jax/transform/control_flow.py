@@ -212,7 +212,7 @@ def _sliced(eqn: JaxprEqn, value: Any) -> Any:
         value = value.replace(value.value.dense())
     if value.operand.group(0) not in ("stack", "unknown"):
         return plain(value, "slices it along an axis that its adapter does not stack", eqn)
-    return value.replace(value.value, value.operand.replace_axes(0, 1, 0, lambda array, _: array))
+    return value.replace(value.value, value.operand.sliced())
 
 
 def _carried(eqn: JaxprEqn, jaxpr: Any, carry: Sequence[Any], n_consts: int) -> tuple[list[Any], dict[int, Any]]:

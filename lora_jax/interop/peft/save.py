@@ -102,6 +102,42 @@ def save_peft(
         if tied == "both":
             raise LoraError("profile='loralib' has no tied heads: leave tied='both' out.")
         return write_folder(folder, LORALIB, cast(for_loralib(adapters, key_map, params), dtype), None)
+    tensors, entries = contents(
+        adapters,
+        whole,
+        key_map,
+        params,
+        profile=profile,
+        tied=tied,
+        dtype=dtype,
+        more=config or {},
+        about={"base_model_name_or_path": base_model, "task_type": task_type},
+    )
+    write_folder(folder, WEIGHTS, tensors, entries)
+
+
+def contents(
+    adapters: Mapping[str, Adapter],
+    whole: Mapping[str, Any],
+    key_map: KeyMap,
+    params: Any,
+    *,
+    profile: str,
+    tied: Tied,
+    dtype: Any,
+    more: Mapping[str, Any],
+    about: Mapping[str, Any],
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Return the tensors of a folder by their names in it, and the entries of its config.
+
+    Args:
+        whole: `{path: array}` of what was trained whole.
+        more: further entries of the config, of the user.
+        about: entries of the config about the model.
+
+    Raises:
+        LoraError: as `save_peft` does, of the adapters.
+    """
     # 1. From adapters to modules, in the format that holds them all.
     full = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, FullAdapter)}
     rows = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, RowsAdapter)}
@@ -115,13 +151,12 @@ def save_peft(
     if tied == "both":
         beside, entries = with_whole_heads(beside, entries, key_map, found)
     shared, seed = found.format.shared_to_tensors([*factored.values()])
-    entries |= seed | {"base_model_name_or_path": base_model, "task_type": task_type}
-    entries = with_more(found.format, entries, config or {})
+    entries |= seed | about
+    entries = with_more(found.format, entries, more)
     tensors = {PREFIX + name: tensor for name, tensor in cast(_named(found) | beside, dtype).items()}
     if found.format.keeps_shared(entries):
         tensors |= shared
-    # 3. The folder.
-    write_folder(folder, WEIGHTS, tensors, entries)
+    return tensors, entries
 
 
 def _check_types(folder: Any, adapters: Any, key_map: Any) -> None:
