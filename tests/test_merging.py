@@ -221,6 +221,7 @@ def test_the_exact_sum_is_that_of_cat_alone():
         ("sum", {"compat": "peft"}, "expected one of linear, .*; leave compat out for this one"),
         ("sum", {"compat": "mergekit"}, r"compose\(compat='mergekit'\): expected 'peft' or None"),
         ("sum", {"density": 0.5}, "this method keeps all entries; leave density out"),
+        ("sum", {"rank": 2, "iterations": 3}, "is truncated exactly, by its factors: leave iterations out"),
         ("ties", {"rank": 2}, "keeps a share of the entries of each change: give density=0.5"),
         ("ties", {"rank": 2, "density": 0}, "density=0.: expected a share above 0 and at most 1"),
         ("ties", {"rank": 2, "density": 1.5}, "expected a share above 0 and at most 1"),

@@ -70,10 +70,15 @@ LINEAR = ("lora", "rslora", "lora_fa", "adalora", "loha", "lokr", "vera")
 
 @pytest.mark.parametrize(
     ("names", "needs_base"),
-    [pytest.param(LINEAR, False, marks=pytest.mark.slow), (("rslora", "lora"), False), (("ia3", "ia3"), False), (("dora", "dora"), True),
-     (("lora", "dora", "ia3", "rslora"), True)],
+    [
+        pytest.param(LINEAR, False, marks=pytest.mark.slow),
+        (("rslora", "lora"), False),
+        (("ia3", "ia3"), False),
+        (("dora", "dora"), True),
+        (("lora", "dora", "ia3", "rslora"), True),
+    ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
-)  # fmt: skip
+)
 @pytest.mark.parametrize("axes", [AXES, STACKED], ids=["plain", "stacked"])
 def test_sums_of_kinds(names, needs_base, axes):
     """Of several ranks and scales, with weights of both signs, below 1e-6 of the sum."""

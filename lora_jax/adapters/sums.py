@@ -242,7 +242,9 @@ def _times(array: jax.Array, weight: Any) -> jax.Array:
 
 def _needed(path: str, w: Any, why: str) -> jax.Array:
     if w is None:
-        raise LoraError(f"{path!r}: {why}. Give the parameters, combine(parts, params=params).")
+        raise LoraError(
+            f"{path!r}: {why}. Give the parameters, combine(parts, params=params); to the command line --base."
+        )
     return jnp.asarray(w)
 
 

@@ -111,6 +111,8 @@ def compose(
     sparse, elects, draws = _needs(method, compat)
     check_options(method, density, majority, key, sparse=sparse, elects=elects, draws=draws)
     if compat is None and method == "sum":
+        if iterations is not None:
+            raise LoraError("compose(method='sum') is truncated exactly, by its factors: leave iterations out.")
         total = combine(parts, params=params)
         return total if rank is energy is None else compress(total, rank=rank, energy=energy, report=report)
     to = _limit(method, parts, compat, (rank, energy, iterations, key))
