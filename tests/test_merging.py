@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 from test_truncation import adapter, dense, nearest
 
 import lora_jax as lora
-from lora_jax.algebra import knots, peft_results
+from lora_jax.algebra import knots
 from lora_jax.algebra.compose import METHODS
+from lora_jax.algebra.sparsify import keyed
 from lora_jax.core.paths import path_key
 
 FIXTURE = load_file(Path(__file__).parent / "data" / "peft" / "merges.safetensors")
@@ -62,7 +63,7 @@ def expected(changes, weights, method, density, majority="total", masks=None):
 def masks_of(shape, density, count, number=0):
     """As DARE's: by the key, the path, the number of the matrix and that of the part."""
     keys = [jax.random.fold_in(path_key(KEY, "w"), number)] * count
-    return [jax.random.bernoulli(peft_results.keyed(key, "change", i), density, shape) for i, key in enumerate(keys)]
+    return [jax.random.bernoulli(keyed(key, i), density, shape) for i, key in enumerate(keys)]
 
 
 @pytest.mark.parametrize("majority", ["total", "frequency"])

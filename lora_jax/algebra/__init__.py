@@ -5,6 +5,7 @@
 - `difference`: two checkpoints to adapters.
 - `sparsify`: what TIES, DARE and pruning do to entries.
 - `knots`: changes in one basis, as factors.
+- `ways`: these for the adapters of one weight; `stacked_factors` are what they take.
 - `peft_results`: what HF PEFT computes under the same names.
-- `compose`: all of these ways to merge adapters, by name. Start reading here.
+- `compose`: all ways to merge adapters, by name; `arguments` are checked first. Start reading here.
 """

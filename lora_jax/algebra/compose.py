@@ -1,21 +1,20 @@
 """Adapters merged by a method: sums, pruning, DARE, TIES and KnOTS, and HF PEFT's results by its names."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapters.combine import check_parts, combine
 from lora_jax.adapters.full import FullAdapter
 from lora_jax.adapters.lora import LoraAdapter
-from lora_jax.adapters.sums import like
-from lora_jax.algebra import knots, peft_results
+from lora_jax.algebra import peft_results, ways
 from lora_jax.algebra.arguments import check_method, check_options
-from lora_jax.algebra.compress import Report, compress, compressed
-from lora_jax.algebra.sparsify import Array, Majority, Sparsify, drop_at_random, elected_mean, keep_largest
-from lora_jax.algebra.truncation import Limit, Truncation, limit, truncated
+from lora_jax.algebra.compress import Report, compress
+from lora_jax.algebra.sparsify import Majority, drop_at_random
+from lora_jax.algebra.stacked_factors import Options
+from lora_jax.algebra.truncation import Limit, limit
 from lora_jax.core.adapter import Adapter, AdapterWrapper
 from lora_jax.core.arrays import refuse_spread
 from lora_jax.core.errors import LoraError
@@ -24,29 +23,7 @@ from lora_jax.core.paths import path_key
 CALL = "compose([(adapters, weight), ...], method)"
 
 
-class Way(NamedTuple):
-    """How changes are merged.
-
-    Args:
-        sparsify: what is done to each of them before it is weighted.
-        elects: whether a sign is elected for each entry, or all are added up.
-        knots: whether entries are coefficients in one basis, or those of the changes themselves.
-    """
-
-    sparsify: Sparsify
-    elects: bool = False
-    knots: bool = False
-
-
-WAYS = {
-    "magnitude_prune": Way(keep_largest),
-    "dare": Way(drop_at_random),
-    "ties": Way(keep_largest, elects=True),
-    "dare_ties": Way(drop_at_random, elects=True),
-    "knots_ties": Way(keep_largest, elects=True, knots=True),
-    "knots_dare_ties": Way(drop_at_random, elects=True, knots=True),
-}
-METHODS = ("sum", *WAYS)
+METHODS = ("sum", *ways.WAYS)
 
 
 def compose(
@@ -120,11 +97,11 @@ def compose(
     for adapters, weight in parts:
         for path, adapter in adapters.items():
             found.setdefault(path, []).append((_of_numbers(path, adapter, weight), float(weight)))
-    merge = _merge_as_peft if compat == "peft" else _merge
+    merge = peft_results.merge if compat == "peft" else ways.merge
     done: dict[str, Adapter] = {}
     for path, terms in found.items():
         own = None if key is None else path_key(key, path)
-        done[path], left = merge(path, terms, method, peft_results.Options(density, majority, own, to))
+        done[path], left = merge(path, terms, method, Options(density, majority, own, to))
         if report is not None and left is not None:
             report(path, left)
     return done
@@ -140,7 +117,7 @@ def _needs(method: str, compat: str | None) -> tuple[bool, bool, bool]:
         return way.sparsify is not None, way.elects, way.sparsify is drop_at_random
     if method == "sum":
         return False, False, False
-    return True, WAYS[method].elects, WAYS[method].sparsify is drop_at_random
+    return True, ways.WAYS[method].elects, ways.WAYS[method].sparsify is drop_at_random
 
 
 def _limit(method: str, parts: Sequence[Any], compat: str | None, given: tuple[Any, Any, Any, Any]) -> Limit | None:
@@ -154,7 +131,7 @@ def _limit(method: str, parts: Sequence[Any], compat: str | None, given: tuple[A
     if compat == "peft" and rank is None and energy is None:
         factors = [_factors(adapter) for adapters, _ in parts for adapter in adapters.values()]
         rank = max((found.a.shape[-1] for found in factors if found is not None), default=1)
-    if compat is None and WAYS[method].knots and rank is energy is iterations is None:
+    if compat is None and ways.WAYS[method].knots and rank is energy is iterations is None:
         return None
     return limit(call, rank, energy, iterations, key)
 
@@ -185,94 +162,3 @@ def _of_numbers(path: str, adapter: Adapter, weight: Any) -> Adapter:
     if not all(np.isfinite(np.asarray(array)).all() for array in jax.tree.leaves(found)):
         raise LoraError(f"{path!r} holds infinity or NaN: take the adapters of an earlier checkpoint.")
     return found
-
-
-# One weight -----------------------------------------------------------------------------------------------------------
-
-Terms = Sequence[tuple[Adapter, float]]
-Merged = tuple[Adapter, Truncation | None]
-
-
-def _merge(path: str, terms: Terms, method: str, options: peft_results.Options) -> Merged:
-    way = WAYS[method]
-    weights = [weight for _, weight in terms]
-    if full := [adapter for adapter, _ in terms if isinstance(adapter, FullAdapter)]:
-        if len(full) < len(terms) or len({adapter.delta.shape for adapter in full}) > 1:
-            raise LoraError(f"{path!r} has adapters of several kinds or shapes, which only method='sum' adds up.")
-        total = _merged(way, [_wide(adapter.delta) for adapter in full], weights, options, 0)
-        return FullAdapter(jnp.asarray(total.astype(np.float32)), full[0].axes), None
-    first, matrices = _matrices(path, terms)
-    n = len(matrices[0][0])
-    if way.knots:
-        return _merge_in_one_basis(path, way, first, matrices, weights, options)
-
-    def change(i: int) -> Array:
-        return _merged(way, [scale * (a[i] @ b[i]) for a, b, scale in matrices], weights, options, i)
-
-    assert options.to is not None
-    a, b, left = truncated(change, n, options.to)
-    return _adapter(first, a, b), left
-
-
-def _merge_in_one_basis(
-    path: str, way: Way, first: LoraAdapter, matrices: Any, weights: Sequence[float], options: peft_results.Options
-) -> Merged:
-    found = []
-    for i in range(len(matrices[0][0])):
-        coefficients, basis = knots.in_one_basis([(scale * a[i], b[i]) for a, b, scale in matrices])
-        found.append((_merged(way, coefficients, weights, options, i), basis))
-    rank = max(len(basis) for _, basis in found)  # stacked matrices have one in common: zeros do not change any
-    a = np.stack([np.pad(part, ((0, 0), (0, rank - part.shape[1]))) for part, _ in found])
-    b = np.stack([np.pad(basis, ((0, rank - len(basis)), (0, 0))) for _, basis in found])
-    adapter = _adapter(first, a, b)
-    return (adapter, None) if options.to is None else compressed(path, adapter, options.to)
-
-
-def _merge_as_peft(path: str, terms: Terms, method: str, options: peft_results.Options) -> Merged:
-    if any(isinstance(adapter, FullAdapter) for adapter, _ in terms):
-        raise LoraError(f"{path!r} is a FullAdapter, and PEFT merges factors alone: leave it out, or compat='peft'.")
-    first, matrices = _matrices(path, terms)
-    ranks = [a.shape[-1] for a, _, _ in matrices]
-    if method in peft_results.ON_FACTORS and len({*ranks}) > 1:
-        raise LoraError(f"{path!r} has adapters of the ranks {ranks}, and {method!r} adds up factors of one rank.")
-    found = []
-    for i in range(len(matrices[0][0])):
-        own = options._replace(key=None if options.key is None else jax.random.fold_in(options.key, i))
-        factors = [((a[i], b[i], scale), weight) for (a, b, scale), (_, weight) in zip(matrices, terms, strict=True)]
-        found.append(peft_results.merged(method, factors, own))
-    return _adapter(first, np.stack([a for a, _, _ in found]), np.stack([b for _, b, _ in found])), None
-
-
-def _merged(
-    way: Way, changes: Sequence[Array], weights: Sequence[float], options: peft_results.Options, number: int
-) -> Array:
-    """Return the merged entries of arrays of one shape; `number` is that of the matrix among stacked ones."""
-    assert options.density is not None
-    key = None if options.key is None else jax.random.fold_in(options.key, number)
-    keys = [peft_results.keyed(key, "change", i) for i in range(len(changes))]
-    kept = [way.sparsify(change, options.density, one) for change, one in zip(changes, keys, strict=True)]
-    weighted = [weight * change for weight, change in zip(weights, kept, strict=True)]
-    return elected_mean(weighted, weighted, options.majority) if way.elects else np.asarray(sum(weighted))
-
-
-def _matrices(path: str, terms: Terms) -> tuple[LoraAdapter, list[tuple[Array, Array, float]]]:
-    """Return the first adapter, and of each A [n, d, r], B [n, r, k] in fp64 along its axes, and the scale."""
-    factors = [adapter for adapter, _ in terms if isinstance(adapter, LoraAdapter)]
-    if len(factors) < len(terms):
-        raise LoraError(f"{path!r} has adapters of several kinds, which only method='sum' adds up.")
-    first = factors[0]
-    turned = [like(path, first, adapter) for adapter in factors]
-    n, d, k = first.axes.fans(first.kernel_shape())
-    return first, [(_wide(one.a).reshape(n, d, -1), _wide(one.b).reshape(n, -1, k), float(one.scale)) for one in turned]
-
-
-def _wide(array: Any) -> Array:
-    return np.asarray(array).astype(np.float64)
-
-
-def _adapter(first: LoraAdapter, a: Array, b: Array) -> LoraAdapter:
-    """Return A [n, d, r] and B [n, r, k] as an adapter like another one, with a scale of 1."""
-    n, rank = len(first.axes.stack), a.shape[-1]
-    a = a.reshape(*first.a.shape[:-1], rank).astype(np.float32)
-    b = b.reshape(*first.b.shape[:n], rank, *first.b.shape[n + 1 :]).astype(np.float32)
-    return LoraAdapter(jnp.asarray(a), jnp.asarray(b), first.axes, 1.0)

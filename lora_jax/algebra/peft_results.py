@@ -13,21 +13,13 @@ leaves out.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from lora_jax.algebra.sparsify import (
-    Array,
-    Majority,
-    Sparsify,
-    drop_at_random,
-    elected_mean,
-    keep_largest,
-    weighted_sum,
-)
-from lora_jax.algebra.truncation import Limit, Truncation, truncated
-
-Factors = tuple[Array, Array, float]  # A [d, r], B [r, k] and the scale
+from lora_jax.adapters.full import FullAdapter
+from lora_jax.algebra.sparsify import Array, Sparsify, drop_at_random, elected_mean, keep_largest, keyed, weighted_sum
+from lora_jax.algebra.stacked_factors import Factors, Merged, Options, Terms, as_adapter, factors_of_terms
+from lora_jax.algebra.truncation import truncated
+from lora_jax.core.errors import LoraError
 
 
 class Method(NamedTuple):
@@ -53,57 +45,62 @@ ON_CHANGES = {"svd": ON_FACTORS["linear"]} | {f"{n}_svd": m for n, m in ON_FACTO
 METHODS = {**ON_FACTORS, "cat": Method(), **ON_CHANGES}
 
 
-class Options(NamedTuple):
-    """Args: as of `compose`; `to` is for the methods on changes."""
-
-    density: float | None
-    majority: Majority
-    key: jax.Array | None
-    to: Limit | None
+def works_on_changes(method: str, parts: int) -> bool:
+    """Return whether a method decomposes changes; of one adapter PEFT scales the factors, whatever is asked for."""
+    return method in ON_CHANGES and parts > 1
 
 
-def merged(
-    name: str, parts: Sequence[tuple[Factors, float]], options: Options
-) -> tuple[Array, Array, Truncation | None]:
-    """Return A [d, r] and B [r, k] of one matrix, with a scale of 1, and what was truncated.
+def merge(path: str, terms: Terms, method: str, options: Options) -> Merged:
+    """Return the merged adapter of one weight, and what is left if it was truncated.
 
-    Args:
-        name: of a method.
-        parts: the factors of each adapter, and its weight.
+    Raises:
+        LoraError: an adapter has no factors; two are for different weights, or of different ranks where these are added
+            up.
     """
-    weights = [weight * scale for (*_, scale), weight in parts]
-    if len(parts) == 1:
-        name = "linear"  # as PEFT has it, whatever is asked for
-    if name == "cat":
-        a = np.concatenate([weight * a for weight, ((a, _, _), _) in zip(weights, parts, strict=True)], axis=1)
-        return a, np.concatenate([b for (_, b, _), _ in parts]), None
-    if name in ON_CHANGES:
-        changes = [scale * (a @ b) for (a, b, scale), _ in parts]
-        total = _merged(ON_CHANGES[name], changes, [weight for _, weight in parts], options, "change")
+    if any(isinstance(adapter, FullAdapter) for adapter, _ in terms):
+        raise LoraError(f"{path!r} is a FullAdapter, and PEFT merges factors alone: leave it out, or compat='peft'.")
+    first, factors = factors_of_terms(path, terms)
+    n, weights = len(factors[0].a), [weight for _, weight in terms]
+    ranks = [one.a.shape[-1] for one in factors]
+    if method in ON_FACTORS and len({*ranks}) > 1:
+        raise LoraError(f"{path!r} has adapters of the ranks {ranks}, and {method!r} adds up factors of one rank.")
+    if works_on_changes(method, len(terms)):
         assert options.to is not None
-        a, b, left = truncated(lambda _: total, 1, options.to)
-        return a[0], b[0], left
-    method, roots = ON_FACTORS[name], np.sqrt(np.abs(weights))
-    a = _merged(
-        method, [a for (a, _, _), _ in parts], list(roots * np.where(np.asarray(weights) < 0, -1, 1)), options, "a"
-    )
-    return a, _merged(method, [b for (_, b, _), _ in parts], list(roots), options, "b"), None
+
+        def merged(i: int) -> Array:
+            return _merged(ON_CHANGES[method], [one.change(i) for one in factors], weights, options, i, CHANGE)
+
+        a, b, left = truncated(merged, n, options.to)
+        return as_adapter(first, a, b), left
+    found = [_merged_factors(method, factors, weights, options, i) for i in range(n)]
+    return as_adapter(first, np.stack([a for a, _ in found]), np.stack([b for _, b in found])), None
 
 
-def _merged(method: Method, arrays: Sequence[Array], weights: Sequence[Any], options: Options, what: str) -> Array:
+def _merged_factors(
+    method: str, factors: Sequence[Factors], weights: Sequence[float], options: Options, number: int
+) -> tuple[Array, Array]:
+    """Return A [d, r] and B [r, k] of one of the stacked matrices."""
+    scaled = np.asarray([weight * one.scale for one, weight in zip(factors, weights, strict=True)])
+    of_a, of_b = [one.a[number] for one in factors], [one.b[number] for one in factors]
+    if method == "cat" and len(factors) > 1:
+        return np.concatenate([s * a for s, a in zip(scaled, of_a, strict=True)], axis=1), np.concatenate(of_b)
+    way = ON_FACTORS["linear" if len(factors) == 1 else method]
+    roots = np.sqrt(np.abs(scaled))
+    a = _merged(way, of_a, [*(roots * np.where(scaled < 0, -1, 1))], options, number, OF_A)
+    return a, _merged(way, of_b, [*roots], options, number, OF_B)
+
+
+CHANGE, OF_A, OF_B = 0, 1, 2  # which arrays of a part a mask is for
+
+
+def _merged(
+    way: Method, arrays: Sequence[Array], weights: Sequence[Any], options: Options, number: int, what: int
+) -> Array:
     """Return the weighted sum, or the elected mean, of what is left of arrays of one shape."""
-    if method.sparsify is not None and options.density is not None and options.density < 1:
-        keys = [keyed(options.key, what, i) for i in range(len(arrays))]
-        arrays = [method.sparsify(x, options.density, key) for x, key in zip(arrays, keys, strict=True)]
-    if not method.elects:
+    if way.sparsify is not None and options.density is not None and options.density < 1:
+        keys = [keyed(options.key_of(number), i, what) for i in range(len(arrays))]
+        arrays = [way.sparsify(x, options.density, key) for x, key in zip(arrays, keys, strict=True)]
+    if not way.elects:
         return weighted_sum(arrays, weights)
     weighted = [weight * array for weight, array in zip(weights, arrays, strict=True)]
     return elected_mean(weighted, arrays, options.majority)
-
-
-KEYS = {"change": 0, "a": 1, "b": 2}
-
-
-def keyed(key: jax.Array | None, what: str, number: int) -> jax.Array | None:
-    """Return the key of one array of one part."""
-    return None if key is None else jax.random.fold_in(jax.random.fold_in(key, number), KEYS[what])

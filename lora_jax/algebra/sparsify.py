@@ -77,3 +77,8 @@ def elected_mean(weighted: Sequence[Array], voters: Sequence[Array], majority: M
     elected = np.where((votes if majority == "total" else signs).sum(0) >= 0, 1, -1)
     agree = signs == elected
     return np.asarray((np.stack(weighted) * agree).sum(0) / np.maximum(agree.sum(0), 1))
+
+
+def keyed(key: jax.Array | None, number: int, what: int = 0) -> jax.Array | None:
+    """Return the key of one array of one part of a sum: the change, or 1 for A and 2 for B."""
+    return None if key is None else jax.random.fold_in(jax.random.fold_in(key, number), what)

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch", reason="needs torch: make test-interop")
 
 import lora_jax as lora  # noqa: E402
 from lora_jax.algebra import peft_results  # noqa: E402
+from lora_jax.algebra.sparsify import keyed  # noqa: E402
 from lora_jax.core.paths import path_key  # noqa: E402
 from lora_jax.interop.peft.load import load_by_module  # noqa: E402
 
@@ -54,10 +55,10 @@ def masks(method, count):
     """The masks that are drawn here, in torch's axes, in the order in which PEFT asks for them."""
     for module, (inputs, outputs) in SIZES.items():
         key = jax.random.fold_in(path_key(KEY, module), 0)
-        shapes = {"a": (inputs, 4), "b": (4, outputs)} if "svd" not in method else {"change": (inputs, outputs)}
+        shapes = {1: (inputs, 4), 2: (4, outputs)} if "svd" not in method else {0: (inputs, outputs)}
         for what, shape in shapes.items():
             for i in range(count):
-                yield np.asarray(jax.random.bernoulli(peft_results.keyed(key, what, i), DENSITY, shape)).T
+                yield np.asarray(jax.random.bernoulli(keyed(key, i, what), DENSITY, shape)).T
 
 
 @pytest.mark.parametrize("majority", ["total", "frequency"])
