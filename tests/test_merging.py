@@ -264,3 +264,21 @@ def test_parts_that_do_not_fit():
 
 def test_methods_are_documented():
     assert all(f'"{name}"' in lora.compose.__doc__ for name in METHODS)
+
+
+def test_the_figures_of_the_page():
+    """In small: sums are exact where they claim to be, and compressed ones as near as a rank can be."""
+    from benchmarks import algebra
+
+    c = algebra.Config(size=24, rank=2)
+    errors = algebra.sums(c)
+    assert max(errors["combine"], errors["PEFT's cat"], algebra.sum_of_lengths(c)) < 1e-6
+    assert errors["PEFT's linear"] > 0.1
+    for _, left_out, least, distance in algebra.smaller(c):
+        np.testing.assert_allclose(left_out, least, atol=1e-6)
+        assert distance < 1e-6
+    shares = algebra.held(c, (2, 4, 12))
+    assert all(found == sorted(found) for found in shares.values())
+    assert shares["sum"][-1] > 1 - 1e-9
+    assert shares["knots_ties"][-1] > 1 - 1e-9
+    assert shares["ties"][-1] < 1 - 1e-3
