@@ -93,6 +93,12 @@ _ROOMS = (
         ("core", "adapters", "sharding", "training", "bases", "initialization"),
     ),
     Room(
+        "algebra",
+        "Adapters merged, truncated, and told from two checkpoints.",
+        ("algebra",),
+        ("core", "adapters", "initialization"),
+    ),
+    Room(
         "interop/peft",
         "The files of HF PEFT, read and written.",
         ("interop.peft",),

@@ -20,6 +20,9 @@ from lora_jax.adapters.select import select
 from lora_jax.adapters.stack import stack, unstack
 from lora_jax.adapters.token_rows import Rows, RowsAdapter
 from lora_jax.adapters.vera import Vera, VeraAdapter
+from lora_jax.algebra.compose import compose
+from lora_jax.algebra.compress import compress
+from lora_jax.algebra.difference import difference
 from lora_jax.analysis.abstract import abstract, abstract_state
 from lora_jax.analysis.compile_report import CompileReport, compile_report
 from lora_jax.analysis.differences import Differences, diff
@@ -109,8 +112,11 @@ __all__ = [
     "checkpoint",
     "combine",
     "compile_report",
+    "compose",
+    "compress",
     "decay_mask",
     "diff",
+    "difference",
     "freeze_base",
     "from_linen",
     "from_nnx",

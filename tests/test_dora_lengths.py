@@ -123,7 +123,7 @@ def test_nothing_of_the_weights_size_is_formed():
 def test_blocks_are_bounded(monkeypatch):
     """Of a large weight no more than a block of so many numbers is formed, whatever the number of stacked matrices."""
     monkeypatch.setattr(dora, "BLOCK", 64)
-    dora._lengths.clear_cache()
+    dora.output_lengths.clear_cache()
     axes = lora.KernelAxes((0,), (1,), (2,))
     w = jax.random.normal(jax.random.key(0), (2, D, K))
     adapter = shortened(w, 1e-2, axes)
@@ -131,7 +131,7 @@ def test_blocks_are_bounded(monkeypatch):
     assert formed(jaxpr, (64,))
     assert not any(formed(jaxpr, (2, D // m, K)) for m in (2, 3, 4))
     np.testing.assert_allclose(1 / adapter.lower(w).gain, exact(w, adapter), rtol=1e-4)
-    dora._lengths.clear_cache()
+    dora.output_lengths.clear_cache()
 
 
 @pytest.mark.parametrize(

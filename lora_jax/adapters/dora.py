@@ -41,7 +41,7 @@ class Dora(Lora):
 
     def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> Adapter:
         factors = self.factors(key, w.shape, axes)
-        return DoraAdapter(factors.a, factors.b, _lengths(w, factors.lower(w)), axes, factors.ratio)
+        return DoraAdapter(factors.a, factors.b, output_lengths(w, factors.lower(w)), axes, factors.ratio)
 
     def flops(self, shape: tuple[int, ...], axes: KernelAxes, rows: tuple[int, int]) -> int:
         stack, d, k = axes.fans(shape)
@@ -78,7 +78,7 @@ class DoraAdapter(Scaled):
         return self.lowering(w)(self)
 
     def lowering(self, w: jax.Array) -> Callable[["DoraAdapter"], OutputScaled]:
-        lengths = _lengths(w, self._factors(w))  # no gradient passes them, so copies share them
+        lengths = output_lengths(w, self._factors(w))  # no gradient passes them, so copies share them
 
         def lower(adapter: DoraAdapter) -> OutputScaled:
             return OutputScaled(adapter._factors(w), length_gain(adapter.m, lengths), adapter.axes)
@@ -95,7 +95,7 @@ def length_gain(m: jax.Array, n: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, inline=True)  # weights of equal shapes share a trace
-def _lengths(w: jax.Array, factors: LowRank) -> jax.Array:
+def output_lengths(w: jax.Array, factors: LowRank) -> jax.Array:
     """Return n [*stack, *outputs] without forming a value of W's shape; no gradient passes it. B has the scale."""
     axes, n = factors.axes, len(factors.axes.stack)
     w, a, b = lax.stop_gradient((w, factors.a, factors.b))

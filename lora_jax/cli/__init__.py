@@ -2,6 +2,7 @@
 
 - `commands`: the entry point `main`. Start reading here.
 - `adapters`: the commands that take adapters.
+- `compose`: the command that merges adapters.
 - `models`: the commands that take published weights.
 - `train`, `run_model`: the commands that run a model.
 - `folders`: folders of adapters in any form, and the key maps that name their modules.

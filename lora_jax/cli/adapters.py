@@ -1,16 +1,13 @@
-"""The commands that take adapters: `inspect`, `verify`, `convert` and `compose`."""
+"""The commands that take adapters: `inspect`, `verify` and `convert`."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax.numpy as jnp
 import tyro
 
 from lora_jax import checkpoint
-from lora_jax.adapters.combine import combine
 from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.analysis.inspection import Inspection, WeightSummary
 from lora_jax.analysis.inspection import inspect as inspected
@@ -19,9 +16,7 @@ from lora_jax.cli.folders import Adapters, NameOptions, Names, Output, Step, for
 from lora_jax.cli.output import draw_spectra, print_json, print_table, say
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
-from lora_jax.core.layout import of_weight
 from lora_jax.core.text import printable
-from lora_jax.interop.key_map import KeyMap
 from lora_jax.interop.merge_checkpoint import check_checkpoint
 from lora_jax.interop.peft.dtypes import in_fp32
 from lora_jax.interop.peft.save import save_peft
@@ -131,52 +126,6 @@ def convert(
     return print_written(output, found, json)
 
 
-def compose(
-    folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER:WEIGHT ... OUTPUT")],
-    /,
-    names: NameOptions = NO_NAMES,
-    json: bool = False,
-) -> int:
-    """Write the weighted sum of adapters, exactly: its rank is the sum of their ranks.
-
-    It is computed in fp32, and written for HF PEFT in the widest dtype of its parts.
-
-    Example: lora-jax compose style:0.7 facts:-0.3 both
-
-    Args:
-        folders: folders of adapters of one format, each with ":" and its weight, or with the weight 1; and at last a
-            new folder, for HF PEFT.
-        json: print JSON instead of text.
-    """
-    example = "lora-jax compose style:0.7 facts:-0.3 both"
-    if len(folders) < 2:
-        raise LoraError(f"give the folders that are to be added up, and at last the output: {example}.")
-    parts, output = folders[:-1], Path(folders[-1])
-    if _is_weighted(folders[-1]):
-        raise LoraError(f"the output comes last, and {output} is a part: {example}.")
-    check_target(output, None)
-    sums, table, dtypes, of_peft = [], KeyMap(), [], set[bool]()
-    for folder, weight in map(_weighted, parts):
-        contents = read_adapters(folder)
-        of_peft.add(contents.key_map is not None)
-        if len(of_peft) > 1:
-            raise LoraError(
-                f"{folder} is of another format than the parts before it, with other names for the same weights: "
-                "convert it first."
-            )
-        if contents.others:
-            other = next(iter(contents.others))
-            raise LoraError(f"{folder} also holds {other!r} whole, which no sum of adapters expresses.")
-        for part in contents.adapters.values():
-            dtypes += [array.dtype for array in of_weight(part.arrays(), part.layout).values()]
-        factors = {path: adapter.to_lora() or adapter for path, adapter in in_fp32(contents.adapters).items()}
-        sums.append((factors, weight))
-        table += table_of(folder, contents, names)
-    combined = combine(sums)
-    save_peft(output, combined, table, dtype=jnp.result_type(*dtypes))
-    return print_written(output, combined, json)
-
-
 # What they share ------------------------------------------------------------------------------------------------------
 
 
@@ -211,18 +160,3 @@ def _as_json(weight: WeightSummary) -> dict[str, object]:
     spectrum = {name: facts[name] for name in ("norm", "effective_rank", "finite")}
     names = ("kind", "shape", "matrices", "rank", "scale")
     return {"weight": weight.path, **{name: facts[name] for name in names}, "spectrum": spectrum}
-
-
-def _weighted(part: str) -> tuple[Path, float]:
-    """Split `folder:0.7` into the folder and its weight; a folder alone has the weight 1."""
-    name, colon, weight = part.rpartition(":")
-    if not colon:
-        return Path(part), 1.0
-    try:
-        return Path(name), float(weight)
-    except ValueError as error:
-        raise LoraError(f"{part!r}: expected a folder and a weight, such as {name}:0.7.") from error
-
-
-def _is_weighted(part: str) -> bool:
-    return re.fullmatch(r".*:[+-]?[0-9.]+(e[+-]?[0-9]+)?", part, re.DOTALL | re.IGNORECASE) is not None
