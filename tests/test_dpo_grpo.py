@@ -58,16 +58,19 @@ def test_texts_have_labels_up_to_their_stop():
 
 
 def test_the_loss_of_dpo_is_that_of_the_paper(model, adapters, answers, log_probs):
-    """Equation 7, of whole answers; and that of the library."""
+    """Equation 7, of whole answers; beside it, the loss of the chosen one's tokens."""
     ids, labels = (a.reshape(4, 2, -1) for a in answers)
     policy, reference = (p.sum(-1).reshape(4, 2) for p in log_probs)
     rewards = dpo.BETA * (policy - reference)
     margins = rewards[:, 0] - rewards[:, 1]
     assert np.ptp(margins) > 0.01
-    loss, shown = dpo.make_loss(model)(adapters, model.params, ids, labels)
-    np.testing.assert_allclose(loss, np.mean(np.log1p(np.exp(-margins))), rtol=1e-5)
-    np.testing.assert_allclose(shown["margin"], margins.mean(), rtol=1e-4)
-    np.testing.assert_allclose(shown["preferred"], np.mean(margins > 0))
+    wanted = np.mean(np.log1p(np.exp(-margins)))
+    plain, anchored = (dpo.make_loss(model)(adapters, model.params, ids, labels, weight) for weight in (0.0, 2.0))
+    np.testing.assert_allclose(plain[0], wanted, rtol=1e-5)
+    np.testing.assert_allclose([plain[1]["dpo"], anchored[1]["dpo"]], wanted, rtol=1e-5)
+    np.testing.assert_allclose(plain[1]["margin"], margins.mean(), rtol=1e-4)
+    lengths = (labels[:, 0] != sums.NOTHING).sum(-1)
+    np.testing.assert_allclose(anchored[0], wanted - 2 * np.mean(policy[:, 0] / lengths), rtol=1e-5)
 
 
 def test_the_loss_of_grpo_is_that_of_the_paper(model, adapters, answers, log_probs):
@@ -121,7 +124,7 @@ def losses_of(model):
     groups = {"ids": ids, "labels": labels, "advantages": np.ones(4, np.float32)}
     groups["old"] = np.zeros(labels.shape, np.float32)
     return {
-        "dpo": (dpo.make_loss(model), (ids.reshape(2, 2, -1), labels.reshape(2, 2, -1))),
+        "dpo": (dpo.make_loss(model), (ids.reshape(2, 2, -1), labels.reshape(2, 2, -1), np.float32(1))),
         "grpo": (grpo.make_loss(model)[0], (groups,)),
     }
 
@@ -191,18 +194,19 @@ def with_base(base, monkeypatch):
 def test_dpo_learns_to_prefer_right_answers(with_base, base, tmp_path, capsys):
     found = dpo.main(tmp_path, steps=24)
     assert found["unchanged"]
-    assert found["loss"][0][1] == pytest.approx(np.log(2), abs=1e-5)
-    assert found["loss"][-1][1] < 0.5 * np.log(2)
-    for name in dpo.ASKED_LATER:
-        (_, before), *_, (_, after) = found[name]
-        assert 0.4 < before < 0.6
-        assert after > before + 0.25
+    for name in dpo.ANCHORS:
+        (_, first), *_, (_, last) = found["dpo"][name]
+        assert first == pytest.approx(np.log(2), abs=1e-5)
+        assert last < 0.5 * first
+    (_, before), *_, (_, after) = found["chance"][list(dpo.ANCHORS)[-1]]
+    assert 0.4 < before < 0.6
+    assert after > before + 0.25, "of sums without pairs"
     asked = sums.HELD_OUT * 20
     answers = sums.sample(base, found["adapters"], asked, jax.random.key(5))
     share = np.mean([sums.is_right(*pair) for pair in zip(asked, answers, strict=True)])
     assert abs(share - after) < 5 * (after * (1 - after) / 400) ** 0.5, "the chance is that of the answers it samples"
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert "log 2" in capsys.readouterr().out
+    assert "bit-identical: True" in capsys.readouterr().out
 
 
 @pytest.mark.slow
