@@ -13,6 +13,11 @@ Both probabilities are of one function, `log_probs(params, ...)`: the reference 
 `lora.lora_apply` makes of it. One program computes both from one copy of the parameters. For models of published
 folders and files of preferences, `lora-jax train` does the same.
 
+What DPO asks for is a margin, and it may grow while both answers become rarer and others take their place: Razin et al.
+2024, "Unintentional Unalignment: Likelihood Displacement in Direct Preference Optimization", arXiv 2410.08847. It
+happens here. So there is a second run, whose loss has -log p(chosen) of a token beside it, as in Pang et al. 2024,
+"Iterative Reasoning Preference Optimization", arXiv 2404.19733.
+
 Axes: P pairs, T tokens, A of which are the answer.
 """
 
@@ -29,9 +34,9 @@ import sums
 
 import lora_jax as lora
 
-BETA = 0.1  # how strongly the policy is kept near the reference
+BETA = 0.5  # how strongly the policy is kept near the reference
 ASKED = 8  # times for each sum
-ASKED_LATER = {"sums of the pairs": sums.TRAINED, "held-out sums": sums.HELD_OUT}
+ANCHORS = {"DPO": 0.0, "DPO, and the right answer's own loss": 1.0}  # the weight of -log p(chosen) of a token
 Tree = Any
 Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -51,7 +56,7 @@ def make_pairs(model: lora.recipes.Model) -> dict[str, np.ndarray]:
 
 
 def make_loss(model: lora.recipes.Model) -> Loss:
-    """loss(adapters, params, ids [P, 2, T], labels [P, 2, A]) -> the loss of DPO, and what else is to be seen."""
+    """loss(adapters, params, ids [P, 2, T], labels [P, 2, A], anchor) -> the loss, and what else is to be seen."""
 
     def log_probs(params: Tree, ids: jax.Array, labels: jax.Array) -> jax.Array:
         rows = ids.reshape(-1, ids.shape[-1]), labels.reshape(-1, labels.shape[-1])  # of both answers
@@ -59,44 +64,48 @@ def make_loss(model: lora.recipes.Model) -> Loss:
 
     policy, reference = lora.lora_apply(log_probs), log_probs
 
-    def loss(adapters: Tree, params: Tree, ids: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        rewards = BETA * (policy(params, adapters, ids, labels) - reference(params, ids, labels))
+    def loss(
+        adapters: Tree, params: Tree, ids: jax.Array, labels: jax.Array, anchor: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        log_p = policy(params, adapters, ids, labels)
+        rewards = BETA * (log_p - reference(params, ids, labels))
         margins = rewards[:, 0] - rewards[:, 1]
-        shown = {"preferred": jnp.mean(margins > 0, dtype=jnp.float32), "margin": margins.mean()}
-        return -jax.nn.log_sigmoid(margins).mean(), shown
+        dpo = -jax.nn.log_sigmoid(margins).mean()
+        lengths = jnp.sum(labels[:, 0] != sums.NOTHING, axis=-1)
+        return dpo - anchor * jnp.mean(log_p[:, 0] / lengths), {"dpo": dpo, "margin": margins.mean()}
 
     return loss
 
 
 def main(output: Path = Path("runs/dpo"), steps: int = 40) -> dict[str, Any]:
     model = sums.make_base()
-    pairs = make_pairs(model)
+    pairs, chance = make_pairs(model), sums.make_chance(model)
     kept = jax.tree.map(np.array, model.params)
-
     plan = model.plan(lora.Lora(rank=4, alpha=8), rows=2 * len(pairs["ids"]), tokens=sums.PROMPT + sums.ANSWER - 1)
     print(plan)
-    optimizer = lora.freeze_base(optax.adam(5e-3))
-    state = lora.TrainState.create(lora.init(jax.random.key(2), model.params, plan), optimizer)
+    optimizer = lora.freeze_base(optax.adam(1e-3))
     step = lora.jit_step(make_loss(model), optimizer)
 
-    curves: dict[str, list[tuple[int, float]]] = {name: [] for name in ("loss", "margin", *ASKED_LATER)}
-    chance = sums.make_chance(model)
-    for i in range(steps + 1):
-        for name, prompts in ASKED_LATER.items():
-            curves[name].append((i, chance(state.trainable, prompts)))
-        if i < steps:
-            state, metrics = step(state, model.params, pairs["ids"], pairs["labels"])
-            for name in ("loss", "margin"):
-                curves[name].append((i, float(metrics[name])))
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {name: {} for name in ("dpo", "margin", "chance")}
+    for name, anchor in ANCHORS.items():
+        state = lora.TrainState.create(lora.init(jax.random.key(2), model.params, plan), optimizer)
+        for own in curves.values():
+            own[name] = []
+        for i in range(steps + 1):
+            curves["chance"][name].append((i, chance(state.trainable, sums.HELD_OUT)))
+            if i < steps:
+                state, metrics = step(state, model.params, pairs["ids"], pairs["labels"], jnp.float32(anchor))
+                for seen in ("dpo", "margin"):
+                    curves[seen][name].append((i, float(metrics[seen])))
 
-    panels = {"loss": ["loss"], "margin of the rewards": ["margin"], "chance of a right answer": [*ASKED_LATER]}
-    sums.draw(output / "curves.png", {axis: {name: curves[name] for name in names} for axis, names in panels.items()})
+    titles = {"dpo": "loss of DPO", "margin": "margin of the rewards", "chance": "chance of a right answer, held out"}
+    sums.draw(output / "curves.png", {title: curves[name] for name, title in titles.items()})
     unchanged = jax.tree.all(jax.tree.map(np.array_equal, model.params, kept))
-    (_, first), *_, (_, last) = curves["loss"]
-    print(f"{len(pairs['ids'])} pairs: the loss began at {first:.4f}, which is log 2, and is {last:.4f}.")
-    for name in ASKED_LATER:
-        (_, before), *_, (_, after) = curves[name]
-        print(f"Chance of a right answer, {name}: {before:.1%} before, {after:.1%} after.")
+    print(f"{len(pairs['ids'])} pairs; the loss of DPO, and the chance of a right answer to held-out sums:")
+    for name in ANCHORS:
+        (_, loss), *_, (_, last_loss) = curves["dpo"][name]
+        (_, right), *_, (_, last_right) = curves["chance"][name]
+        print(f"{name}: {loss:.4f} before and {last_loss:.4f} after, {right:.1%} before and {last_right:.1%} after.")
     print(f"The base is bit-identical: {unchanged}. The curves are in {output / 'curves.png'}.")
     return {**curves, "unchanged": unchanged, "adapters": state.trainable}
 
