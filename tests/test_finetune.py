@@ -695,6 +695,17 @@ def test_settings_of_another_type_in_a_file(line, said, tmp_path):
         records.read_config(tmp_path / "own.toml")
 
 
+@pytest.mark.parametrize(("given", "found"), [("HuggingFaceTB/SmolLM2", "not there"), (__file__, "a file")])
+@pytest.mark.parametrize("name", ["train", "generate", "eval"])
+def test_a_model_that_is_no_folder(name, given, found, places, tmp_path, capsys):
+    """Such as its name on the Hub: the line says how to bring it."""
+    more = [str(tmp_path / "out"), "--batch-tokens", "8192"] if name == "train" else []
+    assert cli.main([name, given, str(places / "chats.jsonl"), *more]) == 1
+    said = capsys.readouterr().err
+    assert f"{given} is {found}, expected a folder with config.json" in said
+    assert "hf download NAME --local-dir FOLDER" in said
+
+
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_a_tokenizer_that_does_not_fit_is_said_before_examples_are_read(command, places, tmp_path, capsys):
     shutil.copytree(places / "model", tmp_path / "model")

@@ -349,7 +349,7 @@ def template_of(source):
 @pytest.mark.parametrize(
     ("source", "messages", "problem"),
     [
-        ("{% for %}", MESSAGES, "the chat template is no Jinja, line 1"),
+        ("{% for %}", MESSAGES, "template of the model's folder is no Jinja, in its line 1"),
         ("{{ 1 / 0 }}", MESSAGES, "fails for it: ZeroDivisionError"),
         ("{{ messages[9].content + 1 }}", MESSAGES, "refuses it: list object has no element 9"),
         ("{{ ''.__class__.__mro__ }}", MESSAGES, "refuses it: .*unsafe"),
@@ -370,6 +370,21 @@ def template_of(source):
 def test_templates_that_cannot_be_used_are_refused(source, messages, problem):
     with pytest.raises(lora.LoraError, match=problem):
         render(Conversation(tuple(messages)), template_of(source))
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+@pytest.mark.parametrize(
+    ("templates", "problem"),
+    [
+        ({"default": "{% for %}"}, "the chat template of the model's folder is no Jinja"),
+        ({}, ".* has no chat template"),
+    ],
+)
+def test_what_is_wrong_with_the_template_is_no_fault_of_a_line(tokenizers, templates, problem, skip_bad, monkeypatch):
+    tokenizer = tokenizers["thinking"]
+    monkeypatch.setattr(tokenizer, "templates", templates)
+    with pytest.raises(lora.LoraError, match=f"^{problem}"):
+        tokenized([Conversation(tuple(MESSAGES))], tokenizer, 50, skip_bad=skip_bad)
 
 
 def test_a_marked_turn_in_several_parts_has_no_weights():
@@ -449,7 +464,7 @@ def test_what_was_lost_is_said(tokenizers, tmp_path):
     path = tmp_path / "data.jsonl"
     lines = [{"messages": [*messages]} for messages in (MESSAGES, MESSAGES[:2], MESSAGES[1:2], MESSAGES[:1])]
     path.write_text("\n".join(map(json.dumps, [*lines, 3])))
-    with pytest.raises(lora.LoraError, match="line 4: none of its 1 messages is an answer"):
+    with pytest.raises(lora.LoraError, match=r"data\.jsonl, line 4: none of its 1 messages is an answer"):
         tokenized(read_examples(path, skip_bad=True), tokenizers["thinking"], 50)
     found = tokenized(read_examples(path, skip_bad=True), tokenizers["thinking"], 50, skip_bad=True)
     counts = found.counts

@@ -147,7 +147,17 @@ def _adapters(folder: str | None, model: recipes.Model) -> dict[str, Adapter]:
 
 
 def load_tokenizer(model: Path, now: datetime | None = None) -> recipes.Tokenizer:
-    """Return the tokenizer of a folder, which fits its model: that is asked before any weight is read."""
+    """Return the tokenizer of a folder, which fits its model: that is asked before any weight is read.
+
+    Raises:
+        LoraError: there is no such folder; its tokenizer cannot be read, or has more tokens than the model.
+    """
+    if not model.is_dir():
+        raise LoraError(
+            f"{model} is {'a file' if model.exists() else 'not there'}, expected a folder with config.json, "
+            "safetensors and tokenizer.json. Nothing is downloaded here: `hf download NAME --local-dir FOLDER`, of the "
+            "package huggingface_hub, brings a model of the Hugging Face Hub."
+        )
     tokenizer = recipes.Tokenizer.load(model, now)
     tokenizer.check(recipes.read_config(model).vocabulary)
     return tokenizer

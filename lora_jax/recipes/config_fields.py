@@ -126,7 +126,8 @@ class Fields:
             raise LoraError(
                 f"{self.where}: {unknown[0]} is {short(self.facts[unknown[0]])}, and nothing here knows what it changes"
                 f"{f', nor {len(unknown) - 1} more: {short(unknown[1:])}' if unknown[1:] else ''}. If it changes "
-                f"nothing of what the model computes: load(folder, ignore={short(unknown)})."
+                "nothing of what the model computes, take it out of the file, or: "
+                f"load(folder, ignore={short(unknown)})."
             )
 
     def _or_default(self, name: str, default: Any) -> Any:

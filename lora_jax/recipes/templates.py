@@ -62,6 +62,19 @@ class Template:
         environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: self.now.strftime(form)}
         return environment.from_string(self.source)
 
+    def check(self) -> None:
+        """Check that it can be read, whatever the messages are.
+
+        Raises:
+            LoraError: it is no Jinja.
+        """
+        try:
+            self._compiled  # noqa: B018 (made once, here)
+        except jinja2.TemplateSyntaxError as error:
+            raise LoraError(
+                f"the chat template of the model's folder is no Jinja, in its line {error.lineno}: {error.message}."
+            ) from None
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -78,6 +91,7 @@ class Template:
         >>> Template(source, {}, datetime(2026, 1, 1)).render([{"role": "user", "content": "Hi!"}])
         ('[user]Hi!', [(6, 9)])
         """
+        self.check()
         try:
             text = self._compiled.render(
                 **self.variables,
@@ -86,8 +100,6 @@ class Template:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
-        except jinja2.TemplateSyntaxError as error:
-            raise LoraError(f"the chat template is no Jinja, line {error.lineno}: {error.message}.") from None
         except jinja2.TemplateError as error:
             raise LoraError(f"the chat template refuses it: {str(error)[:300]}") from None
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

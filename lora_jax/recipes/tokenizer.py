@@ -188,7 +188,7 @@ class Tokenizer:
             tools: the one for conversations with tools, where there is one of its own.
 
         Raises:
-            LoraError: there is none.
+            LoraError: there is none, or it is no Jinja.
         """
         from lora_jax.recipes.templates import Template
 
@@ -218,7 +218,9 @@ def check_text(text: str) -> None:
 
 @functools.lru_cache(16)
 def _compiled(make: Any, source: str, special: tuple[tuple[str, str], ...], now: datetime) -> Any:
-    return make(source, dict(special), now)
+    template = make(source, dict(special), now)
+    template.check()
+    return template
 
 
 def _pairs(offsets: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -159,7 +159,7 @@ def tokenized(
         LoraError: an example is a pair of preferences, or is refused by the template, with its line; nothing is left.
     """
     _check("tokenized", max_length, too_long)
-    found, tally = _Arrays(), _Tally()
+    found, tally = _Arrays(), _Tally.of(examples)
     for line, [(ids, learned)] in _encoded(_singles(examples), tokenizer, tally, skip_bad):
         pieces = [(ids[part], learned[part]) for part in _parts(len(ids), max_length, too_long)]
         useful = [piece for piece in pieces if piece[1][1:].any()]
@@ -184,7 +184,7 @@ def tokenized_pairs(
         LoraError: an example is no pair, or is refused by the template, with its line; nothing is left.
     """
     _check("tokenized_pairs", max_length, "drop")
-    chosen, rejected, tally = _Arrays(), _Arrays(), _Tally()
+    chosen, rejected, tally = _Arrays(), _Arrays(), _Tally.of(examples)
     for line, pair in _encoded(_pairs(examples), tokenizer, tally, skip_bad):
         longest = max((ids for ids, _ in pair), key=len)
         if len(longest) > max_length + 1:
@@ -258,11 +258,14 @@ def _written(
     groups: Iterable[Group], tokenizer: Tokenizer, tally: "_Tally", skip_bad: bool
 ) -> Iterator[tuple[int, list[_Written]]]:
     for line, group in groups:
+        for example in group:
+            if isinstance(example, Conversation):
+                tokenizer.template(tools=bool(example.tools))  # that there is none, say, is no fault of this line
         try:
             found = [_write(example, tokenizer, line, tally) for example in group]
         except LoraError as error:
             if not skip_bad:
-                raise LoraError(f"line {line}: {error}") from None
+                raise LoraError(f"{tally.where}line {line}: {error}") from None
             tally.count("bad", line, str(error))
         else:
             yield line, found
@@ -294,8 +297,14 @@ _FIRST = {
 
 @dataclass
 class _Tally:
+    where: str  # the file and a comma; empty for examples that are of none
     numbers: Counter[str] = field(default_factory=Counter)
     notes: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, examples: Any) -> "_Tally":
+        path = getattr(examples, "path", None)
+        return cls("" if path is None else f"{path}, ")
 
     def count(self, what: str, line: int, why: str) -> None:
         self.numbers[what] += 1
