@@ -273,7 +273,7 @@ def test_remat_changes_nothing(models):
     [
         ("llama", {"model_type": "llama4"}, "model_type is 'llama4', expected one of llama, mistral.*near is 'llama'"),
         ("llama", {"model_type": None}, "model_type is None"),
-        ("llama", {"model_type": "gemma3", "text_config": {}}, "folder of their text model alone"),
+        ("llama", {"model_type": "qwen2_5_vl", "text_config": {}}, "those of gemma3 and mistral3 are read"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "expected .*LlamaForCausalLM"),
         ("llama", {"quantization_config": {"bits": 4}}, "packed already"),
         ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu', expected one of silu"),

@@ -1,6 +1,7 @@
 """The commands that run a model: `generate` and `eval`, and what they share with `train`."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
@@ -15,11 +16,13 @@ from lora_jax.cli.folders import Base
 from lora_jax.cli.output import print_json, say
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
+from lora_jax.core.text import printable
 from lora_jax.interop.peft.load import load_peft
 from lora_jax.recipes import chat
 from lora_jax.recipes.examples import Conversation, Preference
 from lora_jax.recipes.tokens import TokenizedPairs
 from lora_jax.recipes.training_run import Data, make_batches, make_loss
+from lora_jax.recipes.wrappers import UNREAD
 
 Rest = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ADAPTERS] PROMPT")]
 RestData = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ADAPTERS] DATA")]
@@ -166,7 +169,11 @@ def load_tokenizer(model: Path, now: datetime | None = None) -> recipes.Tokenize
 def load(model: Path, options: recipes.Options, mesh: Any = None) -> recipes.Model:
     """Return the model of a folder, as the options ask for it."""
     dtype = None if options.dtype == "auto" else jnp.dtype(options.dtype)
-    return recipes.load(model, dtype, mesh, None if options.bits == 16 else options.bits)
+    loaded = recipes.load(model, dtype, mesh, None if options.bits == 16 else options.bits)
+    if loaded.config.wrapper and jax.process_index() == 0:
+        left = " and ".join(UNREAD)
+        print(printable(f"{model} is read for texts alone: {left} are left out."), file=sys.stderr)
+    return loaded
 
 
 def read_tokens(

@@ -55,6 +55,19 @@ class KeyMap:
         """Return the key map for the same model inside another one: all paths and names get these prefixes."""
         return KeyMap(*(dataclasses.replace(e, path=path + e.path, name=name + e.name) for e in self.entries))
 
+    def renamed(self, old: str, new: str) -> "KeyMap":
+        """Return the key map in which names that begin with `old` begin with `new`, such as of a model inside another.
+
+        >>> KeyMap(Entry("up/kernel", "model.up", "in out", "linear")).renamed("model.", "text.model.").entries[0].name
+        'text.model.up'
+        """
+        return KeyMap(
+            *(
+                dataclasses.replace(e, name=new + e.name.removeprefix(old)) if e.name.startswith(old) else e
+                for e in self.entries
+            )
+        )
+
     def stacked(self, placeholder: str = "i", axis: int = 0) -> "KeyMap":
         """Return the key map for layers that are stacked along an axis: `layers/{i}/kernel` is `layers/kernel`.
 

@@ -3,6 +3,7 @@
 Every field that changes what is computed is read here, or refused by its name.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from lora_jax.core.paths import nearest
 from lora_jax.interop.model_config import CONFIG, model_facts
 from lora_jax.recipes.config_fields import Fields
 from lora_jax.recipes.rope import Rope, read_rope
+from lora_jax.recipes.wrappers import WRAPPERS, text_facts
 
 QKV = ("q_proj", "k_proj", "v_proj")
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -32,6 +34,13 @@ class Family(NamedTuple):
 
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"}
 _GEMMA_2 = {"query_pre_attn_scalar": 256, "sliding_window": 4096}
+# Published configs of Gemma 3 with images leave these out.
+_GEMMA_3 = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 262_208,
+    "max_position_embeddings": 131_072,
+}
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", {}),
     "mistral": Family("MistralForCausalLM", {"sliding_window": 4096}),
@@ -42,7 +51,7 @@ FAMILIES = {
     "gemma2": Family(
         "Gemma2ForCausalLM", _GEMMA | _GEMMA_2 | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     ),
-    "gemma3_text": Family("Gemma3ForCausalLM", _GEMMA | _GEMMA_2),
+    "gemma3_text": Family("Gemma3ForCausalLM", _GEMMA | _GEMMA_2 | _GEMMA_3),
 }
 
 
@@ -72,6 +81,7 @@ class Config:
         norm_topk: whether the weights of these add up to 1.
         eos: ids of the tokens that end a text.
         length: the longest text, in tokens, that the model is made for.
+        wrapper: `model_type` of the model of text and images that it is the text model of; "" for none.
     """
 
     family: str
@@ -101,6 +111,7 @@ class Config:
     norm_topk: bool = False
     eos: tuple[int, ...] = ()
     length: int = 0
+    wrapper: str = ""
 
 
 def read_config(folder: str | Path, ignore: Iterable[str] = ()) -> Config:
@@ -128,18 +139,20 @@ def parse_config(facts: Mapping[str, Any], where: str = CONFIG, ignore: Iterable
     >>> config.head_dim, config.kv_heads, config.windows, config.ropes
     (16, 4, (None, None), (Rope(theta=10000.0, kind='default', settings=()),))
     """
+    found = facts.get("model_type")
+    wrapper = found if isinstance(found, str) and found in WRAPPERS else ""
+    if wrapper:
+        facts, where = text_facts(facts, where, ignore), f"{where}, text_config"
     family = facts.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        near = f"; near is {nearest(family, FAMILIES, n=1)[0]!r}" if isinstance(family, str) else ""
-        inner = facts.get("text_config")
-        hint = (
-            " Models of text and images are not read; a folder of their text model alone is."
-            if inner is not None
-            else ""
-        )
-        raise LoraError(f"{where}: model_type is {short(family)}, expected one of {', '.join(FAMILIES)}{near}.{hint}")
+        known = (*FAMILIES, *WRAPPERS)
+        near = f"; near is {nearest(family, known, n=1)[0]!r}" if isinstance(family, str) else ""
+        hint = ""
+        if facts.get("text_config") is not None:
+            hint = f" Of models of text and images, those of {' and '.join(WRAPPERS)} are read, for texts alone."
+        raise LoraError(f"{where}: model_type is {short(family)}, expected one of {', '.join(known)}{near}.{hint}")
     fields = Fields(FAMILIES[family].defaults | dict(facts), where)
-    config = _read(family, fields)
+    config = dataclasses.replace(_read(family, fields), wrapper=wrapper)
     fields.check_all_read(ignore)
     return config
 

@@ -26,10 +26,10 @@ from lora_jax.interop.key_map import KeyMap, ParameterMatch
 from lora_jax.interop.safetensors_index import DTYPES, read, tensors_in
 from lora_jax.recipes.config import Config
 from lora_jax.recipes.decoder import shapes
+from lora_jax.recipes.wrappers import is_unread, names_in_files
 
 Array = np.ndarray[Any, Any]
-HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
-_COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # what files of Llama 2 have beside
+_COMPUTED = re.compile(r".*layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # what files of Llama 2 have beside
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # For each tensor of torch's parameters, the tensors of the files that it is made of: expert by expert, the projections.
 Parts = tuple[tuple[str, ...], ...]
@@ -41,7 +41,7 @@ class Folder:
     Args:
         folder: of `model.safetensors`, or of an index and its shards.
         config: what the decoder computes.
-        key_map: from its parameters to torch's names.
+        key_map: from its parameters to torch's names, of a text model by itself.
 
     Raises:
         LoraError: a file is missing or damaged; tensors are missing, belong to no parameter, or have another shape or
@@ -50,8 +50,11 @@ class Folder:
 
     def __init__(self, folder: Path, config: Config, key_map: KeyMap) -> None:
         self.folder, self.config = folder, config
-        self.tensors = tensors_in(folder)[0]
-        self.matches = key_map.match(shapes(config))
+        tensors = tensors_in(folder)[0]
+        self.tensors = {name: at for name, at in tensors.items() if not is_unread(config.wrapper, name)}
+        names = names_in_files(config.wrapper, self.tensors)
+        self.head, self.table = f"{names.head}.weight", f"{names.body}embed_tokens.weight"
+        self.matches = names.of(key_map).match(shapes(config))
         self.parts: dict[str, Parts] = {}
         for match in self.matches.values():
             for name in match.tensors().values():
@@ -91,13 +94,13 @@ class Folder:
 
     def check_tied_head(self) -> None:
         """Raise if the files have a head of their own where the config says that it is the embedding."""
-        head = self.tensors.get(HEAD)
+        head = self.tensors.get(self.head)
         if self.config.tied and head is not None:
-            table = self._tensor(TABLE, DTYPES[self.tensors[TABLE].dtype])
-            if head.shape != table.shape or not np.array_equal(self._tensor(HEAD, table.dtype), table):
+            table = self._tensor(self.table, DTYPES[self.tensors[self.table].dtype])
+            if head.shape != table.shape or not np.array_equal(self._tensor(self.head, table.dtype), table):
                 raise LoraError(
-                    f"{self.folder}: tie_word_embeddings is true, but {HEAD!r} is not {TABLE!r}. Say which it is in "
-                    "config.json: with false, the head of the files is used."
+                    f"{self.folder}: tie_word_embeddings is true, but {self.head!r} is not {self.table!r}. Say which "
+                    "it is in config.json: with false, the head of the files is used."
                 )
 
     def _tensor(self, name: str, dtype: Any) -> Array:
@@ -126,8 +129,8 @@ class Folder:
                 f"{near}:\n{listed(missing)}"
             )
         extra = [name for name in self.tensors if name not in expected and not _COMPUTED.fullmatch(name)]
-        if self.config.tied and HEAD in extra:
-            extra.remove(HEAD)
+        if self.config.tied and self.head in extra:
+            extra.remove(self.head)
         if extra:
             raise LoraError(
                 f"{self.folder} has {len(extra)} tensors that nothing reads, so that the decoder would compute "

@@ -26,6 +26,7 @@ from lora_jax.recipes import decoder, loading
 from lora_jax.recipes.config import Config, read_config
 from lora_jax.recipes.decoder import Remat
 from lora_jax.recipes.generate import generate
+from lora_jax.recipes.wrappers import names_of_modules
 from lora_jax.transform.apply import lora_apply
 from lora_jax.transform.plan import plan
 
@@ -63,7 +64,7 @@ class Model:
     @property
     def key_map(self) -> KeyMap:
         """Return the key map for `lora.save_peft` and `lora.load_peft`, with the names that HF PEFT has."""
-        return KEY_MAP
+        return names_of_modules(self.config.wrapper).of(KEY_MAP)
 
     @property
     def linears(self) -> str:
@@ -167,8 +168,9 @@ def load(
 ) -> Model:
     """Return the model of a folder with a config.json and safetensors, as published on the Hugging Face Hub.
 
-    Llama 2 and 3, SmolLM, Mistral, Qwen 2, 2.5 and 3, Qwen 3 MoE and Gemma 1 to 3 (text). One tensor at a time is in
-    memory beside the parameters, which are sharded and packed as they are read.
+    Llama 2 and 3, SmolLM, Mistral, Qwen 2, 2.5 and 3, Qwen 3 MoE and Gemma 1 to 3; of Gemma 3 and Mistral Small 3.1
+    with images the text model. One tensor at a time is in memory beside the parameters, which are sharded and packed as
+    they are read.
 
     Args:
         folder: where the files are.

@@ -61,6 +61,22 @@ CASES = {
     "gemma3": (hf.Gemma3TextConfig, {**WIDE, **LOCAL}),
     "gemma3, linear": (hf.Gemma3TextConfig, {**WIDE, **LOCAL, "rope_parameters": GEMMA_ROPES}),
 }
+VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIGLIP = VISION | {"image_size": 8, "patch_size": 4, "model_type": "siglip_vision_model"}
+PIXTRAL = VISION | {"image_size": 8, "patch_size": 4, "model_type": "pixtral", "head_dim": 4}
+# Models of text and images, of which the text model is read.
+WRAPPED = {
+    "gemma3, images": (
+        hf.Gemma3Config,
+        {"text_config": {**SIZES, **WIDE, **LOCAL, "rope_parameters": GEMMA_ROPES}, "vision_config": SIGLIP}
+        | {"mm_tokens_per_image": 4, "image_token_index": 31},
+    ),
+    "mistral3": (
+        hf.Mistral3Config,
+        {"text_config": SIZES | WIDE | {"model_type": "mistral", "sliding_window": None}, "vision_config": PIXTRAL}
+        | {"image_token_index": 31, "tie_word_embeddings": False},
+    ),
+}
 OF_PEFT = ("llama 3.1", "mistral, window", "qwen2, windows", "qwen3", "qwen3 moe", "gemma", "gemma2", "gemma3")
 IDS = np.arange(48).reshape(2, 24) * 7 % 32
 pytestmark = [
@@ -75,9 +91,10 @@ def folders(tmp_path_factory):
 
     def folder(name):
         if name not in made:
-            kind, options = CASES[name]
+            kind, options = (CASES | WRAPPED)[name]
             torch.manual_seed(0)
-            model = hf.AutoModelForCausalLM.from_config(kind(**SIZES | options), attn_implementation="eager").eval()
+            options = options if name in WRAPPED else SIZES | options
+            model = class_of(name).from_config(kind(**options), attn_implementation="eager").eval()
             for module, norm in model.named_modules():  # transformers begins with norms that do nothing
                 if module.endswith("norm"):
                     norm.weight.data += 0.3 * torch.randn_like(norm.weight)
@@ -90,8 +107,12 @@ def folders(tmp_path_factory):
     return folder
 
 
-def of_torch(folder):
-    return hf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+def class_of(name):
+    return hf.AutoModelForImageTextToText if name in WRAPPED else hf.AutoModelForCausalLM
+
+
+def of_torch(folder, name=""):
+    return class_of(name).from_pretrained(folder, attn_implementation="eager").eval()
 
 
 def logits_of(model):
@@ -99,9 +120,9 @@ def logits_of(model):
         return model(torch.tensor(IDS)).logits.numpy()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *WRAPPED])
 def test_logits_are_those_of_transformers(name, folders):
-    expected = logits_of(of_torch(folders(name)))
+    expected = logits_of(of_torch(folders(name), name))
     model = lora.recipes.load(folders(name))
     with jax.default_matmul_precision("highest"):
         found = jax.jit(model.logits)(model.params, IDS)
@@ -135,7 +156,7 @@ def test_configs_of_transformers_4(name, folders):
     assert parse(with_fields_of_4(facts)) == parse(facts)
 
 
-@pytest.mark.parametrize("name", OF_PEFT)
+@pytest.mark.parametrize("name", [*OF_PEFT, *WRAPPED])
 def test_adapters_have_pefts_logits(name, folders, tmp_path):
     model = lora.recipes.load(folders(name))
     adapters = lora.init(jax.random.key(0), model.params, model.plan(lora.Lora(rank=3, alpha=6)))
@@ -144,11 +165,19 @@ def test_adapters_have_pefts_logits(name, folders, tmp_path):
     pairs = zip(leaves, keys, strict=True)
     moved = [a + 0.1 * jax.random.normal(key, a.shape) if a.ndim > 2 else a for a, key in pairs]  # not their scales
     adapters = treedef.unflatten(moved)
-    lora.save_peft(tmp_path, adapters, model.key_map, params=model.params, task_type="CAUSAL_LM")
+    lora.save_peft(tmp_path / "peft", adapters, model.key_map, params=model.params, task_type="CAUSAL_LM")
     with jax.default_matmul_precision("highest"):
         found = jax.jit(lora.lora_apply(model.logits))(model.params, adapters, IDS)
-    base = of_torch(folders(name))
+    base = of_torch(folders(name), name)
     before = logits_of(base)
-    expected = logits_of(peft.PeftModel.from_pretrained(base, tmp_path).eval())
+    expected = logits_of(peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval())
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
     assert np.abs(expected - before).max() > 0.1
+    if name in WRAPPED:  # and so has the whole model with the adapters merged into its files
+        lora.merge_checkpoint(folders(name), tmp_path / "peft", tmp_path / "merged")
+        merged = of_torch(tmp_path / "merged", name)
+        np.testing.assert_allclose(logits_of(merged), expected, atol=1e-4, rtol=0)
+        images = {key: tensor for key, tensor in of_torch(folders(name), name).state_dict().items() if "tower" in key}
+        assert len(images) > 10
+        for key, tensor in images.items():
+            assert torch.equal(merged.state_dict()[key], tensor), key

@@ -40,11 +40,7 @@ class Prefix(NamedTuple):
         """Return the key map with the folder's names, as one writes it."""
         if not self.ours:
             return f"key_map.under(name={printable(self.theirs)!r})"
-        old, new = printable(self.ours).replace(".", r"\."), printable(self.theirs)
-        return (
-            f'lora.key_maps.KeyMap(*(dataclasses.replace(e, name=re.sub(r"^{old}", "{new}", e.name)) '
-            "for e in key_map.entries))"
-        )
+        return f"key_map.renamed({printable(self.ours)!r}, {printable(self.theirs)!r})"
 
 
 def prefixes(contents: Contents, known: Iterable[str]) -> list[Prefix]:
