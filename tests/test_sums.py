@@ -240,3 +240,14 @@ def test_along_outputs_is_what_the_formula_here_says():
     """So that the oracle above is right about which axis a gain is for."""
     gain = jnp.arange(4.0)
     np.testing.assert_array_equal(along_outputs(gain, AXES)[0], gain)
+
+
+def test_a_packed_base():
+    """Is unpacked where a change depends on it."""
+    w = jax.random.normal(jax.random.key(0), (64, 4))
+    packed = lora.bases.quantize({"w": w}, {"w": lora.bases.Nf4()})
+    dora = lora.Dora(2).init(jax.random.key(1), w, AXES)
+    found, expected = (
+        lora.combine([({"w": dora}, 0.5)], params=params)["w"] for params in (packed, {"w": packed["w"].dense()})
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
