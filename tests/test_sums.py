@@ -108,6 +108,9 @@ def test_the_sum_of_lengths_is_what_is_applied():
 
 
 def test_an_output_that_is_taken_away_is_refused():
+    """And so are numbers that fp32 cannot hold."""
+    with pytest.raises(lora.LoraError, match="'w' has a sum that float32 cannot hold"):
+        lora.combine([({"w": made("dora", 1)}, 1.0), ({"w": made("lora", 1)}, 3e38)], params={"w": weight()})
     gone = dataclasses.replace(made("ia3", 1), gain=jnp.zeros(4))
     with pytest.raises(lora.LoraError, match="'w': with these weights nothing is left of an output of W"):
         lora.combine([({"w": gone}, 1.0), ({"w": made("lora", 0)}, 1.0)], params={"w": weight()})

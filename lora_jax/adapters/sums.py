@@ -167,7 +167,8 @@ def _sum_of_scaled(path: str, terms: Sequence[Term], w: Any) -> DoraAdapter:
             "Give weights that are a little different."
         )
     a, b = _side_by_side([_scale_outputs(part, 1 / gain) for part in parts])
-    return DoraAdapter(a, b, gain * output_lengths(w, LowRank(a, b, first.axes)), first.axes, 1.0)
+    m = gain * output_lengths(w, LowRank(a, _held(path, b, b.dtype), first.axes))
+    return DoraAdapter(a, b, _held(path, m, m.dtype), first.axes, 1.0)
 
 
 def _scale_outputs(factors: LowRank, gain: jax.Array) -> LowRank:
