@@ -108,6 +108,9 @@ def test_the_sum_of_lengths_is_what_is_applied():
 
 
 def test_an_output_that_is_taken_away_is_refused():
+    """And so are numbers that fp32 cannot hold."""
+    with pytest.raises(lora.LoraError, match="'w' has a sum that float32 cannot hold"):
+        lora.combine([({"w": made("dora", 1)}, 1.0), ({"w": made("lora", 1)}, 3e38)], params={"w": weight()})
     gone = dataclasses.replace(made("ia3", 1), gain=jnp.zeros(4))
     with pytest.raises(lora.LoraError, match="'w': with these weights nothing is left of an output of W"):
         lora.combine([({"w": gone}, 1.0), ({"w": made("lora", 0)}, 1.0)], params={"w": weight()})
@@ -240,3 +243,14 @@ def test_along_outputs_is_what_the_formula_here_says():
     """So that the oracle above is right about which axis a gain is for."""
     gain = jnp.arange(4.0)
     np.testing.assert_array_equal(along_outputs(gain, AXES)[0], gain)
+
+
+def test_a_packed_base():
+    """Is unpacked where a change depends on it."""
+    w = jax.random.normal(jax.random.key(0), (64, 4))
+    packed = lora.bases.quantize({"w": w}, {"w": lora.bases.Nf4()})
+    dora = lora.Dora(2).init(jax.random.key(1), w, AXES)
+    found, expected = (
+        lora.combine([({"w": dora}, 0.5)], params=params)["w"] for params in (packed, {"w": packed["w"].dense()})
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

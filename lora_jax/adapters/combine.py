@@ -14,7 +14,6 @@ from lora_jax.core.adapter import Adapter, AdapterWrapper
 from lora_jax.core.adapter_checks import check_adapters
 from lora_jax.core.argument_checks import check_adapter_dict, check_is, refuse
 from lora_jax.core.errors import LoraError
-from lora_jax.core.packed import unpacked
 from lora_jax.core.paths import flatten_with_names
 
 CALL = "combine([(adapters, weight), ...])"
@@ -56,7 +55,7 @@ def combine(parts: Sequence[tuple[Mapping[str, Adapter], Any]], *, params: Any =
         for path, adapter in adapters.items():
             _check_finite(path, adapter, weight)
             found.setdefault(path, []).append(Term(_inside(adapter), weight))
-    return {path: sum_of(path, terms, weights and unpacked(weights[path])) for path, terms in found.items()}
+    return {path: sum_of(path, terms, None if weights is None else weights[path]) for path, terms in found.items()}
 
 
 def check_parts(call: str, parts: Any) -> None:

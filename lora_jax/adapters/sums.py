@@ -27,6 +27,7 @@ from lora_jax.core.adapter import Adapter
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.errors import LoraError
 from lora_jax.core.operand import Operand
+from lora_jax.core.packed import unpacked
 
 SUMS_TO_ONE = 1e-6  # weights of rows that differ by less from 1 need no W: that is what fp32 holds of them
 SMALLEST_GAIN = 1e-6  # of an output of W, below which its length is lost to rounding
@@ -45,7 +46,7 @@ def sum_of(path: str, terms: Sequence[Term], w: Any) -> Adapter:
     Args:
         path: for messages.
         terms: adapters of one weight, unwrapped, and their weights.
-        w: the weight, or None if it is not at hand.
+        w: the weight, packed or not; None if it is not at hand.
 
     Raises:
         LoraError: a kind has no sums; the adapters do not fit one another; W is needed; numbers overflow.
@@ -166,7 +167,8 @@ def _sum_of_scaled(path: str, terms: Sequence[Term], w: Any) -> DoraAdapter:
             "Give weights that are a little different."
         )
     a, b = _side_by_side([_scale_outputs(part, 1 / gain) for part in parts])
-    return DoraAdapter(a, b, gain * output_lengths(w, LowRank(a, b, first.axes)), first.axes, 1.0)
+    m = gain * output_lengths(w, LowRank(a, _held(path, b, b.dtype), first.axes))
+    return DoraAdapter(a, b, _held(path, m, m.dtype), first.axes, 1.0)
 
 
 def _scale_outputs(factors: LowRank, gain: jax.Array) -> LowRank:
@@ -215,12 +217,13 @@ def _sum_of_rows(path: str, terms: Sequence[Term], w: Any) -> RowsAdapter:
             found.setdefault(i, []).append((row, weight))
     indices = tuple(sorted(found))
     dtype = accumulator(first.values.dtype)
-    rows = []
+    rows, base = [], None
     for i in indices:
         rest = 1 - sum(weight for _, weight in found[i])
         row = sum(_times(value.astype(dtype), weight) for value, weight in found[i])
         if isinstance(rest, jax.core.Tracer) or abs(rest) > SUMS_TO_ONE:
-            base = _needed(path, w, f"Rows replace rows, and the weights of row {i} do not add up to 1")
+            if base is None:
+                base = _needed(path, w, f"Rows replace rows, and the weights of row {i} do not add up to 1")
             row = row + _times(base.take(i, first.axis).astype(dtype), rest)
         rows.append(row)
     values = _held(path, jnp.stack(rows), first.values.dtype)
@@ -245,7 +248,7 @@ def _needed(path: str, w: Any, why: str) -> jax.Array:
         raise LoraError(
             f"{path!r}: {why}. Give the parameters, combine(parts, params=params); to the command line --base."
         )
-    return jnp.asarray(w)
+    return jnp.asarray(unpacked(w))
 
 
 def _check_same(path: str, first: Adapter, other: Adapter) -> None:
