@@ -86,7 +86,7 @@ def main(output: Path = Path("runs/grpo"), steps: int = 30) -> dict[str, Any]:
     plan = model.plan(lora.Lora(rank=4, alpha=8), rows=P * G, tokens=sums.PROMPT + sums.ANSWER - 1)
     print(plan)
     loss, log_probs = make_loss(model)
-    optimizer = lora.freeze_base(optax.adam(3e-3))
+    optimizer = lora.freeze_base(optax.adam(2e-3))
     state = lora.TrainState.create(lora.init(jax.random.key(2), model.params, plan), optimizer)
     step, rng = lora.jit_step(loss, optimizer), np.random.default_rng(0)
     chance = sums.make_chance(model)
