@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 
 import lora_jax as lora
 from lora_jax import bases
+from lora_jax.bases import change, in_parts
 
 FORMATS = {"nf4": bases.Nf4(), "nf4_single": bases.Nf4(double=False), "int8": bases.Int8(), "fp8": bases.Fp8()}
 
@@ -172,3 +173,24 @@ def test_nothing_is_packed_or_deleted_before_all_is_looked_at():
         with pytest.raises(lora.LoraError, match=f"'{path}' holds NaN or infinity"):
             bases.quantize(params, {f"a|{path}": bases.Int8()}, donate=True)
     assert not params["a"].is_deleted()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_parts_are_the_whole(format, monkeypatch):
+    """Large weights are measured, and packed in 8 bits, part by part; what is computed in fp32 is of a part."""
+    w = jnp.asarray(normal(2, 128, 96), jnp.bfloat16)
+    packed, changes = report({"w": w}, {"w": FORMATS[format]})
+    monkeypatch.setattr(in_parts, "PART", 2**11)
+    again, in_12 = report({"w": w}, {"w": FORMATS[format]})
+    jax.tree.map(np.testing.assert_array_equal, again, packed)
+    np.testing.assert_allclose(in_12["w"], changes["w"], rtol=1e-6)
+    shape, axes = change._shape_in_blocks(packed["w"], w)
+    axis, parts = in_parts.parts_of(shape, axes)
+    assert parts == 12
+
+    def temporary(size):
+        program = change._of_blocks.lower(w, w, packed["w"], 0, size, axis).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    in_fp32 = 4 * w.size
+    assert temporary(shape[axis] // parts) < 3 * in_fp32 / parts < in_fp32 < temporary(shape[axis])

@@ -847,3 +847,25 @@ def test_wrong_configs(name, options, says, tmp_path):
     edit_config(folder, **options)
     with pytest.raises(lora.LoraError, match=says):
         lora.load_peft(folder, case("lora")[0], MLP)
+
+
+def test_what_saving_refuses_is_heard_without_writing(tmp_path, monkeypatch):
+    """`check_peft` raises the same errors, also of zeros that take no memory, and makes no file."""
+    from lora_jax.interop.peft.save import check_peft
+
+    params = {"model/layers/0/self_attn/q_proj/kernel": jnp.zeros((8, 8))}
+    plan = lora.plan(lambda p, x: x @ p["model/layers/0/self_attn/q_proj/kernel"], params, jnp.ones((2, 8)),
+                     rules={".*": lora.Lora(rank=2)})  # fmt: skip
+    adapters = jax.eval_shape(lambda key: lora.init(key, params, plan), jax.random.key(0))
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), adapters)
+    monkeypatch.chdir(tmp_path)
+    check_peft(zeros, key_maps.LLAMA)
+    wrong = [({"profile": "loralib", "config": {"revision": "a"}}, "has no config"), ({"profile": "x"}, "profile='x'")]
+    for options, message in [*wrong, ({"config": {"no_such_entry": 1}}, "no_such_entry")]:
+        for call in (lambda **o: check_peft(zeros, key_maps.LLAMA, **o),
+                     lambda **o: lora.save_peft(tmp_path / "out", zeros, key_maps.LLAMA, **o)):  # fmt: skip
+            with pytest.raises(lora.LoraError, match=message):
+                call(**options)
+    with pytest.raises(lora.LoraError, match="the key map has no entry for"):
+        check_peft(zeros, key_maps.BERT)
+    assert not [*tmp_path.iterdir()]

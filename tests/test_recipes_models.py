@@ -608,3 +608,38 @@ def test_loading_writes_into_one_buffer():
         whole = loading._write(whole, jnp.full((1, 2), float(layer)), layer)
         assert whole.unsafe_buffer_pointer() == at
     np.testing.assert_array_equal(whole, [[0, 0], [1, 1], [2, 2]])
+
+
+LOADING = """
+import re, sys, jax, lora_jax as lora
+
+def resident(name):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+small, large, bits = sys.argv[1:]
+lora.recipes.load(small, bits=int(bits))  # all programs
+before = resident("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+model = lora.recipes.load(large, bits=int(bits))
+print(resident("VmHWM") - before - sum(array.nbytes for array in jax.tree.leaves(model.params)))
+"""
+
+
+@SLOW
+@pytest.mark.rare
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process and begins it anew")
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_the_peak_is_the_model_and_two_tensors(bits, tmp_path):
+    """Of memory that a process takes, with that which the allocator keeps."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 64, "vocab_size": 16_384}
+    facts = facts_of("llama", attention_bias=False, mlp_bias=False, tie_word_embeddings=True, **sizes)
+    layer = tensors_of(facts | {"num_hidden_layers": 1})
+    layer = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in layer.items()}
+    write(tmp_path / "small", facts | {"num_hidden_layers": 1}, layer)
+    many = {name.replace("layers.0", f"layers.{i}"): tensor for i in range(6) for name, tensor in layer.items()}
+    write(tmp_path / "large", facts | {"num_hidden_layers": 6}, many, shards=4)
+    arguments = [sys.executable, "-c", LOADING, str(tmp_path / "small"), str(tmp_path / "large"), str(bits)]
+    ran = subprocess.run(arguments, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    kept = 2**25  # of what was freed, by the allocator
+    assert int(ran.stdout) <= 2 * max(tensor.nbytes for tensor in layer.values()) + kept, "beside the model"

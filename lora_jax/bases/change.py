@@ -1,13 +1,15 @@
 """How much packing changes a weight, and each block of it."""
 
+import functools
 import warnings
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.bases.format import Format
+from lora_jax.bases.in_parts import can_split, in_parts, part, parts_of
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.errors import LoraWarning
 from lora_jax.core.packed import Packed
@@ -33,22 +35,65 @@ def change(w: jax.Array, packed: Packed) -> Change | None:
     """Return how much an array was changed by being packed; None where it is traced."""
     if isinstance(w, jax.core.Tracer):
         return None
-    weight, block = _change(w, packed)
+    dense = _dense(packed)
+    shape, axes = _shape_in_blocks(packed, w)
+    axis, parts = parts_of(shape, axes) if can_split(w) else (0, 1)
+
+    def of_part(start: Any, size: int) -> tuple[jax.Array, ...]:
+        return _of_blocks(w, dense, packed, start, size, axis)
+
+    weight, block = _errors(*in_parts(of_part, axis, shape[axis], parts))
     return Change(float(weight), float(block))
 
 
 @jax.jit
-def _change(w: jax.Array, packed: Packed) -> tuple[jax.Array, jax.Array]:
+def _dense(packed: Packed) -> jax.Array:
+    return packed.dense()
+
+
+def _shape_in_blocks(packed: Packed, w: jax.Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shape of a weight once its blocks have axes of their own, and these axes."""
+    axes: list[int] = []
+
+    def blocks(packed: Packed, w: jax.Array) -> jax.Array:
+        found, own = packed.blocks(w)
+        axes.extend(own)
+        return found
+
+    return jax.eval_shape(blocks, packed, w).shape, tuple(axes)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _of_blocks(
+    w: jax.Array, dense: jax.Array, packed: Packed, start: Any, size: int, axis: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Return of each block its largest |W|, its size, and the squares of errors and of W in units of that size.
+
+    Args:
+        start, size, axis: of the part of the weight, in blocks, that this is of.
+    """
     wide = accumulator(w.dtype)
-    before, after = (packed.blocks(array.astype(wide)) for array in (w, packed.dense()))
+    (before, axes), (after, _) = (packed.blocks(array) for array in (w, dense))
+    before, after = (part(array, start, size, axis).astype(wide) for array in (before, after))
     # Squares of numbers of a block's own size neither overflow nor vanish.
-    largest = jnp.abs(before).max(-1)
-    sizes, peak = jnp.where(largest == 0, 1, largest), largest.max()
-    errors = jnp.square((after - before) / sizes[..., None]).sum(-1)
-    norms = jnp.square(before / sizes[..., None]).sum(-1)
+    largest = jnp.abs(before).max(axes, keepdims=True)
+    sizes = jnp.where(largest == 0, 1, largest)
+    errors, norms = (jnp.square(x / sizes).sum(axes, keepdims=True) for x in (after - before, before))
+    return largest, sizes, errors, norms
+
+
+@jax.jit
+def _errors(largest: jax.Array, sizes: jax.Array, errors: jax.Array, norms: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the relative error of the whole, and that of the block with the largest one."""
+    peak = largest.max()
     shares = jnp.square(sizes / jnp.where(peak == 0, 1, peak))
-    whole = jnp.sqrt(_over((shares * errors).sum(), (shares * norms).sum()))
+    whole = jnp.sqrt(_over(_weighted(shares, errors), _weighted(shares, norms)))
     return whole, jnp.sqrt(_over(errors, norms).max())
+
+
+def _weighted(shares: jax.Array, x: jax.Array) -> jax.Array:
+    """Return the sum of shares x; a share may be infinite where x is 0, as of blocks of zeros."""
+    return jnp.where(x == 0, 0, shares * x).sum()
 
 
 def _over(errors: jax.Array, norms: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from lora_jax.bases.format import Format
+from lora_jax.bases.in_parts import can_split, in_parts, part, parts_of
 from lora_jax.core.deferred import Deferred, Size
 from lora_jax.core.errors import LoraError
 from lora_jax.core.packed import Packed
@@ -73,9 +74,9 @@ class EightBits(Packed):
         n = len(self.stack)
         return self.q.astype(jnp.float32) * jnp.expand_dims(self.scales, range(n, n + self.inputs))
 
-    def blocks(self, w: jax.Array) -> jax.Array:
+    def blocks(self, w: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
         n = len(self.stack)
-        return jnp.moveaxis(w, range(n, n + self.inputs), range(-self.inputs, 0)).reshape(*self.scales.shape, -1)
+        return w, tuple(range(n, n + self.inputs))
 
     def repack(self, w: jax.Array) -> "EightBits":
         format = Int8 if self.q.dtype == jnp.int8 else Fp8
@@ -93,14 +94,22 @@ def _pack(w: jax.Array, stack: int, inputs: int | None, dtype: Any, to: Any, lar
             f"a matrix of shape {list(w.shape[stack:])} has no {n} axes of inputs beside one of outputs: give another "
             "number for `inputs`, or for `stack`."
         )
-    q, scales = _quantized(w, tuple(range(stack, stack + n)), to, largest)
+    axes = tuple(range(stack, stack + n))
+    axis, parts = parts_of(w.shape, axes) if can_split(w) else (0, 1)
+    scales = in_parts(functools.partial(_scales, w, axes, largest, axis), axis, w.shape[axis], parts)
+    q, scales = _rounded(w, scales, to, largest), scales.squeeze(axes)
     return EightBits(q, scales, w.shape[stack:], dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _quantized(w: jax.Array, inputs: tuple[int, ...], to: Any, largest: float) -> tuple[jax.Array, jax.Array]:
-    """Return q and the scales of a weight whose axes `inputs` share a scale."""
-    w = w.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(w), axis=inputs) / largest
-    q = jnp.clip(w / jnp.expand_dims(jnp.where(scales == 0, 1.0, scales), inputs), -largest, largest)
-    return (jnp.round(q) if jnp.issubdtype(to, jnp.integer) else q).astype(to), scales
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 5))
+def _scales(w: jax.Array, inputs: tuple[int, ...], largest: float, axis: int, start: Any, size: int) -> jax.Array:
+    """Return the scales that the axes `inputs` share, which stay with size 1, of a part along `axis`."""
+    w = part(w, start, size, axis).astype(jnp.float32)
+    return jnp.max(jnp.abs(w), axis=inputs, keepdims=True) / largest
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _rounded(w: jax.Array, scales: jax.Array, to: Any, largest: float) -> jax.Array:
+    """Return q of a weight; scales have its axes."""
+    q = jnp.clip(w.astype(jnp.float32) / jnp.where(scales == 0, 1.0, scales), -largest, largest)
+    return (jnp.round(q) if jnp.issubdtype(to, jnp.integer) else q).astype(to)

@@ -140,9 +140,10 @@ class Nf4Weight(Packed):
         where, here = self.compute_sharding, jax.sharding.get_abstract_mesh()
         return where is not None and not {*where.mesh.axis_names} <= {*here.manual_axes}
 
-    def blocks(self, w: jax.Array) -> jax.Array:
+    def blocks(self, w: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
         w = undo_deferred(w, len(self.stack), self.inner, self.deferred)
-        return _in_blocks(_to_columns(w, len(self.stack))).mT
+        found = _in_blocks(_to_columns(w, len(self.stack)))  # [*s, d / 64, 64, k]
+        return found, (found.ndim - 2,)
 
     def repack(self, w: jax.Array) -> "Nf4Weight":
         return Nf4(double=self.outer is not None, kernel=self.kernel).pack(w, len(self.stack), self.value_dtype)

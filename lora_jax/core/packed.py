@@ -69,9 +69,12 @@ class Packed(ShortRepr, NoArray, abc.ABC):
         """Return the spec of one matrix for that of the first packed array, by default of the same axes."""
         return list(own)
 
-    def blocks(self, w: jax.Array) -> jax.Array:
-        """Return a weight of this shape as blocks [..., n] of numbers that share a scale, by default whole matrices."""
-        return w.reshape(*w.shape[: len(self.stack)], -1)
+    def blocks(self, w: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
+        """Return a weight of this shape, and its axes along which numbers share a scale, by default whole matrices.
+
+        The numbers keep their order as far as that can be: they are not to be copied for it.
+        """
+        return w, tuple(range(len(self.stack), w.ndim))
 
     @property
     def stack(self) -> tuple[int, ...]:

@@ -85,10 +85,51 @@ def save_peft(
             contradicts what is written; an array is spread over several hosts; the folder cannot be written, or holds
             something else, which is named and left alone. Then nothing has changed.
     """
-    _check_types(folder, adapters, key_map)
+    check_folder("save_peft(folder, adapters, key_map)", folder)
     folder = Path(folder).absolute()
+    _check_profile(profile)
+    check_target(folder, format_of(LORALIB if profile == "loralib" else WEIGHTS))
+    files = _contents(adapters, key_map, others, params, profile, base_model, task_type, config, dtype, tied)
+    write_folder(folder, *files)
+
+
+def check_peft(
+    adapters: Mapping[str, Adapter],
+    key_map: KeyMap,
+    *,
+    others: Any = None,
+    params: Any = None,
+    profile: Literal["peft", "vllm", "loralib"] = "peft",
+    base_model: str | None = None,
+    task_type: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    dtype: Any = None,
+    tied: Tied = "refuse",
+) -> None:
+    """Raise what `save_peft` would raise of these adapters, and write nothing; arguments as there.
+
+    Before a training, adapters of zeros will do, as `numpy.broadcast_to(0, shape)`, which take no memory.
+    """
+    _check_profile(profile)
+    _contents(adapters, key_map, others, params, profile, base_model, task_type, config, dtype, tied)
+
+
+def _contents(
+    adapters: Mapping[str, Adapter],
+    key_map: KeyMap,
+    others: Any,
+    params: Any,
+    profile: str,
+    base_model: str | None,
+    task_type: str | None,
+    config: Mapping[str, Any] | None,
+    dtype: Any,
+    tied: Tied,
+) -> tuple[str, dict[str, Array], dict[str, Any] | None]:
+    """Return the name of the file, its tensors, and the config beside it; arguments as of `save_peft`."""
+    _check_types(adapters, key_map)
     whole = dict(zip(*flatten_with_names(others or {})[:2], strict=True))
-    _check_call(folder, adapters, whole, profile)
+    _check_call(adapters, whole, profile)
     check_tied(tied)
     if tied == "refuse":
         of_one_end = [path for path, adapter in adapters.items() if not isinstance(adapter, RowsAdapter)]
@@ -101,6 +142,7 @@ def save_peft(
             raise LoraError(f"profile='loralib' has no config, found config={short(dict(config))}: leave it out.")
         if tied == "both":
             raise LoraError("profile='loralib' has no tied heads: leave tied='both' out.")
+<<<<<<< HEAD
         return write_folder(folder, LORALIB, cast(for_loralib(adapters, key_map, params), dtype), None)
     tensors, entries = contents(
         adapters,
@@ -138,6 +180,9 @@ def contents(
     Raises:
         LoraError: as `save_peft` does, of the adapters.
     """
+=======
+        return LORALIB, cast(for_loralib(adapters, key_map, params), dtype), None
+>>>>>>> work-C
     # 1. From adapters to modules, in the format that holds them all.
     full = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, FullAdapter)}
     rows = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, RowsAdapter)}
@@ -156,24 +201,29 @@ def contents(
     tensors = {PREFIX + name: tensor for name, tensor in cast(_named(found) | beside, dtype).items()}
     if found.format.keeps_shared(entries):
         tensors |= shared
+<<<<<<< HEAD
     return tensors, entries
+=======
+    return WEIGHTS, tensors, entries
+>>>>>>> work-C
 
 
-def _check_types(folder: Any, adapters: Any, key_map: Any) -> None:
+def _check_types(adapters: Any, key_map: Any) -> None:
     """Raise unless a call has its arguments in their order, and arrays that are still there."""
     call = "save_peft(folder, adapters, key_map)"
-    check_folder(call, folder)
     check_adapter_dict(call, adapters)
     check_is(call, "key_map", key_map, KeyMap, A_KEY_MAP)
     for path, adapter in adapters.items():
         check_kept(named_arrays(path, adapter), TAKEN_BY_A_STEP)
 
 
-def _check_call(folder: Path, adapters: Mapping[str, Adapter], whole: Mapping[str, Any], profile: str) -> None:
-    """Raise what is wrong with a call whatever the adapters hold."""
+def _check_profile(profile: str) -> None:
     if profile not in ("peft", "vllm", "loralib"):
         raise LoraError(f"profile={profile!r}: expected 'peft', 'vllm' or 'loralib'.")
-    check_target(folder, format_of(LORALIB if profile == "loralib" else WEIGHTS))
+
+
+def _check_call(adapters: Mapping[str, Adapter], whole: Mapping[str, Any], profile: str) -> None:
+    """Raise what is wrong with a call whatever the adapters hold."""
     if whole and profile != "peft":
         raise LoraError(
             f"profile={profile!r} has no place for others, found {', '.join(map(printable, whole))}: "
