@@ -153,6 +153,30 @@ def test_a_member_in_the_place_of_another_begins_anew():
     assert_trees_close(fewer.member(0), alone(0, 3)[0].trainable, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_batches_of_parts(on_mesh):
+    """Trees of arrays, some of them for each member, and what is no batch."""
+
+    def weighted(trained, params, batch, weights):
+        return jnp.mean((outputs(trained, params, batch["x"]) * batch["scale"] - batch["y"]) ** 2 * weights[None])
+
+    scales, weights = jnp.array([1.0, 2.0, 0.5, 1.5]), lora.Unbatched(jnp.arange(4.0))
+    batch = {"x": X, "y": lora.PerMember(jnp.stack([Y] * 4)), "scale": lora.PerMember(scales)}
+    where = {}
+    if on_mesh:
+        mesh = jax.make_mesh((2, 4), ("members", "data"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        where = {"mesh": mesh, "members": "members", "data": "data"}
+    step = lora.population_step(weighted, optax.adamw, **where)
+    found, _ = step(population(), PARAMS, batch, weights)
+    for i in range(4):
+        optimizer = optax.adamw(RATES["learning_rate"][i], weight_decay=RATES["weight_decay"][i])
+        state = lora.TrainState.create(MEMBERS[i], optimizer)
+        own = {"x": X, "y": Y, "scale": scales[i]}
+        state, _ = lora.jit_step(weighted, optimizer)(state, PARAMS, own, weights)
+        assert_trees_close(found.member(i), state.trainable, rtol=1e-5, atol=1e-5)
+
+
 def test_a_gradient_that_is_not_finite_is_one_member_s_own():
     xs = jnp.stack([X, X * jnp.nan, X, X])
     found, metrics = run(population(), 1, batch=(lora.PerMember(xs), Y))
