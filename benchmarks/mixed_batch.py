@@ -36,7 +36,7 @@ class Settings:
     cached: int = 128  # tokens in the cache, of each sequence
 
 
-def bank_of(config: base.Config, params: Any, slots: int, rank: int) -> dict[str, lora.Adapter]:
+def bank_of(config: base.Config, params: Any, slots: int, rank: int) -> dict[str, Any]:
     """Adapters that differ, as `slots` trainings leave them."""
     x = jnp.zeros((1, 2, config.width))
     plan = lora.plan(lambda p, x: base.decode(config, p, x), params, x, rules={base.RULE: lora.Lora(rank)})

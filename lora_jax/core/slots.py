@@ -74,7 +74,8 @@ def _over_examples(
     plain = (
         isinstance(product, Matmul)
         and not product.axes.stack
-        and product.origin is product.h is None
+        and product.origin is None
+        and product.h is None
         and flags == [True, True, False, False, True]  # of x, y, a, b and slot
         and a.shape[-1] > 0
     )
