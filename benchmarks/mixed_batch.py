@@ -36,7 +36,7 @@ class Settings:
     cached: int = 128  # tokens in the cache, of each sequence
 
 
-def bank_of(config: base.Config, params: Any, slots: int, rank: int) -> dict[str, lora.Adapter]:
+def bank_of(config: base.Config, params: Any, slots: int, rank: int) -> dict[str, Any]:
     """Adapters that differ, as `slots` trainings leave them."""
     x = jnp.zeros((1, 2, config.width))
     plan = lora.plan(lambda p, x: base.decode(config, p, x), params, x, rules={base.RULE: lora.Lora(rank)})
@@ -135,13 +135,15 @@ def training(settings: Settings, params: Any, c: base.Config, batch: int, tokens
 def main(settings: Settings = Settings()) -> None:
     c = base.Config()
     params = base.init_params(c, jax.random.key(0))
-    rows: list[Any] = []
+    cases: list[Callable[[], list[Any]]] = []
     if settings.only in ("", "decode"):
-        for rank, batch in ((8, 64), (16, 64), (8, 256), (16, 256)):
-            rows += decoding(settings, params, c, rank, batch)
+        pairs = ((8, 64), (16, 64), (8, 256), (16, 256))
+        cases += [functools.partial(decoding, settings, params, c, rank, batch) for rank, batch in pairs]
     if settings.only in ("", "train"):
-        rows += training(settings, params, c, 8, 128) + training(settings, params, c, 1024, 1)
-    print(format_table(("what", "program", "way", "over the first", "best, ms"), rows))
+        shapes = ((8, 128), (1024, 1))
+        cases += [functools.partial(training, settings, params, c, batch, tokens) for batch, tokens in shapes]
+    for case in cases:
+        print(format_table(("what", "program", "way", "over the first", "best, ms"), case()), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

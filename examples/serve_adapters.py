@@ -152,7 +152,7 @@ def main(settings: Settings = Settings()) -> dict[str, int]:
 
         requests = [draw_request() for _ in range(settings.requests)]
         answers = list(serve(params, bank, requests, settings))
-        programs = read_prompts._cache_size() + write_token._cache_size()
+        programs = sum(fn._cache_size() for fn in (read_prompts, write_token))  # type: ignore[attr-defined]
 
         wrong = 0
         for i in np.linspace(0, len(requests) - 1, settings.checks).astype(int):

@@ -183,13 +183,13 @@ class AdapterBank:
         name, version = request if isinstance(request, tuple) and len(request) == 2 else (request, None)
         there = self._versions(name)
         if version is None:
-            return name, max(there)  # type: ignore[return-value]
+            return name, max(there)
         if version not in there:
             raise LoraError(
                 f"the bank has no version {version!r} of {name!r}; there are {list(there)}: the newest {self.versions} "
                 "are kept, AdapterBank(..., versions=...)."
             )
-        return name, version  # type: ignore[return-value]
+        return name, version
 
     def _read(self, key: tuple[str, int]) -> dict[str, Any]:
         name, version = key

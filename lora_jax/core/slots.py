@@ -74,7 +74,8 @@ def _over_examples(
     plain = (
         isinstance(product, Matmul)
         and not product.axes.stack
-        and product.origin is product.h is None
+        and product.origin is None
+        and product.h is None
         and flags == [True, True, False, False, True]  # of x, y, a, b and slot
         and a.shape[-1] > 0
     )
@@ -165,12 +166,12 @@ def places(slot: jax.Array, slots: int, size: int, blocks: int) -> jax.Array:
     >>> places(jnp.array([2, 0, 2, -1, 2]), slots=3, size=2, blocks=4).tolist()
     [2, 0, 3, 8, 4]
     """
-    member = slot[:, None] == jnp.arange(slots)  # [E, S]
+    member = slot[:, None] == jnp.arange(slots)[None]  # [E, S]
     counts = jnp.sum(member, axis=0)
     filled = -(-counts // size) * size
     starts = jnp.cumsum(filled) - filled
     before = jnp.cumsum(member, axis=0) - 1  # examples of the same slot before this one
-    place = jnp.sum(jnp.where(member, starts + before, 0), axis=1)
+    place = jnp.sum(jnp.where(member, starts[None] + before, 0), axis=1)
     return jnp.where(jnp.any(member, axis=1), place, blocks * size)
 
 

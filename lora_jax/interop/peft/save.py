@@ -196,7 +196,7 @@ def contents(
     if tied == "both":
         beside, entries = with_whole_heads(beside, entries, key_map, found)
     shared, seed = found.format.shared_to_tensors([*factored.values()])
-    entries |= seed | about
+    entries |= {**seed, **about}
     entries = with_more(found.format, entries, more)
     tensors = {PREFIX + name: tensor for name, tensor in cast(_named(found) | beside, dtype).items()}
     if found.format.keeps_shared(entries):
