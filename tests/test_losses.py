@@ -452,6 +452,28 @@ def test_on_a_mesh_of_explicit_axes_the_batch_may_be_split():
     assert_same(jax.device_get(found), jax.device_get(jax.value_and_grad(plain)(hidden, head, labels)))
 
 
+@pytest.mark.parametrize("devices", [0, 8])
+def test_by_default_each_device_of_a_mesh_has_a_block_of_its_own(devices):
+    """Of 128 rows, for so many words on a CPU. They are traced, and nothing is computed."""
+    rows, words, place = 4096, 2**18, {}
+    if devices:
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        place = {"sharding": jax.NamedSharding(mesh, P("data"))}
+    hidden, labels = (jax.ShapeDtypeStruct(*a, **place) for a in (((rows, D), jnp.float32), ((rows,), jnp.int32)))
+    loss = lambda x, y: lora.losses.linear_cross_entropy(x, jnp.ones((D, words)), y)  # noqa: E731
+    program = str(jax.jit(jax.value_and_grad(loss)).trace(hidden, labels).jaxpr)
+    assert [int(n) for n in re.findall(r"\blength=(\d+)", program)] == [rows // 128 // max(devices, 1)]
+
+
+def test_a_mean_over_many_rows_does_not_underflow_in_fp16():
+    """With a loss that is scaled as for training in fp16."""
+    hidden = jax.random.normal(jax.random.key(0), (2**16, 2), jnp.float16)
+    head, labels = jax.random.normal(jax.random.key(1), (2, 3), jnp.float16), jnp.zeros(2**16, jnp.int32)
+    scaled = lambda x: 2.0**14 * lora.losses.linear_cross_entropy(x, head.astype(x.dtype), labels)  # noqa: E731
+    found, expected = jax.grad(scaled)(hidden).astype(jnp.float32), jax.grad(scaled)(hidden.astype(jnp.float32))
+    assert jnp.linalg.norm(found - expected) <= 1e-3 * jnp.linalg.norm(expected)
+
+
 # Costs ---------------------------------------------------------------------------------------------------------------
 
 

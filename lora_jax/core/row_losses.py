@@ -8,7 +8,7 @@ loss is wanted, and a gradient by W with it, the logits are computed a second ti
 The derivative is stated as the product of these gradients with what the inputs change by, so that it has forward mode,
 reverse mode, and derivatives of its own. Only what is asked for is computed.
 
-Axes: n blocks, t rows of a block, d inputs, v outputs.
+Axes: n blocks, each of u rows of t parts; d inputs, v outputs.
 """
 
 import functools
@@ -47,9 +47,9 @@ def row_losses(how: RowLoss, x: jax.Array, labels: jax.Array, weights: jax.Array
     """Return weights * loss(x @ W, labels), or their sum.
 
     Args:
-        x: [..., t, n, d], of which x[..., i, :] is a block. A mesh that splits the rows splits every block so.
-        labels: [..., t, n]; a row of a label below 0 is taken as zeros.
-        weights: [..., t, n], in fp32 or wider.
+        x: [..., t, n, u, d], of which x[..., i, :, :] is a block. A mesh that splits t splits every block so.
+        labels: [..., t, n, u]; a row of a label below 0 is taken as zeros.
+        weights: [..., t, n, u], in fp32 or wider.
         head: W as `how.project` takes it: any tree of arrays.
     """
     leaves, tree = jax.tree.flatten(head)
@@ -82,7 +82,7 @@ def _block_by_block(how: RowLoss, tree: PyTreeDef, *args: jax.Array) -> jax.Arra
     def step(result: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         return _with_values(how, result, run(*_rows(args, i), *args[ROWS:]), i), None
 
-    return lax.scan(step, _start(how, args), jnp.arange(args[1].shape[-1]))[0]
+    return lax.scan(step, _start(how, args), jnp.arange(blocks(args[1])))[0]
 
 
 def _block(how: RowLoss, tree: PyTreeDef, x: jax.Array, labels: jax.Array, weights: jax.Array, *head: Any) -> jax.Array:
@@ -141,12 +141,12 @@ def _in_one_pass(how: RowLoss, tree: PyTreeDef, args: Any, moved: list[int]) -> 
         return (_with_values(how, result, values, i), gradients), None
 
     zeros = [_zeros(args[j], None if j < ROWS else accumulator(args[j].dtype)) for j in moved]
-    (result, gradients), _ = lax.scan(step, (_start(how, args), zeros), jnp.arange(args[1].shape[-1]))
+    (result, gradients), _ = lax.scan(step, (_start(how, args), zeros), jnp.arange(blocks(args[1])))
     return result, gradients
 
 
 def _with_values(how: RowLoss, result: jax.Array, values: jax.Array, i: jax.Array) -> jax.Array:
-    return result + jnp.sum(values) if how.summed else _put(result, values, i, -1)
+    return result + jnp.sum(values) if how.summed else _put(result, values, i, _axis(1))
 
 
 def _start(how: RowLoss, args: Any) -> jax.Array:
@@ -160,7 +160,12 @@ def _zeros(like: jax.Array, dtype: Any = None) -> jax.Array:
 
 def _axis(i: int) -> int:
     """Return the axis of blocks of an argument that has rows."""
-    return -2 if i == 0 else -1
+    return -3 if i == 0 else -2
+
+
+def blocks(labels: jax.Array) -> int:
+    """Return the number n of blocks of labels [..., t, n, u]."""
+    return labels.shape[_axis(1)]
 
 
 def _rows(args: Sequence[jax.Array], i: jax.Array) -> list[jax.Array]:
@@ -193,16 +198,19 @@ def _jvp(fn: Callable[..., jax.Array], primals: Any, tangents: Any) -> tuple[jax
     return y, dy
 
 
-def in_blocks(array: jax.Array, blocks: int, fill: Any, rows: int = -1) -> jax.Array:
-    """Return an array whose axis `rows` (counted from the end) is made of blocks: [..., t, n, ...], padded by `fill`.
+def in_blocks(array: jax.Array, blocks: int, parts: int, fill: Any, rows: int = -1) -> jax.Array:
+    """Return an array whose axis `rows` (counted from the end) is in blocks: [..., t, n, u, ...], padded by `fill`.
 
-    Row i is in block i % n. So each block has rows of every device that has some.
+    The rows may be split over as many devices as there are parts, or fewer. So each part is made of blocks, and a block
+    has rows of each device. They lie together there, and are read and written where they lie: of rows that lie far from
+    each other, compilers for TPUs make copies of the whole array.
     """
     axis = array.ndim + rows
     padding = [(0, -array.shape[axis] % blocks if i == axis else 0) for i in range(array.ndim)]
     array = jnp.pad(array, padding, constant_values=fill) if any(map(any, padding)) else array
-    shape = array.shape
-    return array.reshape(*shape[:axis], shape[axis] // blocks, blocks, *shape[axis + 1 :])
+    shape, of_block = array.shape, array.shape[axis] // blocks
+    parts = math.gcd(of_block, parts)
+    return array.reshape(*shape[:axis], parts, blocks, of_block // parts, *shape[axis + 1 :])
 
 
 def number_of_blocks(rows: int, block: int) -> int:

@@ -24,8 +24,9 @@ from lora_jax.core.paths import is_array
 from lora_jax.core.row_losses import RowLoss, in_blocks, number_of_blocks, row_losses
 from lora_jax.losses.cross_entropy import IGNORED, CrossEntropy
 
-BLOCK_BYTES = 2**27  # of the logits of a block in fp32
-FEWEST_ROWS = 128  # of a block: for fewer, reading the head takes longer than multiplying by it
+BLOCK_BYTES = 2**27  # of the logits of a block in fp32, on each device
+FEWEST_ROWS = 512  # of a block, on each device: for fewer, reading the head takes longer than multiplying by it
+FEWEST_ROWS_ON_CPU = 128  # which read as fast as they multiply, and keep two arrays of the logits of a block
 Reduction = Literal["mean", "sum", "none"]
 
 
@@ -71,8 +72,9 @@ def linear_cross_entropy(
         tied: whether the head is an embedding table [V, D]; `head=table.T` says the same.
         axis_name: in a `jax.shard_map`, the mesh axes that split V: the head is this device's part [D, V / n], of
             equal ones. Rows split over other axes are as in any function there: a mean is of this device's rows.
-        chunk_rows: how many rows are computed at a time, at most; by default as many as have 128 MiB of logits, and at
-            least 128. More are faster on accelerators where there is memory.
+        chunk_rows: how many rows are computed at a time, at most, over all devices; by default as many as have 128 MiB
+            of logits, and at least 512 (128 on CPUs), for each device of the mesh that `hidden` is on. More are faster
+            on accelerators where there is memory.
 
     Returns:
         A scalar, or [..., T].
@@ -170,17 +172,36 @@ def _losses(
         classes *= lax.axis_size(kind.axis)
     _check_labels(call, labels, classes, ignore)
     if chunk_rows is None:
-        chunk_rows = max(FEWEST_ROWS, BLOCK_BYTES // (4 * classes))
-    return _compute(kind, ignore, reduction, tied, chunk_rows, classes, hidden, head, labels, weights)
+        fewest = FEWEST_ROWS_ON_CPU if _is_on_cpu(hidden) else FEWEST_ROWS
+        chunk_rows = max(fewest, BLOCK_BYTES // (4 * classes)) * (_devices(hidden) or 1)
+    parts = _devices(hidden) or jax.device_count()  # without a mesh in its type, it may be placed by `in_shardings`
+    return _compute(kind, ignore, reduction, tied, chunk_rows, parts, classes, hidden, head, labels, weights)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), inline=True)
+def _devices(hidden: jax.Array) -> int:
+    """Return over how many devices the compiler may split the rows, or the words; 0 if the type names no mesh.
+
+    Which axes split them is not known where axes are not explicit. Most meshes have none that splits neither.
+    """
+    mesh = jax.typeof(hidden).sharding.mesh
+    split = [size for name, size in mesh.shape.items() if name not in mesh.manual_axes]
+    return math.prod(split) if mesh.axis_names else 0
+
+
+def _is_on_cpu(hidden: jax.Array) -> bool:
+    """Return whether the mesh is of CPUs; without one, whether that is where JAX computes."""
+    device = jax.typeof(hidden).sharding.mesh.abstract_device
+    return (device.platform if device else jax.default_backend()) == "cpu"
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6), inline=True)
 def _compute(
     kind: CrossEntropy,
     ignore: int | None,
     reduction: Reduction,
     tied: bool,
     chunk_rows: int,
+    parts: int,
     classes: int,
     hidden: jax.Array,
     head: Any,
@@ -193,18 +214,23 @@ def _compute(
     labels = jnp.where(counts, jnp.where(is_class, labels, classes), IGNORED).astype(jnp.int32)
     weights = jnp.ones_like(labels, wide) if weights is None else jnp.asarray(weights, wide)
     total = jnp.sum(jnp.where(counts, weights, 0))
+    total = jnp.where(total == 0, 1, total)
+    divide_first = reduction == "mean" and jnp.finfo(hidden.dtype).minexp <= jnp.finfo(jnp.bfloat16).minexp
+    if divide_first:  # the gradient of `hidden` is whole then, with no pass after the blocks; fp16 would underflow
+        weights = weights / total
 
     rows = shape if shape and math.prod(shape[:-1]) <= chunk_rows else (math.prod(shape),)
     n = number_of_blocks(rows[-1], max(1, chunk_rows // max(1, math.prod(rows[:-1]))))
     x, labels, each = hidden.reshape(*rows, hidden.shape[-1]), labels.reshape(rows), weights.reshape(rows)
-    x, labels, each = in_blocks(x, n, 0, -2), in_blocks(labels, n, IGNORED), in_blocks(each, n, 0)
+    x = in_blocks(x, n, parts, 0, -2)
+    labels, each = in_blocks(labels, n, parts, IGNORED), in_blocks(each, n, parts, 0)
     how = RowLoss(Project(tied), kind, summed=reduction != "none")
     losses = row_losses(how, x, labels, each, head.gathered().with_whole_scales() if is_packed(head) else head)
     if kind.axis:
         losses = lax.psum(losses, kind.axis)
     if reduction == "none":
-        return losses.reshape(*losses.shape[:-2], -1)[..., : rows[-1]].reshape(shape)
-    return losses if reduction == "sum" else losses / jnp.where(total == 0, 1, total)
+        return losses.reshape(*losses.shape[:-3], -1)[..., : rows[-1]].reshape(shape)
+    return losses if reduction == "sum" or divide_first else losses / total
 
 
 def _check_settings(

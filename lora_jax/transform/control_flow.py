@@ -30,7 +30,7 @@ from lora_jax.core.factor_products import FACTOR_PRODUCT
 from lora_jax.core.packed import is_packed
 from lora_jax.core.packed_parts import InParts
 from lora_jax.core.remade import REMADE_PRODUCT
-from lora_jax.core.row_losses import LOGITS, ROW_LOSSES, found, row_losses
+from lora_jax.core.row_losses import LOGITS, ROW_LOSSES, blocks, found, row_losses
 from lora_jax.transform.adapted_weight import AdaptedWeight, plain
 
 Body = Callable[[Any, Sequence[Any]], list[Any]]
@@ -172,7 +172,7 @@ def losses_of_rows(body: Body, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
             weight = weight.replace(InParts(weight.value, program.out_avals[0].dtype))
         return body(program, [x, weight])[0]
 
-    weight = _repeated(head[0], labels.shape[-1])
+    weight = _repeated(head[0], blocks(labels))
     if is_packed(weight.value):
         weight = weight.replace(weight.value.gathered().with_whole_scales())
     return [row_losses(dataclasses.replace(how, project=project), x, labels, weights, weight)]
