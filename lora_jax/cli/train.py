@@ -2,11 +2,7 @@
 
 import dataclasses
 import os
-<<<<<<< HEAD
 import signal
-import tempfile
-=======
->>>>>>> work-C
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path

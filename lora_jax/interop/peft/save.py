@@ -142,8 +142,7 @@ def _contents(
             raise LoraError(f"profile='loralib' has no config, found config={short(dict(config))}: leave it out.")
         if tied == "both":
             raise LoraError("profile='loralib' has no tied heads: leave tied='both' out.")
-<<<<<<< HEAD
-        return write_folder(folder, LORALIB, cast(for_loralib(adapters, key_map, params), dtype), None)
+        return LORALIB, cast(for_loralib(adapters, key_map, params), dtype), None
     tensors, entries = contents(
         adapters,
         whole,
@@ -155,7 +154,7 @@ def _contents(
         more=config or {},
         about={"base_model_name_or_path": base_model, "task_type": task_type},
     )
-    write_folder(folder, WEIGHTS, tensors, entries)
+    return WEIGHTS, tensors, entries
 
 
 def contents(
@@ -180,9 +179,6 @@ def contents(
     Raises:
         LoraError: as `save_peft` does, of the adapters.
     """
-=======
-        return LORALIB, cast(for_loralib(adapters, key_map, params), dtype), None
->>>>>>> work-C
     # 1. From adapters to modules, in the format that holds them all.
     full = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, FullAdapter)}
     rows = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, RowsAdapter)}
@@ -201,11 +197,7 @@ def contents(
     tensors = {PREFIX + name: tensor for name, tensor in cast(_named(found) | beside, dtype).items()}
     if found.format.keeps_shared(entries):
         tensors |= shared
-<<<<<<< HEAD
     return tensors, entries
-=======
-    return WEIGHTS, tensors, entries
->>>>>>> work-C
 
 
 def _check_types(adapters: Any, key_map: Any) -> None:
