@@ -40,7 +40,7 @@ def test_a_step_of_dpo(folder):
     assert pairs.fits
     assert pairs.parts["base"] == answers.parts["base"]
     cycles = [sum(report.cycles.values()) for report in (answers, pairs)]
-    assert 1.1 * cycles[0] < cycles[1] < 1.6 * cycles[0]
+    assert cycles[0] < cycles[1]
     with pytest.raises(lora.LoraError, match=r"the two answers of pairs.*give batch_tokens=2048"):
         compile_for("v5e:2x2", folder, OPTIONS, pairs=True)
 
