@@ -116,7 +116,9 @@ def prepare(name: str, s: train_step.Setting) -> tuple[Callable[[], Any], hlo.Mo
         new, _ = jax.block_until_ready(compiled(state, program.frozen, s.ids, s.labels))
         state = new if program.updates else state
 
-    return run, hlo.parse(compiled.as_text())
+    text = compiled.as_text()
+    assert text is not None
+    return run, hlo.parse(text)
 
 
 def least_times(runs: list[Callable[[], Any]], rounds: int) -> list[float]:
