@@ -111,4 +111,4 @@ def main(output: Path = Path("runs/dpo"), steps: int = 40) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]))
+    main(Path(sys.argv[1]) if sys.argv[1:] else Path("runs/dpo"))

@@ -98,7 +98,7 @@ def main(output: Path = Path("runs/grpo"), steps: int = 30) -> dict[str, Any]:
         answers = sums.sample(model, state.trainable, asked, jax.random.key(100 + i))
         rewards = np.array([sums.is_right(*pair) for pair in zip(asked, answers, strict=True)], np.float32)
         ids, labels = sums.examples(asked, answers)
-        batch = {"ids": ids, "labels": labels, "advantages": advantages(rewards.reshape(P, G)).ravel()}
+        batch: Batch = {"ids": ids, "labels": labels, "advantages": advantages(rewards.reshape(P, G)).ravel()}
         batch["old"] = log_probs(state.trainable, model.params, batch)
         for _ in range(UPDATES):
             state, metrics = step(state, model.params, batch)
@@ -118,4 +118,4 @@ def main(output: Path = Path("runs/grpo"), steps: int = 30) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]))
+    main(Path(sys.argv[1]) if sys.argv[1:] else Path("runs/grpo"))

@@ -86,7 +86,8 @@ def make_base(steps: int = 150) -> lora.recipes.Model:
     """A decoder that was trained, all of it, with each sum once right and once one too many."""
     model = random_model()
     sums = [prompt[0] + prompt[2] for prompt in PROMPTS]
-    ids, labels = examples(PROMPTS * 2, [encode(str(n)) for n in sums] + [encode(str(n + 1)) for n in sums])
+    answers = [encode(str(n)) for n in sums] + [encode(str(n + 1)) for n in sums]
+    ids, labels = map(jnp.asarray, examples(PROMPTS * 2, answers))
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
 
     def loss(params: Tree) -> jax.Array:
