@@ -119,7 +119,7 @@ def test_after_five_steps_the_folder_has_pefts_logits(name, folders, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_trains_as_torch_does(tmp_path):
-    """From a folder and a file of conversations to the folder that PEFT reads."""
+    """From a folder and a file of conversations to the folder that PEFT reads, over eight devices."""
     folder, data, out = tmp_path / "model", tmp_path / "chats.jsonl", tmp_path / "out"
     torch.manual_seed(0)
     config = hf.LlamaConfig(**SIZES | {"vocab_size": 272, "eos_token_id": 264, "tie_word_embeddings": True})
@@ -128,12 +128,12 @@ def test_the_command_trains_as_torch_does(tmp_path):
     chats = [[("user", f"{n}?"), ("assistant", ("even", "odd")[n % 2])] for n in range(60)]
     lines = ({"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats)
     data.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    given = "--rank 3 --alpha 6 --lr 0.01 --warmup 0 --weight-decay 0.1 --max-length 48 --batch-tokens 192"
-    given += " --max-steps 5 --eval-split 0 --samples 0"
+    given = "--rank 3 --alpha 6 --lr 0.01 --warmup 0 --weight-decay 0.1 --max-length 72 --batch-tokens 576"
+    given += " --epochs 3 --max-steps 5 --eval-split 0 --samples 0"
     assert cli.main(["train", *map(str, (folder, data, out)), *given.split()]) == 0
     ours = losses_and_norms(map(json.loads, (out / "log.jsonl").read_text().splitlines()))
 
-    options = dataclasses.replace(RUN, max_length=48, batch_tokens=192, max_steps=5)
+    options = dataclasses.replace(RUN, max_length=72, batch_tokens=576, max_steps=5)
     model, tokenizer = lora.recipes.load(folder), lora.recipes.Tokenizer.load(folder)
     tokens = lora.recipes.tokenized(lora.recipes.read_examples(data), tokenizer, options.max_length)
     run = TorchRun(folder, write_start(tmp_path / "start", model, options), options, options.max_steps)
