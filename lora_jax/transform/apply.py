@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -22,6 +21,7 @@ from lora_jax.transform.leaked_tracers import describe_leak
 from lora_jax.transform.materialize import Materialize, Patterns
 from lora_jax.transform.per_example import has_examples, over_examples
 from lora_jax.transform.remakes import Analyses
+from lora_jax.transform.signatures import with_signature
 from lora_jax.transform.tracing import tracer
 
 Params = TypeVar("Params")
@@ -99,28 +99,10 @@ def lora_apply(
         except jax.errors.UnexpectedTracerError as error:
             raise LoraError(describe_leak(params, adapters, rest, kwargs)) from error
 
-    return _with_signature(apply, fn)
+    return with_signature(apply, fn)
 
 
 def _as_varying_as(adapters: Any, args: Any) -> Any:
     """Let arguments differ between the devices of a `shard_map` where the adapters do."""
     axes = sorted({axis for array in jax.tree.leaves(adapters) for axis in varying_axes(array)})
     return jax.tree.map(lambda leaf: vary(leaf, axes) if is_array(leaf) else leaf, args) if axes else args
-
-
-def _with_signature(apply: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Give `apply` the signature of `fn` with one more argument, for `jax.jit(apply, static_argnames=...)`."""
-    del apply.__wrapped__  # type: ignore[attr-defined]
-    try:
-        signature = inspect.signature(fn)
-    except (TypeError, ValueError):  # some callables written in C have none
-        return apply
-    first, *rest = signature.parameters.values()
-    if first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
-        params = first.replace(kind=first.POSITIONAL_ONLY, default=first.empty)
-        name = "adapters"
-        while name in signature.parameters:  # an argument of `fn`: of `lora_apply(f)` it is the inner adapters
-            name = f"outer_{name}"
-        adapters = inspect.Parameter(name, first.POSITIONAL_ONLY, annotation=Mapping[str, Adapter])
-        apply.__signature__ = signature.replace(parameters=[params, adapters, *rest])  # type: ignore[attr-defined]
-    return apply
