@@ -240,11 +240,25 @@ def test_over_a_mesh_it_is_the_same(whole_run, places, tmp_path):
     assert result.after == pytest.approx(whole.after, rel=1e-4)
 
 
+@pytest.mark.parametrize("other", [{"microbatches": 4}, {"remat": False}], ids=str)
 @pytest.mark.slow
-def test_in_microbatches_it_is_the_same(whole_run, model, tmp_path):
+def test_memory_and_time_change_no_result(other, whole_run, model, tmp_path):
     whole, train, held_out = whole_run
-    result = lora.recipes.finetune(model, train, held_out, tmp_path, dataclasses.replace(SMALL, microbatches=4))
+    result = lora.recipes.finetune(model, train, held_out, tmp_path, dataclasses.replace(SMALL, **other))
     assert losses(result) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_without_remat_each_layer_is_computed_once(model, chats):
+    train, _ = lora.recipes.hold_out(chats, 0.2)
+    batch = next(training_run.make_batches(train, SMALL, None))
+    plan = model.plan(options.rules(SMALL, model))
+    adapters = lora.init(jax.random.key(0), model.params, plan)
+
+    def gates(remat: bool) -> int:  # one in each pass over the layers
+        loss = training_run.make_loss(model, train, dataclasses.replace(SMALL, remat=remat))
+        return str(jax.make_jaxpr(jax.grad(lambda a: loss(a, model.params, batch)[0]))(adapters)).count("= logistic ")
+
+    assert (gates(remat=True), gates(remat=False)) == (2, 1)
 
 
 @pytest.mark.parametrize("kind", ["rslora", "dora", "lora-fa", "vera", "loha", "lokr"])

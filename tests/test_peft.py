@@ -841,3 +841,11 @@ def test_the_scale_of_a_thin_adapter_is_exact(tmp_path):
     lora.save_peft(tmp_path / "out", thin, MLP)
     before, after = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("in", "out"))
     assert before["lora_alpha"] == after["lora_alpha"] == 0.7
+
+
+def test_the_files_are_readable_as_new_files_are(tmp_path):
+    axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    adapters = {"w": lora.LoraAdapter(jnp.ones((4, 2)), jnp.ones((2, 3)), axes, 0.5)}
+    (tmp_path / "another").touch()
+    lora.save_peft(tmp_path / "peft", adapters, KeyMap(linear("w", "w", "in out")))
+    assert {path.stat().st_mode for path in (tmp_path / "peft").iterdir()} == {(tmp_path / "another").stat().st_mode}

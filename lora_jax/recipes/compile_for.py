@@ -45,6 +45,7 @@ def compile_for(topology: str, folder: str | Path, options: Options, *, pairs: b
     state = abstract_state(model.params, plan, optimizer)
     shape = (options.rows // 2, 2, options.max_length) if pairs else (options.rows, options.max_length)
     shapes = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in DTYPES.items()}
-    loss = preference_loss(model, options.beta) if pairs else answer_loss(model)
+    remat = options.remat
+    loss = preference_loss(model, options.beta, remat=remat) if pairs else answer_loss(model, remat=remat)
     step = jit_step(loss, optimizer, microbatches=options.microbatches)
     return compile_report(step, state, model.params, abstract(shapes, mesh, batch_spec(axes)), topology=topology)

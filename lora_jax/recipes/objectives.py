@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.losses.linear import linear_cross_entropy, linear_log_probs
+from lora_jax.recipes.decoder import Remat
 from lora_jax.recipes.model import Model
 from lora_jax.recipes.preferences import PairLogProbs, dpo_loss, pair_log_probs
 from lora_jax.transform.apply import lora_apply
@@ -19,11 +20,16 @@ Batch = dict[str, Any]
 Loss = Callable[[Any, Any, Batch], tuple[jax.Array, dict[str, jax.Array], jax.Array]]
 
 
-def answer_loss(model: Model) -> Loss:
-    """Return the loss of supervised fine-tuning: the mean cross-entropy over the tokens with weights."""
+def answer_loss(model: Model, *, remat: Remat = True) -> Loss:
+    """Return the loss of supervised fine-tuning: the mean cross-entropy over the tokens with weights.
+
+    Args:
+        model: the base.
+        remat: whether each layer is computed again in the backward pass; or a policy of `jax.checkpoint`.
+    """
 
     def total(params: Any, batch: Batch) -> jax.Array:
-        hidden = model.hidden(params, batch["ids"], batch["positions"], batch["segments"])
+        hidden = model.hidden(params, batch["ids"], batch["positions"], batch["segments"], remat)
         return linear_cross_entropy(
             hidden,
             model.head(params),
@@ -42,18 +48,19 @@ def answer_loss(model: Model) -> Loss:
     return loss
 
 
-def preference_loss(model: Model, beta: float = 0.1, most: int = 8) -> Loss:
+def preference_loss(model: Model, beta: float = 0.1, most: int = 8, *, remat: Remat = True) -> Loss:
     """Return the loss of DPO, whose reference is the frozen base: the same parameters without the adapters.
 
     Args:
         model: the base.
         beta: how strongly the model is kept near it.
         most: pairs in a row, as they were packed by `preference_batches`.
+        remat: as of `answer_loss`.
     """
 
     def log_probs(params: Any, batch: Batch) -> jax.Array:
         rows = {name: array.reshape(-1, array.shape[-1]) for name, array in batch.items()}  # [2 P, T]
-        hidden = model.hidden(params, rows["ids"], rows["positions"], rows["segments"])
+        hidden = model.hidden(params, rows["ids"], rows["positions"], rows["segments"], remat)
         found = linear_log_probs(hidden, model.head(params), rows["targets"], soft_cap=model.config.logit_cap)
         return found.reshape(batch["ids"].shape)
 

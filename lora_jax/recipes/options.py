@@ -62,6 +62,7 @@ class Options:
         max_length: the longest example in tokens, and the places of a row, in which several examples are packed.
         too_long: what becomes of longer examples: their end is cut off, they are dropped, or split into several.
         microbatches: parts that a step computes one after another, in less memory.
+        remat: compute each layer again in the backward pass: much less memory, and more time.
         mesh: axes and their sizes, such as data=2,fsdp=4,tensor=2; by default data with all devices.
         eval_split: the share of the examples that is held out, if no file of these is given.
         eval_every: steps between two evaluations, each with a checkpoint; 0 for ten in a run.
@@ -90,6 +91,7 @@ class Options:
     max_length: int = 1024
     too_long: TooLong = "cut"
     microbatches: int = 1
+    remat: bool = True
     mesh: str = ""
     eval_split: float = 0.05
     eval_every: int = 0

@@ -22,9 +22,9 @@ CONFIG, LOG, CURVES = "config.toml", "log.jsonl", "curves.png"
 MEASURE = "eval_loss"  # the loss of held-out examples, in the log and of checkpoints
 PLACES = ("model", "data", "output", "eval_data", "merged", "date")  # what a config has beside the options
 
-# What may be another when a run goes on, as it does not change what is trained; over another mesh sums are rounded in
-# another way.
-FREE = ("samples", "output", "mesh", "log_to")
+# What may be another when a run goes on, as it does not change what is trained; over another mesh, and without remat,
+# sums are rounded in another way.
+FREE = ("samples", "output", "mesh", "remat", "log_to")
 
 # Settings -------------------------------------------------------------------------------------------------------------
 

@@ -266,7 +266,9 @@ def _check_lengths(model: Model, data: Data) -> None:
 
 def make_loss(model: Model, data: Data, options: Options) -> Loss:
     """Return the loss of the answers, or for pairs DPO's."""
-    return preference_loss(model, options.beta) if isinstance(data, TokenizedPairs) else answer_loss(model)
+    if isinstance(data, TokenizedPairs):
+        return preference_loss(model, options.beta, remat=options.remat)
+    return answer_loss(model, remat=options.remat)
 
 
 def evaluate(loss: Loss, adapters: Any, params: Any, batches: Iterable[Batch]) -> float:

@@ -76,8 +76,12 @@ def write_folder(folder: Path, name: str, tensors: Mapping[str, Array], config: 
 
     whole = {key: np.ascontiguousarray(tensor) for key, tensor in sorted(tensors.items())}
     with written(folder, format_of(name)) as new:
+        file = new / name
+        file.touch()
+        mode = file.stat().st_mode  # as the user has it for new files; safetensors makes one that nobody else can read
         try:
-            save_file(whole, new / name, metadata={"format": "pt"})
+            save_file(whole, file, metadata={"format": "pt"})
+            file.chmod(mode)
         except SafetensorError as error:
             raise not_written(folder, error) from error
         if config is not None:
