@@ -57,6 +57,33 @@ def test_loops_are_counted_and_a_channel_once():
     assert found.unknown_loops == ()
 
 
+# A collective that is begun before a loop and runs beside its turns: a part of each, and of what ends it.
+BESIDE = """
+%part (p: f32[8]) -> f32[16] {
+  %p = f32[8]{0:T(128)} parameter(0)
+  ROOT %g = f32[16]{0:T(128)} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+ENTRY %main (x: f32[8]) -> f32[16] {
+  %x.1 = f32[8]{0:T(128)} parameter(0)
+  %async-collective-start.1 = f32[16]{0:T(128)} fusion(%x.1), kind=kCustom, calls=%part
+  %zero = s32[]{:T(128)} constant(0)
+  %start = (s32[]{:T(128)}, f32[8]{0:T(128)}) tuple(%zero, %x.1)
+  %loop = (s32[]{:T(128)}, f32[8]{0:T(128)}) while(%start), condition=%condition, body=%body
+  ROOT %async-collective-done.1 = f32[16]{0:T(128)} fusion(%x.1), kind=kCustom, calls=%part
+}
+"""
+
+
+def test_what_runs_beside_a_loop_is_sent_once():
+    loop = LOOP.split("ENTRY")[0].replace(
+        "  %g = ", "  %beside = f32[16]{0:T(128)} fusion(%x), kind=kCustom, calls=%part\n  %g = "
+    )
+    found = hlo_costs.costs(loop + BESIDE)
+    assert found.launches == {"all-gather": 1 + 6, "collective-permute": 6}
+    assert found.sent == {"all-gather": 64 + 6 * 64, "collective-permute": 6 * 32}
+
+
 def test_what_goes_between_slices_is_counted_apart():
     received = """  %r = (f32[4,8]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%token), channel_id=4, \
 frontend_attributes={_xla_host_transfer_rendezvous="all-reduce_0",_xla_megascale_transfer_type="ALL_REDUCE"}

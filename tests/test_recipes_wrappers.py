@@ -112,13 +112,13 @@ def test_whose_flag_of_a_tied_head_counts():
 def test_tensors_that_are_missing_or_that_nothing_reads(tmp_path):
     tensors = spelled(tensors_of(facts_of("gemma3")), "published")
     more = tensors | {"audio_tower.layer.weight": np.zeros(2, np.float32)}
-    with pytest.raises(lora.LoraError, match=r"(?s)1 tensors that nothing reads.*audio_tower"):
+    with pytest.raises(lora.LoraError, match=r"(?s)1 tensor\(s\) that nothing reads.*audio_tower"):
         lora.recipes.load(write(tmp_path / "more", whole("gemma3"), more))
     less = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.up_proj" not in name}
     with pytest.raises(lora.LoraError, match=r"(?s)lacks 1 .*language_model\.model\.layers\.1\.mlp\.up_proj\.weight"):
         lora.recipes.load(write(tmp_path / "less", whole("gemma3"), less))
     alone = tensors_of(facts_of("gemma3")) | IMAGES
-    with pytest.raises(lora.LoraError, match=r"(?s)2 tensors that nothing reads.*vision_tower"):
+    with pytest.raises(lora.LoraError, match=r"(?s)2 tensor\(s\) that nothing reads.*vision_tower"):
         lora.recipes.load(write(tmp_path / "alone", facts_of("gemma3"), alone))
 
 

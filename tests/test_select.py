@@ -58,7 +58,7 @@ def check(fn, params, bank, x, ids=IDS, tolerance=1e-5) -> None:
     apply = lora.lora_apply(fn)
 
     @jax.jit
-    def mixed(bank, ids, x):  # x as a constant aborts XLA 0.10 for CPUs with the flags of these tests
+    def mixed(bank, ids, x):
         run = lambda bank: apply(params, lora.select(bank, ids), x)  # noqa: E731
         return run(bank), jax.grad(lambda bank: total(run(bank)))(bank)
 

@@ -5,13 +5,15 @@ collectives or of kernels written by hand.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from lora_jax.analysis.hlo import Instruction, Module, arrays, nbytes, parse
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 CALLS = ("to_apply", "calls", "called_computations", "branch_computations", "true_computation", "false_computation")
+FUSED = "fused:"  # marks what is inside of a fusion, whose name follows
+BEGUN = f"{FUSED}async-collective-start"  # as the compiler for TPUs calls a fusion that begins a collective
 NO_ESTIMATE = 1 << 60  # the compiler writes the largest number where it has none
 FORWARD, AGAIN, BACKWARD, OTHER = "forward", "forward again (remat)", "backward", "optimizer and the rest"
 WHOLE = "the program"  # which takes no derivative
@@ -68,8 +70,8 @@ def costs(text: str) -> Costs:
     cycles: dict[str, int] = {}
     unknown: dict[str, int] = {}
     loops: list[str] = []
-    for one, times, path, _ in _walk(module, module.entry, 1, False, loops):
-        if path.startswith("fused:") or _kind(one):
+    for one, times, path, _ in _walk(module, module.entry, 1, "", loops):
+        if path.startswith(FUSED) or _kind(one):
             continue
         if (estimate := _estimate(one)) is not None:
             part = part_of(one)
@@ -94,15 +96,26 @@ def collectives(module: Module) -> list[Collective]:
     On TPUs one that runs beside computation stands in several fusions, under one channel, and sends once. Elsewhere a
     channel says little: all that `shard_map` makes have the same.
     """
-    found: dict[str, Collective] = {}
-    for one, times, path, depth in _walk(module, module.entry, 1, False, []):
+    found: dict[str, list[tuple[str, Collective]]] = {}
+    for one, times, path, depth in _walk(module, module.entry, 1, "", []):
         if kind := _kind(one):
             channel = one.field(r"channel_id=(\d+)")
-            where = "" if channel and path.startswith("fused:") else f"{path} {one.operands}"
-            key = f"{kind} {channel} {where}"
-            times = max(times, found[key].times if key in found else 0)
-            found[key] = Collective(kind, _received(one), times, depth)
-    return list(found.values())
+            where = "" if channel and path.startswith(FUSED) else f"{path} {one.operands}"
+            found.setdefault(f"{kind} {channel} {where}", []).append(
+                (path, Collective(kind, _received(one), times, depth))
+            )
+    return [_as_one(places) for places in found.values()]
+
+
+def _as_one(places: Sequence[tuple[str, Collective]]) -> Collective:
+    """Return a collective that stands in several places.
+
+    It sends as often as it is begun. What it runs beside may be the turns of an inner loop, and does not send it again.
+    """
+    begun = [one for path, one in places if path.startswith(BEGUN)]
+    if begun:
+        return replace(begun[0], times=sum(one.times for one in begun))
+    return max((one for _, one in places), key=lambda one: one.times)
 
 
 def _kind(one: Instruction) -> str | None:
@@ -137,20 +150,21 @@ def _received(one: Instruction) -> str:
 
 
 def _walk(
-    module: Module, name: str, times: int, fused: bool, loops: list[str], depth: int = 0
+    module: Module, name: str, times: int, fusion: str, loops: list[str], depth: int = 0
 ) -> Iterator[tuple[Instruction, int, str, int]]:
-    """Yield each instruction that runs, how often, where, and in how many loops; the inside of a fusion is marked."""
+    """Yield each instruction that runs, how often, where (a fusion's inside has its name), and in how many loops."""
     for one in module.computations.get(name, ()):
-        yield one, times, f"fused:{name}" if fused else name, depth
+        yield one, times, f"{FUSED}{fusion}" if fusion else name, depth
         if one.operation == "while":
             turns = module.trips(one)
             if turns is None:
                 loops.append(one.name)
             for body in one.called("body"):
-                yield from _walk(module, body, times * (turns or 1), fused, loops, depth + 1)
+                yield from _walk(module, body, times * (turns or 1), fusion, loops, depth + 1)
         elif one.operation in ("fusion", "call", "conditional", "async-start", "call-start", "custom-call"):
             for inner in one.called(*CALLS):
-                yield from _walk(module, inner, times, fused or one.operation == "fusion", loops, depth)
+                outer = fusion or (one.name if one.operation == "fusion" else "")
+                yield from _walk(module, inner, times, outer, loops, depth)
 
 
 def _estimate(one: Instruction) -> int | None:

@@ -1,6 +1,7 @@
 """The commands that run a model: `train`, `generate` and `eval`."""
 
 import dataclasses
+import logging
 import os
 import signal
 from collections.abc import Iterable
@@ -77,6 +78,7 @@ def train(
             nothing. Of the model config.json is read, and of the data the first example, which says what is trained.
     """
     options.check()
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns there that a checkpoint waits for the one before
     if compile_for is not None:
         report = compiled(compile_for, model, options, pairs=is_pairs(data, options))
         print(report)

@@ -125,7 +125,7 @@ class Folder:
         if missing := [name for name in expected if name not in self.tensors]:
             near = ", ".join(map(short, nearest(missing[0], self.tensors, n=3))) or "none"
             raise LoraError(
-                f"{self.folder} lacks {len(missing)} tensors that its config.json asks for; near the first one are "
+                f"{self.folder} lacks {len(missing)} tensor(s) that its config.json asks for; near the first one are "
                 f"{near}:\n{listed(missing)}"
             )
         extra = [name for name in self.tensors if name not in expected and not _COMPUTED.fullmatch(name)]
@@ -133,7 +133,7 @@ class Folder:
             extra.remove(self.head)
         if extra:
             raise LoraError(
-                f"{self.folder} has {len(extra)} tensors that nothing reads, so that the decoder would compute "
+                f"{self.folder} has {len(extra)} tensor(s) that nothing reads, so that the decoder would compute "
                 f"something else than the model:\n{listed(extra)}"
             )
 
