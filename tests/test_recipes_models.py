@@ -360,9 +360,9 @@ def test_tensors_that_are_missing_or_that_nothing_reads(tmp_path):
     def without(*names):
         return {name: tensor for name, tensor in tensors.items() if name not in names}
 
-    problem(without("model.norm.weight"), r"(?s)lacks 1 tensors.*model\.norm\.weight")
+    problem(without("model.norm.weight"), r"(?s)lacks 1 tensor\(s\).*model\.norm\.weight")
     last = "model.layers.1.mlp.experts.3.up_proj.weight"
-    problem(without(last), rf"(?s)lacks 1 tensors.*{last}")
+    problem(without(last), rf"(?s)lacks 1 tensor\(s\).*{last}")
     problem(tensors | {"score.weight": np.zeros(2, np.float32)}, r"(?s)1 tensor\(s\) that nothing reads.*score\.weight")
     problem(tensors, r"(?s)tensor\(s\) that nothing reads.*layers\.1", num_hidden_layers=1)
     problem(tensors, r"(?s)lacks .*layers\.2", num_hidden_layers=3)
