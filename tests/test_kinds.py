@@ -562,5 +562,3 @@ def test_sums_are_of_all_that_is_lora():
     each = [lora.merge(params, a) for a in (one, two)]
     expected = jax.tree.map(lambda w, a, b: a + b - w, params, *each)
     assert_trees_close(both, expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(lora.LoraError, match="is a Ia3Adapter; sums are of what is LoRA in some form"):
-        lora.combine([(case.adapters(KINDS["ia3"]), 1.0)])
