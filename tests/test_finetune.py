@@ -345,7 +345,7 @@ def test_two_processes_train_as_one(whole_run, places, tmp_path):
     script = tmp_path / "command.py"
     script.write_text("import sys\nfrom lora_jax import cli\nsys.exit(cli.main())\n")
     own = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(SMALL).items()
-           if name not in ("skip_bad", "mesh", "log_to")]  # fmt: skip
+           if name not in ("remat", "skip_bad", "mesh", "log_to")]  # fmt: skip
     launch = [sys.executable, "examples/launch.py", "--local", "2", "--devices-per-process", "2", str(script)]
     root = Path(__file__).parent.parent
     done = subprocess.run(
@@ -625,7 +625,10 @@ def test_the_exit_codes_of_a_run_that_is_ended(trained, places, tmp_path, monkey
         assert cli.main(args) == 143
         assert "Told to end at step 1, which is saved" in capsys.readouterr().out
         patch.setattr(train_command._Console, "line", at_step(2, lambda: signal.raise_signal(signal.SIGINT)))
+        # Where the tests run in the background, a shell has Ctrl-C ignored.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         assert cli.main(args) == 130
+        signal.signal(signal.SIGINT, before)
         assert "stopped by Ctrl-C" in capsys.readouterr().err
     mesh = ["--mesh", "data=4,tensor=2"]
     assert cli.main([*args, *mesh]) == 0
