@@ -534,6 +534,7 @@ def folder_of_format_1(to, **renamed):
     return to
 
 
+@pytest.mark.slow
 def test_folders_of_format_1_are_read(tmp_path):
     """Bit by bit the values that the version which wrote them had; saved again, they are of this version."""
     base, expected = bases.load(folder_of_format_1(tmp_path / "1")), load_file(DATA / "base_format_1.safetensors")

@@ -453,6 +453,7 @@ def test_what_is_missing_is_named(arguments, capsys):
     assert err.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.slow
 def test_as_a_program():
     """The installed command: help with an example, and the exit codes."""
     program = Path(sys.executable).with_name("lora-jax")

@@ -145,6 +145,7 @@ SLICED = HANDED_ON | {
 
 
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
+@pytest.mark.slow
 def test_policy_and_reference_are_one_program_with_one_base(name):
     """The compiled step is given each weight once, hands it on as it is, and makes nothing of a weight's shape."""
     model = sums.random_model(hidden_size=40, intermediate_size=136)  # sizes that nothing else has

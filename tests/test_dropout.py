@@ -45,7 +45,7 @@ def adapters_of(fn, params, x):
 
 
 @pytest.mark.parametrize("name", names)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_dropout_runs_everywhere_and_is_deterministic(name):
     case = CASES[name]
     params, x, adapters = case.params(), case.input(), case.adapters(RULE)

@@ -32,6 +32,7 @@ from lora_jax.recipes.held_out import write_samples
 from lora_jax.recipes.tokens import Tokenized, TokenizedPairs
 from lora_jax.recipes.training_run import prepare
 
+pytestmark = pytest.mark.xdist_group("finetune")  # two runs are trained, and read by several tests
 SMALL = lora.recipes.Options(rank=4, max_length=32, batch_tokens=8 * 32, lr=3e-2, eval_every=2, samples=0, epochs=3)
 WHERE = ("barn", "lake", "wood")
 
@@ -153,6 +154,7 @@ def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(whole_run, mode
     jax.tree.map(np.testing.assert_array_equal, again.adapters, whole.adapters)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_broken_off_before_its_first_checkpoint_begins_anew(whole_run, model, tmp_path):
     whole, train, held_out = whole_run
     with pytest.raises(KeyboardInterrupt):
@@ -280,6 +282,7 @@ def test_over_a_packed_base(bits, places, chats, tmp_path):
     assert result.after < 0.95 * result.before
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_is_saved(model, chats, tmp_path):
     broken = model.replace(params=jax.tree.map(lambda w: w * jnp.float32(1e30), model.params))
     with pytest.raises(lora.LoraError, match=r"the loss is nan at step 1.*lower lr"):
@@ -595,6 +598,7 @@ def test_adapters_that_could_not_be_saved_are_said_before_anything_is_read(place
     assert "there_is_none.jsonl cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_resume(trained, places, capsys):
     args = [*command(places, trained), *FLAGS]
     assert cli.main(args) == 1

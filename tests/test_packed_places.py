@@ -42,7 +42,7 @@ SEVERAL_AXES = [pytest.param(p, id=p.name, marks=() if len(p.axes) > 1 else pyte
 
 
 @pytest.mark.parametrize("placement", SEVERAL_AXES)
-@pytest.mark.sampled(6)
+@pytest.mark.slow
 def test_training_over_a_mesh(placement):
     """Law 5 over a packed base, placed after it was packed."""
     mesh = placement.mesh()
