@@ -136,7 +136,7 @@ def draw(path: Path, panels: Mapping[str, Mapping[str, Curve]]) -> None:
         axis.set(xlabel="step", ylabel=quantity)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.25)
-        if len(curves) > 1:
+        if len(curves) > 1 and axis is axes[0, 0]:
             axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_file(path) as new:
