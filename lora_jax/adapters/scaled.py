@@ -51,7 +51,7 @@ class Scaled(Adapter):
     @property
     def scale(self) -> Any:
         """Return the scale, an fp32 scalar."""
-        return _quotient(self.ratio)
+        return quotient(self.ratio)
 
     def kernel_shape(self) -> tuple[int, ...]:
         shape = super().kernel_shape()
@@ -78,7 +78,7 @@ def as_ratio(scale: Any) -> Any:
 def times_ratio(array: jax.Array, ratio: Any) -> jax.Array:
     """Return an array times ratio[0] / ratio[1], in fp32 or wider. No gradient reaches the ratio."""
     ratio = lax.stop_gradient(jnp.asarray(ratio, accumulator(array.dtype)))
-    return array.astype(ratio.dtype) * _quotient(ratio)
+    return array.astype(ratio.dtype) * quotient(ratio)
 
 
 def with_own_rank(ratio: Any, rank: int) -> Any:
@@ -93,7 +93,8 @@ def own_columns(ratio: Any) -> Any:
     return xp.rint(ratio[..., 2] / _unit(ratio)).astype(xp.int32) if ratio.shape[-1] == 3 else None
 
 
-def _quotient(ratio: Any) -> Any:
+def quotient(ratio: Any) -> Any:
+    """Return the scale that a ratio [..., 2 or 3] stands for, in numpy where that is."""
     return ratio[..., 0] / _unit(ratio)
 
 

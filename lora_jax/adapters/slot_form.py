@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from lora_jax.adapters.lora import LoraAdapter
+from lora_jax.adapters.scaled import quotient
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.argument_checks import check_adapter_dict
 from lora_jax.core.errors import LoraError
@@ -57,7 +58,7 @@ def _fitted(where: str, adapter: Any, wanted: Any) -> Any:
     if is_lora:
         ratio = arrays.pop("ratio", None)
         wide = np.promote_types(arrays["b"].dtype, np.float32)
-        arrays["b"] = arrays["b"].astype(wide) * (1 if ratio is None else _quotient(ratio))
+        arrays["b"] = arrays["b"].astype(wide) * (1 if ratio is None else quotient(ratio))
     shapes = wanted.arrays()
     if arrays.keys() != shapes.keys():
         raise LoraError(f"{where} has the arrays {[*arrays]}, but the bank has {[*shapes]} there.")
@@ -66,10 +67,6 @@ def _fitted(where: str, adapter: Any, wanted: Any) -> Any:
         for name, array in arrays.items()
     }
     return dataclasses.replace(wanted, **fitted)
-
-
-def _quotient(ratio: Any) -> Any:
-    return np.float32(ratio[0]) / np.float32(ratio[1] or 1)
 
 
 def _padded(where: str, array: Any, shape: Any, layout: Layout, adapter: Any) -> Any:
