@@ -68,7 +68,7 @@ def _check_parts(match: ParameterMatch, parts: Sequence[ParameterMatch], outputs
 def _check_rank(match: ParameterMatch, name: str, rank: int | None, config: Config) -> None:
     """Raise if a module has another rank than the config says."""
     name = name.rpartition(".")[0] if match.entry.is_of_experts else name
-    if rank is not None and rank // match.experts != config.rank_of(name):
+    if config.says_ranks and rank is not None and rank // match.experts != config.rank_of(name):
         raise LoraError(
             f"{short(name)} has rank {rank // match.experts}, by the config {config.rank_of(name)}: the two files do "
             "not belong together."

@@ -1,4 +1,4 @@
-"""Adapters from a folder of HF PEFT, read in six stages from top to bottom of `load_peft`."""
+"""Adapters from a folder of HF PEFT, read in six stages from top to bottom of `load_peft` and `for_parameters`."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -104,25 +104,40 @@ def load_peft(
     # 2. The tensors of the file, 3. grouped by modules.
     tensors = read_tensors(folder / WEIGHTS, config.format)
     contents = sort_tensors(tensors if dtype is None else _widened(tensors, config.format), config, folder)
+    # 4. to 6. The parameters that these modules and tensors are, and their adapters.
+    return for_parameters(contents, config, plan_or_params, key_map, folder, dtype=dtype, tied=tied)
+
+
+def for_parameters(
+    contents: Contents,
+    config: Config,
+    plan_or_params: Any,
+    key_map: KeyMap,
+    source: Path,
+    *,
+    dtype: Any,
+    tied: Tied,
+) -> tuple[dict[str, Adapter], dict[str, jax.Array]]:
+    """Return the adapters of a model's parameters from what a file holds of torch's modules; as `load_peft`."""
     # 4. The parameters that these modules and tensors are.
     matches = key_map.match(shapes_of(plan_or_params), strict=False)
     ways = prefixes(contents, names_of_parameters(matches))
     matches = with_their_names(matches, the_only(ways))
     contents, copies = without_copies(contents, matches)
-    refuse_ends_that_differ(contents, matches, copies, folder)
+    refuse_ends_that_differ(contents, matches, copies, source)
     if tied == "refuse":
-        refuse_what_is_of_one_end(contents, matches, copies, plan_or_params, folder)
+        refuse_what_is_of_one_end(contents, matches, copies, plan_or_params, source)
     # 5. Adapters, and arrays that were trained whole.
-    adapters = _adapters(contents, matches, config, folder)
+    adapters = _adapters(contents, matches, config, source)
     others = arrays_of_whole(matches, contents.whole)
     if dtype is not None:
         adapters = {path: _cast(adapter, dtype) for path, adapter in adapters.items()}
         others = jax.tree.map(lambda array: array.astype(dtype), others)
-    # 6. Nothing may be left, neither of the folder nor of the plan.
-    _check_that_nothing_is_left(contents, matches, config, folder, isinstance(plan_or_params, Plan), ways)
+    # 6. Nothing may be left, neither of the source nor of the plan.
+    _check_that_nothing_is_left(contents, matches, config, source, isinstance(plan_or_params, Plan), ways)
     if config.start is not None:
         others |= residuals(config.start, matches, contents.modules, plan_or_params)
-    return (_along_plan(adapters, plan_or_params, folder) if isinstance(plan_or_params, Plan) else adapters), others
+    return (_along_plan(adapters, plan_or_params, source) if isinstance(plan_or_params, Plan) else adapters), others
 
 
 def load_by_module(folder: Path) -> tuple[dict[str, Adapter], dict[str, Array], KeyMap]:

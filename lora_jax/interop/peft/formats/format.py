@@ -62,6 +62,7 @@ class Config(NamedTuple):
     tokens: tuple[int, ...] | Mapping[str, tuple[int, ...]]  # rows of the table of embeddings, or of these modules'
     start: str | None = None  # the start that changed the base, if that can be made again: "pissa" or "olora"
     extra: Mapping[str, Any] = MappingProxyType({})  # what only configs of this format say
+    says_ranks: bool = True  # files of other programs have no config, or one that does not
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module."""
