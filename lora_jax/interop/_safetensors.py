@@ -15,4 +15,3 @@ except ImportError as error:
 
 SafetensorError: Any = safetensors.SafetensorError
 safe_open: Any = safetensors.safe_open
-save_file: Any = safetensors.numpy.save_file

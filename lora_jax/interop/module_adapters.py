@@ -27,7 +27,7 @@ from lora_jax.interop.name_templates import literal
 from lora_jax.interop.peft import load
 from lora_jax.interop.peft.contents import Contents
 from lora_jax.interop.peft.formats.format import Arrays, Config, Format, Module
-from lora_jax.interop.peft.formats.registry import FORMATS, LORA
+from lora_jax.interop.peft.formats.registry import LORA
 from lora_jax.interop.peft.from_modules import adapters_of
 from lora_jax.interop.peft.tied_tables import Tied, check_tied
 from lora_jax.interop.peft.to_modules import modules_to_save, torch_modules
@@ -152,8 +152,18 @@ def for_parameters(
     return load.for_parameters(contents, config, plan_or_params, key_map, source, dtype=dtype, tied=tied)[0]
 
 
-def by_module(found: ModuleAdapters) -> tuple[dict[str, Adapter], KeyMap]:
-    """Return the adapters without a model, by the names of their modules, and the key map back to these."""
+def mapped(found: ModuleAdapters, change: Callable[[Module], Module]) -> ModuleAdapters:
+    """Return the adapters with each module changed when it is asked for, and its outline likewise."""
+
+    def make(name: str) -> Module:
+        return change(found.modules[name])
+
+    outlines = {name: outlined({name: change(module)})[name] for name, module in found.outlines.items()}
+    return found._replace(modules=Lazy([*found.modules], make), outlines=outlines)
+
+
+def key_map_of(found: ModuleAdapters) -> tuple[KeyMap, dict[str, tuple[int, ...]]]:
+    """Return the key map from the modules' names to themselves, and the shapes of their weights by these names."""
     entries, shapes = [], {}
     for name, (arrays, _) in found.outlines.items():
         kind, experts = found.kinds[name], found.experts.get(name)
@@ -162,15 +172,15 @@ def by_module(found: ModuleAdapters) -> tuple[dict[str, Adapter], KeyMap]:
         sizes = (found.format.inputs_of(arrays), found.format.outputs_of(arrays))
         entries.append(Entry(literal(name), literal(name), axes, kind))
         shapes[name] = (*(first.shape[2:] if experts is None else (experts,)), *sizes)
-    key_map = KeyMap(*entries)
+    return KeyMap(*entries), shapes
+
+
+def by_module(found: ModuleAdapters) -> tuple[dict[str, Adapter], KeyMap]:
+    """Return the adapters without a model, by the names of their modules, and the key map back to these."""
+    key_map, shapes = key_map_of(found)
     return adapters_of(key_map.match(shapes), dict(found.modules), _config(found.format), {}), key_map
 
 
 def _config(format: Format) -> Config:
     """Return the config of a file that has none: ranks and scales are those of its arrays."""
     return Config(format, 0, 1.0, False, False, {}, {}, (), (), False, False, (), says_ranks=False)
-
-
-def format_called(name: str) -> Format:
-    """Return one of the formats of `peft.formats`, such as "LORA" or "DORA"."""
-    return FORMATS[name]

@@ -13,12 +13,12 @@ import numpy as np
 
 from lora_jax.checkpoints import replaceable
 from lora_jax.checkpoints.atomic_dir import written
-from lora_jax.checkpoints.failures import not_written
 from lora_jax.core.errors import LoraError, short
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.peft.formats.format import Format
 from lora_jax.interop.peft.tensor_names import names_as_peft_has_them
-from lora_jax.interop.safetensors_index import DTYPES, header, read
+from lora_jax.interop.safetensors_index import DTYPES, Tensor, header, read
+from lora_jax.interop.safetensors_writer import write_safetensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -38,15 +38,27 @@ def read_tensors(path: Path, format: Format) -> dict[str, Array]:
     """Return the tensors of a file by their names without the prefix. The header is checked before anything is read.
 
     Raises:
-        LoraError: there is no such file, or it cannot be read; it holds a tensor that is not of floats; as
-            `names_as_peft_has_them`.
+        LoraError: as `places_of_tensors` and `names_as_peft_has_them`.
+    """
+    places = places_of_tensors(path)
+    names = names_as_peft_has_them(places, format.shared_tensors, path)
+    return {
+        names[name]: read(path.parent, place, DTYPES[place.dtype]).reshape(place.shape)
+        for name, place in places.items()
+    }
+
+
+def places_of_tensors(path: Path) -> dict[str, Tensor]:
+    """Return where the tensors of a file are, by their names in it.
+
+    Raises:
+        LoraError: there is no such file, or it cannot be read; it holds a tensor that is not of floats.
     """
     if not os.path.lexists(path):
         torch = path.with_name("adapter_model.bin")
         hint = f" {torch.name} is a pickle, which may run any code: save it again as safetensors." * torch.is_file()
         raise LoraError(f"there is no {path}.{hint}")
     places = header(path)
-    names = names_as_peft_has_them(places, format.shared_tensors, path)
     for name, place in places.items():
         if place.dtype not in _FLOATS:
             found = np.dtype(DTYPES[place.dtype]).name if place.dtype in DTYPES else place.dtype
@@ -54,10 +66,7 @@ def read_tensors(path: Path, format: Format) -> dict[str, Array]:
                 f"{path}: {short(name)} is of {found}, expected a floating dtype of 16 bits or more: numbers of 8 bits "
                 "have scales, which no adapter of PEFT holds."
             )
-    return {
-        names[name]: read(path.parent, place, DTYPES[place.dtype]).reshape(place.shape)
-        for name, place in places.items()
-    }
+    return places
 
 
 def format_of(name: str) -> replaceable.Format:
@@ -72,17 +81,13 @@ def write_folder(folder: Path, name: str, tensors: Mapping[str, Array], config: 
     Raises:
         LoraError: it cannot be written, or holds something else; nothing has changed then.
     """
-    from lora_jax.interop._safetensors import SafetensorError, save_file
-
-    whole = {key: np.ascontiguousarray(tensor) for key, tensor in sorted(tensors.items())}
+    forms = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
     with written(folder, format_of(name)) as new:
-        file = new / name
-        file.touch()
-        mode = file.stat().st_mode  # as the user has it for new files; safetensors makes one that nobody else can read
-        try:
-            save_file(whole, file, metadata={"format": "pt"})
-            file.chmod(mode)
-        except SafetensorError as error:
-            raise not_written(folder, error) from error
+        write_safetensors(new / name, forms, lambda key: tensors[key], {"format": "pt"})
         if config is not None:
-            (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            write_config(new, config)
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write the config into a folder."""
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,71 @@
+"""Files of safetensors that are written one tensor at a time, so that no more than one is in memory.
+
+The format: 8 bytes with the length of a JSON text, that text, which says where each tensor begins and ends, and then
+the tensors one after the other (https://github.com/huggingface/safetensors).
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.checkpoints.failures import not_written
+from lora_jax.core.errors import LoraError
+from lora_jax.interop.key_map import Array
+from lora_jax.interop.safetensors_index import DTYPES
+
+NAMES = {np.dtype(dtype): name for name, dtype in reversed(DTYPES.items())}  # of dtypes in files
+
+Form = tuple[tuple[int, ...], Any]  # the shape and the dtype of a tensor
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Form], array_of: Callable[[str], Array], metadata: Mapping[str, str]
+) -> None:
+    """Write a file of tensors, each of which is asked for once and then let go.
+
+    Args:
+        path: of the new file.
+        tensors: the shape and the dtype of each.
+        array_of: returns one of them by its name.
+        metadata: what the header says beside.
+
+    Raises:
+        LoraError: the file cannot be written; a tensor is of a dtype that the format does not have, or is not as
+            `tensors` says.
+    """
+    order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name][1]).itemsize, name))  # so that all are aligned
+    try:
+        with path.open("xb") as file:
+            file.write(_header(path, tensors, order, metadata))
+            for name in order:
+                file.write(_bytes(path, name, array_of(name), tensors[name]))
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def _header(path: Path, tensors: Mapping[str, Form], order: list[str], metadata: Mapping[str, str]) -> bytes:
+    """Return the length of the header and the header, which ends at a multiple of 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name in order:
+        shape, dtype = tensors[name]
+        if np.dtype(dtype) not in NAMES:
+            raise LoraError(f"{path}: {name!r} is of {np.dtype(dtype).name}, expected one of {', '.join(DTYPES)}.")
+        end = at + np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
+        entries[name] = {"dtype": NAMES[np.dtype(dtype)], "shape": [*shape], "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(path: Path, name: str, array: Array, form: Form) -> Any:
+    """Return a tensor's bytes, which is a copy only where its numbers are not in order already."""
+    shape, dtype = tuple(form[0]), np.dtype(form[1])
+    if array.shape != shape or array.dtype != dtype:
+        found = f"{array.dtype.name} {list(array.shape)}"
+        raise LoraError(f"{path}: {name!r} is {found}, expected {dtype.name} {list(shape)}.")
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
