@@ -1,13 +1,13 @@
 """The factors of torch's modules as llama.cpp multiplies with them, and back.
 
 A pair in a file is a [r, in] and b [out, r], as torch has A and B; of the experts of a layer a [E, r, in] and b
-[E, out, r]; of the table of tokens a [tokens, r], which is A turned, and b [d, r]. In the architecture llama the outputs
-of q and k are in another order: with rotary embeddings, the two numbers that turn together are side by side, where
-transformers has all first ones and then all second ones.
+[E, out, r]; of the table of tokens a [tokens, r], which is A turned, and b [d, r]. In the architecture llama the
+outputs of q and k are in another order: with rotary embeddings, the two numbers that turn together are side by side,
+where transformers has all first ones and then all second ones.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from lora_jax.interop.gguf_base import ModelFacts
 from lora_jax.interop.gguf_names import Slot
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.module_adapters import of_all_experts, of_each_expert
-from lora_jax.interop.peft.dtypes import widened, widest
+from lora_jax.interop.peft.dtypes import widened
 from lora_jax.interop.peft.formats.format import Arrays, Module
 
 TABLE, HEAD = "token_embd", "output"
@@ -69,11 +69,19 @@ def _stacked(slots: Mapping[str, Slot], modules: Mapping[str, Module], experts: 
         found[slot.expert or 0] = Pair(arrays["a"], _scaled(arrays["b"], scale))
     first = next(iter(found.values()))
     rank = max(len(pair.a) for pair in found.values())
-    a = np.zeros((experts, rank, first.a.shape[1]), widest(pair.a for pair in found.values()))
-    b = np.zeros((experts, len(first.b), rank), widest(pair.b for pair in found.values()))
+    a = np.zeros((experts, rank, first.a.shape[1]), common_dtype(pair.a for pair in found.values()))
+    b = np.zeros((experts, len(first.b), rank), common_dtype(pair.b for pair in found.values()))
     for expert, pair in found.items():
         a[expert, : len(pair.a)], b[expert, :, : len(pair.a)] = pair
     return Pair(a, b)
+
+
+def common_dtype(arrays: Iterable[Array]) -> np.dtype[Any]:
+    """Return the dtype of all arrays, or one that holds the values of each."""
+    found = [*dict.fromkeys(array.dtype for array in arrays)]
+    if len(found) == 1:
+        return found[0]
+    return np.dtype(np.float64 if any(dtype.itemsize > 4 for dtype in found) else np.float32)
 
 
 def _scaled(array: Array, scale: float) -> Array:

@@ -9,11 +9,11 @@ import numpy as np
 from lora_jax.core.errors import LoraError, short
 from lora_jax.interop import gguf_file
 from lora_jax.interop.gguf_base import Base, ModelFacts, facts_of
-from lora_jax.interop.gguf_factors import ALPHA, ENDS, HEAD, TABLE, Pair, Tensors, to_pairs
+from lora_jax.interop.gguf_factors import ALPHA, ENDS, HEAD, TABLE, Pair, Tensors, common_dtype, to_pairs
 from lora_jax.interop.gguf_names import Architecture, Slot, slot_of
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.module_adapters import ModuleAdapters
-from lora_jax.interop.peft.dtypes import cast, widest
+from lora_jax.interop.peft.dtypes import cast
 from lora_jax.interop.peft.formats.registry import LORA
 
 LONGEST_NAME = 63  # bytes; llama.cpp has 64, with a zero at the end
@@ -24,7 +24,7 @@ def write_gguf(path: Path, found: ModuleAdapters, *, base: Base, dtype: Any = No
     facts = facts_of("write_gguf(path, found, base=...)", base)
     if found.format.name != LORA.name:
         raise LoraError(
-            f"{path}: {found.format.name} has no place in GGUF, which holds LoRA alone: merge it, and convert the model."
+            f"{path}: {found.format.name} has no place in GGUF, which holds LoRA alone: merge it and convert the model."
         )
     plan = _planned(path, found, facts, tied)
     dtypes = [_dtype_of(path, tensors, found, dtype) for tensors in plan]
@@ -38,8 +38,9 @@ def write_gguf(path: Path, found: ModuleAdapters, *, base: Base, dtype: Any = No
 
     def arrays() -> Iterator[tuple[str, Array]]:
         for tensors, own in zip(plan, dtypes, strict=True):
-            pairs = dict(_named(tensors, to_pairs(tensors, found.modules, facts)))
-            yield from cast(pairs, gguf_file.DTYPES[own]).items()
+            target = np.dtype(gguf_file.DTYPES[own])
+            for name, array in _named(tensors, to_pairs(tensors, found.modules, facts)):
+                yield name, array if array.dtype == target else cast({name: array}, target)[name]
 
     about = {"general.architecture": facts.architecture.name, "general.type": "adapter", "adapter.type": "lora"}
     gguf_file.write(path, {**about, ALPHA: 0.0}, forms, arrays())
@@ -130,7 +131,7 @@ def _with_ends(
 def _dtype_of(path: Path, tensors: Tensors, found: ModuleAdapters, dtype: Any) -> str:
     """Return the type in which tensors are written, a key of `gguf_file.DTYPES`."""
     arrays = (array for name in tensors.slots for array in found.outlines[name].arrays.values())
-    own = np.dtype(widest(arrays) if dtype is None else dtype)
+    own = common_dtype(arrays) if dtype is None else np.dtype(dtype)
     names = {np.dtype(known): name for name, known in gguf_file.DTYPES.items()}
     if own not in names:
         name = next(iter(tensors.slots))
