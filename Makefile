@@ -11,7 +11,7 @@ NEWEST ?= $(shell for python in python3.13 python3.12 $$(ls -d $$HOME/.pyenv/ver
 	do $$python -c "" 2>/dev/null && echo $$python && break; done)
 
 .PHONY: demo demo-sharded compare compare-methods headlines assets test test-newest test-compiled run-compiled test-interop \
-	interop-models environments lint format types architecture clean
+	test-gguf run-gguf interop-models environments lint format types architecture clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py $(ARGS)
@@ -32,7 +32,7 @@ assets: $(VENV)/.demo
 	$(RUN) examples/assets.py
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore tests/interop_models --ignore tests/interop_peft --ignore tests/interop_qwix --ignore tests/compiled $(ARGS)
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore tests/interop_models --ignore tests/interop_gguf --ignore tests/interop_peft --ignore tests/interop_qwix --ignore tests/compiled $(ARGS)
 
 test-newest:
 	@python="$(NEWEST)"; if [ -z "$$python" ]; then \
@@ -41,6 +41,14 @@ test-newest:
 
 test-interop: $(VENV)/.test-interop
 	$(RUN) -m pytest --numprocesses 2 tests/interop_peft tests/interop_qwix $(ARGS)
+
+# Builds llama.cpp: four minutes on two cores, and none once pip has what it built in its cache.
+test-gguf:
+	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory run-gguf; \
+	else echo "test-gguf is skipped: there is no compiler for C++ here, c++, which builds llama.cpp"; fi
+
+run-gguf: $(VENV)/.test-gguf
+	$(RUN) -m pytest tests/interop_gguf $(ARGS)
 
 # Compiles for TPUs and GPUs that are not there: a quarter of an hour on two cores, and two minutes once .compiled_cache
 # has what is compiled. Its conftest stands alone. Neighbours share programs, so each process begins with one half of the
@@ -91,6 +99,11 @@ $(VENV)/.dev: pyproject.toml | $(RUN)
 
 $(VENV)/.test-interop: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[interop]'
+	@touch $@ $(VENV)/.dev $(VENV)/.demo
+
+$(VENV)/.test-gguf: pyproject.toml | $(RUN)
+	CMAKE_BUILD_PARALLEL_LEVEL=2 CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAVA_BUILD=OFF" \
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,interop-gguf]'
 	@touch $@ $(VENV)/.dev $(VENV)/.demo
 
 .venv-compiled/.done: pyproject.toml

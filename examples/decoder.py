@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import gguf
+import gguf_weights as gguf
 import jax
 import jax.numpy as jnp
 import numpy as np

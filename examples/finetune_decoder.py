@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 
 import assets
 import decoder
-import gguf
+import gguf_weights as gguf
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -15,7 +15,7 @@ from typing import Any
 import assets
 import decoder
 import finetune_decoder
-import gguf
+import gguf_weights as gguf
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict

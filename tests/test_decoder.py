@@ -13,7 +13,7 @@ from pathlib import Path
 import assets
 import decoder
 import finetune_decoder as demo
-import gguf
+import gguf_weights as gguf
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -5,7 +5,7 @@ against the file's own size before anything is made of them. Nothing in a file i
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
-    file = gguf.read(path)
+    file = gguf_weights.read(path)
     file.metadata["general.architecture"]                  # "llama"
     file.tensors["blk.0.attn_q.weight"].dequantize()       # [out, in], fp32
 """
