@@ -11,7 +11,7 @@ NEWEST ?= $(shell for python in python3.13 python3.12 $$(ls -d $$HOME/.pyenv/ver
 	do $$python -c "" 2>/dev/null && echo $$python && break; done)
 
 .PHONY: demo demo-sharded compare compare-methods headlines assets test test-newest test-compiled run-compiled test-interop \
-	test-gguf run-gguf interop-models environments lint format types architecture clean
+	test-gguf run-gguf test-mlx interop-models environments lint format types architecture clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py $(ARGS)
@@ -32,7 +32,7 @@ assets: $(VENV)/.demo
 	$(RUN) examples/assets.py
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore tests/interop_models --ignore tests/interop_gguf --ignore tests/interop_peft --ignore tests/interop_qwix --ignore tests/compiled $(ARGS)
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore-glob 'tests/interop_*' --ignore tests/compiled $(ARGS)
 
 test-newest:
 	@python="$(NEWEST)"; if [ -z "$$python" ]; then \
@@ -49,6 +49,12 @@ test-gguf:
 
 run-gguf: $(VENV)/.test-gguf
 	$(RUN) -m pytest tests/interop_gguf $(ARGS)
+
+# mlx has wheels for Linux, where it computes on the CPU, and for Apple's processors.
+test-mlx: | $(RUN)
+	@if $(RUN) -c 'import platform; exit((platform.system(), platform.machine()) not in [("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64")])'; \
+	then $(MAKE) --no-print-directory $(VENV)/.test-mlx && $(RUN) -m pytest tests/interop_mlx $(ARGS); \
+	else echo "test-mlx is skipped: mlx has no wheels for this system"; fi
 
 # Compiles for TPUs and GPUs that are not there: a quarter of an hour on two cores, and two minutes once .compiled_cache
 # has what is compiled. Its conftest stands alone. Neighbours share programs, so each process begins with one half of the
@@ -104,6 +110,10 @@ $(VENV)/.test-interop: pyproject.toml | $(RUN)
 $(VENV)/.test-gguf: pyproject.toml | $(RUN)
 	CMAKE_BUILD_PARALLEL_LEVEL=2 CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAVA_BUILD=OFF" \
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,interop-gguf]'
+	@touch $@ $(VENV)/.dev $(VENV)/.demo
+
+$(VENV)/.test-mlx: pyproject.toml | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,interop-mlx]'
 	@touch $@ $(VENV)/.dev $(VENV)/.demo
 
 .venv-compiled/.done: pyproject.toml

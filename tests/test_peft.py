@@ -423,12 +423,6 @@ def test_for_vllm(tmp_path):
         lora.save_peft(tmp_path / "out", adapters, MLP, profile="vllm", others={"lin0": {"bias": np.zeros(10)}})
 
 
-def test_experts_in_one_parameter_are_not_for_vllm(tmp_path):
-    adapters, _ = lora.load_peft(DATA / "qwen3moe", case("qwen3moe")[0], key_maps.LLAMA)
-    with pytest.raises(lora.LoraError, match="profile='vllm' has no place for experts in one parameter"):
-        lora.save_peft(tmp_path / "out", adapters, key_maps.LLAMA, profile="vllm")
-
-
 def test_as_loralib_has_it(tmp_path):
     adapters, _ = lora.load_peft(DATA / "lora_emb", case("lora_emb")[0], MLP)
     lora.save_peft(tmp_path / "out", adapters, MLP, profile="loralib")
@@ -688,7 +682,9 @@ def test_what_cannot_be_saved(tmp_path):
         lora.save_peft(tmp_path / "a", adapters, stack)
     with pytest.raises(lora.LoraError, match="there are no adapters to save"):
         lora.save_peft(tmp_path / "a", {}, MLP)
-    with pytest.raises(lora.LoraError, match="profile='hf': expected 'peft', 'vllm' or 'loralib'"):
+    with pytest.raises(
+        lora.LoraError, match="profile='hf': expected 'peft', 'vllm', 'vllm-by-expert', 'sglang' or 'loralib'"
+    ):
         lora.save_peft(tmp_path / "a", adapters, MLP, profile="hf")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")

@@ -253,8 +253,8 @@ def test_products_that_no_memory_holds(tmp_path, monkeypatch):
     save_file({f"{P}q.lokr_w1": ones, f"{P}q.lokr_w2": ones}, folder / "adapter_model.safetensors")
     with pytest.raises(LoraError, match=r"and as LoRA 17,592,202,821,632 entries, expected at most 4,294,967,296"):
         load_by_module(folder)
-    monkeypatch.setattr("lora_jax.interop.peft.profiles.ALWAYS", 100)
-    monkeypatch.setattr("lora_jax.interop.peft.profiles.GROWTH", 2)
+    monkeypatch.setattr("lora_jax.interop.peft.common_rank.ALWAYS", 100)
+    monkeypatch.setattr("lora_jax.interop.peft.common_rank.GROWTH", 2)
     adapters = {"a": factors(1, 1.0), "b": factors(1, 1.0), "c": factors(1, 1.0)}
     key_map = KeyMap(*(linear(name, name) for name in "abc"))
     lora.save_peft(tmp_path / "out", adapters, key_map, profile="vllm")

@@ -26,7 +26,9 @@ from lora_jax.interop.key_map import Array, KeyMap
 from lora_jax.interop.name_templates import literal
 from lora_jax.interop.peft import load
 from lora_jax.interop.peft.contents import Contents
-from lora_jax.interop.peft.formats.format import Arrays, Config, Format, Module
+from lora_jax.interop.peft.expert_projections import of_all_experts as of_all_experts  # part of this common ground
+from lora_jax.interop.peft.expert_projections import of_each_expert as of_each_expert
+from lora_jax.interop.peft.formats.format import Config, Format, Module
 from lora_jax.interop.peft.formats.registry import LORA
 from lora_jax.interop.peft.from_modules import adapters_of
 from lora_jax.interop.peft.tied_tables import Tied, check_tied
@@ -77,21 +79,6 @@ def outlined(modules: Mapping[str, Module]) -> dict[str, Module]:
         name: Module({field: outline(array.shape, array.dtype) for field, array in module.arrays.items()}, module.scale)
         for name, module in modules.items()
     }
-
-
-def of_each_expert(arrays: Arrays, experts: int) -> Arrays:
-    """Return a [experts, r, in] and b [experts, out, r] of a LoRA of experts in one parameter."""
-    a, b = arrays["a"], arrays["b"]
-    return {
-        "a": a.reshape(experts, -1, a.shape[-1]),
-        "b": b.reshape(len(b), -1, experts).transpose(2, 0, 1),
-    }
-
-
-def of_all_experts(arrays: Arrays) -> Arrays:
-    """Return a [experts * r, in] and b [out, r * experts], the inverse of `of_each_expert`."""
-    a, b = arrays["a"], arrays["b"]
-    return {"a": a.reshape(-1, a.shape[-1]), "b": b.transpose(1, 2, 0).reshape(b.shape[1], -1)}
 
 
 def module_adapters(

@@ -13,6 +13,7 @@ from lora_jax.interop.peft.contents import Contents, sort_tensors
 from lora_jax.interop.peft.experts import names_in_files
 from lora_jax.interop.peft.files import CONFIG, WEIGHTS, format_of, places_of_tensors, write_config
 from lora_jax.interop.peft.formats.format import Arrays, Config, Module
+from lora_jax.interop.peft.shared_outer import is_stacked
 from lora_jax.interop.peft.tensor_names import PREFIX, names_as_peft_has_them
 from lora_jax.interop.safetensors_index import DTYPES, read
 from lora_jax.interop.safetensors_writer import write_safetensors
@@ -34,6 +35,8 @@ def read_peft(folder: Path) -> ModuleAdapters | None:
     places = places_of_tensors(folder / WEIGHTS)
     names = names_as_peft_has_them(places, config.format.shared_tensors, folder / WEIGHTS)
     outlines = {names[name]: outline(place.shape, DTYPES[place.dtype]) for name, place in places.items()}
+    if any(is_stacked(name, array.ndim) for name, array in outlines.items()):
+        return None
     found = sort_tensors(outlines, config, folder)
     if not _is_of_modules_alone(found, config):
         return None

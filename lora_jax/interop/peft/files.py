@@ -16,6 +16,7 @@ from lora_jax.checkpoints.atomic_dir import written
 from lora_jax.core.errors import LoraError, short
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.peft.formats.format import Format
+from lora_jax.interop.peft.shared_outer import with_experts_numbered
 from lora_jax.interop.peft.tensor_names import names_as_peft_has_them
 from lora_jax.interop.safetensors_index import DTYPES, Tensor, header, read
 from lora_jax.interop.safetensors_writer import write_safetensors
@@ -38,14 +39,18 @@ def read_tensors(path: Path, format: Format) -> dict[str, Array]:
     """Return the tensors of a file by their names without the prefix. The header is checked before anything is read.
 
     Raises:
-        LoraError: as `places_of_tensors` and `names_as_peft_has_them`.
+        LoraError: as `places_of_tensors`, `names_as_peft_has_them` and `with_experts_numbered`.
     """
     places = places_of_tensors(path)
     names = names_as_peft_has_them(places, format.shared_tensors, path)
-    return {
+    tensors = {
         names[name]: read(path.parent, place, DTYPES[place.dtype]).reshape(place.shape)
         for name, place in places.items()
     }
+    try:
+        return with_experts_numbered(tensors)
+    except LoraError as error:
+        raise LoraError(f"{path}: {error}") from None
 
 
 def places_of_tensors(path: Path) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from lora_jax.core.arrays import refuse_spread
 from lora_jax.core.errors import LoraError
 from lora_jax.interop.key_map import KeyMap
 from lora_jax.interop.peft.dtypes import in_fp32
+from lora_jax.interop.peft.profiles import FOR_SERVERS
 from lora_jax.interop.peft.save import contents
 
 CALL = "peft_tensors(adapters, key_map)"
@@ -22,7 +23,7 @@ def peft_tensors(
     key_map: KeyMap,
     *,
     params: Any = None,
-    profile: Literal["peft", "vllm"] = "vllm",
+    profile: Literal["peft", "vllm", "vllm-by-expert", "sglang"] = "vllm",
     dtype: Any = None,
 ) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
     """Return the tensors and the config that `save_peft` would write, without a folder.
@@ -35,6 +36,7 @@ def peft_tensors(
         key_map: from parameters to modules.
         params: parameters, only where a module holds several of them and not all have adapters.
         profile: "vllm" has one rank and a scale of 1 for all, which every server reads; "peft" keeps those of each.
+            They differ in experts: see `save_peft`.
         dtype: of the tensors, such as jnp.bfloat16; None keeps those of the arrays.
 
     Returns:
@@ -56,8 +58,8 @@ def peft_tensors(
     """
     check_adapter_dict(CALL, adapters)
     check_is(CALL, "key_map", key_map, KeyMap, A_KEY_MAP)
-    if profile not in ("peft", "vllm"):
-        raise LoraError(f"profile={profile!r}: expected 'peft' or 'vllm'.")
+    if profile not in (known := ("peft", *FOR_SERVERS)):
+        raise LoraError(f"profile={profile!r}: expected {', '.join(map(repr, known[:-1]))} or {known[-1]!r}.")
     if not adapters:
         raise LoraError(f"{CALL}: there are no adapters.")
     refuse_spread(dict(adapters))

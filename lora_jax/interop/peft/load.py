@@ -25,6 +25,7 @@ from lora_jax.interop.peft.biases import adapters_of_biases
 from lora_jax.interop.peft.config import read_config
 from lora_jax.interop.peft.contents import Contents, sort_tensors
 from lora_jax.interop.peft.dtypes import widened
+from lora_jax.interop.peft.experts_joined import with_experts_joined
 from lora_jax.interop.peft.files import CONFIG, WEIGHTS, check_folder_of_peft, read_tensors
 from lora_jax.interop.peft.formats.format import Config, Format, Modules
 from lora_jax.interop.peft.from_modules import adapters_of, module_names
@@ -121,6 +122,7 @@ def for_parameters(
     """Return the adapters of a model's parameters from what a file holds of torch's modules; as `load_peft`."""
     # 4. The parameters that these modules and tensors are.
     matches = key_map.match(shapes_of(plan_or_params), strict=False)
+    contents, config = with_experts_joined(contents, config, matches, source)
     ways = prefixes(contents, names_of_parameters(matches))
     matches = with_their_names(matches, the_only(ways))
     contents, copies = without_copies(contents, matches)

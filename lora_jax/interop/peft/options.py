@@ -28,9 +28,9 @@ class Options:
             the type that is asked for.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, entries: dict[str, Any] | None = None) -> None:
         self.path = path
-        self.entries = _read(path)
+        self.entries = _read(path) if entries is None else entries
 
     def error(self, text: str) -> LoraError:
         return LoraError(f"{self.path}: {text}")

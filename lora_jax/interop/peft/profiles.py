@@ -1,31 +1,53 @@
-"""Adapters for readers that take less than HF PEFT does: vLLM and loralib. Both take LoRA alone."""
+"""Adapters for readers that take less than HF PEFT does: vLLM, SGLang and loralib. All take LoRA alone."""
 
 from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
+from typing import Any, Literal
 
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
 from lora_jax.interop.key_map import Array, KeyMap
+from lora_jax.interop.peft.common_rank import one_rank_for_all, padded
+from lora_jax.interop.peft.expert_servers import by_expert, experts_of, flat
 from lora_jax.interop.peft.formats.format import Module, Modules
 from lora_jax.interop.peft.formats.registry import LORA
 from lora_jax.interop.peft.to_modules import TorchModules, torch_modules
 
-ALWAYS = 2**28  # entries that all factors of one rank may have together
-GROWTH = 2**8  # or this times as many as they had; searches for ranks end with some that differ by a factor of ten
-
 
 def for_vllm(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any) -> TorchModules:
-    """Return modules with one rank and scales of 1: vLLM reads no patterns.
+    """Return modules with one rank and scales of 1: vLLM reads no patterns. Joined experts are flat, both parameters.
 
     Raises:
-        LoraError: as `torch_modules`; some are experts in one parameter; one rank for all would take too much memory.
+        LoraError: as `torch_modules`; experts are none of those that vLLM has; one rank for all would take too much
+            memory.
     """
+    return flat(_alike(adapters, key_map, params, "vllm"), key_map)
+
+
+def for_vllm_by_expert(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any) -> TorchModules:
+    """Return the same with modules of each expert, for the models whose experts vLLM does not join."""
+    return by_expert(_alike(adapters, key_map, params, "vllm-by-expert"), "profile='vllm-by-expert' has")
+
+
+def for_sglang(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any) -> TorchModules:
+    """Return modules with one rank and scales of 1, and modules of each expert: SGLang reads no patterns either, and
+    takes the scale for alpha / r whatever the config says of `use_rslora`.
+    """
+    found = _alike(adapters, key_map, params, "sglang")
+    for name in experts_of(found):
+        if name.endswith(".up_proj"):
+            raise LoraError(f"profile='sglang' has experts with gates, and {name!r} has none: merge it instead.")
+    return by_expert(found, "profile='sglang' has")
+
+
+FOR_SERVERS = {"vllm": for_vllm, "vllm-by-expert": for_vllm_by_expert, "sglang": for_sglang}
+PROFILES = ("peft", *FOR_SERVERS, "loralib")
+Profile = Literal["peft", "vllm", "vllm-by-expert", "sglang", "loralib"]
+
+
+def _alike(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any, profile: str) -> TorchModules:
+    """Return all modules with one rank, and scales of 1."""
     found = torch_modules(adapters, key_map, params, LORA)
-    if packed := [name for name, match in found.matches.items() if match.entry.is_of_experts]:
-        raise LoraError(f"profile='vllm' has no place for experts in one parameter, found {packed[0]}: merge these.")
-    return found._replace(modules=_one_rank(found.modules))
+    return found._replace(modules=_one_rank(found.modules, experts_of(found), profile))
 
 
 def for_loralib(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any) -> dict[str, Array]:
@@ -35,26 +57,14 @@ def for_loralib(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any) -
     return {f"{name}.lora_{x}": pair[x.lower()] for name, pair in factors.items() for x in "AB"}
 
 
-def _one_rank(modules: Mapping[str, Module]) -> Modules:
+def _one_rank(modules: Mapping[str, Module], experts: Mapping[str, int], profile: str) -> Modules:
     """Return all modules with the largest rank, and scales of 1.
 
     Raises:
-        LoraError: one module has so large a rank that the others would take far more memory than they do.
+        LoraError: as `one_rank_for_all`.
     """
-    rank = max(len(module.arrays["a"]) for module in modules.values())
-    sizes = {name: sum(array.size for array in module.arrays.values()) for name, module in modules.items()}
-    padded = sum(rank * (size // len(modules[name].arrays["a"])) for name, size in sizes.items())
-    if padded > max(ALWAYS, GROWTH * sum(sizes.values())):
-        raise LoraError(
-            f"profile='vllm' has one rank for all: with the largest one, {rank}, the factors would have {padded:,} "
-            f"entries in the place of {sum(sizes.values()):,}. Merge the modules of that rank, or use profile='peft'."
-        )
-
-    def pad(array: Array, axis: int) -> Array:
-        return np.pad(array, [(0, rank - array.shape[axis] if i == axis else 0) for i in range(array.ndim)])
-
-    found = {}
-    for name, module in modules.items():
-        arrays = LORA.rescaled(module, 1.0).arrays
-        found[name] = Module({"a": pad(arrays["a"], 0), "b": pad(arrays["b"], 1)}, 1.0)
-    return found
+    rank = one_rank_for_all(modules, experts, f"profile={profile!r} has")
+    return {
+        name: Module(padded(LORA.rescaled(module, 1.0).arrays, rank, experts.get(name)), 1.0)
+        for name, module in modules.items()
+    }

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lora_jax.adapters.arguments import check_dtype
 from lora_jax.adapters.full import FullAdapter
@@ -30,7 +30,8 @@ from lora_jax.interop.peft.experts import names_in_files
 from lora_jax.interop.peft.files import LORALIB, WEIGHTS, format_of, write_folder
 from lora_jax.interop.peft.full_weights import rest_of_modules, whole_to_tensors, with_base
 from lora_jax.interop.peft.parameters import arrays_of
-from lora_jax.interop.peft.profiles import for_loralib, for_vllm
+from lora_jax.interop.peft.profiles import FOR_SERVERS, PROFILES, Profile, for_loralib
+from lora_jax.interop.peft.shared_outer import with_shared_outer
 from lora_jax.interop.peft.tensor_names import PREFIX
 from lora_jax.interop.peft.tied_tables import Tied, check_tied, refuse_to_save_one_end, with_heads, with_whole_heads
 from lora_jax.interop.peft.to_modules import TorchModules, modules_to_save
@@ -44,7 +45,7 @@ def save_peft(
     *,
     others: Any = None,
     params: Any = None,
-    profile: Literal["peft", "vllm", "loralib"] = "peft",
+    profile: Profile = "peft",
     base_model: str | None = None,
     task_type: str | None = None,
     config: Mapping[str, Any] | None = None,
@@ -68,8 +69,10 @@ def save_peft(
         others: `{path: array}`, or nested dicts, of what was trained whole: biases, a head, a table.
         params: parameters, only where a module holds several of them and not all have adapters, for which shapes will
             do unless they are of DoRA; and for `Full` that is written whole.
-        profile: "vllm" has one rank and one scale for all and no others; "loralib" names tensors as loralib does, with
-            the scale in B, since it keeps none.
+        profile: "vllm" and "sglang" have one rank and a scale of 1 for all, and no others. Joined experts are flat for
+            "vllm", as its models with joined experts take them; modules of their own for "vllm-by-expert", as its other
+            models do, and for "sglang", which has one outer factor for all where they share it. "loralib" names tensors
+            as loralib does, with the scale in B, since it keeps none.
         base_model: name or folder of the model that the adapters are for, as transformers knows it.
         task_type: such as "SEQ_CLS" or "CAUSAL_LM", for the class that PEFT wraps the model in.
         config: further entries of the config that the tensors do not tell, such as "revision", "layer_replication" or,
@@ -99,7 +102,7 @@ def check_peft(
     *,
     others: Any = None,
     params: Any = None,
-    profile: Literal["peft", "vllm", "loralib"] = "peft",
+    profile: Profile = "peft",
     base_model: str | None = None,
     task_type: str | None = None,
     config: Mapping[str, Any] | None = None,
@@ -183,8 +186,7 @@ def contents(
     full = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, FullAdapter)}
     rows = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, RowsAdapter)}
     factored = {path: adapter for path, adapter in adapters.items() if path not in full and path not in rows}
-    to_modules = for_vllm if profile == "vllm" else modules_to_save
-    found = to_modules(factored, key_map, params)
+    found = FOR_SERVERS.get(profile, modules_to_save)(factored, key_map, params)
     if tied == "both":
         found = with_heads(found, key_map)
     # 2. From modules to tensors, and the config that follows from these.
@@ -194,7 +196,8 @@ def contents(
     shared, seed = found.format.shared_to_tensors([*factored.values()])
     entries |= {**seed, **about}
     entries = with_more(found.format, entries, more)
-    tensors = {PREFIX + name: tensor for name, tensor in cast(_named(found) | beside, dtype).items()}
+    own = with_shared_outer(_named(found)) if profile == "sglang" else _named(found)
+    tensors = {PREFIX + name: tensor for name, tensor in cast(own | beside, dtype).items()}
     if found.format.keeps_shared(entries):
         tensors |= shared
     return tensors, entries
@@ -210,8 +213,8 @@ def _check_types(adapters: Any, key_map: Any) -> None:
 
 
 def _check_profile(profile: str) -> None:
-    if profile not in ("peft", "vllm", "loralib"):
-        raise LoraError(f"profile={profile!r}: expected 'peft', 'vllm' or 'loralib'.")
+    if profile not in PROFILES:
+        raise LoraError(f"profile={profile!r}: expected {', '.join(map(repr, PROFILES[:-1]))} or {PROFILES[-1]!r}.")
 
 
 def _check_call(adapters: Mapping[str, Adapter], whole: Mapping[str, Any], profile: str) -> None:
