@@ -23,14 +23,18 @@ T = TypeVar("T")
 class Options:
     """The entries of a config, whose file is named in each error.
 
+    Args:
+        path: of the file.
+        entries: what it says, where that has been read already.
+
     Raises:
         LoraError: the file cannot be read, or holds no JSON object. The methods raise it for an entry that is not of
             the type that is asked for.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, entries: dict[str, Any] | None = None) -> None:
         self.path = path
-        self.entries = _read(path)
+        self.entries = _read(path) if entries is None else entries
 
     def error(self, text: str) -> LoraError:
         return LoraError(f"{self.path}: {text}")
