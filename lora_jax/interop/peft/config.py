@@ -18,7 +18,11 @@ def read_config(path: Path) -> Config:
         LoraError: there is no such file, or it is not of this format; it is of another kind of adapter; it has an
             option that is not understood and may change what the adapter computes.
     """
-    options = Options(path)
+    return config_of(Options(path))
+
+
+def config_of(options: Options) -> Config:
+    """Return what the entries of a config say; errors as of `read_config`."""
     format = format_of(options)
     for name, value in sorted(options.entries.items()):
         if name not in format.options and not changes_nothing(name, value):

@@ -23,6 +23,10 @@ T = TypeVar("T")
 class Options:
     """The entries of a config, whose file is named in each error.
 
+    Args:
+        path: of the file.
+        entries: what it says, where that has been read already.
+
     Raises:
         LoraError: the file cannot be read, or holds no JSON object. The methods raise it for an entry that is not of
             the type that is asked for.
