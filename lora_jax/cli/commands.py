@@ -28,8 +28,9 @@ from lora_jax.core.version import __version__
 try:
     import tyro
 
-    from lora_jax.cli.adapters import convert, inspect, verify
+    from lora_jax.cli.adapters import inspect, verify
     from lora_jax.cli.compose import compose
+    from lora_jax.cli.convert import convert
     from lora_jax.cli.models import diff, merge, plan
     from lora_jax.cli.run_model import evaluate, generate
     from lora_jax.cli.train import train, with_config

@@ -17,7 +17,7 @@ from lora_jax.bases.bitsandbytes import open_safetensors
 from lora_jax.bases.lazy import from_torch
 from lora_jax.checkpoints.replaceable import check_target
 from lora_jax.cli.adapters import NO_NAMES
-from lora_jax.cli.folders import NameOptions, Names, is_of_peft, read_adapters, table_of
+from lora_jax.cli.folders import PEFT, NameOptions, Names, format_in, read_adapters, table_of
 from lora_jax.cli.output import print_json, print_table, say
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError, short
@@ -142,7 +142,7 @@ def _read(given: Sequence[str], names: Names) -> Iterator[Part]:
         dtypes = [
             array.dtype for one in contents.adapters.values() for array in of_weight(one.arrays(), one.layout).values()
         ]
-        config = dict(Options(folder / CONFIG).entries) if is_of_peft(folder) else {}
+        config = dict(Options(folder / CONFIG).entries) if format_in(folder, None) == PEFT else {}
         yield Part(folder, weight, in_fp32(contents.adapters), table_of(folder, contents, names), dtypes, config)
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -15,9 +15,12 @@ from lora_jax.checkpoints.failures import first_line
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
+from lora_jax.interop.conversions import FORMATS, About, format_of
 from lora_jax.interop.key_map import KeyMap
+from lora_jax.interop.module_adapters import ModuleAdapters, by_module
 from lora_jax.interop.name_templates import split
-from lora_jax.interop.peft.load import CONFIG, load_by_module
+from lora_jax.interop.peft.load import read_by_module
+from lora_jax.interop.safetensors_index import tensors_in
 
 # The arguments of commands, as their help names them.
 Adapters = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTERS")]
@@ -25,6 +28,10 @@ Base = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
 Tuned = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TUNED")]
 Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
 Step = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+OWN, PEFT = "orbax", "peft"
+NOTHING = About()  # is said of the model
+Model = Annotated[Path | None, tyro.conf.arg(metavar="BASE")]
+Component = Literal["unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"]
 KNOWN = {name.lower(): name for name in key_maps.__all__ if isinstance(getattr(key_maps, name), KeyMap)}
 
 
@@ -58,7 +65,7 @@ class Names:
     def refuse(self, folder: Path) -> None:
         """Raise if a key map is given for a folder that names the modules itself."""
         if self.key_map is not None:
-            raise LoraError(f"{folder} is of HF PEFT and names the modules itself: leave out --key-map.")
+            raise LoraError(f"{folder} names the modules itself: leave out --key-map.")
 
 
 NameOptions = Annotated[Names, tyro.conf.arg(name="")]  # without a prefix of their own
@@ -78,40 +85,68 @@ class Contents(NamedTuple):
         return {split(entry.path)[0]: entry.kind for entry in entries}
 
 
-def is_of_peft(folder: Path) -> bool:
-    """Return whether a folder is one of HF PEFT."""
-    return (folder / CONFIG).exists()
+def format_in(path: Path, step: int | None) -> str:
+    """Return the format of adapters, a key of `FORMATS` or OWN.
+
+    Raises:
+        LoraError: a step is asked for, and files of this format have none.
+    """
+    name = format_of(path) or OWN
+    if step is not None and name != OWN:
+        raise LoraError(f"{path} is of {name}, which has no steps: leave out --step {step}.")
+    return name
 
 
-def read_adapters(folder: Path, step: int | None = None) -> Contents:
-    """Read a folder of HF PEFT, of lora_jax.checkpoint.save or of lora_jax.Checkpoints.
+def read_adapters(path: Path, step: int | None = None, about: About = NOTHING) -> Contents:
+    """Read adapters of any format, of lora_jax.checkpoint.save or of lora_jax.Checkpoints.
 
     Args:
-        folder: to read.
+        path: to read.
         step: of a folder of Checkpoints; by default its newest one.
+        about: the model, for the formats that need it.
 
     Raises:
         LoraError: it holds no adapters, or no such step.
     """
-    if is_of_peft(folder):
-        if step is not None:
-            raise LoraError(f"{folder} is a folder of HF PEFT, which has no steps: leave out --step {step}.")
-        return Contents(*load_by_module(folder))
-    return Contents(*checkpoint.load(folder, step=step), None)
+    name = format_in(path, step)
+    if name == OWN:
+        return Contents(*checkpoint.load(path, step=step), None)
+    if name == PEFT:
+        shapes = (
+            None if about.base is None else {name: place.shape for name, place in tensors_in(about.base)[0].items()}
+        )
+        read = read_by_module(path, shapes)
+        return Contents(read.adapters, read.whole, read.key_map)
+    found = read_modules(path, name, about)
+    assert found is not None  # PEFT alone has folders that have to be read as a whole
+    adapters, key_map = by_module(found)
+    return Contents(adapters, {}, key_map)
+
+
+def read_modules(path: Path, name: str, about: About) -> ModuleAdapters | None:
+    """Return the adapters of a path in this format by torch's modules; None if they have to be read as a whole.
+
+    Raises:
+        LoraError: it is not of this format; the files are read in another one.
+    """
+    read = FORMATS[name].read
+    if read is None:
+        raise LoraError(f"files for {name} are read as those of another format: leave --from out.")
+    return read(path, about)
 
 
 def for_files(
-    folder: Path, names: Names, step: int | None
+    folder: Path, names: Names, step: int | None, about: About = NOTHING
 ) -> tuple[Path | dict[str, Adapter], KeyMap | None, dict[str, Any] | None]:
     """Return adapters, their key map and others as `merge_checkpoint` takes them: of HF PEFT the folder itself.
 
     Raises:
         LoraError: as `read_adapters` and `table_of`.
     """
-    if is_of_peft(folder) and step is None:
+    if format_in(folder, step) == PEFT:
         names.refuse(folder)
         return folder, None, None
-    contents = read_adapters(folder, step)
+    contents = read_adapters(folder, step, about)
     return contents.adapters, table_of(folder, contents, names), contents.others or None
 
 

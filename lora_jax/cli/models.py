@@ -14,7 +14,7 @@ from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.analysis.differences import compare
 from lora_jax.analysis.spectrum import low_rank
 from lora_jax.checkpoints.replaceable import check_target
-from lora_jax.cli.adapters import NO_NAMES, print_written
+from lora_jax.cli.convert import NO_NAMES, print_written, ranks_of
 from lora_jax.cli.folders import Adapters, Base, NameOptions, Output, Step, Tuned, for_files
 from lora_jax.cli.output import print_json, print_table, progress_bar, say
 from lora_jax.core.axes import KernelAxes
@@ -160,7 +160,7 @@ def diff(
     save_peft(output, adapters, KeyMap(*entries))
     if not json:
         print_table(["module", "shape", "rank", "of the change"], rows, right=2)
-    return print_written(output, adapters, json)
+    return print_written(output, ranks_of(adapters), json)
 
 
 def _show(before: Path, after: Path, modules: str, as_json: bool) -> int:

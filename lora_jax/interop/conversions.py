@@ -1,0 +1,174 @@
+"""The formats that adapters are converted between, and what tells whose files they are."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from lora_jax.core.errors import LoraError
+from lora_jax.core.untrusted import open_file
+from lora_jax.interop import image_reader, mlx_write
+from lora_jax.interop.gguf_file import MAGIC
+from lora_jax.interop.gguf_read import read_gguf
+from lora_jax.interop.gguf_write import write_gguf
+from lora_jax.interop.image_writers import DIFFUSERS_FORMATS, KOHYA_FORMATS, write_diffusers, write_kohya
+from lora_jax.interop.mlx_read import read_mlx
+from lora_jax.interop.module_adapters import ModuleAdapters, by_module, mapped, module_adapters
+from lora_jax.interop.peft import files
+from lora_jax.interop.peft.common_rank import one_rank_for_all, padded
+from lora_jax.interop.peft.formats.format import Module
+from lora_jax.interop.peft.formats.registry import FORMATS as PEFT_FORMATS
+from lora_jax.interop.peft.formats.registry import LORA
+from lora_jax.interop.peft.save import save_peft
+from lora_jax.interop.peft_modules import read_peft, write_peft
+from lora_jax.interop.safetensors_index import header
+
+
+class About(NamedTuple):
+    """What the files of some formats leave out of the model that their adapters are for."""
+
+    base: Path | None = None  # its folder
+    component: str = "unet"  # of an image model
+
+    def model(self, why: str) -> Path:
+        """Return the model's folder, which is needed.
+
+        Raises:
+            LoraError: it is not known.
+        """
+        if self.base is None:
+            raise LoraError(f"{why}: say where the model is, --base FOLDER.")
+        return self.base
+
+
+Read = Callable[[Path, About], ModuleAdapters | None]
+Write = Callable[[Path, ModuleAdapters, About], None]
+
+
+class FileFormat(NamedTuple):
+    """A format of files, read and written one module at a time."""
+
+    programs: str  # that read it
+    kinds: tuple[str, ...]  # names of `peft.formats` that it has a place for; others are written as the LoRA they are
+    is_one_file: bool = False  # and no folder
+    is_of: Callable[[Path], bool] | None = None  # whether a path holds such adapters; None if they are not told apart
+    read: Read | None = None  # returns None where adapters have to be read as a whole
+    write: Write | None = None
+
+
+def fitted(found: ModuleAdapters, to: str) -> ModuleAdapters:
+    """Return adapters in a kind that a format has a place for: as they are, or as the LoRA that they are.
+
+    Raises:
+        LoraError: they are none.
+    """
+    if found.format.name in FORMATS[to].kinds:
+        return found
+    return module_adapters(f"a file for {to}", *by_module(found), formats=FORMATS[to].kinds)
+
+
+def format_of(path: Path) -> str | None:
+    """Return the format of a file or a folder, a key of `FORMATS`; None if it is none of these."""
+    return next((name for name, own in FORMATS.items() if own.is_of is not None and own.is_of(path)), None)
+
+
+# What tells a format -------------------------------------------------------------------------------------------------
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open_file(path) as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def _is_image(path: Path) -> bool:
+    file = image_reader.file_of(path)
+    return file.is_file() and file.suffix == ".safetensors"
+
+
+# How each is read and written -----------------------------------------------------------------------------------------
+
+
+def _read_image(path: Path, about: About) -> ModuleAdapters:
+    """Read one component, by the modules of its model where that is at hand: dots are underscores in most files."""
+    modules = None
+    if about.base is not None:
+        modules = _modules_in(about.base)
+    return image_reader.read_image(path, modules, component=about.component)
+
+
+def _modules_in(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the modules of a model by the files of its weights, whatever these are called, with their windows."""
+    if not (found := sorted(folder.glob("*.safetensors"))):
+        raise LoraError(f"there is no file of safetensors in {folder}: the model's folder is where its weights are.")
+    shapes = {name: place.shape for file in found for name, place in header(file).items()}
+    weights = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
+    return {name: shape[2:] for name, shape in weights.items() if len(shape) > 1}
+
+
+def _write_gguf(path: Path, found: ModuleAdapters, about: About) -> None:
+    write_gguf(path, found, base=about.model("GGUF has an architecture's own names and order of rows"))
+
+
+def _write_for_vllm(path: Path, found: ModuleAdapters, about: About) -> None:
+    _write_for_servers(path, found, "vllm")
+
+
+def _write_for_sglang(path: Path, found: ModuleAdapters, about: About) -> None:
+    _write_for_servers(path, found, "sglang")
+
+
+def _write_for_servers(path: Path, found: ModuleAdapters, profile: Literal["vllm", "sglang"]) -> None:
+    """Write a folder of PEFT with one rank and a scale of 1 for all, which every server reads rightly."""
+    if found.experts:  # which become other modules, all of them together
+        save_peft(path, *by_module(found), profile=profile)
+        return
+    rank = one_rank_for_all(found.outlines, {}, f"{profile} has")
+
+    def alike(module: Module) -> Module:
+        return Module(padded(LORA.rescaled(module, 1.0).arrays, rank), 1.0)
+
+    write_peft(path, mapped(found, alike))
+
+
+LORA_ALONE = (LORA.name,)
+FORMATS: Mapping[str, FileFormat] = {
+    "gguf": FileFormat(
+        "llama.cpp, Ollama, LM Studio",
+        LORA_ALONE,
+        True,
+        _is_gguf,
+        lambda path, about: read_gguf(path, base=about.base),
+        _write_gguf,
+    ),
+    "mlx": FileFormat(
+        "mlx-lm, LM Studio",
+        ("LORA", "DORA"),
+        is_of=lambda path: (path / mlx_write.WEIGHTS).exists(),
+        read=lambda path, about: read_mlx(path),
+        write=lambda path, found, about: mlx_write.write_mlx(path, found),
+    ),
+    "peft": FileFormat(
+        "HF PEFT, transformers",
+        tuple(name for name, kind in PEFT_FORMATS.items() if not kind.shared_tensors),
+        is_of=lambda path: (path / files.CONFIG).exists(),
+        read=lambda path, about: read_peft(path),
+        write=lambda path, found, about: write_peft(path, found),
+    ),
+    "vllm": FileFormat("vLLM", LORA_ALONE, write=_write_for_vllm),
+    "sglang": FileFormat("SGLang", LORA_ALONE, write=_write_for_sglang),
+    "kohya": FileFormat(
+        "sd-scripts, ComfyUI, Forge, InvokeAI",
+        KOHYA_FORMATS,
+        True,
+        _is_image,
+        _read_image,
+        lambda path, found, about: write_kohya(path, {about.component: found}),
+    ),
+    "diffusers": FileFormat(
+        "diffusers, ComfyUI",
+        DIFFUSERS_FORMATS,
+        True,
+        write=lambda path, found, about: write_diffusers(path, {about.component: found}),
+    ),
+}
