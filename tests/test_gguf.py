@@ -453,6 +453,20 @@ def test_parameters_there_and_back(tmp_path, model_type):
     assert [*load_gguf(tmp_path / "head", plan, MOE, base=base)] == ["lm_head/kernel"]
 
 
+def test_experts_that_are_modules_of_their_own(tmp_path):
+    """Stacked in one parameter, of which one expert has no adapter: its zeros come back."""
+    key_map = KeyMap(linear("layers/up/kernel", "model.layers.{i}.mlp.experts.{e}.up_proj", "i e in out"))
+    a, b = (jax.random.normal(jax.random.key(n), (2, EXPERTS, *shape)) for n, shape in enumerate(((D, 2), (2, INNER))))
+    a, b = (array_.at[1, 0].set(0) for array_ in (a, b))
+    adapter = lora.LoraAdapter(a, b, lora.KernelAxes((0, 1), (2,), (3,)), 1.0)
+    save_gguf(tmp_path / "file", {"layers/up/kernel": adapter}, key_map, base=BASES["qwen3moe"])
+    assert len(arrays_in(tmp_path / "file")) == 4
+    params = {"layers": {"up": {"kernel": jnp.zeros((2, EXPERTS, D, INNER))}}}
+    back = load_gguf(tmp_path / "file", params, key_map)["layers/up/kernel"]
+    np.testing.assert_array_equal(back.a, a)
+    np.testing.assert_array_equal(back.b, b)
+
+
 def test_a_text_model_inside_another_one(tmp_path):
     """Gemma 3 with images: what is written are the tensors of the text model, whatever its names begin with."""
     base = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "num_attention_heads": HEADS}}
