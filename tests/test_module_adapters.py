@@ -122,3 +122,22 @@ def test_a_module_that_no_parameter_is() -> None:
     params = {path: shape for path, shape in PARAMS.items() if path != "up"}
     with pytest.raises(lora.LoraError, match=r"experts\.up"):
         for_parameters(_found(), params, MAP, SOURCE)
+
+
+@pytest.mark.parametrize("order", [("q", "k", "v"), ("k", "q", "v"), ("v", "k", "q"), ("v", "q")])
+def test_parts_of_a_module_in_any_order(order: tuple[str, ...]) -> None:
+    """Each part's rows of A and columns of B belong together, in whatever order the adapters are given."""
+    key_map = KeyMap(*(linear(f"{name}/kernel", "m.qkv", part=i) for i, name in enumerate("qkv")))
+    params = {f"{name}/kernel": jax.ShapeDtypeStruct((4, 3), jnp.float32) for name in "qkv"}
+    axes, rng = lora.KernelAxes((), (0,), (1,)), np.random.default_rng(0)
+    adapters = {}
+    for name in order:
+        rank = 1 + "qkv".index(name)
+        a, b = rng.normal(size=(4, rank)), rng.normal(size=(rank, 3))
+        adapters[f"{name}/kernel"] = lora.LoraAdapter(jnp.asarray(a), jnp.asarray(b), axes, 0.5 * rank)
+    (arrays, scale) = module_adapters(CALL, adapters, key_map, params=params).modules["m.qkv"]
+    found = np.split(scale * arrays["b"] @ arrays["a"], 3)
+    for name, change in zip("qkv", found, strict=True):
+        own = adapters.get(f"{name}/kernel")
+        expected = np.zeros((3, 4)) if own is None else own.scale * np.asarray(own.a @ own.b).T
+        np.testing.assert_allclose(change, expected, atol=1e-5)

@@ -28,9 +28,10 @@ def write_gguf(path: Path, found: ModuleAdapters, *, base: Base, dtype: Any = No
         )
     plan = _planned(path, found, facts, tied)
     dtypes = [_dtype_of(path, tensors, found, dtype) for tensors in plan]
+    outlines = {name: module._replace(scale=1.0) for name, module in found.outlines.items()}  # nothing to compute
     forms: dict[str, tuple[str, tuple[int, ...]]] = {}
     for tensors, own in zip(plan, dtypes, strict=True):
-        for name, array in _named(tensors, to_pairs(tensors, found.outlines, facts)):
+        for name, array in _named(tensors, to_pairs(tensors, outlines, facts)):
             if len(name.encode()) > LONGEST_NAME:
                 raise LoraError(f"{path}: {short(name)} is longer than the 63 bytes that llama.cpp has for a name.")
             forms[name] = (own, array.shape)

@@ -122,7 +122,7 @@ class LlamaCpp:
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
     def adapter(self, path):
-        """Load an adapter; None where llama.cpp refuses it."""
+        """Load an adapter; a null pointer, which is false, where llama.cpp refuses it."""
         return llama_cpp.llama_adapter_lora_init(self.model, str(path).encode())
 
     def logits(self, ids, *adapters):

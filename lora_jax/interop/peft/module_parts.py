@@ -30,7 +30,7 @@ def joined(
         )
     scales = list(dict.fromkeys(module.scale for module in found.values()))
     scale = scales[0] if len(scales) == 1 else 1.0
-    arrays = {i: format.rescaled(module, scale).arrays for i, module in found.items()}
+    arrays = {i: format.rescaled(module, scale).arrays for i, module in sorted(found.items())}  # as B has its columns
     blocks = [b for _, b in format.pairs]
     over_outputs = [field for field, layout in format.adapter.layout.items() if layout == OF_OUTPUTS]
     over_rank = [field for field in format.endings if field not in (*blocks, *over_outputs)]
