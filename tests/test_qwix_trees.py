@@ -107,7 +107,7 @@ def save(folder, tree, **custom):
 
 def test_a_checkpoint_of_maxtext(tmp_path):
     """With the states of an optimizer beside, which have the same names, and alpha in orbax's metadata."""
-    tree = tree_of() | {"opt_state": {"mu": tree_of()}, "step": np.asarray(3)}
+    tree = tree_of() | {"opt_state": [{"mu": tree_of()}], "step": np.asarray(3)}
     save(tmp_path / "200", tree, lora={"lora_rank": R, "lora_alpha": 8.0}, scan_layers=True)
     expected = from_qwix(tree_of(), PLAN, alpha=8.0)
     for folder in (tmp_path / "200", tmp_path / "200" / "items"):

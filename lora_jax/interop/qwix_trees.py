@@ -153,12 +153,31 @@ def load_maxtext(folder: str | Path, plan: Plan, *, alpha: float | None = None) 
         raise LoraError(f"{folder} was trained with alpha {said}, and alpha={alpha} is given: leave it out.")
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            forms = checkpointer.metadata(tree_folder).item_metadata.tree
+            forms = _factors_alone(checkpointer.metadata(tree_folder).item_metadata.tree)
+            # Shapes are checked before anything is read: zeros in them take no memory.
+            from_qwix(jax.tree.map(lambda form: np.broadcast_to(np.float32(0), form.shape), forms), plan, alpha=own)
             whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), forms)
-            tree = checkpointer.restore(tree_folder, ocp.args.PyTreeRestore(restore_args=whole))
+            args = ocp.args.PyTreeRestore(item=forms, restore_args=whole, partial_restore=True)
+            tree = checkpointer.restore(tree_folder, args)
+    except LoraError:
+        raise
     except Exception as error:  # a damaged folder raises errors of many types
         raise LoraError(f"{tree_folder} is no tree that orbax has saved: {first_line(error)}.") from error
     return from_qwix(tree, plan, alpha=own)
+
+
+def _factors_alone(forms: Any) -> dict[str, Any]:
+    """Return the nested dicts of a saved tree with just the factors: a checkpoint may have the whole model beside."""
+    found: dict[str, Any] = {}
+    for path, form in jax.tree_util.tree_flatten_with_path(forms)[0]:
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        name = "/".join(map(str, keys))
+        if len(keys) == len(path) and _of_tree(name) is not None:
+            node = found
+            for key in keys[:-1]:
+                node = node.setdefault(key, {})
+            node[keys[-1]] = form
+    return found
 
 
 def _alpha_in(folder: Path) -> float | None:
