@@ -22,6 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax.adapters.arguments import check_dtype
+from lora_jax.checkpoints.reading import identity
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError, short
 from lora_jax.interop.key_map import Array, KeyMap
@@ -87,6 +88,7 @@ def read_torchtune(path: Path, *, alpha: float, heads: int, kv_heads: int, inter
         raise LoraError(f"alpha is {short(alpha)}, expected a number that is not 0.")
     if path.suffix in (".pt", ".bin") and os.path.lexists(path):
         raise LoraError(f"{path} is a pickle, which may run any code: save its tensors as safetensors first.")
+    before = identity(path)
     modules = _modules(path)
     kind = FORMATS["DORA" if any("m" in places for places in modules.values()) else "LORA"]
     counts = {"q_proj": heads, "k_proj": kv_heads} if interleaved else {}
@@ -102,6 +104,8 @@ def read_torchtune(path: Path, *, alpha: float, heads: int, kv_heads: int, inter
         outlines[name] = Module(arrays, alpha / len(arrays["a"]))
 
     def make(name: str) -> Module:
+        if identity(path) != before:
+            raise LoraError(f"{path} was replaced while it was read: call this again.")
         arrays: Arrays = {
             field: read(path.parent, place, DTYPES[place.dtype]).reshape(place.shape)
             for field, place in modules[name].items()
