@@ -170,6 +170,14 @@ def test_without_a_model_and_one_module_at_a_time(tmp_path):
         assert (tmp_path / "third" / file).read_bytes() == (tmp_path / "first" / file).read_bytes()
 
 
+def test_a_folder_that_is_replaced_while_it_is_read(tmp_path):
+    save_mlx(tmp_path / "in", adapters_of(), MAP)
+    found = read_mlx(tmp_path / "in")
+    save_mlx(tmp_path / "in", adapters_of(**PATTERNS), MAP)
+    with pytest.raises(lora.LoraError, match="was replaced while it was read"):
+        found.modules[Q]
+
+
 def test_what_mlx_has_no_place_for(tmp_path):
     one = lora.LoraAdapter(jnp.ones((3, 3, 4, R)), jnp.ones((R, 8)), lora.KernelAxes((), (0, 1, 2), (3,)), 1.0)
     with pytest.raises(lora.LoraError, match="no LoRA of convolutions"):

@@ -7,15 +7,19 @@ change of each weight in torch's layout, of experts [experts, out, in].
 
 import json
 import re
+from random import Random
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_untrusted import assert_harmless
 
 import lora_jax as lora
 from lora_jax import key_maps
+from lora_jax.interop.peft.load import load_by_module
+from lora_jax.interop.peft_modules import read_peft
 
 E, D, F, R = 3, 8, 5, 2
 AT = "model/layers/{}/{}/kernel"
@@ -316,6 +320,57 @@ def test_stacked_experts_do_not_take_more_memory_than_they_may(tmp_path):
     save_file(tensors | twice, tmp_path / "in/adapter_model.safetensors")
     with pytest.raises(lora.LoraError, match="is there twice"):
         lora.load_peft(tmp_path / "in", PARAMS, MAP)
+
+
+def test_without_a_model(tmp_path):
+    """By names alone: the modules of each expert, also where their outer factors are one in the file."""
+    lora.save_peft(tmp_path / "in", adapters_of(shared=True), MAP, profile="sglang")
+    adapters, _, key_map = load_by_module(tmp_path / "in")
+    lora.save_peft(tmp_path / "out", adapters, key_map)
+    tensors, config = folder_of(tmp_path / "out")
+    assert_same_changes(vllm(tensors, config, joined=False), adapters_of(shared=True))
+    assert read_peft(tmp_path / "in") is None
+
+
+def test_experts_without_gates(tmp_path):
+    ungated = key_maps.KeyMap(*(key_maps.experts(name, f"m.experts.{name}") for name in ("up_proj", "down_proj")))
+    axes = lora.KernelAxes((0,), (1,), (2,))
+    up = lora.LoraAdapter(jnp.ones((E, D, R)), jnp.ones((E, R, F)), axes, 1.0)
+    tensors, _ = lora.peft_tensors({"up_proj": up}, ungated, profile="vllm")
+    assert {name.removeprefix("base_model.model.m.experts"): tensor.shape for name, tensor in tensors.items()} == {
+        ".base_layer.lora_A.weight": (E * R, D),
+        ".base_layer.lora_B.weight": (F, E * R),
+        ".lora_A.weight": (E * R, F),
+        ".lora_B.weight": (D, E * R),
+    }
+    lora.save_peft(tmp_path / "out", {"up_proj": up}, ungated, profile="vllm-by-expert")
+    again, _ = lora.load_peft(tmp_path / "out", {"up_proj": jax.ShapeDtypeStruct((E, D, F), jnp.float32)}, ungated)
+    np.testing.assert_array_equal(again["up_proj"].a, up.a)
+    np.testing.assert_array_equal(again["up_proj"].b, up.b)
+
+
+def test_mutations(tmp_path):
+    """Names, shapes and configs changed: adapters or the library's own error."""
+    random, ends = Random(0), [0, 0]
+    lora.save_peft(tmp_path / "in", adapters_of(shared=True), MAP, profile="sglang")
+    tensors, config = folder_of(tmp_path / "in")
+    for _ in range(100):
+        own = dict(tensors)
+        name = random.choice(sorted(own))
+        shape = tuple(random.choices([0, 1, 2, 3, 8], k=random.randrange(5)))
+        names = [name, name, name.replace("experts", "experts.0"), name.replace("gate", "up"), name.replace("A", "B")]
+        tensor = own.pop(name)
+        own[random.choice(names)] = random.choice([tensor, tensor, np.ones(shape, np.float32)])
+        save_file(own, tmp_path / "in/adapter_model.safetensors")
+        entries = config | random.choice([{}, {"target_modules": []}, {"r": 3}, {"rank_pattern": {"experts": 1}}])
+        (tmp_path / "in/adapter_config.json").write_text(json.dumps(entries))
+        try:
+            lora.load_peft(tmp_path / "in", PARAMS, MAP)
+            ends[0] += 1
+        except lora.LoraError as error:
+            assert_harmless(str(error))
+            ends[1] += 1
+    assert min(ends) > 5
 
 
 def test_adapters_of_a_bank_are_for_servers_too():

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lora_jax.checkpoints.reading import identity
 from lora_jax.core.errors import LoraError, short
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.mlx_write import CONFIG, EXPERTS, WEIGHTS
@@ -58,11 +59,14 @@ def read_mlx(folder: Path) -> ModuleAdapters:
     Raises:
         LoraError: as `load_mlx`, but for what is wrong with a key map.
     """
+    before = identity(folder)
     kind, rank, scale = _config(folder / CONFIG)
     projections = _projections(folder, rank, with_lengths=kind == "dora")
     sources = _sources(folder, projections)
 
     def make(name: str) -> Module:
+        if identity(folder) != before:
+            raise LoraError(f"{folder} was replaced while it was read: call this again.")
         return Module(_arrays(folder, sources[name], zeros=False), scale)
 
     outlines: dict[str, Module] = {}
