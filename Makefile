@@ -10,7 +10,7 @@ ARGS ?=
 NEWEST ?= $(shell for python in python3.13 python3.12 $$(ls -d $$HOME/.pyenv/versions/3.1[23].*/bin/python 2>/dev/null | sort -rV); \
 	do $$python -c "" 2>/dev/null && echo $$python && break; done)
 
-.PHONY: demo demo-sharded compare compare-methods headlines assets test test-newest test-compiled run-compiled test-interop \
+.PHONY: demo demo-sharded compare compare-methods headlines assets test test-newest test-compiled run-compiled test-interop test-image \
 	interop-models environments lint format types architecture clean
 
 demo: $(VENV)/.demo
@@ -32,7 +32,7 @@ assets: $(VENV)/.demo
 	$(RUN) examples/assets.py
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore tests/interop_models --ignore tests/interop_peft --ignore tests/interop_qwix --ignore tests/compiled $(ARGS)
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore tests/interop_models --ignore tests/interop_peft --ignore tests/interop_qwix --ignore tests/interop_image --ignore tests/compiled $(ARGS)
 
 test-newest:
 	@python="$(NEWEST)"; if [ -z "$$python" ]; then \
@@ -41,6 +41,9 @@ test-newest:
 
 test-interop: $(VENV)/.test-interop
 	$(RUN) -m pytest --numprocesses 2 tests/interop_peft tests/interop_qwix $(ARGS)
+
+test-image: $(VENV)/.test-image
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/interop_image --slow $(ARGS)
 
 # Compiles for TPUs and GPUs that are not there: a quarter of an hour on two cores, and two minutes once .compiled_cache
 # has what is compiled. Its conftest stands alone. Neighbours share programs, so each process begins with one half of the
@@ -92,6 +95,10 @@ $(VENV)/.dev: pyproject.toml | $(RUN)
 $(VENV)/.test-interop: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[interop]'
 	@touch $@ $(VENV)/.dev $(VENV)/.demo
+
+$(VENV)/.test-image: pyproject.toml | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[interop-image]'
+	@touch $@ $(VENV)/.test-interop $(VENV)/.dev $(VENV)/.demo
 
 .venv-compiled/.done: pyproject.toml
 	$(NEWEST) -m venv .venv-compiled

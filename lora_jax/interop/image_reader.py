@@ -78,13 +78,24 @@ def groups_of(path: Path) -> dict[str | None, dict[str, Group]]:
     return found
 
 
+def modules_of_tensors(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return the modules of a model and their windows, by the names and shapes of its tensors in torch.
+
+    >>> modules_of_tensors({"conv_in.weight": (8, 4, 3, 3), "proj.weight": (8, 8), "proj.bias": (8,)})
+    {'conv_in': (3, 3), 'proj': ()}
+    """
+    weights = {name: shape for name, shape in shapes.items() if name.endswith(".weight") and len(shape) > 1}
+    return {name.removesuffix(".weight"): tuple(shape[2:]) for name, shape in weights.items()}
+
+
 def read_image(path: Path, modules: Mapping[str, Shape] | None = None, *, component: str = "unet") -> ModuleAdapters:
     """Return the adapters of one component of a file, each module read when it is asked for.
 
     Args:
         path: the file, or a folder that diffusers wrote.
         modules: the model's modules, with the window of each that is a convolution and `()` of the others. Without
-            them only files with whole names of modules can be read, such as those of diffusers.
+            them only files with whole names of modules can be read, such as those of diffusers. `modules_of_tensors`
+            has them of a published model.
         component: "unet" or "transformer", "text_encoder", "text_encoder_2" or "text_encoder_3".
 
     Raises:
