@@ -15,9 +15,10 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lora
 from lora_jax.interop import image_tensors
 from lora_jax.interop.image import inspect_image, load_image, save_diffusers, save_kohya
+from lora_jax.interop.image_joined import rows_of
 from lora_jax.interop.image_names import ModuleNames, parse
 from lora_jax.interop.image_reader import read_image
-from lora_jax.interop.image_spellings import rows_of, spellings
+from lora_jax.interop.image_spellings import spellings
 from lora_jax.interop.image_writers import write_kohya
 from lora_jax.key_maps import KeyMap, conv, experts, linear
 
