@@ -43,7 +43,7 @@ test-interop: $(VENV)/.test-interop
 	$(RUN) -m pytest --numprocesses 2 tests/interop_peft tests/interop_qwix $(ARGS)
 
 test-image: $(VENV)/.test-image
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/interop_image --slow $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 tests/interop_image $(ARGS)
 
 # Compiles for TPUs and GPUs that are not there: a quarter of an hour on two cores, and two minutes once .compiled_cache
 # has what is compiled. Its conftest stands alone. Neighbours share programs, so each process begins with one half of the

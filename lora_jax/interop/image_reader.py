@@ -156,7 +156,7 @@ def _sources(path: Path, groups: Mapping[str, Group], modules: Mapping[str, Shap
         except LoraError as error:
             raise LoraError(f"{path}: {short(group.name.module)} {str(error).rstrip('.')}.") from None
         format = LORA.name if len(targets) > 1 and form.format == "LOKR" else form.format
-        ranks = _own_ranks(path, group, form, len(targets))
+        ranks = _own_ranks(path, group, len(targets))
         for target, own_rank in zip(targets, ranks, strict=True):
             if target.module in sources:
                 other = sources[target.module].group.name.module
@@ -228,9 +228,9 @@ def _check_ranks(path: Path, outlines: Mapping[str, Module], config: Config | No
             )
 
 
-def _own_ranks(path: Path, group: Group, form: Form, parts: int) -> list[slice]:
+def _own_ranks(path: Path, group: Group, parts: int) -> list[slice]:
     """Return which of the rank's entries each of several joined modules has."""
-    if parts == 1 or form.format not in ("LORA", "DORA"):
+    if parts == 1 or "up" not in group.places:
         return [slice(None)] * parts
     return own_ranks(_tensor(path, group.places["up"]), group.places["down"].shape[1], parts)
 
