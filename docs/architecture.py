@@ -65,7 +65,7 @@ _ROOMS = (
             "interop.safetensors_writer",
             "interop._safetensors",
         ),
-        ("core", "checkpoints.failures"),
+        ("core",),
     ),
     Room("sharding", "Where adapters and batches are on a mesh.", ("sharding",), ("core", "transform")),
     Room("checkpoints", "Adapters and runs on disk.", ("checkpoints",), ("core", "adapters")),

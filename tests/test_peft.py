@@ -704,7 +704,7 @@ def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lora_jax.interop._safetensors.save_file", fail)
+    monkeypatch.setattr("lora_jax.interop.safetensors_writer._bytes", fail)
     with pytest.raises(lora.LoraError, match="No space left"):
         lora.save_peft(tmp_path / "out", adapters, MLP)
     monkeypatch.undo()

@@ -53,6 +53,15 @@ def test_what_is_not_of_modules_alone_is_left_to_load_peft(beside: str, tmp_path
     assert read_peft(tmp_path / "folder") is None
 
 
+def test_a_folder_that_is_replaced_while_it_is_read(tmp_path: Path) -> None:
+    lora.save_peft(tmp_path / "folder", OF_MODULES, MAP)
+    found = read_peft(tmp_path / "folder")
+    lora.save_peft(tmp_path / "folder", {"q/kernel": ADAPTERS["q/kernel"]}, MAP)
+    assert found is not None
+    with pytest.raises(lora.LoraError, match="was replaced while it was read"):
+        found.modules["m.q"]
+
+
 def test_each_module_is_asked_for_once(tmp_path: Path) -> None:
     found = module_adapters(CALL, ADAPTERS, MAP)
     asked = Counter[str]()

@@ -28,20 +28,20 @@ def of_one_save(read: Read) -> Read:
 def read_whole(folder: Path, read: Callable[[], T]) -> T:
     """Return what `read` reads of a folder as one save left it: again, if another save came meanwhile."""
     for _ in range(TRIES):
-        before = _identity(folder)
+        before = identity(folder)
         try:
             found = read()
         except Exception:
-            if _identity(folder) == before:
+            if identity(folder) == before:
                 raise
         else:
-            if _identity(folder) == before:
+            if identity(folder) == before:
                 return found
     raise LoraError(f"{folder} is replaced all the time, faster than it can be read: read a copy of it.")
 
 
-def _identity(folder: Path) -> tuple[int, int, int] | None:
-    """Return what tells a folder from another one that takes its place; None if there is none."""
+def identity(folder: Path) -> tuple[int, int, int] | None:
+    """Return what tells a file or folder from another one that takes its place; None if there is none."""
     try:
         found = folder.stat()
     except (OSError, ValueError):

@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 
 from lora_jax.checkpoints.atomic_dir import written
-from lora_jax.checkpoints.reading import of_one_save
+from lora_jax.checkpoints.reading import identity, of_one_save
 from lora_jax.core.errors import LoraError
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.module_adapters import Lazy, ModuleAdapters, key_map_of, outline
@@ -29,6 +29,7 @@ def read_peft(folder: Path) -> ModuleAdapters | None:
     Raises:
         LoraError: as `load_peft`.
     """
+    before = identity(folder)
     config = read_config(folder / CONFIG)
     places = places_of_tensors(folder / WEIGHTS)
     names = names_as_peft_has_them(places, config.format.shared_tensors, folder / WEIGHTS)
@@ -40,6 +41,8 @@ def read_peft(folder: Path) -> ModuleAdapters | None:
     theirs = {own: name for name, own in names.items()}
 
     def make(module: str) -> Module:
+        if identity(folder) != before:
+            raise LoraError(f"{folder} was replaced while it was read: call this again.")
         arrays, scale = found.modules[module]
         own: Arrays = {}
         for field, array in arrays.items():

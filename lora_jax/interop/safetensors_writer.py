@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.checkpoints.failures import not_written
 from lora_jax.core.errors import LoraError
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.safetensors_index import DTYPES
@@ -33,17 +32,14 @@ def write_safetensors(
         metadata: what the header says beside.
 
     Raises:
-        LoraError: the file cannot be written; a tensor is of a dtype that the format does not have, or is not as
-            `tensors` says.
+        LoraError: a tensor is of a dtype that the format does not have, or is not as `tensors` says.
+        OSError: the file cannot be written, which `checkpoints.atomic_dir.written` makes a LoraError of.
     """
     order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name][1]).itemsize, name))  # so that all are aligned
-    try:
-        with path.open("xb") as file:
-            file.write(_header(path, tensors, order, metadata))
-            for name in order:
-                file.write(_bytes(path, name, array_of(name), tensors[name]))
-    except OSError as error:
-        raise not_written(path, error) from error
+    with path.open("xb") as file:
+        file.write(_header(path, tensors, order, metadata))
+        for name in order:
+            file.write(_bytes(path, name, array_of(name), tensors[name]))
 
 
 def _header(path: Path, tensors: Mapping[str, Form], order: list[str], metadata: Mapping[str, str]) -> bytes:
