@@ -11,7 +11,7 @@ NEWEST ?= $(shell for python in python3.13 python3.12 $$(ls -d $$HOME/.pyenv/ver
 	do $$python -c "" 2>/dev/null && echo $$python && break; done)
 
 .PHONY: demo demo-sharded compare compare-methods headlines assets test test-newest test-compiled run-compiled test-interop \
-	test-gguf run-gguf test-mlx interop-models environments lint format types architecture clean
+	test-gguf run-gguf test-mlx test-image interop-models environments lint format types architecture clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py $(ARGS)
@@ -55,6 +55,9 @@ test-mlx: | $(RUN)
 	@if $(RUN) -c 'import platform; exit((platform.system(), platform.machine()) not in [("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64")])'; \
 	then $(MAKE) --no-print-directory $(VENV)/.test-mlx && $(RUN) -m pytest tests/interop_mlx $(ARGS); \
 	else echo "test-mlx is skipped: mlx has no wheels for this system"; fi
+
+test-image: $(VENV)/.test-image
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 tests/interop_image $(ARGS)
 
 # Compiles for TPUs and GPUs that are not there: a quarter of an hour on two cores, and two minutes once .compiled_cache
 # has what is compiled. Its conftest stands alone. Neighbours share programs, so each process begins with one half of the
@@ -115,6 +118,10 @@ $(VENV)/.test-gguf: pyproject.toml | $(RUN)
 $(VENV)/.test-mlx: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,interop-mlx]'
 	@touch $@ $(VENV)/.dev $(VENV)/.demo
+
+$(VENV)/.test-image: pyproject.toml | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[interop-image]'
+	@touch $@ $(VENV)/.test-interop $(VENV)/.dev $(VENV)/.demo
 
 .venv-compiled/.done: pyproject.toml
 	$(NEWEST) -m venv .venv-compiled

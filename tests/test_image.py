@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections import Counter
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,10 +16,13 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lora
 from lora_jax.interop import image_tensors
 from lora_jax.interop.image import inspect_image, load_image, save_diffusers, save_kohya
+from lora_jax.interop.image_joined import rows_of
 from lora_jax.interop.image_names import ModuleNames, parse
 from lora_jax.interop.image_reader import read_image
-from lora_jax.interop.image_spellings import rows_of, spellings
-from lora_jax.interop.image_writers import write_kohya
+from lora_jax.interop.image_spellings import spellings
+from lora_jax.interop.image_writers import write_diffusers, write_kohya
+from lora_jax.interop.module_adapters import Lazy, module_adapters
+from lora_jax.interop.peft.formats.format import Module
 from lora_jax.key_maps import KeyMap, conv, experts, linear
 
 IN, OUT, RANK = 6, 4, 2
@@ -504,6 +508,20 @@ def test_from_one_file_to_another_without_a_model(tmp_path: Path) -> None:
         read_image(tmp_path / "second.safetensors")
 
 
+def test_each_module_is_asked_for_once(tmp_path: Path) -> None:
+    found = module_adapters("save(path, adapters, key_map)", ours("dora"), MAP, formats=("LORA", "DORA"))
+    asked = Counter[str]()
+
+    def make(name: str) -> Module:
+        asked[name] += 1
+        return found.modules[name]
+
+    counted = found._replace(modules=Lazy([*found.modules], make))
+    for i, write in enumerate((write_kohya, write_diffusers), 1):
+        write(tmp_path / "file.safetensors", {"unet": counted}, dtype=jnp.bfloat16)
+        assert asked == Counter(dict.fromkeys(found.modules, i))
+
+
 def test_with_a_plan(tmp_path: Path) -> None:
     params = {"mid": {"q": {"kernel": jnp.zeros((IN, OUT))}}}
     plan = lora.plan(
@@ -638,3 +656,37 @@ def test_changed_files_are_read_or_refused(share: Any, tmp_path: Path) -> None:
         for params, key_map in ((PARAMS, MAP), (FLUX_PARAMS, FLUX_MAP)):
             with contextlib.suppress(lora.LoraError):
                 assert load_image(path, params, key_map)
+
+
+def test_files_of_any_names_and_shapes_are_read_or_refused(share: Any, tmp_path: Path) -> None:
+    """Well-formed files whose tensors have names and shapes of one another."""
+    chosen, path = Random(1), tmp_path / "file.safetensors"
+    endings = [ending for shapes, _ in FORMS.values() for ending in shapes]
+    endings += ["alpha", "dora_scale", "lora_magnitude_vector", "lora_A.weight", "lora_B.weight", "oft_blocks", "diff"]
+    modules = [Q_NAME, CONV_NAME, "unet.mid_block.attentions.0.to_q", "lora_unet_double_blocks_0_img_attn_qkv"]
+    modules += ["lora_unet_single_blocks_0_linear1", "transformer.transformer_blocks.0.attn.to_q", "", "x."]
+    dtypes = [np.float32, np.float16, np.float64, jnp.bfloat16, np.int64]
+    for _ in range(share(1000)):
+        form = chosen.choice([*FORMS])
+        module = CONV_NAME if "conv" in form or "cores" in form else Q_NAME
+        module = chosen.choice(modules) if not chosen.randrange(3) else module
+        own = [[module, *pair, np.float32] for pair in {**FORMS[form][0], "alpha": ()}.items()]
+        for _ in range(chosen.choice([0, 1, 1, 2, 3])):
+            tensor = chosen.choice(own)
+            sizes = [*tensor[2]]
+            place = chosen.randrange(len(sizes) + 1)
+            changed = [*sizes[:place], chosen.randrange(5), *sizes[place + chosen.randrange(2) :]]
+            others = [chosen.choice(modules), chosen.choice(endings), changed, chosen.choice(dtypes)]
+            field = chosen.randrange(4)
+            tensor[field] = others[field]
+        tensors = {f"{name}.{ending}": np.ones(sizes, dtype) for name, ending, sizes, dtype in own}
+        written(path, tensors, options() if not chosen.randrange(4) else None)
+        for params, key_map in ((PARAMS, MAP), (FLUX_PARAMS, FLUX_MAP)):
+            with contextlib.suppress(lora.LoraError):
+                assert load_image(path, params, key_map)
+        with contextlib.suppress(lora.LoraError):
+            found = read_image(path)
+            for name, module_of in found.modules.items():
+                for field, array in module_of.arrays.items():
+                    outline = found.outlines[name].arrays[field]
+                    assert (outline.shape, outline.dtype) == (array.shape, array.dtype)

@@ -4,6 +4,9 @@
     architectures       key maps of published models; public as `lora_jax.key_maps`
     safetensors_index   where the tensors of a published model are in its files
     peft/               folders of HF PEFT, read and written
+    module_adapters     what files of all formats hold, with peft_modules (folders of PEFT by it)
+    image               adapters of image models: image_names, image_spellings and image_joined (modules), image_forms
+                        and image_tensors (arrays), image_metadata, image_reader and image_writers
     merge_checkpoint    adapters merged into the files of a published model, without building it, with
                         tensor_changes (what becomes of each tensor), tied_files (one tensor for both ends) and
                         file_parts (the bytes that are read and written)

@@ -42,6 +42,7 @@ _DOTTED = {
     "text_encoders.clip_g.transformer.": "text_encoder_2",
     "text_encoders.t5xxl.transformer.": "text_encoder_3",
 }
+_BEGINNINGS = sorted({**_UNDERSCORED, **_DOTTED}.items(), key=lambda pair: len(pair[0]), reverse=True)
 
 # What names of tensors end with, and the array that each is. The arrays have LyCORIS' names.
 _LORA = ("lora_{}.weight", "lora.{}.weight", "lora_linear_layer.{}.weight")
@@ -86,14 +87,13 @@ def parse(name: str) -> TensorName:
     Raises:
         LoraError: it is of an adapter that has no place here, or of none; the message lacks the file's name.
     """
-    whole, module, array = name, *_split(name)
-    for beginnings, is_underscored in ((_UNDERSCORED, True), (_DOTTED, False)):
-        for beginning in sorted(beginnings, key=len, reverse=True):
-            if module.startswith(beginning) and len(module) > len(beginning):
-                rest = module.removeprefix(beginning)
-                if is_underscored and "." in rest:
-                    raise LoraError(f"holds {short(whole)}, in which the module has both underscores and dots.")
-                return TensorName(beginnings[beginning], rest, is_underscored, array)
+    module, array = _split(name)
+    for beginning, component in _BEGINNINGS:
+        if module.startswith(beginning) and len(module) > len(beginning):
+            rest, is_underscored = module.removeprefix(beginning), beginning in _UNDERSCORED
+            if is_underscored and "." in rest:
+                raise LoraError(f"holds {short(name)}, a name of sd-scripts, in which a module has no dots.")
+            return TensorName(component, rest, is_underscored, array)
     return TensorName(None, module, False, array)
 
 

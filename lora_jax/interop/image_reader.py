@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,13 +10,13 @@ import numpy as np
 
 from lora_jax.core.errors import LoraError, short
 from lora_jax.interop.image_forms import Form, Shape, form_of
+from lora_jax.interop.image_joined import own_ranks, part_of
 from lora_jax.interop.image_metadata import metadata_of, options_of
 from lora_jax.interop.image_names import COMPONENTS, DENOISERS, ModuleNames, Target, TensorName, parse
-from lora_jax.interop.image_spellings import rows_of
 from lora_jax.interop.image_tensors import arrays_of, forms_of_arrays
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.module_adapters import Lazy, ModuleAdapters, outline
-from lora_jax.interop.peft.formats.format import Arrays, Config, Format, Module
+from lora_jax.interop.peft.formats.format import Config, Format, Module
 from lora_jax.interop.peft.formats.registry import FORMATS, LORA
 from lora_jax.interop.peft.options import LIMIT
 from lora_jax.interop.safetensors_index import DTYPES, Tensor, header, read
@@ -29,7 +29,7 @@ class Group(NamedTuple):
     """The tensors that a file has under one name of a module."""
 
     name: TensorName  # of one of them
-    places: Mapping[str, Tensor]  # by arrays
+    places: dict[str, Tensor]  # by arrays
 
 
 class _Source(NamedTuple):
@@ -73,9 +73,18 @@ def groups_of(path: Path) -> dict[str | None, dict[str, Group]]:
         places = groups.setdefault(name.module, Group(name, {})).places
         if name.array in places:
             raise LoraError(f"{path} holds {short(tensor)}, and the same under another name.")
-        assert isinstance(places, dict)
         places[name.array] = place
     return found
+
+
+def modules_of_tensors(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return the modules of a model and their windows, by the names and shapes of its tensors in torch.
+
+    >>> modules_of_tensors({"conv_in.weight": (8, 4, 3, 3), "proj.weight": (8, 8), "proj.bias": (8,)})
+    {'conv_in': (3, 3), 'proj': ()}
+    """
+    weights = {name: shape for name, shape in shapes.items() if name.endswith(".weight") and len(shape) > 1}
+    return {name.removesuffix(".weight"): tuple(shape[2:]) for name, shape in weights.items()}
 
 
 def read_image(path: Path, modules: Mapping[str, Shape] | None = None, *, component: str = "unet") -> ModuleAdapters:
@@ -84,7 +93,8 @@ def read_image(path: Path, modules: Mapping[str, Shape] | None = None, *, compon
     Args:
         path: the file, or a folder that diffusers wrote.
         modules: the model's modules, with the window of each that is a convolution and `()` of the others. Without
-            them only files with whole names of modules can be read, such as those of diffusers.
+            them only files with whole names of modules can be read, such as those of diffusers. `modules_of_tensors`
+            has them of a published model.
         component: "unet" or "transformer", "text_encoder", "text_encoder_2" or "text_encoder_3".
 
     Raises:
@@ -118,7 +128,7 @@ def read_image(path: Path, modules: Mapping[str, Shape] | None = None, *, compon
         source = sources[module]
         tensors = {name: _tensor(path, place) for name, place in source.group.places.items() if name != "alpha"}
         arrays = arrays_of(tensors, source.window, source.format)
-        return Module(_part_of(arrays, source), source.scale)
+        return Module(part_of(arrays, source.target.part, source.target.parts, source.own_rank), source.scale)
 
     kinds = {name: _kind(module.arrays) for name, module in outlines.items()}
     return ModuleAdapters(format, Lazy([*outlines], make), outlines, kinds, {})
@@ -144,9 +154,9 @@ def _sources(path: Path, groups: Mapping[str, Group], modules: Mapping[str, Shap
             window = None if modules is None else modules[targets[0].module]
             form = form_of({name: p.shape for name, p in group.places.items() if name != "alpha"}, window)
         except LoraError as error:
-            raise LoraError(f"{path}: {short(group.name.module)} {error}") from None
+            raise LoraError(f"{path}: {short(group.name.module)} {str(error).rstrip('.')}.") from None
         format = LORA.name if len(targets) > 1 and form.format == "LOKR" else form.format
-        ranks = _own_ranks(path, group, form, len(targets))
+        ranks = _own_ranks(path, group, len(targets))
         for target, own_rank in zip(targets, ranks, strict=True):
             if target.module in sources:
                 other = sources[target.module].group.name.module
@@ -218,6 +228,13 @@ def _check_ranks(path: Path, outlines: Mapping[str, Module], config: Config | No
             )
 
 
+def _own_ranks(path: Path, group: Group, parts: int) -> list[slice]:
+    """Return which of the rank's entries each of several joined modules has."""
+    if parts == 1 or "up" not in group.places:
+        return [slice(None)] * parts
+    return own_ranks(_tensor(path, group.places["up"]), group.places["down"].shape[1], parts)
+
+
 # Arrays ---------------------------------------------------------------------------------------------------------------
 
 
@@ -238,44 +255,7 @@ def _outline(source: _Source) -> Module:
     dtypes = {name: _dtype(place) for name, place in places.items()}
     found = forms_of_arrays(shapes, dtypes, source.window, source.format)
     arrays = {field: outline(form.shape, form.dtype) for field, form in found.items()}
-    return Module(_part_of(arrays, source), source.scale)
-
-
-def _own_ranks(path: Path, group: Group, form: Form, parts: int) -> Sequence[slice]:
-    """Return which of the rank's entries each of several joined modules has: its own block where up is of blocks.
-
-    sd-scripts trains the modules that Flux joins apart from one another, and joins their factors in the file: down is
-    [A0; A1; ...], and up has B0, B1, ... along its diagonal.
-    """
-    whole = [slice(None)] * parts
-    if parts == 1 or form.format not in ("LORA", "DORA") or "up" not in group.places:
-        return whole
-    up = _tensor(path, group.places["up"])
-    up = up.reshape(up.shape[:2])
-    each, rest = divmod(up.shape[1], parts)
-    blocks = [slice(i * each, (i + 1) * each) for i in range(parts)]
-    if rest or not each:
-        return whole
-    for i, block in enumerate(blocks):
-        own = up[rows_of(i, parts, len(up), group.places["down"].shape[1])]
-        if np.delete(own, np.r_[block], axis=1).any():
-            return whole
-    return blocks
-
-
-def _part_of(arrays: Arrays, source: _Source) -> Arrays:
-    """Return the arrays of one of several modules that are joined in the file."""
-    _, part, parts = source.target
-    if parts == 1:
-        return arrays
-    first, inputs = arrays["b" if "b" in arrays else "b1"], arrays["a" if "a" in arrays else "a1"].shape[1]
-    rows = rows_of(part, parts, len(first), inputs)
-    own = {}
-    for field, array in arrays.items():
-        own[field] = array[source.own_rank] if field.startswith("a") else array[rows]
-        if field.startswith("b"):
-            own[field] = own[field][:, source.own_rank]
-    return own
+    return Module(part_of(arrays, source.target.part, source.target.parts, source.own_rank), source.scale)
 
 
 def _kind(arrays: Mapping[str, Array]) -> str:

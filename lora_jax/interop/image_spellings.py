@@ -82,16 +82,6 @@ def spellings(modules: Iterable[str]) -> Iterator[tuple[str, Spelling]]:
             yield name, flux
 
 
-def rows_of(part: int, parts: int, outputs: int, inputs: int) -> slice:
-    """Return the outputs of one of several modules that are joined.
-
-    Three are query, key and value, of equal sizes; the fourth beside them, which has all others, is the first layer of
-    an MLP, and each of the three then has as many outputs as there are inputs.
-    """
-    each = outputs // parts if parts < 4 else inputs
-    return slice(part * each, outputs if part == parts - 1 else (part + 1) * each)
-
-
 def _in_unet(name: str, layers: int, with_attention: Mapping[str, None]) -> str | None:
     """Return the name in Stability's UNet: its blocks are numbered through, and resnets and attentions in each."""
     if name in _UNET:
