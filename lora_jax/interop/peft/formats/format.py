@@ -34,7 +34,7 @@ COMMON_OPTIONS = frozenset(_COMMON.split())
 # The tensors that adapters of any kind have in PEFT, of kinds without a format here too.
 _TENSOR_OF_AN_ADAPTER = re.compile(
     r"(.*\.)?(lora_(magnitude_vector|[AB](\.(weight|bias))?|E|embedding_[AB]|diag|velora.*|arrow.*|monteclora.*)"
-    r"|token_adapter\..+|(hada|lokr)_\w+|vera_\w+)"
+    r"|token_adapter\..+|(hada|lokr|vera|ia3|miss|gralora|delora)_\w+(\.weight)?)"
 )
 
 
@@ -107,7 +107,7 @@ class Format(abc.ABC):
     # What names of tensors in an unknown form begin with, and the option with which PEFT makes none of these.
     refused_beginnings: ClassVar[Mapping[str, str]] = MappingProxyType({})
     optional: ClassVar[tuple[str, ...]] = ()  # arrays that a module can do without
-    of_training: ClassVar[tuple[str, ...]] = ()  # names of tensors that are used in training alone
+    of_training: ClassVar[tuple[str, ...]] = ()  # parts of names, between dots, of tensors for training alone
     pairs: ClassVar[tuple[tuple[str, str], ...]] = ()  # arrays that are a factor A and its B
     scaled: ClassVar[str] = ""  # the array that a scale can be multiplied into
     may_be_empty: ClassVar[bool] = False  # modules of rank 0 are allowed
@@ -120,6 +120,8 @@ class Format(abc.ABC):
 
     # Loading without a model.
     needs_model: ClassVar[str] = ""  # why the tensors alone do not tell the adapters
+    needs_shapes: ClassVar[str] = ""  # why they do not, unless the shapes of the model's tensors are known
+    start_in_factors: ClassVar[bool] = False  # what a start took out of W goes into the factors, not into a new base
 
     # The config -------------------------------------------------------------------------------------------------------
 
@@ -246,6 +248,17 @@ class Format(abc.ABC):
         if arrays[self.pairs[0][0]].ndim > 2:
             return "conv"
         return "conv1d" if config.transposed else "linear"
+
+    def resolved(self, config: Config, module: str, arrays: Arrays, fans: tuple[int, int] | None) -> Arrays:
+        """Return a module's arrays by our fields, where a file has others in their place.
+
+        Args:
+            fans: the inputs and outputs of the module, or None where they are not known.
+
+        Raises:
+            LoraError: they do not fit the config or the module; the message goes on after the module's name.
+        """
+        return arrays
 
     # Between torch's layout and ours ----------------------------------------------------------------------------------
 
