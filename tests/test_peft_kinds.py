@@ -743,7 +743,7 @@ def test_a_kind_without_a_format(toy_folder, tmp_path, monkeypatch):
         np.testing.assert_allclose(found[path], w, rtol=1e-5, atol=1e-5)
     scaled = {"lin0/kernel": lora.Ia3().init(jax.random.key(0), params["lin0/kernel"], lora.KernelAxes((), (0,), (1,)))}
     with pytest.raises(lora.LoraError, match="'lin0/kernel' is a Ia3Adapter; this version writes what is W"):
-        lora.save_peft(tmp_path / "none", scaled, MLP)
+        lora.save_peft(tmp_path / "none", scaled, MLP, profile="vllm")
 
 
 # Without a model ------------------------------------------------------------------------------------------------------

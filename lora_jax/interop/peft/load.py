@@ -30,6 +30,7 @@ from lora_jax.interop.peft.files import CONFIG, WEIGHTS, check_folder_of_peft, r
 from lora_jax.interop.peft.formats.format import Config, Format, Modules
 from lora_jax.interop.peft.from_modules import adapters_of, module_names
 from lora_jax.interop.peft.full_weights import arrays_of_whole
+from lora_jax.interop.peft.gains_of_biases import adapters_of_gains, check_that_biases_are_known
 from lora_jax.interop.peft.module_prefixes import (
     Prefix,
     names_in_files,
@@ -117,6 +118,8 @@ def load_peft(
     contents = resolved(contents, config, _fans(matches), folder)
     if config.start is not None and config.format.start_in_factors:
         contents = contents._replace(modules=without_start(config.start, matches, contents.modules, plan_or_params))
+    if config.format.scales_biases and isinstance(plan_or_params, Plan):
+        check_that_biases_are_known(matches, contents.modules, key_map)
     adapters = _adapters(contents, matches, config, folder)
     others = arrays_of_whole(matches, contents.whole)
     if dtype is not None:
@@ -247,6 +250,8 @@ def _adapters(
     rows = adapters_of_rows(matches, contents.rows, config)
     if both := [path for path in rows if path in adapters]:
         raise LoraError(f"{folder} holds rows of {both[0]!r} and factors of it, and this version has one or the other.")
+    if config.format.scales_biases:
+        biases |= adapters_of_gains(matches, contents.modules)
     return adapters | biases | rows
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 from lora_jax.adapters.scaled import as_ratio
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
+from lora_jax.core.layout import Layout
 from lora_jax.core.text import printable
 from lora_jax.interop.key_map import Array, ParameterMatch
 from lora_jax.interop.peft.dtypes import times
@@ -90,6 +91,8 @@ class Format(abc.ABC):
     peft_type: ClassVar[str]  # in the config
     adapter: ClassVar[type[Adapter]]
     module_kinds: ClassVar[tuple[str, ...]]  # of a key map: the modules that PEFT has this kind for
+    zeros_change_nothing: ClassVar[bool] = True  # a module whose arrays are all zero is one without an adapter
+    scales_biases: ClassVar[bool] = False  # a module's factors on its outputs are also those on its bias
     joins_parts: ClassVar[bool] = True  # several parameters, or outputs in another order, can be those of one module
     is_lora: ClassVar[bool] = True  # an adapter of this kind is a LoRA in another form
     is_low_rank: ClassVar[bool] = False  # W' is W + s B A of its arrays a and b, with rows of length m if it has an m
@@ -122,6 +125,11 @@ class Format(abc.ABC):
     needs_model: ClassVar[str] = ""  # why the tensors alone do not tell the adapters
     needs_shapes: ClassVar[str] = ""  # why they do not, unless the shapes of the model's tensors are known
     start_in_factors: ClassVar[bool] = False  # what a start took out of W goes into the factors, not into a new base
+
+    @property
+    def layout(self) -> Mapping[str, Layout]:
+        """Return the layouts of the arrays that modules of this kind have."""
+        return self.adapter.layout
 
     # The config -------------------------------------------------------------------------------------------------------
 
@@ -284,7 +292,7 @@ class Format(abc.ABC):
         ours = {}
         for a, b in self.pairs:
             ours[a], ours[b] = match.factors_from_torch(self.as_factor(match, arrays[a]), arrays[b], start)
-        for name, layout in self.adapter.layout.items():
+        for name, layout in self.layout.items():
             if layout == OF_RANK:
                 ours[name] = arrays[name].reshape(-1)
             elif layout == OF_OUTPUTS:
@@ -306,7 +314,7 @@ class Format(abc.ABC):
         arrays = {}
         for a, b in self.pairs:
             arrays[a], arrays[b] = match.factors_to_torch(ours[a], ours[b])
-        for name, layout in self.adapter.layout.items():
+        for name, layout in self.layout.items():
             if layout == OF_RANK:
                 arrays[name] = ours[name].reshape(-1)
             elif layout == OF_OUTPUTS:

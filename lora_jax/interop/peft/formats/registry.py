@@ -7,6 +7,7 @@ from lora_jax.interop.peft.formats.delora import DeloraFormat
 from lora_jax.interop.peft.formats.dora import DoraFormat
 from lora_jax.interop.peft.formats.format import Format
 from lora_jax.interop.peft.formats.gralora import GraloraFormat
+from lora_jax.interop.peft.formats.ia3 import Ia3Format
 from lora_jax.interop.peft.formats.kasa import KasaFormat
 from lora_jax.interop.peft.formats.loha import LohaFormat
 from lora_jax.interop.peft.formats.lokr import LokrFormat
@@ -21,7 +22,7 @@ LORA = LoraFormat()
 # Of several that a config could be of, the first one is meant.
 _KINDS: tuple[Format, ...] = (
     *(BdLoraFormat(), KasaFormat(), LORA, DoraFormat(), AdaLoraFormat(), LohaFormat(), LokrFormat(), VeraFormat()),
-    *(MissFormat(), GraloraFormat(), DeloraFormat()),
+    *(Ia3Format(), MissFormat(), GraloraFormat(), DeloraFormat()),
 )
 FORMATS: dict[str, Format] = {format.name: format for format in _KINDS}
 
