@@ -1,5 +1,7 @@
 """Kinds of HF PEFT that are read as the LoRA that they are: against their formulas, entry by entry, in float64."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -224,3 +226,5 @@ def test_every_kind_has_one_answer():
     read = {format.peft_type for format in FORMATS.values()}
     assert not read & {*REFUSED}
     assert all(": " in why and not why.endswith(".") for why in REFUSED.values())
+    page = (Path(__file__).parents[1] / "docs" / "peft_kinds.md").read_text(encoding="utf-8")
+    assert not [kind for kind in (*read, *REFUSED) if f"`{kind}`" not in page and f"`{kind}`," not in page]

@@ -8,7 +8,9 @@ from test_interop import key_map_of, loaded, made, moved, outputs, params_of
 
 peft = pytest.importorskip("peft", reason="needs HF PEFT: make test-interop")
 torch = pytest.importorskip("torch", reason="needs torch: make test-interop")
+from peft import save_as_lora  # noqa: E402
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig  # noqa: E402
+from peft.tuners.lora.intruders import reduce_intruder_dimension  # noqa: E402
 
 import lora_jax as lora  # noqa: E402
 from lora_jax.interop.peft.formats.refused import REFUSED  # noqa: E402
@@ -149,3 +151,45 @@ def test_folders_that_are_refused_say_why(kind, tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(lora.LoraError, match=f"peft_type is '{kind}', which is not read: .*in PEFT"):
         lora.load_peft(tmp_path, params_of(made("llama"))[0], key_map_of("llama"))
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9])
+def test_intruder_dimensions_are_those_of_peft(threshold, tmp_path):
+    """`to_lora` counts what `reduce_intruder_dimension` finds."""
+    config = peft.LoraConfig(r=3, lora_alpha=9, init_lora_weights=False, target_modules=TARGETS["llama"])
+    model = moved(peft.get_peft_model(made("llama"), config))
+    model.save_pretrained(tmp_path)
+    lines = []
+    reduce_intruder_dimension(model, top_k=5, threshold_epsilon=threshold, logging_sink=lines.append)
+    expected = {}
+    for line in lines:
+        name, _, found = line.partition(": ")
+        if name.startswith("base_model.model.") and "ntruders" in found:
+            expected[name.removeprefix("base_model.model.")] = int(found.rpartition(" ")[2]) if "Intr" in found else 0
+    params, _ = params_of(made("llama"))
+    adapters, _ = lora.load_peft(tmp_path, params, key_map_of("llama"))
+    _, report = lora.to_lora(adapters, params=params, top=5, threshold=threshold)
+    assert {path.removesuffix("/kernel").replace("/", "."): w.intruders for path, w in report.items()} == expected
+    assert report.intruders > 0
+
+
+@pytest.mark.parametrize("kind", ["loha", "randlora"])
+def test_the_nearest_of_a_rank_is_that_of_peft(kind, tmp_path):
+    """What PEFT's own `save_as_lora` truncates, and a kind that is refused here for that call."""
+    more = {"target_modules": ["q_proj", "down_proj"]}
+    config = peft.LoHaConfig(r=3, alpha=5, **more) if kind == "loha" else peft.RandLoraConfig(r=2, **more)
+    model = moved(peft.get_peft_model(made("llama"), config))
+    model.save_pretrained(tmp_path / "theirs")
+    save_as_lora(tmp_path / "lora", model, rank=4)
+    params, _ = params_of(made("llama"))
+    key_map = key_map_of("llama")
+    theirs, _ = lora.load_peft(tmp_path / "lora", params, key_map)
+    if kind == "randlora":
+        with pytest.raises(lora.LoraError, match=r"'RANDLORA', which is not read: .*peft.save_as_lora"):
+            lora.load_peft(tmp_path / "theirs", params, key_map)
+        return
+    ours, report = lora.to_lora(lora.load_peft(tmp_path / "theirs", params, key_map)[0], rank=4)
+    merged = [lora.merge(params, adapters) for adapters in (ours, theirs)]
+    for path in ours:
+        np.testing.assert_allclose(merged[0][path], merged[1][path], atol=1e-5)
+    assert 0 < report.loss < 1
