@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import twins
+from test_export import published
 from test_peft import (
     MLP,
     SPLIT,
@@ -126,6 +127,23 @@ def test_parts_of_a_module(tmp_path):
     again, _ = lora.load_peft(tmp_path / "out", params, SPLIT)
     for path, w in lora.merge(params, adapters).items():
         np.testing.assert_allclose(lora.merge(params, again)[path], w, rtol=1e-6)
+
+
+def test_checkpoints_and_published_files(tmp_path):
+    """Checkpoints keep both sides; into published files such factors do not go, which is said."""
+    params = of_mlp()
+    axes = lora.KernelAxes((), (0,), (1,))
+    adapters = {
+        "lin1/kernel": Ia3InputsAdapter(2 * jnp.ones(10), axes, (4,)),
+        "lin0/bias": lora.Ia3Adapter(3 * jnp.ones(10), lora.KernelAxes((), (), (0,)), ()),
+    }
+    lora.checkpoint.save(tmp_path / "saved", adapters)
+    found, _ = lora.checkpoint.load(tmp_path / "saved")
+    for path, w in lora.merge(params, adapters).items():
+        np.testing.assert_array_equal(lora.merge(params, found)[path], w)
+    published(tmp_path / "base", "lora")
+    with pytest.raises(lora.LoraError, match=r"'lin1/kernel' has factors of W itself.*lora.to_torch\(lora.merge"):
+        lora.merge_checkpoint(tmp_path / "base", adapters, tmp_path / "out", MLP)
 
 
 def test_parts_with_biases(tmp_path):

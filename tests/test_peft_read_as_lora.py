@@ -204,7 +204,7 @@ def test_kasa_needs_the_numbers_of_the_weights(tmp_path):
         (delora, {}, {"lin0.delora_w_norm": (5,)}, r"delora_w_norm \[5\], which do not fit one another"),
         (bdlora, {"use_bdlora": {"nblocks": 0}}, {}, "nblocks 0, expected a whole number"),
         (bdlora, {"use_bdlora": {"blocks": 2}}, {}, r"use_bdlora is .*, expected an object of target_modules_bd_a"),
-        (bdlora, {"use_bdlora": {"target_modules_bd_a": "lin0"}}, {}, "expected a list of names"),
+        (bdlora, {"use_bdlora": {"target_modules_bd_a": "lin0"}}, {}, "expected a list of at most 1,000 names"),
         (bdlora, {"use_bdlora": {"target_modules_bd_a": ["lin0"], "nblocks": 3}}, {}, "are not nblocks=3 blocks"),
         (bdlora, {"use_bdlora": {"target_modules_bd_a": ["lin0"], "nblocks": 2**40}}, {}, "expected at most 4,294,967"),
         (bdlora, {"use_dora": True}, {}, "use_dora is True, which this version of lora_jax does not have"),

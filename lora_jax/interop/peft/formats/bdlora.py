@@ -16,6 +16,7 @@ from lora_jax.interop.peft.formats.lora import LORA_OPTIONS, LoraFormat
 from lora_jax.interop.peft.formats.read_as_lora import ReadAsLora, check_entries
 from lora_jax.interop.peft.options import Options
 
+MOST_NAMES = 1000  # parts of modules' names, each of which is looked for in all of them; people write some ten
 _KEYS = ("target_modules_bd_a", "target_modules_bd_b", "nblocks", "match_strict")
 
 
@@ -38,8 +39,11 @@ class BdLoraFormat(ReadAsLora):
             raise options.error(f"use_bdlora is {short(found)}, expected an object of {', '.join(_KEYS)}.")
         inside = {key: found.get(key) or [] for key in _KEYS[:2]}
         for key, names in inside.items():
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise options.error(f"use_bdlora has {key} {short(names)}, expected a list of names.")
+            are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+            if not are_names or len(names) > MOST_NAMES:
+                raise options.error(
+                    f"use_bdlora has {key} {short(names)}, expected a list of at most {MOST_NAMES:,} names."
+                )
         blocks = found.get("nblocks", 1)
         if type(blocks) is not int or blocks < 1:
             raise options.error(f"use_bdlora has nblocks {short(blocks)}, expected a whole number of at least 1.")

@@ -68,7 +68,7 @@ class Ia3Format(Format):
     def entries(self, modules: Mapping[str, Module], matches: Matches, bias: str) -> dict[str, Any]:
         inputs = sorted(name for name, module in modules.items() if "input_gain" in module.arrays)
         others = [name for name in modules if name not in inputs]
-        are_told = not any(name.endswith(end) for name in others for end in inputs)  # PEFT looks at the ends of names
+        are_told = not any(name.endswith(tuple(inputs)) for name in others)  # PEFT looks at the ends of names
         return {
             "fan_in_fan_out": is_transposed(modules, matches),
             "feedforward_modules": inputs if are_told else "|".join(map(re.escape, inputs)),
@@ -84,10 +84,7 @@ class Ia3Format(Format):
     def resolved(self, config: Config, module: str, arrays: Arrays, fans: tuple[int, int] | None) -> Arrays:
         """Return the factors as a vector, under the name of the side that they are on."""
         [vector], known = arrays.values(), config.extra["inputs"]
-        if isinstance(known, ModulePatterns):
-            on_inputs = known.value_of(module, False)
-        else:
-            on_inputs = any(module.endswith(end) for end in known)
+        on_inputs = known.value_of(module, False) if isinstance(known, ModulePatterns) else module.endswith(known)
         if vector.shape[0 if on_inputs else 1] != 1:
             side = "inputs, since it is among feedforward_modules" if on_inputs else "outputs"
             raise LoraError(f"has ia3_l of shape {list(vector.shape)}, by the config one on its {side}")
