@@ -1,13 +1,15 @@
 """Kinds of HF PEFT that are read as the LoRA that they are: against their formulas, entry by entry, in float64."""
 
 from pathlib import Path
+from random import Random
 
 import jax
 import numpy as np
 import pytest
 import twins
 from test_export import published, tensors_in
-from test_peft import MLP, case, config_of, edit_config, edit_tensors, split_params
+from test_peft import MLP, case, config_of, edit_config, edit_tensors, mutated, split_params
+from test_peft_ia3 import ia3_folder
 from test_peft_kinds import P, drawn, folder_of
 
 import lora_jax as lora
@@ -228,3 +230,37 @@ def test_every_kind_has_one_answer():
     assert all(": " in why and not why.endswith(".") for why in REFUSED.values())
     page = (Path(__file__).parents[1] / "docs" / "peft_kinds.md").read_text(encoding="utf-8")
     assert not [kind for kind in (*read, *REFUSED) if f"`{kind}`" not in page and f"`{kind}`," not in page]
+
+
+def load_mutated(cases, seed, folder):
+    """Folders of all these kinds with damage: each ends with adapters or with the library's own error; how many."""
+    random, ends, params = Random(seed), [0, 0], case("lora")[0]
+    starts = [written(kind, folder / kind.__name__)[0] for kind in KINDS]
+    sides = {"lin0": (10, 1), "lin1": (1, 10)}
+    starts.append(ia3_folder(folder / "ia3", sides, target_modules=[*sides])[0])
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    originals = [[(start / name).read_bytes() for name in names] for start in starts]
+    (folder / "in").mkdir()
+    for i in range(cases):
+        for name, content in zip(names, mutated(random, *originals[i % len(starts)]), strict=True):
+            (folder / "in" / name).write_bytes(content)
+        try:
+            lora.load_peft(folder / "in", params, MLP)
+            ends[0] += 1
+        except lora.LoraError:
+            ends[1] += 1
+    return ends
+
+
+def test_mutated_files(tmp_path):
+    loaded, refused = load_mutated(350, 0, tmp_path)
+    assert loaded > 20
+    assert refused > 70
+
+
+@pytest.mark.slow
+def test_many_mutated_files(tmp_path, share):
+    cases = share(5_000)
+    loaded, refused = load_mutated(cases, 1, tmp_path)
+    assert loaded > cases / 20
+    assert refused > cases / 4

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from lora_jax.core.errors import LoraError, short
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.peft.dtypes import times
@@ -83,7 +85,8 @@ def resolved(contents: Contents, config: Config, fans: Mapping[str, tuple[int, i
             modules[name] = Module(arrays, scale)  # of no parameter, which is an error by itself
             continue
         try:
-            modules[name] = Module(config.format.resolved(config, own, arrays, fans.get(own)), scale)
+            with np.errstate(all="ignore"):  # numbers that are not finite stay so, as those of other kinds
+                modules[name] = Module(config.format.resolved(config, own, arrays, fans.get(own)), scale)
         except LoraError as error:
             raise LoraError(f"{folder}: {short(name)} {error}.") from None
     return contents._replace(modules=modules)

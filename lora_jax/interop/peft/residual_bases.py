@@ -121,6 +121,8 @@ def _smallest(module: str, w: Array, rank: int, scale: float) -> tuple[Array, Ar
         raise LoraError(f"{module} has KaSA of rank {rank} for {list(w.shape)}, which leaves nothing of it.")
     if scale == 0:
         raise LoraError(f"{module} has KaSA with a scale of 0, of which the part of the weight is no multiple.")
+    if not np.isfinite(w).all():
+        raise LoraError(f"the weight of {module} holds infinity or NaN, and has no singular values.")
     u, values, vt = svd(np.asarray(w, np.float64), slice(-rank, None))
     return (u * values / scale).astype(np.float32), vt.astype(np.float32)
 
