@@ -11,7 +11,7 @@ from lora_jax.adapters.dora import Dora, DoraAdapter
 from lora_jax.adapters.dropout import with_dropout
 from lora_jax.adapters.factored import Factored
 from lora_jax.adapters.full import Full, FullAdapter
-from lora_jax.adapters.ia3 import Ia3, Ia3Adapter
+from lora_jax.adapters.ia3 import Ia3, Ia3Adapter, Ia3InputsAdapter
 from lora_jax.adapters.loha import Loha, LohaAdapter
 from lora_jax.adapters.lokr import Lokr, LokrAdapter
 from lora_jax.adapters.lora import Lora, LoraAdapter, RsLora
@@ -22,7 +22,9 @@ from lora_jax.adapters.token_rows import Rows, RowsAdapter
 from lora_jax.adapters.vera import Vera, VeraAdapter
 from lora_jax.algebra.compose import compose
 from lora_jax.algebra.compress import compress
+from lora_jax.algebra.conversion import Conversion
 from lora_jax.algebra.difference import difference
+from lora_jax.algebra.to_lora import to_lora
 from lora_jax.analysis.abstract import abstract, abstract_state
 from lora_jax.analysis.compile_report import CompileReport, compile_report
 from lora_jax.analysis.differences import Differences, diff
@@ -70,6 +72,7 @@ __all__ = [
     "AdapterBank",
     "Checkpoints",
     "CompileReport",
+    "Conversion",
     "Differences",
     "Dora",
     "DoraAdapter",
@@ -78,6 +81,7 @@ __all__ = [
     "FullAdapter",
     "Ia3",
     "Ia3Adapter",
+    "Ia3InputsAdapter",
     "Inspection",
     "KernelAxes",
     "Loha",
@@ -154,6 +158,7 @@ __all__ = [
     "shard_map_step",
     "stack",
     "starts",
+    "to_lora",
     "to_torch",
     "topology_mesh",
     "train_step",

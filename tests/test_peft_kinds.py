@@ -743,7 +743,7 @@ def test_a_kind_without_a_format(toy_folder, tmp_path, monkeypatch):
         np.testing.assert_allclose(found[path], w, rtol=1e-5, atol=1e-5)
     scaled = {"lin0/kernel": lora.Ia3().init(jax.random.key(0), params["lin0/kernel"], lora.KernelAxes((), (0,), (1,)))}
     with pytest.raises(lora.LoraError, match="'lin0/kernel' is a Ia3Adapter; this version writes what is W"):
-        lora.save_peft(tmp_path / "none", scaled, MLP)
+        lora.save_peft(tmp_path / "none", scaled, MLP, profile="vllm")
 
 
 # Without a model ------------------------------------------------------------------------------------------------------
@@ -800,7 +800,10 @@ def test_what_is_no_sum_does_not_merge_without_the_model(tmp_path):
         ("lokr", {"lin0.lokr_w1": (3, 2)}, r"has \[3, 2\] and .* which do not fit 'lin0/kernel'"),
         ("lokr", {"lin0.lokr_w2_a": (5, 3)}, r"lokr_w2_a \[5, 3\], .*, of no common rank"),
         ("lokr", {"lin0.lokr_w1": (4,)}, "expected matrices"),
-        ("lokr", {"lin0.lokr_w1_a": (2, 2)}, "of a form of LOKR that .*: train it with decompose_both=False"),
+        ("lokr", {"lin0.lokr_w1_a": (2, 2)}, "and of the first factor neither the whole nor both of its own"),
+        ("lokr", {"lin0.lokr_w1": None, "lin0.lokr_w1_a": (2, 2)}, "neither the whole nor both of its own"),
+        ("lokr", {"lin0.lokr_w1": None, "lin0.lokr_w1_a": (2, 2), "lin0.lokr_w1_b": (3, 2)}, "of no common rank"),
+        ("lokr", {"lin0.lokr_w1": None, "lin0.lokr_w1_a": (2, 1), "lin0.lokr_w1_b": (1, 2)}, "lokr_w1_b of rank 1, by"),
         ("lokr", {"lin0.lokr_t2": (2, 2)}, "train it with use_effective_conv2d=False"),
         ("vera_noproj", {"lin0.vera_lambda_b": (9,)}, r"has \[9\], which do not fit 'lin0/kernel' of shape \[6, 10\]"),
         (
@@ -838,7 +841,8 @@ def test_wrong_tensors(name, change, says, tmp_path):
         ("lokr", {"r": 3}, "'lin0' has rank 2, by the config 3"),
         ("lora", {"lora_bias": True}, "holds none of what its config has lora_bias for"),
         ("lora", {"trainable_token_indices": [1]}, "holds none of what its config has trainable_token_indices for"),
-        ("lora", {"peft_type": "BOFT"}, "peft_type is 'BOFT'; this version of lora_jax reads LORA, ADALORA, LOHA"),
+        ("lora", {"peft_type": "BOFT"}, "peft_type is 'BOFT', which is not read: it turns W by .*: merge it in PEFT"),
+        ("lora", {"peft_type": "NEW"}, "peft_type is 'NEW'; this version of lora_jax reads LORA, ADALORA, LOHA"),
         ("lora", {"peft_type": ["LORA"]}, r"peft_type is \['LORA'\]"),
     ],
 )

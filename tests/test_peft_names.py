@@ -181,7 +181,7 @@ def test_keys_that_change_nothing_are_no_reason_to_refuse(name, tmp_path):
     ("key", "value", "says"),
     [
         ("use_qalora", True, "use_qalora is True, which this version of lora_jax does not have: if it changes what"),
-        ("kasa_config", {"beta": 1e-4}, r"kasa_config is \{'beta': 0.0001\}, .* merge it in PEFT, model.merge_and_un"),
+        ("corda_new", {"beta": 1e-4}, r"corda_new is \{'beta': 0.0001\}, .* merge it in PEFT, model.merge_and_unload"),
         ("alora_invocation_tokens", [1], r"alora_invocation_tokens is \[1\], .* use it in PEFT"),
         ("arrow_config", {"top_k": 3}, "chooses among several adapters: load these from their own folders"),
         ("a_new_one", "some", "a_new_one is 'some', .* take it out of adapter_config.json"),
@@ -196,8 +196,9 @@ def test_keys_that_may_change_something_are_refused(key, value, says, tmp_path):
 
 def test_tensors_of_training_alone_are_left_out(tmp_path):
     folder = copy("lora", tmp_path)
-    edit_config(folder, velora_config={"num_groups": 4})
-    edit_tensors(folder, lambda t: t | {f"{P}lin0.lora_velora_embed": np.ones(3, np.float32)})
+    edit_config(folder, velora_config={"num_groups": 4}, monteclora_config={"num_samples": 8})
+    more = ("lora_velora_embed", "lora_monteclora_sampler.std_prior", "lora_monteclora_sampler.expert_weights")
+    edit_tensors(folder, lambda t: t | {f"{P}lin0.{name}": np.ones(3, np.float32) for name in more})
     found, others = lora.load_peft(folder, case("lora")[0], MLP)
     assert found.keys() == lora.load_peft(DATA / "lora", case("lora")[0], MLP)[0].keys()
     assert not [path for path in others if "lin0" in path]

@@ -2,6 +2,7 @@
 
 - `truncation`: the nearest change of a rank, from a matrix or from two factors.
 - `compress`: adapters of smaller rank, with nothing of a weight's size.
+- `to_lora`: any kind as LoRA, exactly or the nearest; `conversion` is its report.
 - `difference`: two checkpoints to adapters.
 - `sparsify`: what TIES, DARE and pruning do to entries.
 - `knots`: changes in one basis, as factors.

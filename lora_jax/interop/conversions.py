@@ -150,7 +150,7 @@ FORMATS: Mapping[str, FileFormat] = {
     ),
     "peft": FileFormat(
         "HF PEFT, transformers",
-        tuple(name for name, kind in PEFT_FORMATS.items() if not kind.shared_tensors),
+        tuple(name for name, kind in PEFT_FORMATS.items() if kind.is_written and not kind.shared_tensors),
         is_of=lambda path: (path / files.CONFIG).exists(),
         read=lambda path, about: read_peft(path),
         write=lambda path, found, about: write_peft(path, found),

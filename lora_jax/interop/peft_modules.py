@@ -62,7 +62,7 @@ def read_peft(folder: Path) -> ModuleAdapters | None:
 def _is_of_modules_alone(found: Contents, config: Config) -> bool:
     beside = (found.biases, found.rows, found.whole, found.shared)
     told = not (config.target_parameters or config.start or config.replicated or config.tokens)
-    return told and not any(beside) and not config.format.needs_model
+    return told and config.format.is_written and not any(beside) and not config.format.needs_model
 
 
 def write_peft(folder: Path, found: ModuleAdapters) -> None:

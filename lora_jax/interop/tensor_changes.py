@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from lora_jax.adapters.full import FullAdapter
+from lora_jax.adapters.ia3 import Gains
 from lora_jax.adapters.token_rows import RowsAdapter
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
@@ -81,6 +82,11 @@ def changes_of_adapters(adapters: Mapping[str, Adapter], others: Any, key_map: K
     full = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, FullAdapter)}
     rows = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, RowsAdapter)}
     factored = {path: adapter for path, adapter in adapters.items() if path not in full and path not in rows}
+    if gains := [path for path, adapter in factored.items() if isinstance(adapter, Gains)]:
+        raise LoraError(
+            f"{gains[0]!r} has factors of W itself, which are merged in memory alone: lora.to_torch(lora.merge(params, "
+            "adapters), key_map) are the tensors to write."
+        )
     changes = _low_rank(factored, key_map, params) if factored else {}
 
     deltas = {path: np.asarray(jax.device_get(adapter.delta)) for path, adapter in full.items()}

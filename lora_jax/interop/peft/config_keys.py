@@ -16,6 +16,7 @@ _OF_TRAINING = re.compile(
     .*_dropout | .*_lr | .*_lr_ratio | .*_lr_embedding | learning_rate | weight_decay | seed  # how it was trained
     | (torch|transformers|trl|unsloth|axolotl|swift|trainer|library)_version                 # with what
     | velora_config  # gradients from compressed activations; the product is LoRA's
+    | monteclora_config  # A with noise in training; without noise the product is LoRA's
     | megatron_config | megatron_core | qalora_group_size  # sizes that are used with other options alone
     | lora_dtype | torch_dtype | dtype | merge_weights | init_weights | init_lora_weights
     | library_name | parent_library | base_model_class | base_model_revision | model_type | _name_or_path | _commit_hash

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from lora_jax.core.errors import LoraError, short
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.peft.dtypes import times
@@ -37,7 +39,7 @@ def sort_tensors(tensors: Mapping[str, Array], config: Config, folder: Path) -> 
     added: dict[str, Array] = {}
     contents = Contents({}, {}, {}, {}, {}, {})
     for name, tensor in tensors.items():
-        if name.rpartition(".")[2] in config.format.of_training:
+        if not {*config.format.of_training}.isdisjoint(name.split(".")):
             continue
         if config.lora_bias and name.endswith(_BIAS):
             added[name.removesuffix(_BIAS)] = tensor
@@ -65,6 +67,29 @@ def sort_tensors(tensors: Mapping[str, Array], config: Config, folder: Path) -> 
         contents.biases[f"{module}.bias"] = times(c, contents.modules[module].scale)
     _check_that_nothing_is_missing(contents, config, folder)
     return contents
+
+
+def resolved(contents: Contents, config: Config, fans: Mapping[str, tuple[int, int]], folder: Path) -> Contents:
+    """Return the contents with the arrays of all modules by the fields of adapters, as their format makes them.
+
+    Args:
+        fans: inputs and outputs of the modules that are known.
+
+    Raises:
+        LoraError: a module's arrays do not fit the config or the module.
+    """
+    modules = {}
+    for name, (arrays, scale) in contents.modules.items():
+        own = name.replace(WRAPPED, "")
+        if config.format.needs_shapes and own not in fans:
+            modules[name] = Module(arrays, scale)  # of no parameter, which is an error by itself
+            continue
+        try:
+            with np.errstate(all="ignore"):  # numbers that are not finite stay so, as those of other kinds
+                modules[name] = Module(config.format.resolved(config, own, arrays, fans.get(own)), scale)
+        except LoraError as error:
+            raise LoraError(f"{folder}: {short(name)} {error}.") from None
+    return contents._replace(modules=modules)
 
 
 def _field_of(name: str, config: Config, folder: Path) -> tuple[str, str] | None:

@@ -38,7 +38,8 @@ def adapters_of(
         for index, name in match.names.items() if match.entry.kind != "array" else ():
             module = modules.get(files.get(name, name))
             if module is not None:
-                _check_parts(match, parts[match.tensors()[index]], config.format.outputs_of(module.arrays))
+                if match.entry.part is not None:
+                    _check_parts(match, parts[match.tensors()[index]], config.format.outputs_of(module.arrays))
                 ours = config.format.from_torch(match, module.arrays, offsets[path])
                 _check_rank(match, name, config.format.rank_of(module.arrays), config)
                 found[index] = Module(ours, module.scale)
@@ -57,7 +58,7 @@ def module_names(matches: Mapping[str, ParameterMatch], config: Config) -> list[
 def _check_parts(match: ParameterMatch, parts: Sequence[ParameterMatch], outputs: int) -> None:
     """Raise unless all parts of a module are known: only then is it known which outputs are this parameter's."""
     total = sum(part.outputs for part in parts)
-    if match.entry.part is not None and (total != outputs or [p.entry.part for p in parts] != list(range(len(parts)))):
+    if total != outputs or [p.entry.part for p in parts] != list(range(len(parts))):
         known = ", ".join(f"{part.path!r} ({part.outputs})" for part in parts)
         raise LoraError(
             f"{match.path!r} is part {match.entry.part} of a module with {outputs} outputs, of which these are "
@@ -86,7 +87,7 @@ def _adapter(
     scale = scales[0] if len(scales) == 1 else 1.0
     parts = {index: format.rescaled(module, scale).arrays for index, module in found.items()}
     arrays: dict[str, jax.Array | None] = {}
-    for field, layout in format.adapter.layout.items():
+    for field, layout in format.layout.items():
         if layout == OF_RATIO:
             continue  # which the config says
         own = {index: part[field] for index, part in parts.items() if field in part}

@@ -1,6 +1,7 @@
 """Adapters from a folder of HF PEFT, read in six stages from top to bottom of `load_peft` and `for_parameters`."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,18 +19,19 @@ from lora_jax.core.paths import nearest
 from lora_jax.core.targets import Plan
 from lora_jax.core.text import listed
 from lora_jax.interop.entries import Entry
-from lora_jax.interop.key_map import Array, KeyMap, ParameterMatch
+from lora_jax.interop.key_map import Array, KeyMap, ParameterMatch, parts_by_tensor
 from lora_jax.interop.name_templates import literal
 from lora_jax.interop.peft.adapter_axes import with_axes
 from lora_jax.interop.peft.biases import adapters_of_biases
 from lora_jax.interop.peft.config import read_config
-from lora_jax.interop.peft.contents import Contents, sort_tensors
+from lora_jax.interop.peft.contents import Contents, resolved, sort_tensors
 from lora_jax.interop.peft.dtypes import widened
 from lora_jax.interop.peft.experts_joined import with_experts_joined
 from lora_jax.interop.peft.files import CONFIG, WEIGHTS, check_folder_of_peft, read_tensors
 from lora_jax.interop.peft.formats.format import Config, Format, Modules
 from lora_jax.interop.peft.from_modules import adapters_of, module_names
 from lora_jax.interop.peft.full_weights import arrays_of_whole
+from lora_jax.interop.peft.gains_of_biases import adapters_of_gains, check_that_biases_are_known
 from lora_jax.interop.peft.module_prefixes import (
     Prefix,
     names_in_files,
@@ -39,7 +41,7 @@ from lora_jax.interop.peft.module_prefixes import (
     with_their_names,
 )
 from lora_jax.interop.peft.parameters import shapes_of
-from lora_jax.interop.peft.residual_bases import residuals
+from lora_jax.interop.peft.residual_bases import residuals, without_start
 from lora_jax.interop.peft.target_parameters import parameters_of_modules
 from lora_jax.interop.peft.tied_tables import (
     Tied,
@@ -130,6 +132,11 @@ def for_parameters(
     if tied == "refuse":
         refuse_what_is_of_one_end(contents, matches, copies, plan_or_params, source)
     # 5. Adapters, and arrays that were trained whole.
+    contents = resolved(contents, config, _fans(matches), source)
+    if config.start is not None and config.format.start_in_factors:
+        contents = contents._replace(modules=without_start(config.start, matches, contents.modules, plan_or_params))
+    if config.format.scales_biases and isinstance(plan_or_params, Plan):
+        check_that_biases_are_known(matches, contents.modules, key_map)
     adapters = _adapters(contents, matches, config, source)
     others = arrays_of_whole(matches, contents.whole)
     if dtype is not None:
@@ -137,7 +144,7 @@ def for_parameters(
         others = jax.tree.map(lambda array: array.astype(dtype), others)
     # 6. Nothing may be left, neither of the source nor of the plan.
     _check_that_nothing_is_left(contents, matches, config, source, isinstance(plan_or_params, Plan), ways)
-    if config.start is not None:
+    if config.start is not None and not config.format.start_in_factors:
         others |= residuals(config.start, matches, contents.modules, plan_or_params)
     return (_along_plan(adapters, plan_or_params, source) if isinstance(plan_or_params, Plan) else adapters), others
 
@@ -188,6 +195,8 @@ def read_by_module(folder: Path, shapes: Mapping[str, tuple[int, ...]] | None = 
     contents = sort_tensors(tensors if shapes is None else _widened(tensors, config.format), config, folder)
     prefix = Prefix() if shapes is None else the_only(prefixes(contents, names_in_files(shapes)))
     theirs = {prefix.to_theirs(name): shape for name, shape in (shapes or {}).items()}
+    fans = {name.removesuffix(".weight"): (shape[1], shape[0]) for name, shape in theirs.items() if len(shape) == 2}
+    contents = resolved(contents, config, fans, folder)
     adapters, key_map = _adapters_by_module(contents, config, tensors, theirs, folder)
     copies = heads_like_tables(contents)
     return ByModule(adapters, contents.whole, key_map, contents.modules, contents.wrapped, copies, config.start, prefix)
@@ -230,6 +239,16 @@ def _adapters_by_module(
     return adapters | adapters_of_biases(key_map.match(arrays), contents.biases), key_map
 
 
+def _fans(matches: Mapping[str, ParameterMatch]) -> dict[str, tuple[int, int]]:
+    """Return the inputs and outputs of modules, without those of a window."""
+    found = {}
+    for name, parts in parts_by_tensor(matches).items():
+        if parts[0].entry.kind != "array":
+            inputs = math.prod(parts[0].sizes_of("in"))
+            found[name.removesuffix(parts[0].entry.suffix)] = (inputs, sum(part.outputs for part in parts))
+    return found
+
+
 def _widened(tensors: Mapping[str, Array], format: Format) -> dict[str, Array]:
     """Return the tensors in fp32 or wider, but for those that all modules share: they are compared as they are."""
     return {name: tensor if name in format.shared_tensors else widened(tensor) for name, tensor in tensors.items()}
@@ -248,6 +267,8 @@ def _adapters(
     rows = adapters_of_rows(matches, contents.rows, config)
     if both := [path for path in rows if path in adapters]:
         raise LoraError(f"{folder} holds rows of {both[0]!r} and factors of it, and this version has one or the other.")
+    if config.format.scales_biases:
+        biases |= adapters_of_gains(matches, contents.modules)
     return adapters | biases | rows
 
 
@@ -320,4 +341,4 @@ def _why_a_model_is_needed(config: Config, weights: bool) -> str:
         return "is for a model that has layers of its base several times"
     if config.tokens and not weights:
         return "has rows of tables, and its tensors do not tell the sizes of these"
-    return config.format.needs_model
+    return config.format.needs_model or ("" if weights else config.format.needs_shapes)

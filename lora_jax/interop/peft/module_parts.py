@@ -32,9 +32,9 @@ def joined(
     scale = scales[0] if len(scales) == 1 else 1.0
     arrays = {i: format.rescaled(module, scale).arrays for i, module in sorted(found.items())}  # as B has its columns
     blocks = [b for _, b in format.pairs]
-    over_outputs = [field for field, layout in format.adapter.layout.items() if layout == OF_OUTPUTS]
-    over_rank = [field for field in format.endings if field not in (*blocks, *over_outputs)]
     first = next(iter(arrays.values()))
+    over_outputs = [field for field, layout in format.layout.items() if layout == OF_OUTPUTS]
+    over_rank = [field for field in format.endings if field in first and field not in (*blocks, *over_outputs)]
     shared = all(np.array_equal(one[field], first[field]) for one in arrays.values() for field in over_rank)
     whole = {}
     for field in over_rank:

@@ -29,6 +29,7 @@ from lora_jax.interop.peft.dtypes import cast, in_fp32
 from lora_jax.interop.peft.experts import names_in_files
 from lora_jax.interop.peft.files import LORALIB, WEIGHTS, format_of, write_folder
 from lora_jax.interop.peft.full_weights import rest_of_modules, whole_to_tensors, with_base
+from lora_jax.interop.peft.gains_of_biases import check_gains, is_gain_of_bias
 from lora_jax.interop.peft.parameters import arrays_of
 from lora_jax.interop.peft.profiles import FOR_SERVERS, PROFILES, Profile, for_loralib
 from lora_jax.interop.peft.shared_outer import with_shared_outer
@@ -54,9 +55,10 @@ def save_peft(
 ) -> None:
     """Write adapters as a folder that HF PEFT reads, and whatever reads its files.
 
-    Adapters that are all of DoRA, AdaLoRA, LoHa, LoKr or VeRA are written as these; others that are LoRA in another
-    form are written as the LoRA that they are. `Rows` become PEFT's trainable tokens. `Full` of a bias becomes its
-    `lora_bias` beside LoRA of that module, and other `Full` are written whole.
+    Adapters that are all of DoRA, AdaLoRA, LoHa, LoKr, VeRA or (IA)^3 are written as these; others that are LoRA in
+    another form are written as the LoRA that they are. `Rows` become PEFT's trainable tokens. `Full` of a bias becomes
+    its `lora_bias` beside LoRA of that module, and other `Full` are written whole. Beside (IA)^3 of a module with a
+    bias, PEFT scales the bias as well: an `Ia3Adapter` of the bias, as `load_peft` returns it, says the same here.
 
     The folder is written under a hidden name and changes places with the one that is there when complete: a process
     that is killed leaves that one, and of two that save to one place the later one stays. Of several processes of JAX
@@ -185,8 +187,11 @@ def contents(
     # 1. From adapters to modules, in the format that holds them all.
     full = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, FullAdapter)}
     rows = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, RowsAdapter)}
-    factored = {path: adapter for path, adapter in adapters.items() if path not in full and path not in rows}
+    gains = {path: adapter for path, adapter in adapters.items() if is_gain_of_bias(adapter)}
+    apart = {**full, **rows, **gains}
+    factored = {path: adapter for path, adapter in adapters.items() if path not in apart}
     found = FOR_SERVERS.get(profile, modules_to_save)(factored, key_map, params)
+    check_gains(found, gains, key_map, params)
     if tied == "both":
         found = with_heads(found, key_map)
     # 2. From modules to tensors, and the config that follows from these.
@@ -227,7 +232,7 @@ def _check_call(adapters: Mapping[str, Adapter], whole: Mapping[str, Any], profi
     if not adapters:
         raise LoraError("there are no adapters to save.")
     refuse_spread({**adapters, **whole})
-    apart = [path for path, adapter in adapters.items() if isinstance(adapter, FullAdapter | RowsAdapter)]
+    apart = [path for path, a in adapters.items() if isinstance(a, FullAdapter | RowsAdapter) or is_gain_of_bias(a)]
     if apart and (profile != "peft" or len(apart) == len(adapters)):
         why = f"profile={profile!r} has no place for it" if profile != "peft" else "PEFT has no folder of such alone"
         raise LoraError(f"{apart[0]!r} is a {type(adapters[apart[0]]).__name__}, and {why}: merge it instead.")

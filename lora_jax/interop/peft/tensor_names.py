@@ -15,7 +15,7 @@ PREFIX = "base_model.model."  # what the names of all tensors of modules begin w
 _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
 # In a model in memory, the name of the adapter comes after that of the array; PEFT leaves it out of files.
 _WITH_ADAPTERS_NAME = re.compile(
-    r"(?P<array>(?:.+\.)?(?:lora_[ABE]|lora_embedding_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+|vera_\w+"
+    r"(?P<array>(?:.+\.)?(?:lora_[ABE]|lora_embedding_[AB]|lora_magnitude_vector|lora_diag|(?:hada|lokr|vera|ia3|miss|gralora|delora)_\w+"
     r"|lora_velora_embed|trainable_tokens_delta|modules_to_save))\.(?P<adapter>(?!(?:weight|bias)$)[^.]+)(?P<rest>(?:\.\w+)*)"
 )
 _LENGTHS = "lora_magnitude_vector"  # which has no ".weight" in files

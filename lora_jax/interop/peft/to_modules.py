@@ -65,7 +65,7 @@ def torch_modules(adapters: Mapping[str, Adapter], key_map: KeyMap, params: Any,
     first: dict[str, ParameterMatch] = {}
     for path, match in matches.items():
         adapter = with_axes(adapters[path], match.axes, path, "the key map")
-        for name, arrays in _adapted(_arrays_of_modules(format, match, adapter)).items():
+        for name, arrays in _adapted(format, _arrays_of_modules(format, match, adapter)).items():
             module = Module(arrays, float(getattr(adapter, "scale", 1.0)))
             parts.setdefault(name, {})[match.entry.part or 0] = module
             first.setdefault(name, match)
@@ -107,7 +107,9 @@ def _arrays_of_modules(format: Format, match: ParameterMatch, adapter: Adapter) 
     return modules
 
 
-def _adapted(modules: dict[str, Arrays]) -> dict[str, Arrays]:
+def _adapted(format: Format, modules: dict[str, Arrays]) -> dict[str, Arrays]:
     """Return the modules whose arrays are not all zero, or all: the others are layers of a stack without adapters."""
+    if not format.zeros_change_nothing:
+        return modules
     changed = {name: arrays for name, arrays in modules.items() if any(array.any() for array in arrays.values())}
     return changed or modules

@@ -21,6 +21,7 @@ class DoraFormat(LoraFormat):
     adapter = DoraAdapter
     module_kinds = ("linear", "conv1d", "conv", "embedding")
     is_lora = False
+    zeros_change_nothing = False
 
     uses_dora = True
     endings = MappingProxyType({**LoraFormat.endings, "m": "lora_magnitude_vector"})

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 from lora_jax.adapters.scaled import as_ratio
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
+from lora_jax.core.layout import Layout
 from lora_jax.core.text import printable
 from lora_jax.interop.key_map import Array, ParameterMatch
 from lora_jax.interop.peft.dtypes import times
@@ -34,7 +35,7 @@ COMMON_OPTIONS = frozenset(_COMMON.split())
 # The tensors that adapters of any kind have in PEFT, of kinds without a format here too.
 _TENSOR_OF_AN_ADAPTER = re.compile(
     r"(.*\.)?(lora_(magnitude_vector|[AB](\.(weight|bias))?|E|embedding_[AB]|diag|velora.*|arrow.*|monteclora.*)"
-    r"|token_adapter\..+|(hada|lokr)_\w+|vera_\w+)"
+    r"|token_adapter\..+|(hada|lokr|vera|ia3|miss|gralora|delora)_\w+(\.weight)?)"
 )
 
 
@@ -91,8 +92,11 @@ class Format(abc.ABC):
     peft_type: ClassVar[str]  # in the config
     adapter: ClassVar[type[Adapter]]
     module_kinds: ClassVar[tuple[str, ...]]  # of a key map: the modules that PEFT has this kind for
+    zeros_change_nothing: ClassVar[bool] = True  # a module whose arrays are all zero is one without an adapter
+    scales_biases: ClassVar[bool] = False  # a module's factors on its outputs are also those on its bias
     joins_parts: ClassVar[bool] = True  # several parameters, or outputs in another order, can be those of one module
     is_lora: ClassVar[bool] = True  # an adapter of this kind is a LoRA in another form
+    is_written: ClassVar[bool] = True  # those that are not are written as the LoRA that they are read as
     is_low_rank: ClassVar[bool] = False  # W' is W + s B A of its arrays a and b, with rows of length m if it has an m
 
     # The config.
@@ -108,7 +112,7 @@ class Format(abc.ABC):
     # What names of tensors in an unknown form begin with, and the option with which PEFT makes none of these.
     refused_beginnings: ClassVar[Mapping[str, str]] = MappingProxyType({})
     optional: ClassVar[tuple[str, ...]] = ()  # arrays that a module can do without
-    of_training: ClassVar[tuple[str, ...]] = ()  # names of tensors that are used in training alone
+    of_training: ClassVar[tuple[str, ...]] = ()  # parts of names, between dots, of tensors for training alone
     pairs: ClassVar[tuple[tuple[str, str], ...]] = ()  # arrays that are a factor A and its B
     scaled: ClassVar[str] = ""  # the array that a scale can be multiplied into
     may_be_empty: ClassVar[bool] = False  # modules of rank 0 are allowed
@@ -121,6 +125,13 @@ class Format(abc.ABC):
 
     # Loading without a model.
     needs_model: ClassVar[str] = ""  # why the tensors alone do not tell the adapters
+    needs_shapes: ClassVar[str] = ""  # why they do not, unless the shapes of the model's tensors are known
+    start_in_factors: ClassVar[bool] = False  # what a start took out of W goes into the factors, not into a new base
+
+    @property
+    def layout(self) -> Mapping[str, Layout]:
+        """Return the layouts of the arrays that modules of this kind have."""
+        return self.adapter.layout
 
     # The config -------------------------------------------------------------------------------------------------------
 
@@ -248,6 +259,17 @@ class Format(abc.ABC):
             return "conv"
         return "conv1d" if config.transposed else "linear"
 
+    def resolved(self, config: Config, module: str, arrays: Arrays, fans: tuple[int, int] | None) -> Arrays:
+        """Return a module's arrays by our fields, where a file has others in their place.
+
+        Args:
+            fans: the inputs and outputs of the module, or None where they are not known.
+
+        Raises:
+            LoraError: they do not fit the config or the module; the message goes on after the module's name.
+        """
+        return arrays
+
     # Between torch's layout and ours ----------------------------------------------------------------------------------
 
     def is_for(self, match: ParameterMatch) -> bool:
@@ -272,7 +294,7 @@ class Format(abc.ABC):
         ours = {}
         for a, b in self.pairs:
             ours[a], ours[b] = match.factors_from_torch(self.as_factor(match, arrays[a]), arrays[b], start)
-        for name, layout in self.adapter.layout.items():
+        for name, layout in self.layout.items():
             if layout == OF_RANK:
                 ours[name] = arrays[name].reshape(-1)
             elif layout == OF_OUTPUTS:
@@ -294,7 +316,7 @@ class Format(abc.ABC):
         arrays = {}
         for a, b in self.pairs:
             arrays[a], arrays[b] = match.factors_to_torch(ours[a], ours[b])
-        for name, layout in self.adapter.layout.items():
+        for name, layout in self.layout.items():
             if layout == OF_RANK:
                 arrays[name] = ours[name].reshape(-1)
             elif layout == OF_OUTPUTS:

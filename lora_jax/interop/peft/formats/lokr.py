@@ -1,4 +1,7 @@
-"""LoKr in PEFT's files: `lokr_w1`, and `lokr_w2_a` and `lokr_w2_b`, or `lokr_w2` where the second factor is whole."""
+"""LoKr in PEFT's files: `lokr_w1`, and `lokr_w2_a` and `lokr_w2_b`, or `lokr_w2` where the second factor is whole.
+
+With `decompose_both` the first factor can be a product too, `lokr_w1_a` and `lokr_w1_b`; it is small, and read whole.
+"""
 
 import math
 from collections.abc import Container, Mapping, Sequence
@@ -6,7 +9,9 @@ from types import MappingProxyType
 from typing import Any
 
 from lora_jax.adapters.lokr import LokrAdapter
+from lora_jax.core.errors import LoraError
 from lora_jax.interop.key_map import ParameterMatch
+from lora_jax.interop.peft.dtypes import widened
 from lora_jax.interop.peft.formats.format import Arrays, Config, Matches, Module, Modules, does_not_fit
 from lora_jax.interop.peft.formats.loha import LohaFormat
 
@@ -24,9 +29,9 @@ class LokrFormat(LohaFormat):
     options = LohaFormat.options | {"decompose_both", "decompose_factor", "rank_dropout_scale"}
 
     endings = MappingProxyType({"w1": "lokr_w1", "a": "lokr_w2_b", "b": "lokr_w2_a"})
-    other_endings = MappingProxyType({"lokr_w2": "a"})  # whole, without a b
-    refused_beginnings = MappingProxyType({"lokr_t": "use_effective_conv2d=False", "lokr_w1_": "decompose_both=False"})
-    optional = ("b",)
+    other_endings = MappingProxyType({"lokr_w2": "a", "lokr_w1_a": "left", "lokr_w1_b": "right"})  # a whole, without b
+    refused_beginnings = MappingProxyType({"lokr_t": "use_effective_conv2d=False"})
+    optional = ("w1", "b")
     pairs = ()
     scaled = "w1"
 
@@ -40,15 +45,28 @@ class LokrFormat(LohaFormat):
         return (max(arrays["a"].shape) + 1) // 2 if rank is None else rank
 
     def problem_of_shapes(self, arrays: Arrays) -> str | None:
-        listed = ", ".join(f"{self.endings[field]} {list(array.shape)}" for field, array in arrays.items())
+        names = {field: ending for ending, field in self.other_endings.items()} | dict(self.endings)
+        listed = ", ".join(f"{names[field]} {list(array.shape)}" for field, array in arrays.items())
         if any(array.ndim != 2 or 0 in array.shape for array in arrays.values()):
             return f"has {listed}, expected matrices"
-        if "b" in arrays and arrays["b"].shape[1] != arrays["a"].shape[0]:
+        if not _has_first(arrays):
+            return f"has {listed}, and of the first factor neither the whole nor both of its own"
+        pairs = [(arrays[x], arrays[y]) for x, y in (("b", "a"), ("left", "right")) if x in arrays]
+        if any(x.shape[1] != y.shape[0] for x, y in pairs):
             return f"has {listed}, of no common rank"
-        entries = len(arrays["w1"]) * len(arrays["a"]) * (self.inputs_of(arrays) + self.outputs_of(arrays))
+        entries = _first(arrays)[0] * len(arrays["a"]) * (self.inputs_of(arrays) + self.outputs_of(arrays))
         if entries > MOST_ENTRIES:
             return f"has {listed}, and as LoRA {entries:,} entries, expected at most {MOST_ENTRIES:,}"
         return None
+
+    def resolved(self, config: Config, module: str, arrays: Arrays, fans: tuple[int, int] | None) -> Arrays:
+        """Return the arrays with the first factor whole."""
+        if "w1" in arrays:
+            return arrays
+        left, right = widened(arrays["left"]), widened(arrays["right"])
+        if len(right) != config.rank_of(module):
+            raise LoraError(f"has a lokr_w1_b of rank {len(right)}, by the config {config.rank_of(module)}")
+        return {"w1": left @ right} | {name: arrays[name] for name in ("a", "b") if name in arrays}
 
     def endings_of(self, match: ParameterMatch, arrays: Arrays) -> Mapping[str, str]:
         return self.endings if "b" in arrays else {**self.endings, "a": "lokr_w2"}
@@ -61,10 +79,10 @@ class LokrFormat(LohaFormat):
         return len(arrays["a"]) if "b" in arrays else None
 
     def inputs_of(self, arrays: Arrays) -> int:
-        return arrays["w1"].shape[1] * arrays["a"].shape[1]
+        return _first(arrays)[1] * arrays["a"].shape[1]
 
     def outputs_of(self, arrays: Arrays) -> int:
-        return len(arrays["w1"]) * len(arrays["b"] if "b" in arrays else arrays["a"])
+        return _first(arrays)[0] * len(arrays["b"] if "b" in arrays else arrays["a"])
 
     def module_kind(self, config: Config, module: str, arrays: Arrays, tensors: Container[str]) -> str:
         return "linear"
@@ -81,6 +99,17 @@ class LokrFormat(LohaFormat):
     def fit(self, modules: Modules) -> Modules | None:
         """Return None where no option makes PEFT take inputs and outputs apart as these modules do."""
         return None if decompose_factor([arrays for arrays, _ in modules.values()]) is None else modules
+
+
+def _has_first(arrays: Arrays) -> bool:
+    """Return whether the first factor is there once: whole, or as both of its own factors."""
+    return [name for name in ("w1", "left", "right") if name in arrays] in (["w1"], ["left", "right"])
+
+
+def _first(arrays: Arrays) -> tuple[int, int]:
+    """Return the sides of the first factor, [outputs, inputs]."""
+    left, right = (arrays["w1"], arrays["w1"]) if "w1" in arrays else (arrays["left"], arrays["right"])
+    return left.shape[0], right.shape[1]
 
 
 def decompose_factor(found: Sequence[Arrays]) -> int | None:

@@ -43,7 +43,7 @@ class LoraFormat(Format):
 
     endings = MappingProxyType({"a": "lora_A.weight", "b": "lora_B.weight"})
     other_endings = MappingProxyType({ending: field for field, ending in _TABLE.items()})
-    of_training = ("lora_velora_embed",)
+    of_training: ClassVar[tuple[str, ...]] = ("lora_velora_embed", "lora_monteclora_sampler")
     pairs = (("a", "b"),)
     scaled = "b"
 
