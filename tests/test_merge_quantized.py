@@ -17,7 +17,7 @@ from test_peft import DATA, MLP
 
 import lora_jax as lora
 from lora_jax import key_maps
-from lora_jax.interop import merge_quantized as merging
+from lora_jax.interop import merge_rows
 from lora_jax.interop.eight_bit_codes import EIGHT_BITS
 from lora_jax.interop.merge_quantized import merge_quantized
 
@@ -57,7 +57,7 @@ def by_hand(w, to, scale_dtype):
 @pytest.mark.parametrize("to", EIGHT_BITS)
 def test_each_number_is_the_nearest_of_its_grid(to, dtype, tmp_path, monkeypatch):
     """Merged in fp32 and rounded once; all but linear layers is as it was, and is named."""
-    monkeypatch.setattr(merging, "NUMBERS", 64)  # several parts of each tensor
+    monkeypatch.setattr(merge_rows, "NUMBERS", 64)  # several parts of each tensor
     monkeypatch.setitem(EIGHT_BITS, "fp8_block", EIGHT_BITS["fp8_block"]._replace(block=(4, 4)))
     base = published(tmp_path / "in", "llama", dtype, shards=3)
     (tmp_path / "in" / "tokenizer.json").write_text("{}")
@@ -191,7 +191,7 @@ def test_other_changes_are_those_of_merge_checkpoint(name, tmp_path):
 
 def test_lengths_are_those_of_whole_outputs(tmp_path, monkeypatch):
     """Of DoRA, whatever is merged at a time."""
-    monkeypatch.setattr(merging, "NUMBERS", 16)
+    monkeypatch.setattr(merge_rows, "NUMBERS", 16)
     params = twins.from_torch(published(tmp_path / "in", "dora"))
     adapters, _ = lora.load_peft(DATA / "dora", params, MLP)
     del adapters[next(path for path in adapters if "emb" in path)]

@@ -27,7 +27,8 @@ from lora_jax.core.arrays import matmul_highest, refuse_spread
 from lora_jax.core.errors import LoraError, LoraWarning
 from lora_jax.interop.file_parts import Part, parts_of
 from lora_jax.interop.key_map import Array, KeyMap
-from lora_jax.interop.merge_work import DTYPES, Work, checked, merged_rows
+from lora_jax.interop.merge_rows import merged_rows
+from lora_jax.interop.merge_work import DTYPES, Work, checked
 from lora_jax.interop.peft.files import CONFIG
 from lora_jax.interop.peft.tied_tables import Tied
 from lora_jax.interop.safetensors_index import Tensor, read, tensors_in

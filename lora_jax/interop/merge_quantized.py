@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,32 +28,18 @@ from lora_jax.interop.low_bits.codes import grid_shape
 from lora_jax.interop.low_bits.config import MODELOPT_FILE, packing_of
 from lora_jax.interop.low_bits.files import LowBit, Weight, read_weight, weights_of
 from lora_jax.interop.merge_checkpoint import OTHER_WEIGHTS
-from lora_jax.interop.merge_work import DTYPES, Work, checked, merged_rows
+from lora_jax.interop.merge_rows import Sums, Survival, merged_in_rows
+from lora_jax.interop.merge_work import DTYPES, Work, checked
 from lora_jax.interop.model_config import CONFIG, model_facts
 from lora_jax.interop.peft.tied_tables import Tied
 from lora_jax.interop.safetensors_index import DTYPES as ALL_DTYPES
 from lora_jax.interop.safetensors_index import INDEX, Tensor, tensors_in
-from lora_jax.interop.tensor_changes import Change, with_start
+from lora_jax.interop.tensor_changes import Change
 from lora_jax.interop.tied_files import write_untied
 
 CALL = "merge_quantized(source, adapters, target, key_map)"
 LINEARS = r"(?!.*(vision|visual|audio|multi_modal)).*\.layers\.\d+\..*_proj"
-NUMBERS = 2**20  # of a weight that are rounded at a time, at least one block of rows
 COPIED = 2**22  # bytes at a time
-
-
-class Survival(NamedTuple):
-    """What of the change of a tensor is left once it is rounded.
-
-    Args:
-        kept: <Q(W') - Q(W), W' - W> / |W' - W|^2, where Q rounds: 1 if what the change does is still done, on average,
-            0 if nothing of it is.
-        loss: |Q(W') - W'| / |W' - W|, as of `merge_checkpoint`. In 8 bits it is mostly the noise of rounding W itself,
-            which `lora.bases.quantize` would add to the unchanged model too.
-    """
-
-    kept: float
-    loss: float
 
 
 def merge_quantized(
@@ -235,28 +221,16 @@ def _write_tensor(source: Path, out: BinaryIO, plan: _Plan) -> Survival | None:
         _copy(source, out, plan.weight)
         return None
     w = read_weight(source, plan.weight, _own_dtype(plan.weight))
-    change = None if plan.change is None else with_start(plan.name, plan.change, lambda: w.reshape(plan.weight.shape))
-    pairs = () if change is None else change.factors
-    w = w.reshape(sum(len(left) for left, _ in pairs) or w.size // (w.shape[-1] if w.ndim > 1 else 1), -1)
-    scales, sums = [], np.zeros(3)
-    for before, after in _rows(plan, w, change):
-        if not np.isfinite(after).all():
-            raise LoraError(
-                f"{plan.name!r} holds NaN or infinity once it is merged: the source has them, or the adapters are of a "
-                "training that diverged."
-            )
+    scales, sums = [], Sums()
+    for before, after in merged_in_rows(plan.name, w, plan.change, 1 if plan.format is None else plan.format.block[0]):
         stored, own, rounded = _rounded(plan, after)
         out.write(_bytes(stored))
         scales += own
-        if change is not None:
-            moved, delta = rounded - _rounded(plan, before)[2], after - before
-            sums += [_dot(moved, delta), _dot(rounded - after, rounded - after), _dot(delta, delta)]
+        if plan.change is not None:
+            sums.add(before, after, _rounded(plan, before)[2], rounded)
     for own_scales in scales:
         out.write(_bytes(own_scales))
-    if change is None:
-        return None
-    kept, lost, changed = map(float, sums)
-    return Survival(kept / changed, math.sqrt(lost / changed)) if changed else Survival(1.0, 0.0)
+    return None if plan.change is None else sums.survival()
 
 
 def _bytes(array: Array) -> Any:
@@ -292,51 +266,6 @@ def _rounded(plan: _Plan, w: Array) -> tuple[Array, list[Array], Array]:
         most = float(jnp.finfo(dtype).max)
         raise LoraError(f"{plan.name!r} would hold numbers beyond {most:.5g}, the largest of its dtype {plan.dtype}.")
     return stored, [], stored.astype(w.dtype)
-
-
-# Some rows at a time --------------------------------------------------------------------------------------------------
-
-
-def _rows(plan: _Plan, w: Array, change: Change | None) -> Iterator[tuple[Array, Array]]:
-    """Yield some rows of W and of W', in fp32, or in fp64 where the file is.
-
-    Args:
-        w: [rows, columns]; of several matrices, the rows of all.
-    """
-    wide = np.float64 if w.dtype == np.float64 else np.float32
-    pairs = (None,) if change is None or not change.factors else change.factors
-    height = len(w) // len(pairs)
-    block = 1 if plan.format is None else plan.format.block[0]
-    step = max(1, NUMBERS // w.shape[1] // block) * block
-    base, delta = (
-        None if change is None or array is None else array.reshape(w.shape)
-        for array in (getattr(change, "base", None), getattr(change, "delta", None))
-    )
-    for i, pair in enumerate(pairs):
-        for start in range(0, height, step):
-            own = slice(start, min(start + step, height))
-            part = slice(i * height + own.start, i * height + own.stop)
-            before = w[part].astype(wide)
-            if change is None:
-                yield before, before
-                continue
-            with np.errstate(all="ignore"):  # what is not finite is refused
-                after = merged_rows(
-                    np,
-                    before if base is None else base[part].astype(wide),
-                    None if pair is None else pair[0][own].astype(wide) @ pair[1].astype(wide),
-                    None if delta is None else delta[part],
-                    None if change.lengths is None else change.lengths[own],
-                )
-            after = np.array(after, wide)
-            for row in (row for row in change.rows if part.start <= row < part.stop):
-                after[row - part.start] = change.rows[row]
-            yield before, after
-
-
-def _dot(one: Array, other: Array) -> float:
-    """Return the sum of products in fp64."""
-    return float(np.einsum("ij,ij->", one, other, dtype=np.float64))
 
 
 # The files beside -----------------------------------------------------------------------------------------------------

@@ -100,16 +100,3 @@ def _check(source: Path, tensors: Mapping[str, Tensor], changes: Changes, mend: 
         for shape in change.shapes:
             if tensor.shape != shape:
                 raise LoraError(f"{name!r} has shape {list(tensor.shape)} in {source}, its adapter {list(shape)}.")
-
-
-def merged_rows(xp: Any, start: Any, product: Any, delta: Any, lengths: Any) -> Any:
-    """Return some rows of W' before they are rounded; `xp` is NumPy or jax.numpy."""
-    exact = start if product is None else start + product
-    exact = exact if delta is None else exact + delta
-    return exact if lengths is None else exact * _gain(xp, exact, lengths)[:, None]
-
-
-def _gain(xp: Any, rows: Any, lengths: Any) -> Any:
-    """Return the factor that scales each row to its length, 1 for a row of zeros; `xp` is NumPy or jax.numpy."""
-    norms = xp.linalg.norm(rows, axis=-1)
-    return xp.where(norms == 0, 1.0, lengths / xp.where(norms == 0, 1.0, norms))
