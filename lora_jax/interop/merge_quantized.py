@@ -26,7 +26,7 @@ from lora_jax.interop.eight_bit_codes import EIGHT_BITS, EightBits
 from lora_jax.interop.key_map import Array, KeyMap
 from lora_jax.interop.low_bits.codes import grid_shape
 from lora_jax.interop.low_bits.config import MODELOPT_FILE, packing_of
-from lora_jax.interop.low_bits.files import LowBit, Weight, read_weight, weights_of
+from lora_jax.interop.low_bits.files import LowBit, Weight, as_dense, read_weight, weights_of
 from lora_jax.interop.merge_checkpoint import OTHER_WEIGHTS
 from lora_jax.interop.merge_rows import Sums, Survival, merged_in_rows
 from lora_jax.interop.merge_work import DTYPES, Work, checked
@@ -89,7 +89,7 @@ def merge_quantized(
         check_is(CALL, "key_map", key_map, KeyMap, A_KEY_MAP)
     tensors, files = tensors_in(source)
     weights = weights_of(source, tensors, packing_of(source))
-    as_dense = {name: _as_dense(weight) for name, weight in weights.items()}
+    as_dense = {name: as_dense(weight) for name, weight in weights.items()}
     work = checked(source, (as_dense, files), adapters, key_map, others, params, tied)
     plans = _plans(work, weights, EIGHT_BITS.get(to), modules, source)
     with written(target) as new:
@@ -145,13 +145,6 @@ class _Plan:
         return self.change is None and self.format is None and isinstance(self.weight, Tensor)
 
 
-def _as_dense(weight: Weight) -> Tensor:
-    """Return a weight as a tensor, for those who look at names, shapes and dtypes."""
-    if isinstance(weight, Tensor):
-        return weight
-    return Tensor(weight.codes.file, weight.dtype, weight.shape, weight.codes.start, weight.codes.size)
-
-
 def _plans(
     work: Work, weights: Mapping[str, Weight], format: EightBits | None, modules: str, source: Path
 ) -> list[_Plan]:
@@ -160,7 +153,7 @@ def _plans(
         matches = re.compile(modules).fullmatch
     except re.error as error:
         raise LoraError(f"merge_quantized(modules={modules!r}) is no regular expression: {error}.") from None
-    found, packed = [], {_as_dense(weight): weight for weight in weights.values()}
+    found, packed = [], {as_dense(weight): weight for weight in weights.values()}
     for name, tensor in work.tensors.items():
         module, _, last = name.rpartition(".")
         is_matrix = last == "weight" and len(tensor.shape) == 2 and 0 not in tensor.shape

@@ -77,6 +77,13 @@ class LowBit(NamedTuple):
 Weight = Tensor | LowBit
 
 
+def as_dense(weight: Weight) -> Tensor:
+    """Return a weight as a tensor, for those who look at names, shapes and dtypes."""
+    if isinstance(weight, Tensor):
+        return weight
+    return Tensor(weight.codes.file, weight.dtype, weight.shape, weight.codes.start, weight.codes.size)
+
+
 def weights_of(folder: Path, tensors: Mapping[str, Tensor], packing: Packing | None) -> dict[str, Weight]:
     """Return the tensors of a folder by their names, with one `LowBit` in the place of all that belong to it.
 
