@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +26,7 @@ from lora_jax.interop.key_map import KeyMap
 from lora_jax.interop.merge_checkpoint import Tensors, merge_checkpoint, read_tensors
 from lora_jax.interop.merge_quantized import merge_quantized
 from lora_jax.interop.merge_rows import Survival
+from lora_jax.interop.merged_gguf import merge_gguf
 from lora_jax.interop.model_config import model_facts
 from lora_jax.interop.name_templates import literal
 from lora_jax.interop.peft.save import save_peft
@@ -38,7 +39,7 @@ def merge(
     adapters: Adapters,
     output: Output,
     /,
-    to: Literal["as_it_is", "bf16", "fp8", "fp8_block", "int8"] = "as_it_is",
+    to: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "as_it_is",
     tied: Tied = "refuse",
     names: NameOptions = NO_NAMES,
     step: Step = None,
@@ -52,9 +53,10 @@ def merge(
         base: a folder with model.safetensors, or an index and its shards.
         adapters: a folder of HF PEFT, of lora_jax.checkpoint.save, or of lora_jax.Checkpoints.
         output: a new folder for the merged model.
-        to: what the merged weights are written in: as the base has them; the linear layers in fp8 or int8, with a scale
-            for each output, or fp8_block, for each 128 x 128 numbers, as vLLM reads them; or bf16, of a base that is
-            published in few bits.
+        to: what the merged weights are written in: as_it_is in the base; the linear layers in fp8 or int8, with a scale
+            for each output, or fp8_block, for each 128 x 128 numbers, as vLLM reads them; bf16, of a base that is
+            published in few bits; or one file for llama.cpp, which needs the package gguf: gguf:q8_0, gguf:bf16,
+            gguf:f16, gguf:f32.
         tied: of adapters of the table of tokens alone, where the base has one tensor for it and the head: refuse them;
             untie, which writes a head of its own; or change both.
         step: of a folder of Checkpoints: which one, by default the newest.
@@ -63,7 +65,11 @@ def merge(
     given, table, others = for_files(adapters, names, step)
     if to != "as_it_is":
         with progress_bar("merging") as progress:
-            found = merge_quantized(base, given, output, table, to=to, others=others, tied=tied, progress=progress)
+            if to.startswith("gguf:"):
+                dtype = to.removeprefix("gguf:")
+                found = merge_gguf(base, given, output, table, dtype=dtype, others=others, tied=tied, progress=progress)
+            else:
+                found = merge_quantized(base, given, output, table, to=to, others=others, tied=tied, progress=progress)
         return _print_survival(found, output, json)
     with progress_bar("merging") as progress:
         losses = merge_checkpoint(
