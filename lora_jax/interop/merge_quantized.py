@@ -89,8 +89,8 @@ def merge_quantized(
         check_is(CALL, "key_map", key_map, KeyMap, A_KEY_MAP)
     tensors, files = tensors_in(source)
     weights = weights_of(source, tensors, packing_of(source))
-    as_dense = {name: as_dense(weight) for name, weight in weights.items()}
-    work = checked(source, (as_dense, files), adapters, key_map, others, params, tied)
+    dense = {name: as_dense(weight) for name, weight in weights.items()}
+    work = checked(source, (dense, files), adapters, key_map, others, params, tied)
     plans = _plans(work, weights, EIGHT_BITS.get(to), modules, source)
     with written(target) as new:
         for path in sorted(source.iterdir()):
