@@ -41,6 +41,8 @@ from lora_jax.flax_models import from_linen, from_nnx
 from lora_jax.initialization.init import init
 from lora_jax.initialization.rank_allocation import allocate_ranks, gradient_scores, input_scores
 from lora_jax.interop.merge_checkpoint import merge_checkpoint
+from lora_jax.interop.merge_quantized import merge_quantized
+from lora_jax.interop.merged_gguf import merge_gguf
 from lora_jax.interop.peft.in_memory import peft_tensors
 from lora_jax.interop.peft.load import load_peft
 from lora_jax.interop.peft.save import save_peft
@@ -141,6 +143,8 @@ __all__ = [
     "losses",
     "merge",
     "merge_checkpoint",
+    "merge_gguf",
+    "merge_quantized",
     "orthogonality",
     "peft_tensors",
     "per_slot",

@@ -275,7 +275,9 @@ def test_remat_changes_nothing(models):
         ("llama", {"model_type": None}, "model_type is None"),
         ("llama", {"model_type": "qwen2_5_vl", "text_config": {}}, "those of gemma3 and mistral3 are read"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "expected .*LlamaForCausalLM"),
-        ("llama", {"quantization_config": {"bits": 4}}, "packed already"),
+        ("llama", {"quantization_config": {"bits": 4}}, "packed by None, expected one of"),
+        ("llama", {"quantization_config": {"quant_method": "awq"}}, "packed by 'awq'.*before they were packed"),
+        ("llama", {"quantization_config": {"quant_method": "bitsandbytes"}}, "packed by bitsandbytes"),
         ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu', expected one of silu"),
         ("llama", {"hidden_size": 0}, "hidden_size is 0, expected a whole number"),
         ("llama", {"num_hidden_layers": True}, "num_hidden_layers is True"),
@@ -429,7 +431,7 @@ def test_packed_models_are_trained_and_generate(folders):
 @pytest.mark.filterwarnings("ignore:packing changes blocks:lora_jax.LoraWarning")
 def test_one_tensor_at_a_time_is_in_memory(folders, monkeypatch):
     """Before each tensor is read, the devices hold what is packed so far, and nothing else."""
-    read, found = loading.read, []
+    read, found = loading.read_weight, []
 
     def alive():
         return sum(array.nbytes for array in jax.live_arrays())
@@ -439,7 +441,7 @@ def test_one_tensor_at_a_time_is_in_memory(folders, monkeypatch):
         return read(*args)
 
     before = alive()
-    monkeypatch.setattr(loading, "read", counted)
+    monkeypatch.setattr(loading, "read_weight", counted)
     model = lora.recipes.load(folders("llama"), bits=4)
     largest = 4 * max(SIZES["hidden_size"] * SIZES["intermediate_size"], 32 * 16)  # a tensor of the files, in fp32
     whole = sum(array.nbytes for array in jax.tree.leaves(model.params))

@@ -92,7 +92,7 @@ def test_published_configs_leave_out_what_transformers_fills_in():
         ({"text_config": facts_of("gemma3", final_logit_softcapping=30.0)}, "caps no logits, expected null"),
         ({"architectures": ["Gemma3ForSequenceClassification"]}, "expected .'Gemma3ForConditionalGeneration'"),
         ({"audio_config": {}}, "audio_config is {}, and nothing here knows"),
-        ({"quantization_config": {"bits": 4}}, "packed already"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "packed by 'gptq'"),
         ({"model_type": "qwen2_5_vl"}, "Of models of text and images, those of gemma3 and mistral3 are read"),
     ],
 )

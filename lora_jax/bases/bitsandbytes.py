@@ -1,4 +1,4 @@
-"""Weights in safetensors files, each read when it is needed, among them weights that bitsandbytes packed as NF4.
+"""Weights in safetensors files that bitsandbytes packed as NF4, each read when it is needed.
 
 bitsandbytes keeps a weight W of NF4 in several tensors:
 
@@ -10,7 +10,6 @@ bitsandbytes keeps a weight W of NF4 in several tensors:
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from lora_jax.bases.nf4_layouts import transposed
 from lora_jax.core.errors import LoraError, short
 from lora_jax.core.text import printable
 from lora_jax.core.untrusted import parse_json
-from lora_jax.interop.safetensors_index import AXES, DTYPES, Tensor, header, read, tensors_in
+from lora_jax.interop.safetensors_index import AXES, DTYPES, Tensor, read
 
 STATE = ".quant_state.bitsandbytes__"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -36,54 +35,30 @@ LARGEST_STATE = 2**20  # bytes of the JSON, which has some hundred
 MEND = "Take the weights that it was made of, and pack them with lora.bases.quantize."
 
 
-def open_safetensors(path: str | Path) -> dict[str, Stored]:
-    """Return the tensors of a model as `{name: Stored}`. Only headers and descriptions of packed weights are read.
-
-    A weight that bitsandbytes packed as NF4 is a `Stored` packed weight with the same codes and scales. Its axes are
-    torch's, [out, in], until `lora.bases.from_torch` makes it a parameter; it is stored as [in, out] all the time.
-
-    Args:
-        path: a file, or a folder with `model.safetensors` or an index and its shards.
+def stored_by_bitsandbytes(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Stored], list[str]]:
+    """Return the weights that bitsandbytes packed, and the names of all tensors that belong to them.
 
     Raises:
-        LoraError: a file is missing or damaged; a tensor is packed in another format, or does not fit its description.
+        LoraError: a tensor is packed in another format of bitsandbytes, or does not fit its description.
     """
-    path = Path(path).absolute()
-    folder = path.parent if os.path.isfile(path) else path
-    tensors = header(path) if os.path.isfile(path) else tensors_in(path)[0]
-    for name, tensor in tensors.items():
-        _refuse_other_formats(name, tensor, folder)
+    for name in tensors:
+        _refuse_other_formats(name, folder)
     packed = {name.rpartition(STATE)[0]: name for name in tensors if STATE in name}
-    parts = {f"{name}.{part}" for name in packed for part in PARTS}
-    found = {}
-    for name, tensor in tensors.items():
-        if name in packed:
-            found[name] = _packed(folder, name, tensors, packed[name])
-        elif name not in parts and STATE not in name:
-            like = jax.ShapeDtypeStruct(tensor.shape, DTYPES[tensor.dtype])
-            found[name] = Stored(like, partial(_read_array, folder, tensor))
     if lost := [name for name in packed if name not in tensors]:
         raise LoraError(f"{folder} says how {lost[0]!r} is packed, but has no such tensor: download the files again.")
-    return found
+    found = {name: _packed(folder, name, tensors, key) for name, key in packed.items()}
+    parts = {f"{name}.{part}" for name in packed for part in PARTS}
+    return found, [name for name in tensors if name in packed or name in parts or STATE in name]
 
 
-def _read_array(folder: Path, tensor: Tensor) -> np.ndarray[Any, Any]:
-    return read(folder, tensor, DTYPES[tensor.dtype]).reshape(tensor.shape)
-
-
-def _refuse_other_formats(name: str, tensor: Tensor, folder: Path) -> None:
-    """Raise if a tensor is packed in a format other than NF4, or has an unknown dtype."""
+def _refuse_other_formats(name: str, folder: Path) -> None:
+    """Raise if a tensor is packed in a format other than NF4."""
     module, _, last = name.rpartition(".")
     if last == "SCB":
         raise LoraError(f"{module!r} in {folder} is packed by bitsandbytes as int8, expected nf4. {MEND}")
     if STATE in name and not name.endswith(f"{STATE}nf4"):
         weight, _, kind = name.rpartition(STATE)
         raise LoraError(f"{weight!r} in {folder} is packed by bitsandbytes as {printable(kind)}, expected nf4. {MEND}")
-    if tensor.dtype not in DTYPES:
-        raise LoraError(f"{name!r} in {folder} is of {tensor.dtype}, expected one of {', '.join(DTYPES)}.")
-
-
-# bitsandbytes ---------------------------------------------------------------------------------------------------------
 
 
 class _State(NamedTuple):

@@ -13,8 +13,8 @@ import tyro
 from lora_jax.algebra.compose import compose as composed
 from lora_jax.algebra.compress import compress
 from lora_jax.algebra.truncation import Truncation
-from lora_jax.bases.bitsandbytes import open_safetensors
 from lora_jax.bases.lazy import from_torch
+from lora_jax.bases.open_files import open_safetensors
 from lora_jax.checkpoints.replaceable import check_target
 from lora_jax.cli.adapters import NO_NAMES
 from lora_jax.cli.folders import PEFT, NameOptions, Names, format_in, read_adapters, table_of

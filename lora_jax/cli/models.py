@@ -24,6 +24,9 @@ from lora_jax.core.text import count, printable, size
 from lora_jax.interop.entries import Entry
 from lora_jax.interop.key_map import KeyMap
 from lora_jax.interop.merge_checkpoint import Tensors, merge_checkpoint, read_tensors
+from lora_jax.interop.merge_quantized import merge_quantized
+from lora_jax.interop.merge_rows import Survival
+from lora_jax.interop.merged_gguf import merge_gguf
 from lora_jax.interop.model_config import model_facts
 from lora_jax.interop.name_templates import literal
 from lora_jax.interop.peft.save import save_peft
@@ -36,6 +39,7 @@ def merge(
     adapters: Adapters,
     output: Output,
     /,
+    to: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "as_it_is",
     tied: Tied = "refuse",
     names: NameOptions = NO_NAMES,
     step: Step = None,
@@ -49,12 +53,24 @@ def merge(
         base: a folder with model.safetensors, or an index and its shards.
         adapters: a folder of HF PEFT, of lora_jax.checkpoint.save, or of lora_jax.Checkpoints.
         output: a new folder for the merged model.
+        to: what the merged weights are written in: as_it_is in the base; the linear layers in fp8 or int8, with a scale
+            for each output, or fp8_block, for each 128 x 128 numbers, as vLLM reads them; bf16, of a base that is
+            published in few bits; or one file for llama.cpp, which needs the package gguf: gguf:q8_0, gguf:bf16,
+            gguf:f16, gguf:f32.
         tied: of adapters of the table of tokens alone, where the base has one tensor for it and the head: refuse them;
             untie, which writes a head of its own; or change both.
         step: of a folder of Checkpoints: which one, by default the newest.
-        json: print the rounding loss of each tensor as JSON.
+        json: print the rounding loss of each tensor as JSON; with --to, and how much is kept of its change.
     """
     given, table, others = for_files(adapters, names, step)
+    if to != "as_it_is":
+        with progress_bar("merging") as progress:
+            if to.startswith("gguf:"):
+                dtype = to.removeprefix("gguf:")
+                found = merge_gguf(base, given, output, table, dtype=dtype, others=others, tied=tied, progress=progress)
+            else:
+                found = merge_quantized(base, given, output, table, to=to, others=others, tied=tied, progress=progress)
+        return _print_survival(found, output, json)
     with progress_bar("merging") as progress:
         losses = merge_checkpoint(
             base, target=output, adapters=given, key_map=table, others=others, tied=tied, progress=progress
@@ -65,6 +81,18 @@ def merge(
     worst = sorted(losses.items(), key=lambda item: (-item[1], item[0]))[:5]
     print_table(["most is lost to rounding in", "of the change"], [[n, f"{x:.2%}"] for n, x in worst], right=1)
     say(f"{len(losses)} tensors merged into {output}.")
+    return 0
+
+
+def _print_survival(found: Mapping[str, Survival], output: Path, as_json: bool) -> int:
+    """Print what is left of the changes of the tensors, and return the exit code."""
+    if as_json:
+        print_json({name: survival._asdict() for name, survival in found.items()})
+        return 0
+    least = sorted(found.items(), key=lambda item: (item[1].kept, item[0]))[:5]
+    rows = [[name, f"{own.kept:.2%}", f"{own.loss:.2f}"] for name, own in least]
+    print_table(["least is kept in", "of the change", "noise over change"], rows, right=2)
+    say(f"{len(found)} tensors merged into {output}.")
     return 0
 
 

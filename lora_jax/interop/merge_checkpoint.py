@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,25 +25,16 @@ from lora_jax.core.adapter import Adapter
 from lora_jax.core.argument_checks import A_KEY_MAP, check_adapter_dict, check_folder, check_is
 from lora_jax.core.arrays import matmul_highest, refuse_spread
 from lora_jax.core.errors import LoraError, LoraWarning
-from lora_jax.core.paths import nearest
-from lora_jax.interop import safetensors_index
-from lora_jax.interop.expert_files import with_experts_apart
 from lora_jax.interop.file_parts import Part, parts_of
 from lora_jax.interop.key_map import Array, KeyMap
+from lora_jax.interop.merge_rows import merged_rows
+from lora_jax.interop.merge_work import DTYPES, Work, checked
 from lora_jax.interop.peft.files import CONFIG
-from lora_jax.interop.peft.tied_tables import Tied, check_tied
+from lora_jax.interop.peft.tied_tables import Tied
 from lora_jax.interop.safetensors_index import Tensor, read, tensors_in
-from lora_jax.interop.tensor_changes import (
-    Changes,
-    changes_of_adapters,
-    changes_of_folder,
-    has_one_table_for_both,
-    with_rows_in_base,
-)
-from lora_jax.interop.tied_files import Untied, header_with, settled, shapes_with_head, tie_of, write_untied
+from lora_jax.interop.tied_files import header_with, write_untied
 
 CALL = "merge_checkpoint(source, adapters, target, key_map)"
-DTYPES = {name: safetensors_index.DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}  # that adapters are added to
 THREADS = 4  # twice the cores of the smallest machines: half of the time is reading and writing
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors"}  # files not to copy
 
@@ -106,7 +97,7 @@ def merge_checkpoint(
         refuse_spread(adapters)
     if key_map is not None:
         check_is(CALL, "key_map", key_map, KeyMap, A_KEY_MAP)
-    work = _checked(source, adapters, key_map, others, params, tied)
+    work = checked(source, tensors_in(source), adapters, key_map, others, params, tied)
     with written(target) as new:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.suffix not in OTHER_WEIGHTS:
@@ -134,53 +125,8 @@ def check_checkpoint(
     tied: Tied = "refuse",
 ) -> None:
     """Raise the errors that `merge_checkpoint` would raise before it writes, and write nothing."""
-    _checked(Path(source).absolute(), adapters, key_map, others, params, tied)
-
-
-class _Work(NamedTuple):
-    """What is read and written."""
-
-    tensors: dict[str, Tensor]
-    files: list[str]
-    changes: Changes
-    untied: Untied | None
-
-
-def _checked(
-    source: Path,
-    adapters: Mapping[str, Adapter] | str | Path,
-    key_map: KeyMap | None,
-    others: Any,
-    params: Any,
-    tied: Tied,
-) -> _Work:
-    """Return the tensors and files of the source, and what becomes of the tensors."""
-    check_tied(tied)
-    tensors, files = tensors_in(source)
-    tie, copies = tie_of(source, tensors), dict[str, str]()
-    if isinstance(adapters, str | Path):
-        if key_map is not None or others is not None or params is not None:
-            raise LoraError(f"{adapters} names its tensors itself: leave out key_map, others and params.")
-        changes, copies = changes_of_folder(Path(adapters), shapes_with_head(tie, tensors))
-    elif key_map is None:
-        raise LoraError("merge_checkpoint(key_map=...): which tensor each path is, such as lora.key_maps.LLAMA.")
-    else:
-        changes = changes_of_adapters(adapters, others, key_map, params)
-        if tied == "refuse" and has_one_table_for_both(key_map, params):
-            tied = "both"
-    changes, untied = settled(source, tie, tensors, changes, copies, tied)
-    changes = with_experts_apart(changes, tensors)
-    changes = {name: with_rows_in_base(name, change) for name, change in changes.items()}
-    if untied is not None:
-        tensors = tensors | untied.added
-    mend = "Names that only begin with something else are met by key_map.under(name=...)."
-    if key_map is None:
-        mend = (
-            "An adapter for a model with other names is loaded and merged with a key map: lora.load_peft(folder, "
-            "params, key_map), and then lora.merge_checkpoint(source, adapters, target, key_map, others=others)."
-        )
-    _check(source, tensors, changes, mend)
-    return _Work(tensors, files, changes, untied)
+    source = Path(source).absolute()
+    checked(source, tensors_in(source), adapters, key_map, others, params, tied)
 
 
 def read_tensors(source: Path) -> "Tensors":
@@ -214,31 +160,7 @@ class Tensors(Mapping[str, Array]):
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _check(source: Path, tensors: Mapping[str, Tensor], changes: Changes, mend: str) -> None:
-    """Raise, before anything is written, if a tensor is missing, quantised or of another shape.
-
-    Args:
-        mend: what to do about one that is missing.
-    """
-    for name, change in changes.items():
-        if name not in tensors:
-            tied = " A tied head is in the file once, under the name of the embedding." * ("head" in name)
-            raise LoraError(
-                f"{source} has no tensor {name!r}; the nearest are {', '.join(nearest(name, tensors, n=3)) or 'none'}. "
-                f"{mend}{tied}"
-            )
-        tensor = tensors[name]
-        if tensor.dtype not in DTYPES:
-            raise LoraError(
-                f"{name!r} is of {tensor.dtype} in {source}: quantised weights would be rounded again. Merge into the "
-                "weights that they were made of, and quantise the result."
-            )
-        for shape in change.shapes:
-            if tensor.shape != shape:
-                raise LoraError(f"{name!r} has shape {list(tensor.shape)} in {source}, its adapter {list(shape)}.")
-
-
-def _write(source: Path, new: Path, work: _Work, progress: Callable[[int, int], None] | None) -> dict[str, float]:
+def _write(source: Path, new: Path, work: Work, progress: Callable[[int, int], None] | None) -> dict[str, float]:
     """Write the files with the changed tensors, and return the rounding loss of each.
 
     The files are written in parts, several at a time: some are added while others are read and written.
@@ -323,7 +245,7 @@ def _norms_of_finite(
     with np.errstate(all="ignore"):
         start = (w if base is None else base).astype(np.float64)
         product = None if left is None or right is None else left.astype(np.float64) @ right.astype(np.float64)
-        exact = _exact(np, start, product, delta, lengths)
+        exact = merged_rows(np, start, product, delta, lengths)
     finite = np.isfinite(merged)
     if (np.isfinite(start) & ~finite).any():
         most = float(jnp.finfo(part.dtype).max)
@@ -353,7 +275,7 @@ def _sum(
     """
     wide = w.astype(jnp.float32)
     product = None if left is None or right is None else matmul_highest(left, right)
-    exact = _exact(jnp, wide if base is None else base.astype(jnp.float32), product, delta, lengths)
+    exact = merged_rows(jnp, wide if base is None else base.astype(jnp.float32), product, delta, lengths)
     rounded = exact.astype(w.dtype)
     only_factors = base is None and delta is None and lengths is None
     changes = None if only_factors else _squares(exact - wide)
@@ -366,26 +288,13 @@ def _sum_in_fp64(
     """Return the same for fp64, which JAX has only where it is enabled; its rounding errors do not count."""
     with np.errstate(all="ignore"):  # what is not finite shows in the norm of the change
         product = None if left is None or right is None else left.astype(np.float64) @ right
-        exact = _exact(np, w if base is None else base.astype(np.float64), product, delta, lengths)
+        exact = merged_rows(np, w if base is None else base.astype(np.float64), product, delta, lengths)
         return np.ascontiguousarray(exact), 0.0, np.square(exact - w)
-
-
-def _exact(xp: Any, start: Any, product: Any, delta: Any, lengths: Any) -> Any:
-    """Return W' before it is rounded; `xp` is NumPy or jax.numpy."""
-    exact = start if product is None else start + product
-    exact = exact if delta is None else exact + delta
-    return exact if lengths is None else exact * _gain(xp, exact, lengths)[:, None]
 
 
 def _squares(array: jax.Array) -> jax.Array:
     """Return the squared norms of rows, or the squares of the entries of a vector."""
     return jnp.square(array) if array.ndim == 1 else jnp.einsum("ij,ij->i", array, array)
-
-
-def _gain(xp: Any, rows: Any, lengths: Any) -> Any:
-    """Return the factor that scales each row to its length, 1 for a row of zeros; `xp` is NumPy or jax.numpy."""
-    norms = xp.linalg.norm(rows, axis=-1)
-    return xp.where(norms == 0, 1.0, lengths / xp.where(norms == 0, 1.0, norms))
 
 
 def _total(squares: Any) -> float:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from lora_jax.core.errors import LoraError, short
 from lora_jax.core.paths import nearest
+from lora_jax.interop.low_bits.config import MEND, parse_packing
 from lora_jax.interop.model_config import CONFIG, model_facts
 from lora_jax.recipes.config_fields import Fields
 from lora_jax.recipes.rope import Rope, read_rope
@@ -201,11 +202,9 @@ def _read(family: str, fields: Fields) -> Config:
 
 def _check_fixed(family: str, fields: Fields) -> None:
     """Raise for fields that are right with one value alone."""
-    if fields.get("quantization_config", None) is not None:
-        raise LoraError(
-            f"{fields.where} has a quantization_config: its weights are packed already. Take the folder that it was "
-            "made of, and load(folder, bits=4)."
-        )
+    for name in ("quantization_config", "compression_config"):
+        if (packing := fields.get(name, None)) is not None and parse_packing(packing, fields.where) is None:
+            raise LoraError(f"{fields.where}: the weights are packed by bitsandbytes. {MEND}")
     architecture = FAMILIES[family].architecture
     if (found := fields.facts.get("architectures")) and architecture not in found:
         fields.refuse("architectures", found, f"[{architecture!r}]: no other head is read")

@@ -23,7 +23,10 @@ from lora_jax.core.partition import check_divisible, full_spec
 from lora_jax.core.paths import nearest
 from lora_jax.core.text import listed
 from lora_jax.interop.key_map import KeyMap, ParameterMatch
-from lora_jax.interop.safetensors_index import DTYPES, read, tensors_in
+from lora_jax.interop.low_bits.config import packing_of
+from lora_jax.interop.low_bits.files import LowBit, read_weight, weights_of
+from lora_jax.interop.model_config import model_facts
+from lora_jax.interop.safetensors_index import DTYPES, tensors_in
 from lora_jax.recipes.config import Config
 from lora_jax.recipes.decoder import shapes
 from lora_jax.recipes.wrappers import is_unread, names_in_files
@@ -31,6 +34,7 @@ from lora_jax.recipes.wrappers import is_unread, names_in_files
 Array = np.ndarray[Any, Any]
 _COMPUTED = re.compile(r".*layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # what files of Llama 2 have beside
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_DENSE = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 # For each tensor of torch's parameters, the tensors of the files that it is made of: expert by expert, the projections.
 Parts = tuple[tuple[str, ...], ...]
 
@@ -49,8 +53,8 @@ class Folder:
     """
 
     def __init__(self, folder: Path, config: Config, key_map: KeyMap) -> None:
-        self.folder, self.config = folder, config
-        tensors = tensors_in(folder)[0]
+        self.folder, self.config, self.dense = folder, config, _dtype_of_config(model_facts(folder))
+        tensors = weights_of(folder, tensors_in(folder)[0], packing_of(folder))
         self.tensors = {name: at for name, at in tensors.items() if not is_unread(config.wrapper, name)}
         names = names_in_files(config.wrapper, self.tensors)
         self.head, self.table = f"{names.head}.weight", f"{names.body}embed_tokens.weight"
@@ -72,9 +76,13 @@ class Folder:
                 jax.eval_shape(functools.partial(match.from_torch, index=index), shape)
 
     def dtype_of(self, match: ParameterMatch) -> Any:
-        """Return the dtype that holds what the files have of a parameter; no wider than fp32."""
+        """Return the dtype that holds what the files have of a parameter; no wider than fp32.
+
+        That of weights which are packed in few bits is the model's own, as its config says, by default bf16.
+        """
         names = {tensor for name in match.tensors().values() for own in self.parts[name] for tensor in own}
-        found = jnp.result_type(*(DTYPES[self.tensors[name].dtype] for name in sorted(names)))
+        weights = [self.tensors[name] for name in sorted(names)]
+        found = jnp.result_type(*(self.dense if isinstance(w, LowBit) else DTYPES[w.dtype] for w in weights))
         return jnp.dtype(jnp.float32) if found == np.float64 else found
 
     def read(self, match: ParameterMatch, index: tuple[int, ...], dtype: Any) -> Array:
@@ -104,8 +112,7 @@ class Folder:
                 )
 
     def _tensor(self, name: str, dtype: Any) -> Array:
-        tensor = self.tensors[name]
-        return read(self.folder, tensor, DTYPES[tensor.dtype]).reshape(tensor.shape).astype(dtype, copy=False)
+        return read_weight(self.folder, self.tensors[name], dtype)
 
     def _shape(self, name: str, match: ParameterMatch) -> tuple[int, ...]:
         """Return the shape of torch's tensor, made of those that the files have."""
@@ -136,6 +143,16 @@ class Folder:
                 f"{self.folder} has {len(extra)} tensor(s) that nothing reads, so that the decoder would compute "
                 f"something else than the model:\n{listed(extra)}"
             )
+
+
+def _dtype_of_config(facts: Mapping[str, Any]) -> Any:
+    """Return the dtype that a model was published in before it was packed; by default bf16."""
+    text = facts.get("text_config")
+    for own in (facts, text if isinstance(text, dict) else {}):
+        for name in ("dtype", "torch_dtype"):
+            if own.get(name) in _DENSE:
+                return _DENSE[own[name]]
+    return jnp.bfloat16
 
 
 def _apart(name: str, experts: int) -> Parts:

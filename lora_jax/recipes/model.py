@@ -170,18 +170,21 @@ def load(
 
     Llama 2 and 3, SmolLM, Mistral, Qwen 2, 2.5 and 3, Qwen 3 MoE and Gemma 1 to 3; of Gemma 3 and Mistral Small 3.1
     with images the text model. One tensor at a time is in memory beside the parameters, which are sharded and packed as
-    they are read.
+    they are read. Weights that are published in MXFP4, NVFP4, fp8 or integers of few bits, as `quantization_config`
+    says (compressed-tensors, DeepSeek's fp8, ModelOpt), are read as the numbers that they stand for.
 
     Args:
         folder: where the files are.
-        dtype: of the parameters, and so of what is computed; by default that of the files.
+        dtype: of the parameters, and so of what is computed; by default that of the files, and of weights which they
+            hold in few bits, that of the config. Only fp32 holds the numbers of NVFP4 and of most scales exactly.
         mesh: where they are to be; of axes of type Auto.
         bits: 4 packs the linear layers as `lora.bases.Nf4`, 8 as `lora.bases.Int8`; None and 16 leave them as they are.
         specs: a tree of partition specs, one for each parameter; by default `default_specs` of the mesh.
         ignore: names of fields of config.json that change nothing of what the model computes, and are not known here.
 
     Raises:
-        LoraError: the config asks for something that is not supported; tensors are missing, or belong to no parameter.
+        LoraError: the config asks for something that is not supported, such as weights that GPTQ, AWQ or bitsandbytes
+            packed; tensors are missing, or belong to no parameter.
     """
     if bits not in (None, 4, 8, 16):
         raise LoraError(f"load(folder, bits=...): bits is {bits!r}, expected 4, 8, 16 or None.")

@@ -47,6 +47,7 @@ WRAPPERS = {
 }
 UNREAD = ("vision_tower", "multi_modal_projector")  # modules whose tensors texts do not need
 _OF_THE_WHOLE = ("eos_token_id", "tie_word_embeddings")  # what counts is what the outer config says, if it says it
+_PACKING = ("quantization_config", "compression_config")
 
 
 def text_facts(facts: Mapping[str, Any], where: str, ignore: Iterable[str]) -> dict[str, Any]:
@@ -69,11 +70,11 @@ def text_facts(facts: Mapping[str, Any], where: str, ignore: Iterable[str]) -> d
             f"{where}: final_logit_softcapping is {short(text['final_logit_softcapping'])}, and {wrapper.architecture} "
             "caps no logits, expected null."
         )
-    for name in (*wrapper.about_images, *_OF_THE_WHOLE, "quantization_config"):
+    for name in (*wrapper.about_images, *_OF_THE_WHOLE, *_PACKING):
         fields.get(name, None)
     fields.check_all_read(ignore)
     own = {name: value for name, value in text.items() if name != "architectures"}  # the outer one counts
-    given = (*_OF_THE_WHOLE, "quantization_config")
+    given = (*_OF_THE_WHOLE, *_PACKING)
     return own | {name: facts[name] for name in given if facts.get(name) is not None}
 
 
