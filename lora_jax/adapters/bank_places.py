@@ -37,7 +37,8 @@ def bank_places(shardings: Mapping[str, Any], form: Mapping[str, Any], slots: in
 
 
 def _of_path(path: str, places: Any, shapes: Any, slots: int, axis: str | None) -> Any:
-    if jax.tree.structure(places) != jax.tree.structure(shapes):
+    form: Any = jax.tree.structure(shapes)
+    if form != jax.tree.structure(places):
         found, expected = [*places.arrays()], [*shapes.arrays()]
         raise LoraError(f"{CALL}: {path!r} has shardings of {found}, but the bank has {expected} there: {MEND}.")
     return jax.tree.map(lambda place, shape: _with_slots(path, place, shape, slots, axis), places, shapes)
