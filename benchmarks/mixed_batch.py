@@ -1,7 +1,8 @@
 """What a mixed batch costs: each example with its own adapter of a bank, over the base and over one adapter for all.
 
-The decoder of benchmarks/train_step.py, adapters on all six linear layers of each block. Times are ratios of programs
-that run in turn in one process.
+The decoder of benchmarks/train_step.py, adapters on all six linear layers of each block. Times are those of the
+processors, all cores together, so that what else the machine does counts little; ratios are of programs that run in
+turn in one process.
 
     python benchmarks/mixed_batch.py                   # decoding and training
     python benchmarks/mixed_batch.py --only decode --rounds 20
@@ -64,15 +65,18 @@ def next_token(c: base.Config, params: Any, x: jax.Array, keys: jax.Array, value
 
 
 def ratios(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, tuple[float, float]]:
-    """Time programs in turn: the median, over rounds, of each one's time over the first one's; and its best in ms."""
+    """Time programs in turn: the median, over rounds, of each one's time over the first one's; and its best in ms.
+
+    Not the time that goes by but what the cores of this process take.
+    """
     for run in programs.values():
         jax.block_until_ready(run())
     times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds):
         for name, run in programs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             jax.block_until_ready(run())
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     first = np.array(next(iter(times.values())))
     return {name: (float(np.median(np.array(t) / first)), min(t) * 1e3) for name, t in times.items()}
 

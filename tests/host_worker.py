@@ -2,6 +2,7 @@
 
     python tests/host_worker.py placements FOLDER        # on two meshes; and batches that do not fit together
     python tests/host_worker.py train FOLDER KILL_AT     # with checkpoints; process 1 is killed once, before a step
+    python tests/host_worker.py population FOLDER KILL_AT   # four members, two on each host; killed in the same way
     python tests/host_worker.py save FOLDER              # adapters, by all processes at once
 
 What was trained is written to FOLDER, by each process for itself, to be compared.
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import placements
 from jax import P
 
@@ -78,6 +80,13 @@ def train(folder, kill_at):
     placement = next(p for p in placements.PLACEMENTS if p.name == NAMES[0])
     mesh, params, state = start(placement)
     step = lora.jit_step(placements.loss, placements.optimizer())
+    take = lambda state, i: step(state, params, *batch_of(placement, mesh, i))  # noqa: E731
+    if (state := loop(folder, kill_at, state, params, take)) is not None:
+        write(folder, "end", **arrays(state.trainable, mesh, "last"))
+
+
+def loop(folder, kill_at, state, params, take):
+    """Train from the newest checkpoint to the end; None if the processes were told to end before."""
     with Checkpoints(folder / "checkpoints", params, placements.plan(), every=3) as checkpoints:
         state, position = checkpoints.restore(state)
         first = position["next"] if position else 0
@@ -87,15 +96,66 @@ def train(folder, kill_at):
                 checkpoints.wait()
                 (folder / "killed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            state, metrics = step(state, params, *batch_of(placement, mesh, i))
+            state, metrics = take(state, i)
             jax.block_until_ready(metrics)
             stop = checkpoints.save(state, metrics, position={"next": i + 1})
             print("step", i + 1, flush=True)
             if stop:
                 write(folder, "stopped", at=i + 1)
-                return
+                return None
             time.sleep(0.5)  # long enough to be told to end in between
-    write(folder, "end", **arrays(state.trainable, mesh, "last"))
+    return state
+
+
+RANKS, RATES = (1, 2, 4, 2), {"learning_rate": [1e-2, 3e-3, 1e-2, 3e-2]}
+HALVED = 5  # the step after which the best two go on
+
+
+def members():
+    """Four members of three ranks, with rates of their own."""
+    ids, _ = placements.batch(0)
+    rules = lambda rank: {"layers/router": None, "layers/.*": lora.Lora(rank, alpha=4)}  # noqa: E731
+    plans = [lora.plan(placements.model, placements.params(), ids, rules=rules(rank)) for rank in RANKS]
+    adapters = [lora.init(jax.random.key(i), placements.params(), plan) for i, plan in enumerate(plans)]
+    return lora.Population.create(adapters, rated, RATES, key=jax.random.key(7))
+
+
+def rated(learning_rate):
+    return lora.freeze_base(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(learning_rate)))
+
+
+def keyed(adapters, params, ids, labels, *, key):
+    """The loss of a member. Its key, which has come to the mesh too, is another one on each device, so no use of it."""
+    return placements.loss(adapters, params, ids, labels)
+
+
+def halved(step, i, population, *args):
+    """A step, and after one of them a halving of the members."""
+    population, metrics = step(population, *args)
+    return (population.keep_best(metrics["loss"], 2) if i == HALVED else population), metrics
+
+
+def population(folder, kill_at):
+    """The members over both hosts, and the rows of each of them over two devices."""
+    mesh = jax.make_mesh((4, 2), ("members", "data"), (jax.sharding.AxisType.Auto,) * 2)
+    params = jax.device_put(placements.params(), jax.NamedSharding(mesh, P()))
+    sharding = jax.NamedSharding(mesh, P("data"))
+    step = lora.population_step(keyed, rated, mesh=mesh, members="members", data="data")
+
+    def take(state, i):
+        own = lora.local_rows(sharding, placements.ROWS)
+        batch = lora.shard_batch([array[own] for array in placements.batch(i)], sharding, rows=placements.ROWS)
+        return halved(step, i, state, params, *batch)
+
+    state = loop(folder, kill_at, members().placed(mesh, "members"), params, take)
+    table = state.table()
+    each = [jax.tree.map(np.asarray, state.member(i)) for i in range(len(state))]
+    named = {
+        f"{i}{jax.tree_util.keystr(keys)}": leaf
+        for i, one in enumerate(each)
+        for keys, leaf in jax.tree.leaves_with_path(one)
+    }
+    write(folder, "members", table=table, steps=arrays(state.steps, mesh, "")[""], **named)
 
 
 def save(folder):
@@ -128,7 +188,7 @@ def save(folder):
 
 if __name__ == "__main__":
     action, folder, *rest = sys.argv[1:]
-    if action == "train":
-        train(Path(folder), int(rest[0]))
+    if action in ("train", "population"):
+        {"train": train, "population": population}[action](Path(folder), int(rest[0]))
     else:
         {"placements": run_placements, "save": save}[action](Path(folder))

@@ -153,6 +153,27 @@ def test_told_to_end(trained, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.rare
+def test_a_population_over_two_hosts(tmp_path):
+    """Its members are on both. One host is killed at step 7, all start again; what comes of it is as on one device."""
+    code, output = finish(two_processes("--restarts", 1, "tests/host_worker.py", "population", tmp_path, 7))
+    assert code == 0, output
+    assert re.findall(r"^from \d+", output, re.MULTILINE) == ["from 0", "from 6"]
+    found = written(tmp_path, "members")
+    alone, step = host_worker.members(), lora.population_step(host_worker.keyed, host_worker.rated)
+    for i in range(host_worker.STEPS):
+        alone, _ = host_worker.halved(step, i, alone, placements.params(), *placements.batch(i))
+    np.testing.assert_array_equal(found.pop("steps"), alone.steps)
+    assert sorted(alone.steps.tolist()) == [6, 6, 12, 12]
+    assert str(found.pop("table")) == alone.table()
+    expected = [named(alone.member(i), str(i)) for i in range(4)]
+    assert found.keys() == {key for one in expected for key in one}
+    for key, value in {key: value for one in expected for key, value in one.items()}.items():
+        assert found[key].shape == value.shape
+        assert np.linalg.norm(found[key] - value) <= 1e-5 * np.linalg.norm(value), key
+
+
+@pytest.mark.slow
 def test_all_processes_save_at_once(tmp_path):
     """To one place: what is there is whole, whichever was the last; what no process holds whole is refused by name."""
     code, output = finish(two_processes("tests/host_worker.py", "save", tmp_path))

@@ -88,18 +88,24 @@ def test_each_member_goes_where_it_goes_alone():
 def test_keys_hyperparameters_of_the_loss_and_data_of_each():
     keys, xs = jax.random.split(jax.random.key(7), 4), jnp.stack([X, 2 * X, 3 * X, 4 * X])
     smooth = [0.0, 0.1, 0.2, 0.3]
-    start = lora.Population.create(MEMBERS, optax.adamw, RATES | {"smooth": smooth}, key=keys)
-    step = lora.population_step(with_key, optax.adamw, microbatches=2)
+
+    # No Adam here: that divides by |g|, so an entry whose parts cancel shows their rounding: 7e-5 after 3 steps.
+    def clipped(learning_rate, weight_decay):
+        steps = optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate)
+        return optax.chain(optax.clip_by_global_norm(1.0), *steps)
+
+    start = lora.Population.create(MEMBERS, clipped, RATES | {"smooth": smooth}, key=keys)
+    step = lora.population_step(with_key, clipped, microbatches=2)
     found, _ = run(start, 3, step, (lora.PerMember(xs), Y))
     for i in range(4):
-        optimizer = optax.adamw(RATES["learning_rate"][i], weight_decay=RATES["weight_decay"][i])
+        optimizer = clipped(RATES["learning_rate"][i], RATES["weight_decay"][i])
         own = lambda *args, key, i=i: with_key(*args, key=key, smooth=smooth[i])  # noqa: E731
         state, single = lora.TrainState.create(MEMBERS[i], optimizer, key=keys[i]), lora.jit_step(
             own, optimizer, microbatches=2
         )  # fmt: skip
         for _ in range(3):
             state, _ = single(state, PARAMS, xs[i], Y)
-        assert_trees_close(found.member(i), state.trainable, rtol=1e-4, atol=1e-4)  # noise makes small gradients
+        assert_trees_close(found.member(i), state.trainable, rtol=1e-5, atol=1e-5)
 
 
 def test_stopped_replaced_and_reordered_without_another_compilation():

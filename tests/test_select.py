@@ -173,6 +173,21 @@ def test_all_ways_are_exact(way, monkeypatch):
     jax.clear_caches()
 
 
+def test_no_row_of_blocks_is_added_to_another(monkeypatch):
+    """Forward and backward, rows are gathered; what is added up are the gradients of a slot's blocks."""
+    jax.clear_caches()
+    monkeypatch.setattr(ways, "way_of", lambda *_: "blocks")
+    monkeypatch.setattr(Matmul, "flat", lambda self: True)
+    params, bank = linear_bank()
+    apply, x, ids = lora.lora_apply(linear), jnp.ones((40, 2, 6)), jnp.arange(40) % 5 - 1
+    step = jax.grad(lambda bank, x: total(apply(params, lora.select(bank, ids), x)), (0, 1))
+    found = [
+        e.outvars[0].aval.shape for e in equations(jax.make_jaxpr(step)(bank, x)) if "scatter-add" in str(e.primitive)
+    ]
+    assert sorted(found) == sorted(leaf.shape for one in bank.values() for leaf in (jnp.swapaxes(one.a, 1, 2), one.b))
+    jax.clear_caches()
+
+
 def test_blocks_have_room_for_any_mix():
     for ids in ([0] * 64, [3] * 60 + [-1] * 4, list(range(4)) * 16, [-1] * 64, [0] + [1] * 63):
         size = ways.block_size(64, 4)

@@ -1,7 +1,6 @@
 """A bank of adapters: a few on the device, thousands on the host or on disk."""
 
 import collections
-import functools
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.adapters.bank_places import bank_places
 from lora_jax.adapters.select import select
 from lora_jax.adapters.slot_form import form_of, in_form
 from lora_jax.core.adapter import Adapter
@@ -38,9 +38,12 @@ class AdapterBank:
             ranks are padded with zeros, which change nothing.
         slots: how many adapters are on the device.
         versions: how many of each name are kept, the newest ones.
+        shardings: where the arrays of an adapter are on a mesh: `lora.adapter_shardings(params, plan)`. None for the
+            default device.
+        axis: the axis of that mesh that the slots are split over; None for all slots on each device.
 
     Raises:
-        LoraError: no adapters; no slots.
+        LoraError: no adapters; no slots; shardings of another form, or that cannot be split.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> def model(params, x):
@@ -58,7 +61,15 @@ class AdapterBank:
     ((3, 5, 3), [('anna', 1), ('carl', 1)])
     """
 
-    def __init__(self, like: Adapters, slots: int, *, versions: int = 2) -> None:
+    def __init__(
+        self,
+        like: Adapters,
+        slots: int,
+        *,
+        versions: int = 2,
+        shardings: Adapters | None = None,
+        axis: str | None = None,
+    ) -> None:
         call = "AdapterBank(like, slots)"
         check_adapter_dict(call, like)
         if not like:
@@ -66,10 +77,14 @@ class AdapterBank:
         for name, number in (("slots", slots), ("versions", versions)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise LoraError(f"AdapterBank({name}={number!r}): expected a number of at least 1.")
+        if shardings is None and axis is not None:
+            raise LoraError(f"AdapterBank(axis={axis!r}): `axis` is of the mesh of `shardings`, which are missing.")
         self.slots, self.versions = slots, versions
         self.loads = self.evictions = 0  # so far
         self._form = form_of(like)
-        self._bank = jax.tree.map(lambda shape: jnp.zeros((slots, *shape.shape), shape.dtype), self._form)
+        places = None if shardings is None else bank_places(shardings, self._form, slots, axis)
+        self._bank = _zeros(self._form, slots, places)
+        self._put = _put if places is None else jax.jit(_overwritten, donate_argnums=0, out_shardings=places)
         self._sources: dict[str, dict[int, Source]] = {}  # by name and version, the oldest version first
         self._slots: collections.OrderedDict[tuple[str, int], int] = collections.OrderedDict()  # the latest used last
         self._free = list(reversed(range(slots)))
@@ -145,7 +160,7 @@ class AdapterBank:
                     self._slots.move_to_end(key)
             for key, adapters in read.items():
                 slot = self._free.pop() if self._free else self._evict(wanted)
-                self._bank = _put(self._bank, np.int32(slot), adapters)
+                self._bank = self._put(self._bank, np.int32(slot), adapters)
                 self._slots[key] = slot
                 self.loads += 1
             return np.array([-1 if key is None else self._slots[key] for key in keys], np.int32)
@@ -208,11 +223,19 @@ class AdapterBank:
             self._free.append(slot)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(bank: Any, slot: Any, adapters: Any) -> Any:
-    """Overwrite one slot, in the memory that the bank has."""
+def _zeros(form: Any, slots: int, places: Any) -> Any:
+    """Return an empty bank, each part of it made where it is to be."""
+    make = lambda: jax.tree.map(lambda shape: jnp.zeros((slots, *shape.shape), shape.dtype), form)  # noqa: E731
+    return make() if places is None else jax.jit(make, out_shardings=places)()
+
+
+def _overwritten(bank: Any, slot: Any, adapters: Any) -> Any:
+    """Overwrite one slot, in the memory that the bank has; where slots are split, only its devices write."""
 
     def put(slots: jax.Array, one: Any) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(slots, one, slot, 0)
 
     return jax.tree.map(put, bank, adapters)
+
+
+_put = jax.jit(_overwritten, donate_argnums=0)

@@ -17,13 +17,17 @@ from lora_jax.core.paths import nearest
 
 
 def form_of(like: Mapping[str, Adapter]) -> dict[str, Any]:
-    """Return the shapes and dtypes of one slot, for adapters or their shapes.
+    """Return the shapes and dtypes of one slot, for adapters or their shapes."""
+    return in_slots(jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), dict(like)))
+
+
+def in_slots(adapters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return adapters, whatever is in the place of their arrays, with those that a bank has.
 
     LoRA has no scale of its own in a bank: it is multiplied into B when an adapter is loaded, once and not in each
     call for all slots.
     """
-    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), dict(like))
-    return {p: dataclasses.replace(a, ratio=None) if isinstance(a, LoraAdapter) else a for p, a in shapes.items()}
+    return {p: dataclasses.replace(a, ratio=None) if isinstance(a, LoraAdapter) else a for p, a in adapters.items()}
 
 
 def in_form(name: str, adapters: Any, form: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,8 +122,11 @@ class SelectedOperand(Wrapper):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class BankOperand(Operand):
-    """Operands of one weight. All arrays of `inner` have an axis of slots behind the stack axes."""
+class BankOperand(Wrapper):
+    """Operands of one weight. All arrays of `inner` have an axis of slots behind the stack axes.
+
+    What it answers for all slots at once is what they say; what is done to it is done to each of them.
+    """
 
     inner: Operand
     axes: KernelAxes = field(metadata={"static": True})
@@ -184,15 +187,3 @@ class BankOperand(Operand):
         specs = self.inner.specs(spec)
         is_spec = lambda node: isinstance(node, jax.P)  # noqa: E731
         return BankOperand(jax.tree.map(lambda s: jax.P(*s[:n], None, *s[n:]), specs, is_leaf=is_spec), self.axes)
-
-    @property
-    def is_additive(self) -> bool:  # type: ignore[override]
-        return self.inner.is_additive
-
-    @property
-    def can_multiply(self) -> bool:  # type: ignore[override]
-        return self.inner.can_multiply
-
-    @property
-    def shares_traces(self) -> bool:  # type: ignore[override]
-        return self.inner.shares_traces

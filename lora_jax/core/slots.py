@@ -26,6 +26,7 @@ from jax.custom_batching import custom_vmap
 
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.factor_products import dot, in_turn, matmul
+from lora_jax.core.moved import moved
 from lora_jax.core.products import Matmul, Product, add_lowrank
 
 Bank = TypeVar("Bank")
@@ -147,10 +148,13 @@ def _in_blocks(precision: Any, x: jax.Array, a: jax.Array, b: jax.Array, slot: j
     place = places(slot, slots, size, blocks)  # [E]; an example without a slot has none
     source = jnp.full(blocks * size, examples).at[place].set(jnp.arange(examples), mode="drop")
     of_block = jnp.full(blocks, slots).at[place // size].set(slot, mode="drop")
-    arranged = x.at[source].get(mode="fill", fill_value=0).reshape(blocks, size * rows, inputs)
-    h = checkpoint_name(matmul(arranged, picked_each(a, of_block), precision, 1).astype(x.dtype), "lora_h")
+    arranged = moved(x, source, place).reshape(blocks, size * rows, inputs)
+    # A is picked as [r, d], which `contract` reads faster too; its gradient then is h^T x, a thin array on the left.
+    columns = picked_each(lax.optimization_barrier(jnp.swapaxes(a, 1, 2)), of_block)
+    h = dot(arranged, columns, ((2,), (2,)), precision, 1)
+    h = checkpoint_name(h.astype(x.dtype), "lora_h")
     change = matmul(h, picked_each(b, of_block), precision, 1).reshape(blocks * size, rows, -1)
-    return change.at[place].get(mode="fill", fill_value=0)
+    return moved(change, place, source)
 
 
 def picked_each(bank: jax.Array, slots: jax.Array) -> jax.Array:

@@ -5,11 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import P
+from jax.sharding import NamedSharding
 
 from lora_jax.adapters.stack import pad, rank_of, stack, unpad, zero_padding
 from lora_jax.core.adapter import is_adapter
 from lora_jax.core.argument_checks import check_is
-from lora_jax.core.arrays import describe
+from lora_jax.core.arrays import describe, is_key
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import flatten_with_names
 from lora_jax.training.argument_checks import check_taken
@@ -68,6 +71,27 @@ def padded_like(stacked: Any, tree: Any) -> Any:
             )
     padded = {name: pad(node, ranks[name]) for name, node in zip(names, nodes, strict=True) if name in ranks}
     return jax.tree.unflatten(treedef, [padded.get(name, node) for name, node in zip(names, nodes, strict=True)])
+
+
+def put(array: jax.Array, place: NamedSharding) -> jax.Array:
+    """Return an array in its place on a mesh, whose devices may be those of several hosts: each has the whole array."""
+    if not array.is_fully_addressable or place.is_fully_addressable:
+        return jax.device_put(array, place)
+    if is_key(array):
+        return jax.random.wrap_key_data(put(jax.random.key_data(array), place), impl=jax.random.key_impl(array))
+    own = np.asarray(array)
+    return jax.make_array_from_callback(own.shape, place, lambda index: own[index])
+
+
+def whole(tree: Any) -> Any:
+    """Return a tree whose arrays each host has whole. Where several hosts have parts of one, all of them call it."""
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return leaf
+        return jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, P()))  # type: ignore[attr-defined]
+
+    return jax.tree.map(one, tree)
 
 
 def rank_text(tree: Any) -> str:

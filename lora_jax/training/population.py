@@ -25,7 +25,7 @@ from lora_jax.core.paths import flatten_with_names
 from lora_jax.core.serialization import register_node
 from lora_jax.core.text import format_table
 from lora_jax.training.argument_checks import check_optimizer
-from lora_jax.training.member_trees import padded_like, rank_text, stack_trees, unpadded
+from lora_jax.training.member_trees import padded_like, put, rank_text, stack_trees, unpadded, whole
 from lora_jax.training.state import TrainState, with_own_memory
 
 CALL = "Population.create(members, optimizer, hyperparameters)"
@@ -103,7 +103,7 @@ class Population:
     def member(self, i: int) -> Any:
         """Return what a member trains, its adapters with their own rank, as they were given to `create`."""
         self._check_index("member", i)
-        return unpadded(jax.tree.map(lambda array: array[i], self.trainable))
+        return unpadded(whole(jax.tree.map(lambda array: array[i], self.trainable)))
 
     # Which members train ----------------------------------------------------------------------------------------------
 
@@ -193,26 +193,30 @@ class Population:
 
     def table(self, metrics: Mapping[str, Any] | None = None) -> str:
         """Return a table with a row for each member: its hyperparameters, rank, steps, and metrics `[members]`."""
-        shown = {name: np.asarray(value) for name, value in (metrics or {}).items() if np.shape(value) == (len(self),)}
-        numbers = {name: np.asarray(value) for name, value in self.hyperparameters.items()} | shown
+        shown = {name: value for name, value in (metrics or {}).items() if np.shape(value) == (len(self),)}
+        numbers = {name: np.asarray(value) for name, value in whole(self.hyperparameters | shown).items()}
+        steps, active = (np.asarray(array) for array in whole((self.steps, self.active)))
         ranks = [rank_text(self.member(i)) for i in range(len(self))]
         columns = {
             "member": range(len(self)),
             "rank": ranks,
-            "steps": np.asarray(self.steps),
-            "trains": ["yes" if active else "no" for active in np.asarray(self.active)],
+            "steps": steps,
+            "trains": ["yes" if trains else "no" for trains in active],
             **{name: [f"{number:.4g}" for number in value] for name, value in numbers.items()},
         }
         return format_table([*columns], list(zip(*columns.values(), strict=True)), right=len(columns))
 
     def placed(self, mesh: Mesh, axis: str) -> Self:
-        """Return the population with its members split over an axis of a mesh, as a step on it takes them."""
+        """Return the population with its members split over an axis of a mesh, as a step on it takes them.
+
+        The mesh may be of several processes: each has made the same population, and makes the same calls.
+        """
         if axis not in mesh.shape or len(self) % mesh.shape[axis]:
             raise LoraError(
                 f"Population.placed: {len(self)} members over the axis {axis!r} of the mesh {dict(mesh.shape)}: "
                 "expected one of its axes, of a size that divides their number."
             )
-        return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, P(axis) if leaf.ndim else P())), self)
+        return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, P(axis) if leaf.ndim else P())), self)
 
     def _check_index(self, call: str, i: Any) -> None:
         if isinstance(i, bool) or not isinstance(i, int | np.integer) or not 0 <= i < len(self):
