@@ -12,7 +12,7 @@ import pytest
 from lora_jax.cli.hosts import check_same, ending_together
 
 ROOT = Path(__file__).parent.parent
-LIMIT = 120  # seconds; with a core to itself a pair of processes takes 5
+LIMIT = 240  # seconds; with a core to itself a pair of processes takes 5
 PROCESS = """
 import os, signal, sys, time
 import jax, numpy as np

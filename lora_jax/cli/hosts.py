@@ -26,7 +26,7 @@ from lora_jax.core.text import printable
 FAILED = "lora_jax_failed"  # the code to exit with, and what to say
 ENDED, DONE, SAME = "lora_jax_ended", "lora_jax_done", "lora_jax_same"  # folders with an entry of each process
 EVERY = 0.5  # seconds between two looks
-GRACE = 10.0  # seconds in which all processes have seen what went wrong
+GRACE = 30.0  # seconds in which all processes have seen what went wrong
 LONGEST = 4000  # characters of what is said
 CTRL_C = 130
 
