@@ -309,8 +309,9 @@ def torch_tensor(file: gguf.File, config: Config, name: str) -> np.ndarray:
     """A tensor in fp32 as torch has it, by torch's name."""
     tensor = file.tensors[gguf_name(name)].dequantize()
     heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(name.split(".")[-2])
-    fits = heads and len(tensor) == heads * config.head_dim  # any other shape is refused where it is used
-    return split_halves(tensor, heads) if fits else tensor
+    if heads is None or len(tensor) != heads * config.head_dim:  # any other shape is refused where it is used
+        return tensor
+    return split_halves(tensor, heads)
 
 
 def split_halves(tensor: np.ndarray, heads: int) -> np.ndarray:

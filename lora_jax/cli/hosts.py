@@ -25,7 +25,7 @@ from lora_jax.core.text import printable
 
 FAILED = "lora_jax_failed"  # the code to exit with, and what to say
 ENDED, DONE, SAME = "lora_jax_ended", "lora_jax_done", "lora_jax_same"  # folders with an entry of each process
-EVERY = 0.5  # seconds between two looks
+EVERY = 1.0  # seconds between two looks
 GRACE = 30.0  # seconds in which all processes have seen what went wrong
 LONGEST = 4000  # characters of what is said
 CTRL_C = 130
@@ -66,7 +66,7 @@ def tell(error: BaseException) -> None:
     code, text = _said(error)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
         client.key_value_set(FAILED, f"{code} {text}")
-    time.sleep(GRACE + 10 * EVERY)  # the watcher ends this process
+    time.sleep(GRACE + 5 * EVERY)  # the watcher ends this process
 
 
 def check_same(what: str, value: str) -> None:

@@ -47,8 +47,9 @@ def _norms_of_gemma(layer: str) -> Iterator[Entry]:
     )
 
 
-def _experts(gate: str, up: str, down: str, router: str) -> Iterator[Entry]:
+def _experts(block: str, gate: str, up: str, down: str, router: str) -> Iterator[Entry]:
     """Yield the experts of a layer, by their paths: torch has gate and up of all experts in one parameter."""
+    gate, up, down, router = (f"{block}/{name}" for name in (gate, up, down, router))
     yield experts(gate, f"{_MLP}.experts.gate_up_proj", part=0)
     yield experts(up, f"{_MLP}.experts.gate_up_proj", part=1)
     yield experts(down, f"{_MLP}.experts.down_proj")
@@ -64,7 +65,7 @@ TUNIX = KeyMap(
     linear("layers/{i}/attn/o_proj/w", f"{_ATTENTION}.o_proj", "in in out"),
     *(array(f"layers/{{i}}/attn/{name}_bias", f"{_ATTENTION}.{name}_proj.bias") for name in "qkv"),
     *_TUNIX_MLP,
-    *_experts(*(f"layers/{{i}}/mlp/{name}_proj" for name in ("gate", "up", "down")), "layers/{i}/mlp/router/kernel"),
+    *_experts("layers/{i}/mlp", "gate_proj", "up_proj", "down_proj", "router/kernel"),
     *_norms(
         {
             "layers/{i}/attn/q_norm/w": f"{_ATTENTION}.q_norm",
@@ -112,7 +113,7 @@ def _maxtext(query: Entry, key: Entry, block: str = "moe_block") -> KeyMap:
         linear(f"{layer}/mlp/wi_0/kernel", f"{_MLP}.gate_proj"),
         linear(f"{layer}/mlp/wi_1/kernel", f"{_MLP}.up_proj"),
         linear(f"{layer}/mlp/wo/kernel", f"{_MLP}.down_proj"),
-        *_experts(*(f"{layer}/{block}/{name}" for name in ("wi_0", "wi_1", "wo", "gate/kernel"))),
+        *_experts(f"{layer}/{block}", "wi_0", "wi_1", "wo", "gate/kernel"),
         *(
             array(f"{path}/scale", f"{name}.weight", "out")
             for path, name in {
