@@ -291,6 +291,27 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_is_saved(model, c
 
 
 @pytest.mark.slow
+def test_what_ends_a_run_is_told_before_anything_waits(model, chats, tmp_path, monkeypatch):
+    """What is being saved waits for other hosts, which may wait for this one."""
+    seen, wait = [], training_run.Checkpoints.wait
+
+    class Full(training_run.Reporter):
+        def line(self, line):
+            raise OSError(28, "No space left on device")
+
+        def failed(self, error):
+            seen.append(error.errno)
+
+    def waits(checkpoints):
+        seen.append("waits")
+        return wait(checkpoints)
+
+    monkeypatch.setattr(training_run.Checkpoints, "wait", waits)
+    with pytest.raises(OSError, match="No space left"):
+        lora.recipes.finetune(model, chats, None, tmp_path / "run", dataclasses.replace(SMALL, max_steps=2), Full())
+    assert seen == [28, "waits"]
+
+
 def test_other_held_out_examples_are_refused(whole_run, model, chats, tmp_path):
     """The best adapters are chosen by them, among checkpoints that were measured with the first ones."""
     _, train, held_out = whole_run
