@@ -312,6 +312,7 @@ def test_what_ends_a_run_is_told_before_anything_waits(model, chats, tmp_path, m
     assert seen == [28, "waits"]
 
 
+@pytest.mark.slow
 def test_other_held_out_examples_are_refused(whole_run, model, chats, tmp_path):
     """The best adapters are chosen by them, among checkpoints that were measured with the first ones."""
     _, train, held_out = whole_run
