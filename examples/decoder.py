@@ -283,8 +283,7 @@ def stored(file: gguf.File, config: Config) -> Params:
     """
     shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(config), sep="/").items()}
     placed = KEY_MAP.match(shapes)
-    names = {path: {i: gguf_name(torch) for i, torch in place.tensors().items()} for path, place in placed.items()}
-    expected = [name for group in names.values() for name in group.values()]
+    expected = [gguf_name(name) for place in placed.values() for name in place.tensors().values()]
     if wrong := sorted(set(expected) ^ set(file.tensors)):
         raise gguf.GgufError(
             f"its tensors are not those of this decoder of {config.layers} layers; missing or too many: {wrong[:5]}."
@@ -293,12 +292,8 @@ def stored(file: gguf.File, config: Config) -> Params:
     def read(path: str) -> np.ndarray:
         place = placed[path]
         whole = np.empty(place.shape, np.float32)
-        heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(path.split("/")[-2])
-        for index, name in names[path].items():
-            tensor = file.tensors[name].dequantize()
-            if heads and len(tensor) == heads * config.head_dim:  # any other shape is refused in the next line
-                tensor = split_halves(tensor, heads)
-            whole[place.where(index)] = place.from_torch(tensor, index)
+        for index, name in place.tensors().items():
+            whole[place.where(index)] = place.from_torch(torch_tensor(file, config, name), index)
         return whole
 
     return unflatten_dict(
@@ -308,6 +303,15 @@ def stored(file: gguf.File, config: Config) -> Params:
         },
         sep="/",
     )
+
+
+def torch_tensor(file: gguf.File, config: Config, name: str) -> np.ndarray:
+    """A tensor in fp32 as torch has it, by torch's name."""
+    tensor = file.tensors[gguf_name(name)].dequantize()
+    heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(name.split(".")[-2])
+    if heads is None or len(tensor) != heads * config.head_dim:  # any other shape is refused where it is used
+        return tensor
+    return split_halves(tensor, heads)
 
 
 def split_halves(tensor: np.ndarray, heads: int) -> np.ndarray:

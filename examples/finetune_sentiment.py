@@ -31,7 +31,8 @@ import snippets
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as serialized
 from tokenizers import Tokenizer
 
 import lora_jax as lora
@@ -295,7 +296,7 @@ def save_adapters(folder: Path, trainable: Tree) -> None:
 
 def save_head(path: Path, head: Tree) -> None:
     with written_file(path) as new:
-        save_file({name: np.asarray(value) for name, value in head.items()}, new)
+        new.write_bytes(serialized({name: np.asarray(value) for name, value in head.items()}))
 
 
 def export(task: Task, logits: Logits, trainable: Tree, output: Path) -> float:

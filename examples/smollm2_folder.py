@@ -18,8 +18,8 @@ import finetune_decoder
 import gguf_weights as gguf
 import ml_dtypes
 import numpy as np
+import safetensors.numpy
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import save_file
 
 import lora_jax as lora
 from lora_jax.checkpoints.atomic_dir import written, written_file
@@ -32,22 +32,16 @@ def write_model(file: gguf.File, folder: Path) -> None:
     tensors = {}
     for place in decoder.KEY_MAP.match(shapes).values():
         for name in place.tensors().values():
-            tensors[name] = as_published(file, config, name)
+            tensor = decoder.torch_tensor(file, config, name)
+            tensors[name] = np.ascontiguousarray(tensor).astype(ml_dtypes.bfloat16)
     with written(folder) as new:
-        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        # Written by Python, the file has the rights of a new one; of safetensors' own nobody else could read it.
+        (new / "model.safetensors").write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
         (new / "config.json").write_text(json.dumps(facts(config), indent=2), encoding="utf-8")
         decoder.load_tokenizer(file).save(str(new / "tokenizer.json"))
         special = {"bos_token": decoder.START, "eos_token": decoder.STOP, "pad_token": decoder.STOP}
         template = {"chat_template": file.metadata["tokenizer.chat_template"]}
         (new / "tokenizer_config.json").write_text(json.dumps(special | template, indent=2), encoding="utf-8")
-
-
-def as_published(file: gguf.File, config: decoder.Config, name: str) -> np.ndarray:
-    """One tensor as torch has it."""
-    tensor = file.tensors[decoder.gguf_name(name)].dequantize()
-    heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(name.split(".")[-2])
-    tensor = decoder.split_halves(tensor, heads) if heads else tensor
-    return np.ascontiguousarray(tensor).astype(ml_dtypes.bfloat16)
 
 
 def facts(config: decoder.Config) -> dict[str, Any]:

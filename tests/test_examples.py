@@ -67,6 +67,8 @@ def task(original):
 def test_weights_go_out_as_they_came_in(original, tmp_path):
     params = minilm.load(original, TINY)
     minilm.save(tmp_path / "out" / "model.safetensors", params, original, TINY)
+    (tmp_path / "new").touch()
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
     before, after = load_file(original), load_file(tmp_path / "out" / "model.safetensors")
     assert list(before) == list(after)
     for name, tensor in before.items():

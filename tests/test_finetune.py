@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -257,7 +258,7 @@ def test_without_remat_each_layer_is_computed_once(model, chats):
     adapters = lora.init(jax.random.key(0), model.params, plan)
 
     def gates(remat: bool) -> int:  # one in each pass over the layers
-        loss = training_run.make_loss(model, train, dataclasses.replace(SMALL, remat=remat))
+        loss = objectives.make_loss(model, dataclasses.replace(SMALL, remat=remat), pairs=False)
         return str(jax.make_jaxpr(jax.grad(lambda a: loss(a, model.params, batch)[0]))(adapters)).count("= logistic ")
 
     assert (gates(remat=True), gates(remat=False)) == (2, 1)
@@ -287,6 +288,28 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_is_saved(model, c
     broken = model.replace(params=jax.tree.map(lambda w: w * jnp.float32(1e30), model.params))
     with pytest.raises(lora.LoraError, match=r"the loss is nan at step 1.*lower lr"):
         lora.recipes.finetune(broken, chats, None, tmp_path, SMALL)
+
+
+@pytest.mark.slow
+def test_what_ends_a_run_is_told_before_anything_waits(model, chats, tmp_path, monkeypatch):
+    """What is being saved waits for other hosts, which may wait for this one."""
+    seen, wait = [], training_run.Checkpoints.wait
+
+    class Full(training_run.Reporter):
+        def line(self, line):
+            raise OSError(28, "No space left on device")
+
+        def failed(self, error):
+            seen.append(error.errno)
+
+    def waits(checkpoints):
+        seen.append("waits")
+        return wait(checkpoints)
+
+    monkeypatch.setattr(training_run.Checkpoints, "wait", waits)
+    with pytest.raises(OSError, match="No space left"):
+        lora.recipes.finetune(model, chats, None, tmp_path / "run", dataclasses.replace(SMALL, max_steps=2), Full())
+    assert seen == [28, "waits"]
 
 
 @pytest.mark.slow
@@ -365,6 +388,76 @@ def test_two_processes_train_as_one(whole_run, places, tmp_path):
     assert (tmp_path / "run" / "peft" / "adapter_model.safetensors").exists()
 
 
+TOGETHER = """
+import os, sys
+from pathlib import Path
+import jax
+from lora_jax import cli
+from lora_jax.recipes import records
+
+what, port, index, *arguments = sys.argv[1:]
+os.chdir(Path(__file__).parent / f"host{index}")
+os.environ |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": index}
+added = records.Log.add
+
+def full(log, line):
+    if line["step"] == 2 and index == "1":
+        raise OSError(28, "No space left on device", "run")
+    added(log, line)
+
+if what == "full":
+    records.Log.add = full
+sys.exit(cli.main(["train", *arguments, "--distributed"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        pytest.param("missing", "chats.jsonl cannot be read: No such file or directory.", marks=pytest.mark.rare),
+        pytest.param("other", "the examples differ from those of process 0: give the same", marks=pytest.mark.rare),
+        ("full", "OSError: [Errno 28] No space left on device: 'run'"),
+    ],
+)
+def test_what_goes_wrong_on_one_host_ends_all(what, said, places, tmp_path):
+    """With a line that names it, whatever the others are doing; what was saved stays."""
+    (tmp_path / "process.py").write_text(TOGETHER)
+    for i in range(2):
+        (tmp_path / f"host{i}").mkdir()
+        shutil.copy(places / "chats.jsonl", tmp_path / f"host{i}")
+    examples = tmp_path / "host1" / "chats.jsonl"
+    if what == "missing":
+        examples.unlink()
+    if what == "other":
+        examples.write_text("".join(examples.read_text().splitlines(keepends=True)[:-1]))
+    own = [str(places / "model"), "chats.jsonl", str(tmp_path / "run"), "--rank", "4", "--max-length", "32"]
+    own += ["--batch-tokens", "64", "--samples", "0", "--eval-every", "1"]
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    root = Path(__file__).parent.parent
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "process.py"), what, port, str(i), *own],
+            env={**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        outputs = [job.communicate(timeout=400)[0] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert [job.returncode for job in jobs] == [1, 1], outputs
+    assert all(f"error: process 1 of 2, on {socket.gethostname()}: {said}" in output for output in outputs), outputs
+    steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert steps == (["step_1"] if what == "full" else [])
+
+
 # Preferences ----------------------------------------------------------------------------------------------------------
 
 
@@ -417,6 +510,18 @@ def test_rows_that_pairs_cannot_share(rows, parts, model, pairs):
         lora.LoraError, match=f"the two answers of pairs.*give batch_tokens={max(rows + 1, 2 * parts) * 32}"
     ):
         prepare(model, pairs, own)
+
+
+@pytest.mark.parametrize(
+    ("axes", "parts", "rows", "of_pairs"),
+    [({}, 1, 4, 4), ({"data": 8}, 1, 8, 16), ({"data": 2, "fsdp": 2, "tensor": 2}, 1, 4, 8), ({"fsdp": 3}, 2, 6, 12)],
+)
+def test_without_batch_tokens_the_rows_fit_the_machine(axes, parts, rows, of_pairs):
+    given = dataclasses.replace(SMALL, batch_tokens=0, microbatches=parts)
+    given.check()
+    assert options.with_rows(given, axes).rows == rows
+    assert options.with_rows(given, axes, together=2).rows == of_pairs
+    assert options.with_rows(given, axes).batch_tokens == rows * 32
 
 
 def test_a_step_of_dpo_has_one_copy_of_the_base(model, pairs):
@@ -534,7 +639,10 @@ def test_settings_of_a_file_are_those_of_the_command_line(trained, places, tmp_p
     lines = [f"{name}: {path}" for name, path in names.items()]
     config.write_text("\n".join([*lines, "max-length: 32", "batch_tokens: 256"]))
     assert cli.main(["train", "--config", str(config), "--rank", "3", "--dry-run"]) == 0
-    assert "Lora(rank=3" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Lora(rank=3" in printed
+    assert "stack=0" not in printed, "advice that no option takes"
+    assert "keep=" not in printed
     assert not (tmp_path / "third").exists()
 
 
@@ -742,10 +850,16 @@ def test_a_tokenizer_that_does_not_fit_is_said_before_examples_are_read(command,
     [
         (["--rank", "0"], "rank"),
         (["--lr", "0"], "lr is 0.0, expected a number above 0"),
-        (["--max-length", "9999"], r"batch_tokens is 4096, expected at least one row of max_length=9999"),
+        (
+            ["--max-length", "9999", "--batch-tokens", "4096"],
+            r"batch_tokens is 4096, expected at least one row of max_length=9999",
+        ),
         (["--mesh", "data=3"], "of 3 devices, but 8 are there"),
         (["--mesh", "fish=8"], "mesh has the part 'fish=8'"),
-        (["--mesh", "data=8", "--max-length", "2048"], "a step has 2 rows.*give batch_tokens=16384"),
+        (
+            ["--mesh", "data=8", "--max-length", "2048", "--batch-tokens", "4096"],
+            "a step has 2 rows.*give batch_tokens=16384",
+        ),
         (["--targets", "nothing"], "the pattern 'nothing' matches no parameter"),
         (["--config", "there_is_none.toml"], "there_is_none.toml cannot be read"),
         (["--config", "wrong.toml"], "there is no option 'rang'; near are rank"),

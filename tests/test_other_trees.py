@@ -1,5 +1,7 @@
 """Key maps for the trees of other JAX libraries, against conversions that are written out in numpy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,6 +212,85 @@ def test_merged_files_are_the_merged_tree_converted(tree, tmp_path):
     found = load_file(tmp_path / "merged" / "model.safetensors")
     for name, tensor in expected.items():
         np.testing.assert_allclose(found[name], tensor, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+# Experts --------------------------------------------------------------------------------------------------------------
+
+EXPERTS = 3
+OF_EXPERTS = {"gate_up_proj": (EXPERTS, 2 * HIDDEN, D), "down_proj": (EXPERTS, D, HIDDEN)}
+MOE_TREES = {
+    "tunix": (key_maps.TUNIX, "layers/{i}/mlp/{name}_proj", "layers/{i}/mlp/router/kernel"),
+    "maxtext": (key_maps.MAXTEXT_QWEN, "decoder/layers_{i}/moe_block/{wi}", "decoder/layers_{i}/moe_block/gate/kernel"),
+    "mixtral": (
+        key_maps.MAXTEXT_MIXTRAL.stacked(axis=1),
+        "decoder/layers/MoeBlock_0/{wi}",
+        "decoder/layers/MoeBlock_0/gate/kernel",
+    ),
+}
+
+
+def with_experts(tree, tensors):
+    """The tree of these tensors of torch: experts [E, in, out], of scanned layers [E, layers, in, out]."""
+    key_map, path, router = MOE_TREES[tree]
+    found = {}
+    for i in range(LAYERS):
+        gate, up = np.split(tensors[f"{MLP.format(i)}.experts.gate_up_proj"], 2, axis=1)
+        own = {"gate": gate, "up": up, "down": tensors[f"{MLP.format(i)}.experts.down_proj"]}
+        names = {"gate": "wi_0", "up": "wi_1", "down": "wo"}
+        for name, w in own.items():
+            found.setdefault(path.format(i=i, name=name, wi=names[name]), []).append(w.swapaxes(1, 2))
+        found.setdefault(router.format(i=i), []).append(tensors[f"{MLP.format(i)}.gate.weight"].T)
+    return key_map, {
+        leaf: jnp.asarray(np.stack(layers, 1) if len(layers) > 1 else layers[0]) for leaf, layers in found.items()
+    }
+
+
+@pytest.mark.parametrize("tree", MOE_TREES)
+def test_experts_are_those_of_the_conversion(tree, tmp_path):
+    tensors = {
+        f"{MLP.format(i)}.experts.{name}": normal(10 * i + n, *shape)
+        for i in range(LAYERS)
+        for n, (name, shape) in enumerate(OF_EXPERTS.items())
+    }
+    tensors |= {f"{MLP.format(i)}.gate.weight": normal(90 + i, EXPERTS, D) for i in range(LAYERS)}
+    key_map, params = with_experts(tree, tensors)
+    found = lora.to_torch(params, key_map)
+    assert {*found} == {*tensors}
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+    for path, stored in lora.bases.from_torch(tensors, params, key_map).items():
+        np.testing.assert_array_equal(np.asarray(stored.read()), params[path], err_msg=path)
+
+    # Adapters of all experts go to PEFT and come back as the same change, and are merged into files of single experts.
+    matches = key_map.match({path: leaf.shape for path, leaf in params.items() if leaf.ndim > 2})
+    adapters = {}
+    for n, (path, match) in enumerate(matches.items()):
+        both = 2 if match.entry.part is None else 1  # PEFT has one rank for all: that of gate and up together
+        fresh = lora.Lora(both * RANK, both * 4).factors(jax.random.key(n), match.shape, match.axes)
+        adapters[path] = dataclasses.replace(fresh, b=jax.random.normal(jax.random.key(n + 50), fresh.b.shape))
+    merged = lora.merge(params, adapters)
+    lora.save_peft(tmp_path / "peft", adapters, key_map)
+    again, _ = lora.load_peft(tmp_path / "peft", params, key_map)
+    for path, leaf in lora.merge(params, again).items():
+        np.testing.assert_allclose(leaf, merged[path], rtol=1e-5, atol=1e-5, err_msg=path)
+    expected = lora.to_torch(merged, key_map)
+    apart = {name: tensor for name, tensor in tensors.items() if name.endswith("gate.weight")}
+    for i in range(LAYERS):
+        gate, up = np.split(tensors[f"{MLP.format(i)}.experts.gate_up_proj"], 2, axis=1)
+        down = tensors[f"{MLP.format(i)}.experts.down_proj"]
+        for name, w in {"gate": gate, "up": up, "down": down}.items():
+            apart |= {f"{MLP.format(i)}.experts.{e}.{name}_proj.weight": w[e].copy() for e in range(EXPERTS)}
+    (tmp_path / "model").mkdir()
+    save_file(apart, tmp_path / "model" / "model.safetensors")
+    lora.merge_checkpoint(tmp_path / "model", adapters, tmp_path / "merged", key_map)
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    for i in range(LAYERS):
+        both = [
+            np.concatenate([written[f"{MLP.format(i)}.experts.{e}.{name}_proj.weight"] for name in ("gate", "up")])
+            for e in range(EXPERTS)
+        ]
+        name = f"{MLP.format(i)}.experts.gate_up_proj"
+        np.testing.assert_allclose(np.stack(both), expected[name], rtol=1e-5, atol=1e-5)
 
 
 # Keys and values in one parameter -------------------------------------------------------------------------------------

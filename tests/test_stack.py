@@ -316,6 +316,7 @@ def test_attention_with_its_heads_first_warns_of_nothing():
         "'q' [3, 8, 4]: axes 0 and 2 share one A.",
         "Where each index along an axis is a matrix of its own (experts, members), name that axis: stack=0.",
     ]
+    assert "parameters beside" in found.table(advice=False).splitlines()[-1]
 
 
 def test_what_one_use_shows_to_be_stacked_is_stacked():

@@ -20,8 +20,9 @@ from lora_jax.core.text import printable
 from lora_jax.interop.peft.load import load_peft
 from lora_jax.recipes import chat
 from lora_jax.recipes.examples import Conversation, Preference
+from lora_jax.recipes.objectives import make_loss
 from lora_jax.recipes.tokens import TokenizedPairs
-from lora_jax.recipes.training_run import Data, make_batches, make_loss
+from lora_jax.recipes.training_run import Data, make_batches
 from lora_jax.recipes.wrappers import UNREAD
 
 Rest = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ADAPTERS] PROMPT")]
@@ -115,7 +116,7 @@ def evaluate(
     tokenizer = load_tokenizer(model)
     tokens = read_tokens(Path(file), tokenizer, options, lambda lines: None if json else show(lines))
     loaded = load(model, options)
-    loss = jax.jit(make_loss(loaded, tokens, options))
+    loss = jax.jit(make_loss(loaded, options, isinstance(tokens, TokenizedPairs)))
     found = recipes.evaluate(loss, _adapters(adapters, loaded), loaded.params, make_batches(tokens, options, None))
     if json:
         print_json({"loss": found, "examples": len(tokens)})

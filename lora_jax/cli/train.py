@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_jax import recipes
+from lora_jax.cli import hosts
 from lora_jax.cli.folders import Base, Output
 from lora_jax.cli.output import say
 from lora_jax.cli.run_model import is_pairs, load, load_tokenizer, read_tokens
@@ -77,7 +78,6 @@ def train(
         compile_for: compile a step for a machine that is not there, such as v5e:4x4, say whether it fits, and train
             nothing. Of the model config.json is read, and of the data the first example, which says what is trained.
     """
-    options.check()
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns there that a checkpoint waits for the one before
     if compile_for is not None:
         report = compiled(compile_for, model, options, pairs=is_pairs(data, options))
@@ -85,11 +85,30 @@ def train(
         return int(not report.fits)
     if distributed:
         _join()
+    with hosts.ending_together():
+        return _train(model, data, output, options, eval_data, merged, resume, dry_run)
+
+
+def _train(
+    model: Path,
+    data: Path,
+    output: Path,
+    options: recipes.Options,
+    eval_data: Path | None,
+    merged: bool,
+    resume: bool,
+    dry_run: bool,
+) -> int:
+    """Do what `train` says, in each process."""
+    options.check()
     places = {"model": str(model), "data": str(data), "output": str(output), "eval_data": str(eval_data or "")}
+    hosts.check_same("the options", repr((options, places, merged, resume, dry_run)))
     now = datetime.now() if dry_run else _begin(output, options, places, resume)
     mesh, tokenizer = make_mesh(options), load_tokenizer(model, now)
     _check_adapters(model, options)
     tokens, held_out = _read(data, eval_data, tokenizer, options)
+    hosts.check_same("the settings of the model", repr(recipes.read_config(model)))
+    hosts.check_same("the examples", f"{tokens.fingerprint} {held_out and held_out.fingerprint}")
     loaded = load(model, options, mesh)
     if dry_run:
         _Console().begin(prepare(loaded, tokens, options))
@@ -172,21 +191,14 @@ def _join() -> None:
 
 
 def _begin(output: Path, options: recipes.Options, places: dict[str, str], resume: bool) -> datetime:
-    """Begin or go on in the output folder, on the first process, and tell the others when it was begun.
+    """Begin or go on in the output folder, on the first process, and tell the others when that was.
 
     Raises:
-        LoraError: what is in the folder is none of this run.
+        LoraError: what is in the folder is none of this run. `hosts.ending_together` ends the others, which wait.
     """
-    begun, problem = 0, None
-    if jax.process_index() == 0:
-        try:
-            begun = _checked_folder(output, options, places, resume).toordinal()
-        except (LoraError, OSError) as error:  # raised once the others know it, which would wait for ever
-            problem = error
+    begun = _checked_folder(output, options, places, resume).toordinal() if jax.process_index() == 0 else 0
     if jax.process_count() > 1:
         begun = int(multihost_utils.broadcast_one_to_all(np.int32(begun)))
-    if not begun:
-        raise problem or LoraError("the first process cannot begin, and says why.")
     return datetime.fromordinal(begun)
 
 
@@ -271,7 +283,8 @@ class _Console(Reporter):
         self._progress.stop()
 
     def begin(self, run: Prepared) -> None:
-        _say_lines([*str(run.plan).splitlines(), "", *str(run.memory).splitlines(), "", str(run.batches)])
+        table = run.plan.table(advice=False)  # of which no option of the command takes any
+        _say_lines([*table.splitlines(), "", *str(run.memory).splitlines(), "", str(run.batches)])
         self._task = self._progress.add_task("", total=run.steps, shown="")
 
     def line(self, line: dict[str, Any]) -> None:
@@ -286,6 +299,9 @@ class _Console(Reporter):
             if line["memory"]:
                 shown += f" {size(line['memory'])}"
         self._progress.update(self._task, completed=line["step"], shown=shown)
+
+    def failed(self, error: BaseException) -> None:
+        hosts.tell(error)
 
 
 def _say(text: str) -> None:

@@ -1,6 +1,7 @@
 """The only file that imports `jax.extend`, with one name for each thing that JAX's releases move or rename.
 
-Tested on JAX 0.10.2 and 0.12.0. Everything used is a public name of `jax.extend`, none of `jax._src`.
+Tested on JAX 0.10.2 and 0.12.0. Everything used is a public name of `jax.extend`, but for one of `jax._src`, which is
+imported where it is used: `coordination_client`.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ __all__ = [
     "at_equation",
     "bind",
     "called_function",
+    "coordination_client",
     "describe",
     "jaxpr_as_fun",
     "jit_p",
@@ -179,3 +181,14 @@ def source_line(eqn: JaxprEqn) -> str:
 def describe(eqn: JaxprEqn) -> str:
     """Return an equation as messages name it: `dot_general at model.py:12:4 (attention)`."""
     return f"`{eqn.primitive.name}` at {source_line(eqn)}"
+
+
+def coordination_client() -> Any:
+    """Return the client of the service that connects several processes; None for a process by itself.
+
+    It passes texts from one process to another without a computation. JAX has no public name for it; other libraries
+    that write files from several processes, orbax among them, take it from the same place.
+    """
+    from jax._src import distributed
+
+    return distributed.global_state.client

@@ -27,23 +27,30 @@ class Row(NamedTuple):
 Group = tuple[str, list[Row]]  # what the rows are called, and the rows
 
 
-def format_plan(rows: Sequence[Row], base_leaves: int, base_parameters: int, grouped: bool) -> str:
-    """Return the table of a plan, its sums, and what else there is to know of its weights."""
+def format_plan(rows: Sequence[Row], base_leaves: int, base_parameters: int, grouped: bool, advice: bool) -> str:
+    """Return the table of a plan, its sums, and what else there is to know of its weights, or could be asked for."""
     groups = _groups(rows) if grouped else [(row.path, [row]) for row in rows]
     is_shorter = len(groups) < len(rows)
     cells = [[name, list(alike[0].shape), alike[0].axes, alike[0].rule, *[len(alike)] * is_shorter,
               f"{sum(row.parameters for row in alike):,}", size(sum(row.nbytes for row in alike)),
-              count(sum(row.flops for row in alike)), *_kept(alike)] for name, alike in groups]  # fmt: skip
-    header = ["path", "shape", "axes", "rule", *["weights"] * is_shorter, "parameters", "bytes", "FLOPs", "x", "thin"]
-    table = format_table(header, cells, right=5 + is_shorter)
+              count(sum(row.flops for row in alike)), *(_kept(alike) if advice else [])]
+             for name, alike in groups]  # fmt: skip
+    kept = ["x", "thin"] if advice else []
+    header = ["path", "shape", "axes", "rule", *["weights"] * is_shorter, "parameters", "bytes", "FLOPs", *kept]
+    table = format_table(header, cells, right=3 + len(kept) + is_shorter)
     parameters, trained = sum(row.parameters for row in rows), sum(row.trained for row in rows)
     of_these = f" ({trained:,} of them trained)" if trained < parameters else ""
     share = parameters / (base_parameters + parameters)
     summary = (
         f"{len(rows)} of {base_leaves} weights adapted: {parameters:,} parameters{of_these} beside "
         f"{base_parameters:,} ({share:.2%}), {size(sum(row.nbytes for row in rows))}. "
-        "FLOPs are those added to one forward pass. x is what a gradient keeps of a weight's inputs for its adapter "
-        'alone, thin the same with lora_apply(fn, keep="thin").'
+        "FLOPs are those added to one forward pass."
+    )
+    if not advice:
+        return "\n".join([table, summary, *_formed(groups)])
+    summary += (
+        " x is what a gradient keeps of a weight's inputs for its adapter alone, thin the same with "
+        'lora_apply(fn, keep="thin").'
     )
     each = ["A row for each weight: plan.table(grouped=False)."] if is_shorter else []
     return "\n".join([table, summary, *each, *_shared(rows), *_formed(groups)])

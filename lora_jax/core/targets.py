@@ -155,14 +155,16 @@ class Plan(Mapping[str, Target]):
     def __repr__(self) -> str:
         return f"Plan({len(self)} of {self.base_leaves} weights adapted, {self.parameters:,} parameters trained)"
 
-    def table(self, grouped: bool = True) -> str:
+    def table(self, grouped: bool = True, advice: bool = True) -> str:
         """Return what `print(plan)` shows.
 
         Args:
             grouped: whether weights that differ in the numbers of their layers alone, `layers_0/q`, `layers_1/q` and so
                 on, are one row `layers_*/q` with their count and sums; False for a row for each weight.
+            advice: whether to add what a program could ask for in another way: what `lora_apply` keeps for a gradient,
+                and axes that could have factors of their own.
         """
-        return format_plan(self._rows, self.base_leaves, self.base_parameters, grouped)
+        return format_plan(self._rows, self.base_leaves, self.base_parameters, grouped, advice)
 
     @property
     def parameters(self) -> int:

@@ -12,7 +12,7 @@ e591f30 (`checkpoint_conversion/utils/param_mapping.py`), gemma at 7691fd4 (`gm/
 
 from collections.abc import Iterator
 
-from lora_jax.interop.entries import Entry, array, embedding, linear
+from lora_jax.interop.entries import Entry, array, embedding, experts, linear
 from lora_jax.interop.key_map import KeyMap
 
 _LAYER, _ATTENTION, _MLP = "model.layers.{i}", "model.layers.{i}.self_attn", "model.layers.{i}.mlp"
@@ -47,15 +47,25 @@ def _norms_of_gemma(layer: str) -> Iterator[Entry]:
     )
 
 
+def _experts(block: str, gate: str, up: str, down: str, router: str) -> Iterator[Entry]:
+    """Yield the experts of a layer, by their paths: torch has gate and up of all experts in one parameter."""
+    gate, up, down, router = (f"{block}/{name}" for name in (gate, up, down, router))
+    yield experts(gate, f"{_MLP}.experts.gate_up_proj", part=0)
+    yield experts(up, f"{_MLP}.experts.gate_up_proj", part=1)
+    yield experts(down, f"{_MLP}.experts.down_proj")
+    yield linear(router, f"{_MLP}.gate")
+
+
 _TUNIX_MLP = [linear(f"layers/{{i}}/mlp/{name}_proj/kernel", f"{_MLP}.{name}_proj") for name in ("gate", "up", "down")]
 
-# Llama 3, Qwen 2 and Qwen 3, without the experts of the latter.
+# Llama 3, Qwen 2 and Qwen 3, with experts and without.
 TUNIX = KeyMap(
     embedding("embedder/input_embedding", "model.embed_tokens"),
     *(linear(f"layers/{{i}}/attn/{name}_proj/w", f"{_ATTENTION}.{name}_proj", "in out out") for name in "qkv"),
     linear("layers/{i}/attn/o_proj/w", f"{_ATTENTION}.o_proj", "in in out"),
     *(array(f"layers/{{i}}/attn/{name}_bias", f"{_ATTENTION}.{name}_proj.bias") for name in "qkv"),
     *_TUNIX_MLP,
+    *_experts("layers/{i}/mlp", "gate_proj", "up_proj", "down_proj", "router/kernel"),
     *_norms(
         {
             "layers/{i}/attn/q_norm/w": f"{_ATTENTION}.q_norm",
@@ -87,8 +97,8 @@ GEMMA_FLAX = KeyMap(
 )
 
 
-def _maxtext(query: Entry, key: Entry) -> KeyMap:
-    """Return the key map of MaxText's dense decoder with these queries and keys."""
+def _maxtext(query: Entry, key: Entry, block: str = "moe_block") -> KeyMap:
+    """Return the key map of MaxText's decoder with these queries and keys, and experts in a block of this name."""
     layer = "decoder/layers_{i}"
     return KeyMap(
         embedding("token_embedder/embedding", "model.embed_tokens"),
@@ -103,6 +113,7 @@ def _maxtext(query: Entry, key: Entry) -> KeyMap:
         linear(f"{layer}/mlp/wi_0/kernel", f"{_MLP}.gate_proj"),
         linear(f"{layer}/mlp/wi_1/kernel", f"{_MLP}.up_proj"),
         linear(f"{layer}/mlp/wo/kernel", f"{_MLP}.down_proj"),
+        *_experts(f"{layer}/{block}", "wi_0", "wi_1", "wo", "gate/kernel"),
         *(
             array(f"{path}/scale", f"{name}.weight", "out")
             for path, name in {
@@ -125,8 +136,10 @@ MAXTEXT_LLAMA = _maxtext(
     linear(*_QUERY, interleaved=True, factor="1/sqrt(head_dim)"),
     linear(*_KEY, interleaved=True),
 )
-# Qwen 2.5 and dense Qwen 3, whose heads are as in transformers.
+# Qwen 2.5 and Qwen 3, with experts and without, whose heads are as in transformers.
 MAXTEXT_QWEN = _maxtext(linear(*_QUERY), linear(*_KEY))
+# Mixtral, whose heads are in transformers' order, and the scale of the scores in the weights of the queries.
+MAXTEXT_MIXTRAL = _maxtext(linear(*_QUERY, factor="1/sqrt(head_dim)"), linear(*_KEY), "MoeBlock_0")
 
 
 def _keras(path: str, name: str, axes: str) -> Iterator[Entry]:

@@ -11,8 +11,8 @@ from lora_jax.analysis.topologies import find_topology, topology_mesh
 from lora_jax.bases.quantize import quantize
 from lora_jax.recipes.model import abstract as abstract_model
 from lora_jax.recipes.model import packing
-from lora_jax.recipes.objectives import answer_loss, preference_loss
-from lora_jax.recipes.options import Options, axes_over, batch_spec, check_rows, make_optimizer, rules
+from lora_jax.recipes.objectives import make_loss
+from lora_jax.recipes.options import Options, axes_over, batch_spec, make_optimizer, rules, with_rows
 from lora_jax.recipes.packed_rows import DTYPES
 from lora_jax.training.step import jit_step
 
@@ -32,8 +32,7 @@ def compile_for(topology: str, folder: str | Path, options: Options, *, pairs: b
     options.check()
     devices = len(find_topology(topology).devices)
     axes = axes_over(options, devices, f"and {topology} has {devices}")
-    if pairs:
-        check_rows(options, axes, together=2)
+    options = with_rows(options, axes, together=2 if pairs else 1)
     mesh = topology_mesh(topology, **axes)
     dtype = jnp.bfloat16 if options.dtype == "auto" else jnp.dtype(options.dtype)
     model = abstract_model(folder, dtype, mesh)
@@ -45,7 +44,5 @@ def compile_for(topology: str, folder: str | Path, options: Options, *, pairs: b
     state = abstract_state(model.params, plan, optimizer)
     shape = (options.rows // 2, 2, options.max_length) if pairs else (options.rows, options.max_length)
     shapes = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in DTYPES.items()}
-    remat = options.remat
-    loss = preference_loss(model, options.beta, remat=remat) if pairs else answer_loss(model, remat=remat)
-    step = jit_step(loss, optimizer, microbatches=options.microbatches)
+    step = jit_step(make_loss(model, options, pairs), optimizer, microbatches=options.microbatches)
     return compile_report(step, state, model.params, abstract(shapes, mesh, batch_spec(axes)), topology=topology)

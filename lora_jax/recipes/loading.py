@@ -105,7 +105,7 @@ class Folder:
         head = self.tensors.get(self.head)
         if self.config.tied and head is not None:
             table = self._tensor(self.table, DTYPES[self.tensors[self.table].dtype])
-            if head.shape != table.shape or not np.array_equal(self._tensor(self.head, table.dtype), table):
+            if head.shape != table.shape or not _equal(self._tensor(self.head, table.dtype), table):
                 raise LoraError(
                     f"{self.folder}: tie_word_embeddings is true, but {self.head!r} is not {self.table!r}. Say which "
                     "it is in config.json: with false, the head of the files is used."
@@ -153,6 +153,11 @@ def _dtype_of_config(facts: Mapping[str, Any]) -> Any:
             if own.get(name) in _DENSE:
                 return _DENSE[own[name]]
     return jnp.bfloat16
+
+
+def _equal(one: Array, other: Array, rows: int = 1024) -> bool:
+    """Return whether two matrices are equal, without an answer for each number in memory."""
+    return all(np.array_equal(one[n : n + rows], other[n : n + rows]) for n in range(0, len(one), rows))
 
 
 def _apart(name: str, experts: int) -> Parts:
@@ -205,9 +210,13 @@ def _packed(path: str, w: jax.Array, format: Format | None) -> Any:
 
 
 def _put(array: Array, sharding: NamedSharding | None) -> jax.Array:
-    """Bring an array to the devices, of each host those parts that its own devices have."""
+    """Bring an array to the devices, of each host those parts that its own devices have.
+
+    What was read stays no longer than it takes: beside the array on the devices, one of its size is in memory.
+    """
+    array = np.ascontiguousarray(array)  # one that is transposed would be copied beside what was read
     if sharding is None:
-        return jnp.array(array)
+        return jax.block_until_ready(jax.device_put(array))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 

@@ -12,12 +12,20 @@ import jax.numpy as jnp
 from lora_jax.losses.linear import linear_cross_entropy, linear_log_probs
 from lora_jax.recipes.decoder import Remat
 from lora_jax.recipes.model import Model
+from lora_jax.recipes.options import Options
 from lora_jax.recipes.preferences import PairLogProbs, dpo_loss, pair_log_probs
 from lora_jax.transform.apply import lora_apply
 
 Batch = dict[str, Any]
 # (adapters, params, batch) -> the mean, what else is reported, and of how many tokens or pairs it is the mean.
 Loss = Callable[[Any, Any, Batch], tuple[jax.Array, dict[str, jax.Array], jax.Array]]
+
+
+def make_loss(model: Model, options: Options, pairs: bool) -> Loss:
+    """Return the loss that a training run with these options has: of pairs, DPO's; else that of the answers."""
+    if pairs:
+        return preference_loss(model, options.beta, remat=options.remat)
+    return answer_loss(model, remat=options.remat)
 
 
 def answer_loss(model: Model, *, remat: Remat = True) -> Loss:

@@ -34,6 +34,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 BATCH_AXES = ("data", "fsdp")  # of the mesh, which split the rows of a batch
 AXES = (*BATCH_AXES, "tensor", "expert")
 ALL = "all-linear"
+ROWS = 4  # of a step at least, where none are asked for
 # Where the log goes as well, and what is imported for it. tensorboardX is 0.7 MB and needs numpy and protobuf alone;
 # tensorboard itself, which draws the pictures, brings a server and gRPC, and need not be where a run is trained.
 TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -58,7 +59,8 @@ class Options:
         warmup: the share of the steps in which it goes up.
         weight_decay: of AdamW.
         clip: the largest norm of a gradient; longer ones are shortened to it. 0 leaves them.
-        batch_tokens: places for tokens in a step, on all devices: rows of max-length.
+        batch_tokens: places for tokens in a step, on all devices: rows of max-length. 0 for 4 rows, or the next number
+            that the devices and microbatches divide.
         max_length: the longest example in tokens, and the places of a row, in which several examples are packed.
         too_long: what becomes of longer examples: their end is cut off, they are dropped, or split into several.
         microbatches: parts that a step computes one after another, in less memory.
@@ -87,7 +89,7 @@ class Options:
     warmup: float = 0.05
     weight_decay: float = 0.0
     clip: float = 1.0
-    batch_tokens: int = 4096
+    batch_tokens: int = 0
     max_length: int = 1024
     too_long: TooLong = "cut"
     microbatches: int = 1
@@ -103,8 +105,8 @@ class Options:
 
     @property
     def rows(self) -> int:
-        """Rows of a step, on all devices together."""
-        return self.batch_tokens // self.max_length
+        """Rows of a step, on all devices together; of a mesh's devices, once `with_rows` was asked."""
+        return self.batch_tokens // self.max_length if self.batch_tokens else ROWS
 
     def check(self) -> None:
         """Check each setting by itself.
@@ -115,7 +117,7 @@ class Options:
         for field in dataclasses.fields(self):
             if expected := expected_type(field.name, getattr(self, field.name)):
                 raise _wrong(self, field.name, expected)
-        whole = {"epochs": 1, "max_steps": 0, "batch_tokens": 1, "max_length": 2, "microbatches": 1, "eval_every": 0}
+        whole = {"epochs": 1, "max_steps": 0, "batch_tokens": 0, "max_length": 2, "microbatches": 1, "eval_every": 0}
         for name, least in (whole | {"samples": 0}).items():
             if getattr(self, name) < least:
                 raise _wrong(self, name, f"a whole number of at least {least}")
@@ -129,7 +131,11 @@ class Options:
             ("clip", 0 <= self.clip < math.inf, "a number of at least 0"),
             ("eval_split", 0 <= self.eval_split < 1, "a share from 0 to below 1"),
             ("batch_tokens", self.rows >= 1, f"at least one row of max_length={self.max_length}"),
-            ("microbatches", self.rows % self.microbatches == 0, f"a divisor of the {self.rows} rows of a step"),
+            (
+                "microbatches",
+                not self.batch_tokens or self.rows % self.microbatches == 0,
+                f"a divisor of the {self.rows} rows of a step",
+            ),
         ):
             if not value:
                 raise _wrong(self, name, expected)
@@ -250,7 +256,7 @@ def axes_over(options: Options, devices: int, where: str) -> dict[str, int]:
     axes = mesh_axes(options.mesh) or {"data": devices}
     if math.prod(axes.values()) != devices:
         raise LoraError(f"mesh is {options.mesh!r}, of {math.prod(axes.values())} devices, {where}.")
-    check_rows(options, axes)
+    with_rows(options, axes)
     return axes
 
 
@@ -273,20 +279,29 @@ def batch_spec(axes: Iterable[str]) -> P:
     return P(tuple(name for name in BATCH_AXES if name in there))
 
 
-def check_rows(options: Options, axes: Mapping[str, int], together: int = 1) -> None:
-    """Raise if the axes that split the batch do not divide the rows of a microbatch.
+def with_rows(options: Options, axes: Mapping[str, int], together: int = 1) -> Options:
+    """Return the options with the tokens of a step: where none are given, some rows that can be split evenly.
+
+    >>> with_rows(Options(), {"data": 8}).rows, with_rows(Options(), {}).rows, with_rows(Options(), {"data": 3}).rows
+    (8, 4, 6)
 
     Args:
         options: of the run.
         axes: of the mesh, and their sizes.
         together: rows that are not split: 2 for the two answers of pairs.
+
+    Raises:
+        LoraError: those that are given cannot be split over the axes of the batch and the microbatches.
     """
     parts = math.prod(axes.get(name, 1) for name in BATCH_AXES) * options.microbatches * together
-    why = f"the mesh axes {', '.join(BATCH_AXES)}, and microbatches={options.microbatches}"
-    why += ", and the two answers of pairs" if together == 2 else ""
-    if options.rows % parts:
+    rows = -(-options.rows // parts) * parts
+    if not options.batch_tokens:
+        return dataclasses.replace(options, batch_tokens=rows * options.max_length)
+    if options.rows != rows:
+        why = f"the mesh axes {', '.join(BATCH_AXES)}, and microbatches={options.microbatches}"
+        why += ", and the two answers of pairs" if together == 2 else ""
         raise LoraError(
             f"a step has {options.rows} rows (batch_tokens={options.batch_tokens}, max_length={options.max_length}), "
-            f"which {parts} parts ({why}) do not divide evenly: give "
-            f"batch_tokens={-(-options.rows // parts) * parts * options.max_length}."
+            f"which {parts} parts ({why}) do not divide evenly: give batch_tokens={rows * options.max_length}."
         )
+    return options

@@ -4,6 +4,7 @@ Its parts are public functions, for loops of one's own: `packed_batches`, `answe
 `make_optimizer`, `lora.jit_step`, `evaluate`, `lora.Checkpoints`.
 """
 
+import contextlib
 import dataclasses
 import math
 import warnings
@@ -25,15 +26,15 @@ from lora_jax.initialization.init import init
 from lora_jax.recipes.memory import Memory, check_memory, step_memory
 from lora_jax.recipes.meter import Meter
 from lora_jax.recipes.model import Model
-from lora_jax.recipes.objectives import Batch, Loss, answer_loss, preference_loss
+from lora_jax.recipes.objectives import Batch, Loss, make_loss
 from lora_jax.recipes.options import (
     Options,
     batch_spec,
-    check_rows,
     learning_rate,
     make_optimizer,
     rules,
     tracker_names,
+    with_rows,
 )
 from lora_jax.recipes.packed_rows import PackedBatches, packed_batches
 from lora_jax.recipes.preferences import preference_batches
@@ -58,6 +59,9 @@ class Reporter:
 
     def line(self, line: dict[str, Any]) -> None:
         """Take a line of the log: of a step, or of an evaluation."""
+
+    def failed(self, error: BaseException) -> None:
+        """Take what ends the run, before it is raised: on the way out, what is being saved waits for other hosts."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Prepared:
     """All that a training run needs, before anything is trained.
 
     Attributes:
+        options: of the run, with the tokens of a step.
         plan: where adapters go.
         batches: of all epochs.
         steps: to take.
@@ -97,6 +102,7 @@ class Prepared:
         memory: that a step takes.
     """
 
+    options: Options
     plan: Plan
     batches: PackedBatches
     steps: int
@@ -118,17 +124,18 @@ def prepare(model: Model, train: Data, options: Options) -> Prepared:
     options.check()
     _check_lengths(model, train)
     sharding = batch_sharding(model)
-    check_rows(options, sharding.mesh.shape if sharding else {}, 2 if isinstance(train, TokenizedPairs) else 1)
+    axes, together = sharding.mesh.shape if sharding else {}, 2 if isinstance(train, TokenizedPairs) else 1
+    options = with_rows(options, axes, together)
     batches = make_batches(train, options, sharding, options.epochs)
     steps = _steps(batches, options)
-    plan, loss = model.plan(rules(options, model)), make_loss(model, train, options)
+    plan, loss = model.plan(rules(options, model)), make_loss(model, options, isinstance(train, TokenizedPairs))
     optimizer, key = make_optimizer(options, steps), jax.random.key(options.seed)
     state = TrainState.create(init(key, model.params, plan), optimizer, key if options.dropout else None)
     step = jit_step(_with_dropout(loss, options.dropout), optimizer, microbatches=options.microbatches)
     batch = _placed(next(make_batches(train, options, sharding)), sharding, _rows(train, options))
     memory = step_memory(step, state, model.params, batch)
     check_memory(memory)
-    return Prepared(plan, batches, steps, loss, step, state, memory)
+    return Prepared(options, plan, batches, steps, loss, step, state, memory)
 
 
 def finetune(
@@ -156,7 +163,8 @@ def finetune(
             before that stay.
     """
     run = prepare(model, train, options)
-    folder, sharding, batches, steps, state = Path(folder), batch_sharding(model), run.batches, run.steps, run.state
+    folder, sharding, options = Path(folder), batch_sharding(model), run.options
+    batches, steps, state = run.batches, run.steps, run.state
     measure = _measure(model, held_out, options, run.loss, sharding)
     examples = None if held_out is None else held_out.fingerprint
 
@@ -166,7 +174,10 @@ def finetune(
     reporter.begin(run)
     every = options.eval_every or max(1, steps // EVALUATIONS)
     best: Any = (MEASURE, "min") if measure else None
-    with Checkpoints(folder / CHECKPOINTS, model.params, run.plan, every=every, keep=2, best=best) as checkpoints:
+    with (
+        Checkpoints(folder / CHECKPOINTS, model.params, run.plan, every=every, keep=2, best=best) as checkpoints,
+        _told(reporter),
+    ):
         state, place = checkpoints.restore(state)
         if place is not None:
             batches.set_state(place)
@@ -264,11 +275,14 @@ def _check_lengths(model: Model, data: Data) -> None:
         )
 
 
-def make_loss(model: Model, data: Data, options: Options) -> Loss:
-    """Return the loss of the answers, or for pairs DPO's."""
-    if isinstance(data, TokenizedPairs):
-        return preference_loss(model, options.beta, remat=options.remat)
-    return answer_loss(model, remat=options.remat)
+@contextlib.contextmanager
+def _told(reporter: Reporter) -> Iterator[None]:
+    """Tell what ends a block."""
+    try:
+        yield
+    except BaseException as error:
+        reporter.failed(error)
+        raise
 
 
 def evaluate(loss: Loss, adapters: Any, params: Any, batches: Iterable[Batch]) -> float:
