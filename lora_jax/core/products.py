@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from lora_jax.core.arrays import accumulator
 from lora_jax.core.axes import KernelAxes
+from lora_jax.core.backward_order import awaited
 from lora_jax.core.dropout_mask import dropped
 from lora_jax.core.factor_products import as_columns, as_rows, in_turn, matmul
 from lora_jax.core.factor_products import contract as product_of_factor
@@ -182,6 +183,6 @@ def add_lowrank(
     if a.shape[-1] == 0:
         return of_y(product.y).astype(product.y.dtype)
     y, h = in_turn(product.y, thin_product(product, a) if product.h is None else product.h)
-    change, y = product.expand(h, b), of_y(y)
+    change, y = product.expand(awaited(h), b), of_y(y)
     wide = accumulator(y.dtype, change.dtype)
     return (y.astype(wide) + change.astype(wide)).astype(product.y.dtype)
