@@ -40,13 +40,19 @@ from lora_jax.core.version import __version__ as __version__
 from lora_jax.flax_models import from_linen, from_nnx
 from lora_jax.initialization.init import init
 from lora_jax.initialization.rank_allocation import allocate_ranks, gradient_scores, input_scores
+from lora_jax.interop.gguf.adapters import load_gguf, save_gguf
+from lora_jax.interop.gguf.merged import merge_gguf
+from lora_jax.interop.image.adapters import inspect_image, load_image, save_diffusers, save_kohya
+from lora_jax.interop.keras_lora import load_keras_lora, save_keras_lora
 from lora_jax.interop.merge_checkpoint import merge_checkpoint
 from lora_jax.interop.merge_quantized import merge_quantized
-from lora_jax.interop.merged_gguf import merge_gguf
+from lora_jax.interop.mlx.adapters import load_mlx, save_mlx
 from lora_jax.interop.peft.in_memory import peft_tensors
 from lora_jax.interop.peft.load import load_peft
 from lora_jax.interop.peft.save import save_peft
+from lora_jax.interop.qwix_trees import from_qwix, load_maxtext, to_qwix
 from lora_jax.interop.torch_tensors import to_torch
+from lora_jax.interop.torchtune import load_torchtune
 from lora_jax.sharding.adapters import adapter_shardings, adapter_specs
 from lora_jax.sharding.batches import local_rows, shard_batch
 from lora_jax.sharding.unbatched import Unbatched
@@ -126,15 +132,23 @@ __all__ = [
     "freeze_base",
     "from_linen",
     "from_nnx",
+    "from_qwix",
     "gradient_scores",
     "init",
     "initializers",
     "input_scores",
     "inspect",
+    "inspect_image",
     "jit_step",
     "key_maps",
     "labels",
+    "load_gguf",
+    "load_image",
+    "load_keras_lora",
+    "load_maxtext",
+    "load_mlx",
     "load_peft",
+    "load_torchtune",
     "local_rows",
     "lora_apply",
     "lora_fa",
@@ -156,6 +170,11 @@ __all__ = [
     "recipes",
     "register_kind",
     "riemannian",
+    "save_diffusers",
+    "save_gguf",
+    "save_keras_lora",
+    "save_kohya",
+    "save_mlx",
     "save_peft",
     "select",
     "shard_batch",
@@ -163,6 +182,7 @@ __all__ = [
     "stack",
     "starts",
     "to_lora",
+    "to_qwix",
     "to_torch",
     "topology_mesh",
     "train_step",

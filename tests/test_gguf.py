@@ -15,10 +15,10 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import LoraError
-from lora_jax.interop import gguf_file
-from lora_jax.interop.gguf_factors import in_halves, side_by_side
-from lora_jax.interop.gguf_lora import load_gguf, read_gguf, save_gguf, write_gguf
-from lora_jax.interop.gguf_names import ARCHITECTURES, MODEL_TYPES, slot_of, source_of
+from lora_jax.interop.gguf import file as gguf_file
+from lora_jax.interop.gguf.adapters import load_gguf, read_gguf, save_gguf, write_gguf
+from lora_jax.interop.gguf.factors import in_halves, side_by_side
+from lora_jax.interop.gguf.names import ARCHITECTURES, MODEL_TYPES, slot_of, source_of
 from lora_jax.interop.module_adapters import Lazy, ModuleAdapters, of_all_experts, outlined
 from lora_jax.interop.peft.formats.format import Module
 from lora_jax.interop.peft.formats.registry import FORMATS, LORA

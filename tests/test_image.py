@@ -14,13 +14,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
-from lora_jax.interop import image_tensors
-from lora_jax.interop.image import inspect_image, load_image, save_diffusers, save_kohya
-from lora_jax.interop.image_joined import rows_of
-from lora_jax.interop.image_names import ModuleNames, parse
-from lora_jax.interop.image_reader import read_image
-from lora_jax.interop.image_spellings import spellings
-from lora_jax.interop.image_writers import write_diffusers, write_kohya
+from lora_jax.interop.image import tensors as image_tensors
+from lora_jax.interop.image.adapters import inspect_image, load_image, save_diffusers, save_kohya
+from lora_jax.interop.image.joined import rows_of
+from lora_jax.interop.image.names import ModuleNames, parse
+from lora_jax.interop.image.reader import read_image
+from lora_jax.interop.image.spellings import spellings
+from lora_jax.interop.image.writers import write_diffusers, write_kohya
 from lora_jax.interop.module_adapters import Lazy, module_adapters
 from lora_jax.interop.peft.formats.format import Module
 from lora_jax.key_maps import KeyMap, conv, experts, linear

@@ -13,8 +13,8 @@ from test_recipes_models import tensors_of, write
 
 import lora_jax as lora
 from lora_jax import key_maps
-from lora_jax.interop.merged_gguf import merge_gguf
-from lora_jax.interop.merged_gguf_keys import _CUTS, _LLAMA_3
+from lora_jax.interop.gguf.merged import merge_gguf
+from lora_jax.interop.gguf.merged_keys import _CUTS, _LLAMA_3
 
 gguf = pytest.importorskip("gguf")
 if not hasattr(gguf, "GGUFWriter"):

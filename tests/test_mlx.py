@@ -16,7 +16,7 @@ from test_untrusted import assert_harmless, mutated_json
 
 import lora_jax as lora
 from lora_jax import key_maps
-from lora_jax.interop.mlx import load_mlx, read_mlx, save_mlx, write_mlx
+from lora_jax.interop.mlx.adapters import load_mlx, read_mlx, save_mlx, write_mlx
 from lora_jax.interop.module_adapters import Lazy, by_module, module_adapters
 from lora_jax.interop.peft_modules import read_peft
 

@@ -22,11 +22,11 @@ from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
 from lora_jax.core.text import count, printable, size
 from lora_jax.interop.entries import Entry
+from lora_jax.interop.gguf.merged import merge_gguf
 from lora_jax.interop.key_map import KeyMap
 from lora_jax.interop.merge_checkpoint import Tensors, merge_checkpoint, read_tensors
 from lora_jax.interop.merge_quantized import merge_quantized
 from lora_jax.interop.merge_rows import Survival
-from lora_jax.interop.merged_gguf import merge_gguf
 from lora_jax.interop.model_config import model_facts
 from lora_jax.interop.name_templates import literal
 from lora_jax.interop.peft.save import save_peft

@@ -6,12 +6,13 @@ from typing import Literal, NamedTuple
 
 from lora_jax.core.errors import LoraError
 from lora_jax.core.untrusted import open_file
-from lora_jax.interop import image_reader, mlx_write
-from lora_jax.interop.gguf_file import MAGIC
-from lora_jax.interop.gguf_read import read_gguf
-from lora_jax.interop.gguf_write import write_gguf
-from lora_jax.interop.image_writers import DIFFUSERS_FORMATS, KOHYA_FORMATS, write_diffusers, write_kohya
-from lora_jax.interop.mlx_read import read_mlx
+from lora_jax.interop.gguf.file import MAGIC
+from lora_jax.interop.gguf.read import read_gguf
+from lora_jax.interop.gguf.write import write_gguf
+from lora_jax.interop.image import reader as image_reader
+from lora_jax.interop.image.writers import DIFFUSERS_FORMATS, KOHYA_FORMATS, write_diffusers, write_kohya
+from lora_jax.interop.mlx import write as mlx_write
+from lora_jax.interop.mlx.read import read_mlx
 from lora_jax.interop.module_adapters import ModuleAdapters, by_module, mapped, module_adapters
 from lora_jax.interop.peft import files
 from lora_jax.interop.peft.common_rank import one_rank_for_all, padded
@@ -102,8 +103,7 @@ def _modules_in(folder: Path) -> dict[str, tuple[int, ...]]:
     if not (found := sorted(folder.glob("*.safetensors"))):
         raise LoraError(f"there is no file of safetensors in {folder}: the model's folder is where its weights are.")
     shapes = {name: place.shape for file in found for name, place in header(file).items()}
-    weights = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
-    return {name: shape[2:] for name, shape in weights.items() if len(shape) > 1}
+    return image_reader.modules_of_tensors(shapes)
 
 
 def _write_gguf(path: Path, found: ModuleAdapters, about: About) -> None:

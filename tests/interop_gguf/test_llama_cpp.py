@@ -10,7 +10,7 @@ from llama_cpp_models import LlamaCpp, write_model
 from test_recipes_models import tensors_of, write
 
 import lora_jax as lora
-from lora_jax.interop.gguf_lora import load_gguf, save_gguf
+from lora_jax.interop.gguf.adapters import load_gguf, save_gguf
 from lora_jax.key_maps import KeyMap, linear
 
 SIZES = {

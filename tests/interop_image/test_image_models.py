@@ -27,9 +27,9 @@ from diffusers.loaders import (  # noqa: E402
 )
 
 import lora_jax as lora  # noqa: E402
-from lora_jax.interop.image import inspect_image, load_image, save_diffusers, save_kohya  # noqa: E402
-from lora_jax.interop.image_names import parse  # noqa: E402
-from lora_jax.interop.image_spellings import spellings  # noqa: E402
+from lora_jax.interop.image.adapters import inspect_image, load_image, save_diffusers, save_kohya  # noqa: E402
+from lora_jax.interop.image.names import parse  # noqa: E402
+from lora_jax.interop.image.spellings import spellings  # noqa: E402
 from lora_jax.key_maps import KeyMap, conv, linear  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # theirs, of one another's versions

@@ -20,7 +20,7 @@ from mlx_lm.utils import load_model  # noqa: E402
 from test_recipes_models import SIZES, tensors_of, write  # noqa: E402
 
 import lora_jax as lora  # noqa: E402
-from lora_jax.interop.mlx import load_mlx, read_mlx, save_mlx  # noqa: E402
+from lora_jax.interop.mlx.adapters import load_mlx, read_mlx, save_mlx  # noqa: E402
 from lora_jax.interop.module_adapters import by_module, module_adapters  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -9,7 +9,7 @@ import numpy as np
 from lora_jax.checkpoints.reading import identity
 from lora_jax.core.errors import LoraError, short
 from lora_jax.interop.key_map import Array
-from lora_jax.interop.mlx_write import CONFIG, EXPERTS, WEIGHTS
+from lora_jax.interop.mlx.write import CONFIG, EXPERTS, WEIGHTS
 from lora_jax.interop.module_adapters import Lazy, ModuleAdapters, outlined
 from lora_jax.interop.peft.expert_projections import (
     HALVES,

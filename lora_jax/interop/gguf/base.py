@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from lora_jax.core.argument_checks import refuse
 from lora_jax.core.errors import LoraError, short
-from lora_jax.interop import gguf_file
-from lora_jax.interop.gguf_names import ARCHITECTURES, MODEL_TYPES, Architecture
+from lora_jax.interop.gguf import file as gguf_file
+from lora_jax.interop.gguf.names import ARCHITECTURES, MODEL_TYPES, Architecture
 from lora_jax.interop.model_config import CONFIG, model_facts
 
 Base = str | os.PathLike[str] | Mapping[str, Any]

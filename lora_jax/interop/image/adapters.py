@@ -5,7 +5,7 @@
     lora.save_diffusers("cats/pytorch_lora_weights.safetensors", adapters, key_map)   # for diffusers, ComfyUI
 
 A file may hold adapters of several models, the components of a pipeline; each is read by its name. How names and
-tensors look is in `image_names` and `image_forms`.
+tensors look is in `names` and `forms`.
 """
 
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ from lora_jax.adapters.arguments import check_dtype
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.argument_checks import A_KEY_MAP, check_is
 from lora_jax.core.errors import LoraError
-from lora_jax.interop.image_forms import Shape
-from lora_jax.interop.image_metadata import metadata_of, shown
-from lora_jax.interop.image_names import DENOISERS
-from lora_jax.interop.image_reader import check_component, file_of, groups_of, read_image
-from lora_jax.interop.image_writers import DIFFUSERS_FORMATS, KOHYA_FORMATS, write_diffusers, write_kohya
+from lora_jax.interop.image.forms import Shape
+from lora_jax.interop.image.metadata import metadata_of, shown
+from lora_jax.interop.image.names import DENOISERS
+from lora_jax.interop.image.reader import check_component, file_of, groups_of, read_image
+from lora_jax.interop.image.writers import DIFFUSERS_FORMATS, KOHYA_FORMATS, write_diffusers, write_kohya
 from lora_jax.interop.key_map import KeyMap
 from lora_jax.interop.module_adapters import ModuleAdapters, for_parameters, module_adapters
 from lora_jax.interop.peft.parameters import shapes_of

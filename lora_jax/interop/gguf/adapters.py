@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from lora_jax.adapters.arguments import check_dtype
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.argument_checks import A_KEY_MAP, check_folder, check_is
-from lora_jax.interop.gguf_base import Base, facts_of
-from lora_jax.interop.gguf_names import style_of
-from lora_jax.interop.gguf_read import read_gguf
-from lora_jax.interop.gguf_write import write_gguf
+from lora_jax.interop.gguf.base import Base, facts_of
+from lora_jax.interop.gguf.names import style_of
+from lora_jax.interop.gguf.read import read_gguf
+from lora_jax.interop.gguf.write import write_gguf
 from lora_jax.interop.key_map import KeyMap
 from lora_jax.interop.module_adapters import for_parameters, module_adapters
 from lora_jax.interop.peft.parameters import shapes_of
@@ -63,7 +63,7 @@ def save_gguf(
             then.
 
     >>> import jax, tempfile, lora_jax as lora
-    >>> from lora_jax.interop.gguf_lora import load_gguf, save_gguf
+    >>> from lora_jax.interop.gguf.adapters import load_gguf, save_gguf
     >>> params = {"model": {"layers": {"0": {"self_attn": {"q_proj": {"kernel": jax.numpy.zeros((8, 4, 2))}}}}}}
     >>> axes = lora.KernelAxes((), (0,), (1, 2))
     >>> adapter = lora.LoraAdapter(jax.numpy.ones((8, 2)), jax.numpy.ones((2, 4, 2)), axes, 0.5)

@@ -1,4 +1,4 @@
-"""Adapters by their modules as a GGUF file, one module in memory at a time: see `gguf_lora`."""
+"""Adapters by their modules as a GGUF file, one module in memory at a time: see `adapters`."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import LoraError, short
-from lora_jax.interop import gguf_file
-from lora_jax.interop.gguf_base import Base, ModelFacts, facts_of
-from lora_jax.interop.gguf_factors import ALPHA, ENDS, HEAD, TABLE, Pair, Tensors, common_dtype, to_pairs
-from lora_jax.interop.gguf_names import Architecture, Slot, slot_of
+from lora_jax.interop.gguf import file as gguf_file
+from lora_jax.interop.gguf.base import Base, ModelFacts, facts_of
+from lora_jax.interop.gguf.factors import ALPHA, ENDS, HEAD, TABLE, Pair, Tensors, common_dtype, to_pairs
+from lora_jax.interop.gguf.names import Architecture, Slot, slot_of
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.module_adapters import ModuleAdapters
 from lora_jax.interop.peft.dtypes import cast

@@ -19,18 +19,18 @@ from lora_jax.core.adapter import Adapter
 from lora_jax.core.argument_checks import A_KEY_MAP, check_adapter_dict, check_folder, check_is
 from lora_jax.core.arrays import refuse_spread
 from lora_jax.core.errors import LoraError
-from lora_jax.interop.key_map import Array, KeyMap
-from lora_jax.interop.low_bits.config import packing_of
-from lora_jax.interop.low_bits.files import Weight, as_dense, read_weight, weights_of
-from lora_jax.interop.merge_rows import Sums, Survival, merged_in_rows
-from lora_jax.interop.merge_work import checked
-from lora_jax.interop.merged_gguf_keys import (
+from lora_jax.interop.gguf.merged_keys import (
     add_positions,
     add_sizes,
     add_vocabulary,
     architecture_of,
     sizes_of,
 )
+from lora_jax.interop.key_map import Array, KeyMap
+from lora_jax.interop.low_bits.config import packing_of
+from lora_jax.interop.low_bits.files import Weight, as_dense, read_weight, weights_of
+from lora_jax.interop.merge_rows import Sums, Survival, merged_in_rows
+from lora_jax.interop.merge_work import checked
 from lora_jax.interop.model_config import CONFIG, model_facts
 from lora_jax.interop.peft.tied_tables import Tied
 from lora_jax.interop.safetensors_index import DTYPES, tensors_in

@@ -19,8 +19,8 @@ from lora_jax.checkpoints.reading import of_one_save
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.argument_checks import check_folder
 from lora_jax.interop.key_map import KeyMap
-from lora_jax.interop.mlx_read import read_mlx
-from lora_jax.interop.mlx_write import check_mlx_folder, write_mlx
+from lora_jax.interop.mlx.read import read_mlx
+from lora_jax.interop.mlx.write import check_mlx_folder, write_mlx
 from lora_jax.interop.module_adapters import for_parameters, module_adapters
 from lora_jax.interop.peft.dtypes import in_fp32
 from lora_jax.interop.peft.tied_tables import Tied

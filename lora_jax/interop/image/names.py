@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from lora_jax.core.errors import LoraError, short
 from lora_jax.core.paths import nearest
-from lora_jax.interop.image_spellings import Spelling, spellings
+from lora_jax.interop.image.spellings import Spelling, spellings
 
 DENOISERS = ("unet", "transformer")  # one model of a pipeline is either, and many files say one for the other
 COMPONENTS = (*DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3")

@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_jax.core.errors import LoraError, short
 from lora_jax.core.untrusted import parse_json
-from lora_jax.interop.image_names import DENOISERS
+from lora_jax.interop.image.names import DENOISERS
 from lora_jax.interop.peft.config import config_of
 from lora_jax.interop.peft.formats.format import Config, Format
 from lora_jax.interop.peft.options import LARGEST, Options

@@ -1,4 +1,4 @@
-"""Adapters by their modules from a GGUF file, each read when it is asked for: see `gguf_lora`."""
+"""Adapters by their modules from a GGUF file, each read when it is asked for: see `adapters`."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,11 +9,11 @@ import numpy as np
 
 from lora_jax.adapters.arguments import is_usable_alpha
 from lora_jax.core.errors import LoraError, short
-from lora_jax.interop import gguf_file
-from lora_jax.interop.gguf_base import Base, ModelFacts, architecture_of, facts_of
-from lora_jax.interop.gguf_factors import ALPHA, ENDS, HEAD, TABLE, Pair, all_experts, from_pair, rotary_heads
-from lora_jax.interop.gguf_file import Place
-from lora_jax.interop.gguf_names import STYLES, Architecture, Experts, source_of
+from lora_jax.interop.gguf import file as gguf_file
+from lora_jax.interop.gguf.base import Base, ModelFacts, architecture_of, facts_of
+from lora_jax.interop.gguf.factors import ALPHA, ENDS, HEAD, TABLE, Pair, all_experts, from_pair, rotary_heads
+from lora_jax.interop.gguf.file import Place
+from lora_jax.interop.gguf.names import STYLES, Architecture, Experts, source_of
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.module_adapters import Lazy, ModuleAdapters, outline, outlined
 from lora_jax.interop.peft.formats.format import Module

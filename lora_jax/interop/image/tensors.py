@@ -1,6 +1,6 @@
 """From the tensors of one module of an image model's file to our arrays, in torch's layout.
 
-All forms of `image_forms` are LoRA in another form, of rank r, r^2 or more: so one that has no place as it is becomes
+All forms of `forms` are LoRA in another form, of rank r, r^2 or more: so one that has no place as it is becomes
 the LoRA that it is. Arrays that are tensors of the file keep its dtype; products of several are computed in fp32 and
 kept there, rounded once for each factor.
 """
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import LoraError
-from lora_jax.interop.image_forms import Shape, Shapes, listed
+from lora_jax.interop.image.forms import Shape, Shapes, listed
 from lora_jax.interop.peft.formats.format import Arrays
 from lora_jax.interop.peft.formats.lokr import MOST_ENTRIES
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.core.errors import LoraError, short
-from lora_jax.interop.gguf_base import ModelFacts
-from lora_jax.interop.gguf_names import Slot
+from lora_jax.interop.gguf.base import ModelFacts
+from lora_jax.interop.gguf.names import Slot
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.module_adapters import of_all_experts, of_each_expert
 from lora_jax.interop.peft.dtypes import widened

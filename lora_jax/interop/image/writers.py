@@ -11,9 +11,9 @@ import numpy as np
 
 from lora_jax.checkpoints.atomic_dir import written_file
 from lora_jax.core.errors import LoraError, short
-from lora_jax.interop.image_metadata import ADAPTER
-from lora_jax.interop.image_names import ModuleNames, TensorName
-from lora_jax.interop.image_reader import check_component
+from lora_jax.interop.image.metadata import ADAPTER
+from lora_jax.interop.image.names import ModuleNames, TensorName
+from lora_jax.interop.image.reader import check_component
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.module_adapters import ModuleAdapters, key_map_of, mapped
 from lora_jax.interop.peft.config import entries_of

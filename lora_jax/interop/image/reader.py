@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.core.errors import LoraError, short
-from lora_jax.interop.image_forms import Form, Shape, form_of
-from lora_jax.interop.image_joined import own_ranks, part_of
-from lora_jax.interop.image_metadata import metadata_of, options_of
-from lora_jax.interop.image_names import COMPONENTS, DENOISERS, ModuleNames, Target, TensorName, parse
-from lora_jax.interop.image_tensors import arrays_of, forms_of_arrays
+from lora_jax.interop.image.forms import Form, Shape, form_of
+from lora_jax.interop.image.joined import own_ranks, part_of
+from lora_jax.interop.image.metadata import metadata_of, options_of
+from lora_jax.interop.image.names import COMPONENTS, DENOISERS, ModuleNames, Target, TensorName, parse
+from lora_jax.interop.image.tensors import arrays_of, forms_of_arrays
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.module_adapters import Lazy, ModuleAdapters, outline
 from lora_jax.interop.peft.formats.format import Config, Format, Module
