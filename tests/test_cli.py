@@ -336,7 +336,7 @@ def test_key_maps_that_are_not_there(name, says, own_folder, capsys, tmp_path):
 def test_what_does_not_go_together(own_folder, capsys, tmp_path):
     for arguments, says in [
         (["convert", DATA / "llama", tmp_path / "out", "--key-map", "llama"], "names the modules itself"),
-        (["inspect", DATA / "llama", "--step", "3"], "a folder of HF PEFT, which has no steps"),
+        (["inspect", DATA / "llama", "--step", "3"], "is of peft, which has no steps"),
         (["compose", DATA / "llama", own_folder, tmp_path / "out"], "is of another format than the parts before it"),
         (["merge", tmp_path, own_folder, tmp_path / "out"], "say which torch modules they are"),
     ]:
