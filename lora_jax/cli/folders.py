@@ -40,9 +40,9 @@ class Names:
     """Which torch modules the paths of adapters are, if they are of lora_jax. Those of HF PEFT know it themselves.
 
     Args:
-        key_map: bert, gpt2, llama, gemma, vit, vit_4, t5; tunix, tunix_gemma, gemma_flax, maxtext_llama, maxtext_mixtral,
-            maxtext_qwen, keras_llama, keras_gemma; or module:NAME, a lora_jax.key_maps.KeyMap of a Python module of
-            your own, which may be in the current directory.
+        key_map: bert, gpt2, llama, gemma, vit, vit_4, t5; tunix, tunix_gemma, gemma_flax, maxtext_llama,
+            maxtext_mixtral, maxtext_qwen, keras_llama, keras_gemma; or module:NAME, a lora_jax.key_maps.KeyMap of a
+            Python module of your own, which may be in the current directory.
         stacked: whether their layers are stacked along a first axis.
         prefix: what torch's names begin with beyond those of the table, such as "bert.".
     """
