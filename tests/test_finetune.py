@@ -613,7 +613,17 @@ def test_the_command_writes_what_others_read(trained, places, model, chats, caps
         lora.recipes.evaluate(loss, adapters, model.params, training_run.make_batches(chats, SMALL, None)), rel=1e-5
     )
     assert cli.main(["generate", *args, "3?", "--count", "3"]) == 0
-    assert capsys.readouterr().out
+    answer = capsys.readouterr().out
+    assert answer
+    assert cli.main(["convert", args[1], str(trained / "mlx"), "--to", "mlx"]) == 0
+    capsys.readouterr()
+    assert cli.main(["generate", args[0], str(trained / "mlx"), "3?", "--count", "3"]) == 0
+    assert capsys.readouterr().out == answer
+    shutil.rmtree(trained / "mlx")
+    assert cli.main(["generate", args[0], str(trained), "3?"]) == 1
+    assert "holds folders of adapters, 'peft'" in capsys.readouterr().err
+    assert cli.main(["generate", args[0], str(trained / "checkpoints"), "3?"]) == 1
+    assert "by lora-jax convert" in capsys.readouterr().err
 
 
 @pytest.mark.slow

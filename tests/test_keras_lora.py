@@ -84,6 +84,19 @@ def test_to_a_file_and_back(tmp_path):
     )
 
 
+def test_bytes_in_the_other_order(tmp_path):
+    """HDF5 has numbers of either order, and JAX those of the machine."""
+    path = write(tmp_path / "x.lora.h5")
+    expected = load_keras_lora(path, PLAN, LAYERS)
+    with h5py.File(path, "a") as file:
+        for layer in [name for name in file["lora"] if name != "vars"]:
+            for name, dataset in list(file[f"lora/{layer}/vars"].items()):
+                numbers = dataset[()]
+                del file[f"lora/{layer}/vars/{name}"]
+                file[f"lora/{layer}/vars/{name}"] = numbers.astype(numbers.dtype.newbyteorder())
+    jax.tree.map(np.testing.assert_array_equal, load_keras_lora(path, PLAN, LAYERS), expected)
+
+
 def test_what_keras_has_no_place_for(tmp_path):
     adapters = load_keras_lora(write(tmp_path / "x.lora.h5"), PLAN, LAYERS)
     query, dense = "m/block_0/attention/query/kernel", "m/block_0/dense/kernel"

@@ -1,5 +1,7 @@
 """Adapters by torchtune's names: what its rotary embedding computes of them, and what transformers' does."""
 
+from random import Random
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,3 +146,48 @@ def test_pickles_are_never_read(tmp_path):
     (tmp_path / "adapter_model.pt").write_bytes(b"x")
     with pytest.raises(lora.LoraError, match="is a pickle, which may run any code"):
         load(tmp_path / "adapter_model.pt")
+
+
+def mutated(random, path, tensors):
+    """A file with something changed in the names, shapes and dtypes of its tensors, or in its bytes."""
+    if random.random() < 0.5:
+        name = random.choice(sorted(tensors))
+        x = tensors.pop(name)
+        shape = tuple(random.choices([0, 1, 2, 3, 12, 24], k=random.randrange(4)))
+        names = [
+            name,
+            f"{name}.magnitude",
+            "",
+            "..",
+            "output.lora_a.weight",
+            name.replace("q_proj", "k_proj"),
+            f"é{name}",
+        ]
+        changed = [x, np.ascontiguousarray(x.T), np.ones(shape, np.float32), x.astype(np.float16), x.astype(np.int8)]
+        save_file(tensors | {random.choice(names): random.choice(changed)}, path)
+        return
+    save_file(tensors, path)
+    data = bytearray(path.read_bytes())
+    for _ in range(random.randrange(1, 4)):
+        data[random.randrange(len(data))] = random.choice([0, 255, *b'09{}[]",:_.', random.randrange(256)])
+    path.write_bytes(data[: random.choice([len(data), len(data), random.randrange(len(data))])])
+
+
+def test_mutations(tmp_path):
+    random, ends, path = Random(0), [0, 0], tmp_path / "adapter.safetensors"
+    for case in range(200):
+        mutated(random, path, tensors_of(case % 2 == 0))
+        try:
+            load(path, interleaved=random.random() < 0.5)
+            ends[0] += 1
+        except lora.LoraError as error:
+            assert_harmless(str(error))
+            ends[1] += 1
+    assert min(ends) > 10
+
+
+@pytest.mark.parametrize("heads", [None, 0, -2, 2.0, True, "4"])
+def test_heads_that_are_none(heads, tmp_path):
+    for name in ("heads", "kv_heads"):
+        with pytest.raises(lora.LoraError, match=f"{name} is .+, expected a whole number above 0"):
+            load(write(tmp_path, tensors_of()), **{name: heads})

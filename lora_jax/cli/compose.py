@@ -17,12 +17,23 @@ from lora_jax.bases.lazy import from_torch
 from lora_jax.bases.open_files import open_safetensors
 from lora_jax.checkpoints.replaceable import check_target
 from lora_jax.cli.adapters import NO_NAMES
-from lora_jax.cli.folders import PEFT, NameOptions, Names, format_in, read_adapters, table_of
+from lora_jax.cli.folders import (
+    OWN,
+    PEFT,
+    Component,
+    Model,
+    NameOptions,
+    Names,
+    format_in,
+    read_adapters,
+    table_of,
+)
 from lora_jax.cli.output import print_json, print_table, say
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError, short
 from lora_jax.core.layout import of_weight
 from lora_jax.core.packed import unpacked
+from lora_jax.interop.conversions import About
 from lora_jax.interop.key_map import KeyMap
 from lora_jax.interop.peft.dtypes import in_fp32
 from lora_jax.interop.peft.files import CONFIG
@@ -56,6 +67,7 @@ class Part(NamedTuple):
 
     folder: Path
     weight: float
+    format: str
     adapters: dict[str, Adapter]  # in fp32
     key_map: KeyMap
     dtypes: list[Any]  # of its files
@@ -71,7 +83,8 @@ def compose(
     limits: LIMITS = AS_IT_IS,
     seed: int = 0,
     compat: Annotated[Literal["peft"] | None, tyro.conf.arg(metavar="peft")] = None,
-    base: Annotated[Path | None, tyro.conf.arg(metavar="BASE")] = None,
+    base: Model = None,
+    component: Component = "unet",
     any_base: bool = False,
     dry_run: bool = False,
     names: NameOptions = NO_NAMES,
@@ -84,8 +97,8 @@ def compose(
     Example: lora-jax compose style:0.7 facts:-0.3 both
 
     Args:
-        folders: folders of adapters of one format, each with ":" and its weight, or with the weight 1; and at last a
-            new folder, for HF PEFT.
+        folders: adapters of any format, all of which name their modules or none, each with ":" and its weight, or with
+            the weight 1; and at last a new folder, for HF PEFT.
         method: sum; magnitude_prune, dare, ties, dare_ties, knots_ties or knots_dare_ties, which take a density and a
             rank or an energy (knots only if it is to be smaller); or, with --compat peft, the combination_type of its
             add_weighted_adapter.
@@ -94,7 +107,9 @@ def compose(
         limits: as below.
         seed: of what is drawn at random: the entries that dare keeps.
         compat: peft for what HF PEFT computes.
-        base: a folder with the base's safetensors, for sums of adapters whose change depends on its weights, as DoRA's.
+        base: the folder of the model, for GGUF and files of image models, and for sums of adapters whose change depends
+            on its weights, as DoRA's.
+        component: of an image model, whose adapters are merged.
         any_base: merge adapters whose configs name different bases.
         dry_run: compute and print everything, and write nothing.
         json: print JSON instead of text.
@@ -105,7 +120,7 @@ def compose(
     if _is_weighted(folders[-1]):
         raise LoraError(f"the output comes last, and {output} is a part: {EXAMPLE}.")
     check_target(output, None)
-    parts = [*_read(folders[:-1], names)]
+    parts = [*_read(folders[:-1], names, About(base, component))]
     shared = _shared_config(parts, any_base)
     key_map = KeyMap()
     for part in parts:
@@ -125,11 +140,12 @@ def compose(
 # What is read ---------------------------------------------------------------------------------------------------------
 
 
-def _read(given: Sequence[str], names: Names) -> Iterator[Part]:
+def _read(given: Sequence[str], names: Names, about: About) -> Iterator[Part]:
     """Yield the parts, which are of one format."""
     of_peft = None
     for folder, weight in map(_weighted, given):
-        contents = read_adapters(folder)
+        format = format_in(folder, None)
+        contents = read_adapters(folder, None, about)
         if of_peft not in (None, contents.key_map is not None):
             raise LoraError(
                 f"{folder} is of another format than the parts before it, with other names for the same weights: "
@@ -142,8 +158,9 @@ def _read(given: Sequence[str], names: Names) -> Iterator[Part]:
         dtypes = [
             array.dtype for one in contents.adapters.values() for array in of_weight(one.arrays(), one.layout).values()
         ]
-        config = dict(Options(folder / CONFIG).entries) if format_in(folder, None) == PEFT else {}
-        yield Part(folder, weight, in_fp32(contents.adapters), table_of(folder, contents, names), dtypes, config)
+        config = dict(Options(folder / CONFIG).entries) if format == PEFT else {}
+        adapters = in_fp32(contents.adapters)
+        yield Part(folder, weight, format, adapters, table_of(folder, contents, names), dtypes, config)
 
 
 def _shared_config(parts: Sequence[Part], any_base: bool) -> dict[str, str | None]:
@@ -190,6 +207,10 @@ def _merge(
     """Return the merged adapters, and what is left of those that were truncated."""
     left: dict[str, Truncation] = {}
     pairs = [(part.adapters, part.weight) for part in parts]
+    if base is not None and any(part.format not in (PEFT, OWN) for part in parts):
+        # It was to read them with. Its weights are needed only where a change depends on them.
+        depends = any(one.to_lora() is None for part in parts for one in part.adapters.values())
+        base = base if depends and method == "sum" else None
     if base is None:
         return composed(pairs, method, report=left.__setitem__, **options), left
     if method != "sum":

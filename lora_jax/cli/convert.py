@@ -14,6 +14,7 @@ from lora_jax.cli.folders import (
     OWN,
     Adapters,
     Component,
+    Contents,
     Model,
     NameOptions,
     Names,
@@ -72,22 +73,22 @@ def convert(
     """
     _check_output(output, to)
     about = About(base, component)
-    kind: str = source or format_in(adapters, step)
+    kind = format_in(adapters, step, source)
     found = None
     if kind != OWN and to in FORMATS and tied == "refuse":
         names.refuse(adapters)
         found = read_modules(adapters, kind, about)
     if found is None:
-        return _convert_in_memory(adapters, output, to, about, names, tied, step, json)
+        contents = read_adapters(adapters, step, about, kind)
+        return _convert_in_memory(adapters, contents, output, to, about, names, tied, json)
     _write_modules(output, found, to, about)
     return print_written(output, _ranks(found), json)
 
 
 def _convert_in_memory(
-    adapters: Path, output: Path, to: To, about: About, names: Names, tied: Tied, step: int | None, json: bool
+    adapters: Path, contents: Contents, output: Path, to: To, about: About, names: Names, tied: Tied, json: bool
 ) -> int:
     """Convert what has to be read as a whole: folders of orbax, and those of PEFT with more than modules."""
-    contents = read_adapters(adapters, step, about)
     found, others = contents.adapters, contents.others
     if to == OWN:
         if contents.key_map is not None:  # from which training goes on
@@ -111,11 +112,17 @@ def _write_modules(output: Path, found: ModuleAdapters, to: str, about: About) -
 
 
 def _check_output(output: Path, to: str) -> None:
-    """Raise if the output is there already, or a folder where a file is written."""
-    if to not in FORMATS or not FORMATS[to].is_one_file:
+    """Raise if the output is there already, or has a name by which the programs of its format do not find it."""
+    ending = FORMATS[to].ending if to in FORMATS else None
+    if ending is None:
         check_target(output, None)
     elif os.path.lexists(output):
         raise LoraError(f"{output} exists; it is left as it is. Give another path.")
+    elif output.suffix != ending:
+        raise LoraError(
+            f"{output}: {to} is one file, whose name ends in {ending}, by which programs find it: write to "
+            f"{output.with_name(output.name + ending)}."
+        )
 
 
 def _ranks(found: ModuleAdapters) -> dict[str, int | None]:

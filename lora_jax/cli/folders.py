@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import tyro
 from lora_jax import checkpoint, key_maps
 from lora_jax.checkpoints.failures import first_line
 from lora_jax.core.adapter import Adapter
-from lora_jax.core.errors import LoraError
+from lora_jax.core.errors import LoraError, short
 from lora_jax.core.paths import nearest
 from lora_jax.interop.conversions import FORMATS, About, format_of
 from lora_jax.interop.key_map import KeyMap
@@ -29,6 +30,7 @@ Tuned = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TUNED")]
 Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
 Step = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 OWN, PEFT = "orbax", "peft"
+FOLDERS = (PEFT, "mlx")  # formats whose adapters are a folder of two files
 NOTHING = About()  # is said of the model
 Model = Annotated[Path | None, tyro.conf.arg(metavar="BASE")]
 Component = Literal["unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"]
@@ -85,30 +87,49 @@ class Contents(NamedTuple):
         return {split(entry.path)[0]: entry.kind for entry in entries}
 
 
-def format_in(path: Path, step: int | None) -> str:
-    """Return the format of adapters, a key of `FORMATS` or OWN.
+def format_in(path: Path, step: int | None, given: str | None = None) -> str:
+    """Return the format of adapters, a key of `FORMATS` or OWN: the given one, or the one that the files tell.
 
     Raises:
-        LoraError: a step is asked for, and files of this format have none.
+        LoraError: a step is asked for, and files of this format have none; it is a file, and of no format; it is a
+            folder of folders of adapters.
     """
-    name = format_of(path) or OWN
+    name = given or format_of(path) or _own(path)
     if step is not None and name != OWN:
         raise LoraError(f"{path} is of {name}, which has no steps: leave out --step {step}.")
     return name
 
 
-def read_adapters(path: Path, step: int | None = None, about: About = NOTHING) -> Contents:
+def _own(path: Path) -> str:
+    """Return OWN, which folders are of that nothing else tells."""
+    if path.is_file() or (not os.path.lexists(path) and path.suffix in (".gguf", ".safetensors")):
+        if not path.exists():
+            raise LoraError(f"there is no {path}.")
+        if (kind := format_of(path.parent)) in FOLDERS:
+            raise LoraError(f"{path} is one of the files of a folder of {kind}: give the folder, {path.parent}.")
+        raise LoraError(f"{path} holds no adapters: of files, those are GGUF, and .safetensors of image models.")
+    inside = sorted(own.name for own in path.iterdir() if format_of(own) in FOLDERS) if path.is_dir() else []
+    if inside:
+        raise LoraError(
+            f"{path} holds folders of adapters, {', '.join(map(short, inside[:5]))}: give one of them, such as "
+            f"{path / inside[0]}."
+        )
+    return OWN
+
+
+def read_adapters(path: Path, step: int | None = None, about: About = NOTHING, given: str | None = None) -> Contents:
     """Read adapters of any format, of lora_jax.checkpoint.save or of lora_jax.Checkpoints.
 
     Args:
         path: to read.
         step: of a folder of Checkpoints; by default its newest one.
         about: the model, for the formats that need it.
+        given: the format, where the files do not tell it.
 
     Raises:
         LoraError: it holds no adapters, or no such step.
     """
-    name = format_in(path, step)
+    name = format_in(path, step, given)
     if name == OWN:
         return Contents(*checkpoint.load(path, step=step), None)
     if name == PEFT:

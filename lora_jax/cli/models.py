@@ -15,12 +15,13 @@ from lora_jax.analysis.differences import compare
 from lora_jax.analysis.spectrum import low_rank
 from lora_jax.checkpoints.replaceable import check_target
 from lora_jax.cli.convert import NO_NAMES, print_written, ranks_of
-from lora_jax.cli.folders import Adapters, Base, NameOptions, Output, Step, Tuned, for_files
+from lora_jax.cli.folders import Adapters, Base, Component, NameOptions, Output, Step, Tuned, for_files
 from lora_jax.cli.output import print_json, print_table, progress_bar, say
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError
 from lora_jax.core.paths import nearest
 from lora_jax.core.text import count, printable, size
+from lora_jax.interop.conversions import About
 from lora_jax.interop.entries import Entry
 from lora_jax.interop.gguf.merged import merge_gguf
 from lora_jax.interop.key_map import KeyMap
@@ -41,6 +42,7 @@ def merge(
     /,
     to: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "as_it_is",
     tied: Tied = "refuse",
+    component: Component = "unet",
     names: NameOptions = NO_NAMES,
     step: Step = None,
     json: bool = False,
@@ -51,7 +53,8 @@ def merge(
 
     Args:
         base: a folder with model.safetensors, or an index and its shards.
-        adapters: a folder of HF PEFT, of lora_jax.checkpoint.save, or of lora_jax.Checkpoints.
+        adapters: a folder of HF PEFT, of lora_jax.checkpoint.save, of lora_jax.Checkpoints or of mlx-lm; a GGUF; or a
+            file of safetensors for image models.
         output: a new folder for the merged model.
         to: what the merged weights are written in: as_it_is in the base; the linear layers in fp8 or int8, with a scale
             for each output, or fp8_block, for each 128 x 128 numbers, as vLLM reads them; bf16, of a base that is
@@ -59,10 +62,11 @@ def merge(
             gguf:f16, gguf:f32.
         tied: of adapters of the table of tokens alone, where the base has one tensor for it and the head: refuse them;
             untie, which writes a head of its own; or change both.
+        component: of an image model, whose adapters are merged; BASE is its folder.
         step: of a folder of Checkpoints: which one, by default the newest.
         json: print the rounding loss of each tensor as JSON; with --to, and how much is kept of its change.
     """
-    given, table, others = for_files(adapters, names, step)
+    given, table, others = for_files(adapters, names, step, About(base, component))
     if to != "as_it_is":
         with progress_bar("merging") as progress:
             if to.startswith("gguf:"):

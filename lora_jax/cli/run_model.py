@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import tyro
 
 from lora_jax import recipes
-from lora_jax.cli.folders import Base
+from lora_jax.cli.folders import OWN, PEFT, Base, format_in, read_modules
 from lora_jax.cli.output import print_json, say
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError
 from lora_jax.core.text import printable
+from lora_jax.interop.conversions import About
+from lora_jax.interop.module_adapters import for_parameters
 from lora_jax.interop.peft.load import load_peft
 from lora_jax.recipes import chat
 from lora_jax.recipes.examples import Conversation, Preference
@@ -51,7 +53,7 @@ def generate(
 
     Args:
         model: a folder with config.json, safetensors and tokenizer.json.
-        prompt: the adapters, a folder of HF PEFT, if there are any; and the text.
+        prompt: the adapters, of HF PEFT, mlx-lm or GGUF, if there are any; and the text.
         system: what the conversation begins with.
         raw: go on with the text as it is, without the chat template.
         count: the most tokens to write.
@@ -62,6 +64,7 @@ def generate(
         dtype: of what is computed; auto is that of the files.
     """
     adapters, text = _one_or_two(prompt, "a prompt")
+    format = _format(adapters)
     options = recipes.Options(bits=bits, dtype=dtype, seed=seed)
     options.check()
     tokenizer = load_tokenizer(model)
@@ -75,7 +78,13 @@ def generate(
         raise LoraError("the prompt has no tokens: give some text, or leave out --raw.")
     ends, key = tokenizer.eos_ids or loaded.config.eos, jax.random.key(seed)
     [answer] = loaded.generate(
-        [ids], _adapters(adapters, loaded), count=count, temperature=temperature, top_p=top_p, key=key, eos=ends
+        [ids],
+        _adapters(adapters, format, model, loaded),
+        count=count,
+        temperature=temperature,
+        top_p=top_p,
+        key=key,
+        eos=ends,
     )
     show(tokenizer.decode(answer).splitlines() or [""])
     return 0
@@ -99,7 +108,7 @@ def evaluate(
 
     Args:
         model: a folder with config.json, safetensors and tokenizer.json.
-        data: the adapters, a folder of HF PEFT, if there are any; and the file of examples.
+        data: the adapters, of HF PEFT, mlx-lm or GGUF, if there are any; and the file of examples.
         max_length: the longest example in tokens; of longer ones the end is cut off.
         batch_tokens: places for tokens that are computed at a time.
         bits: of the frozen weights of linear layers.
@@ -113,11 +122,14 @@ def evaluate(
     )
     options.check()
     adapters, file = _one_or_two(data, "a file of examples")
+    format = _format(adapters)
     tokenizer = load_tokenizer(model)
     tokens = read_tokens(Path(file), tokenizer, options, lambda lines: None if json else show(lines))
     loaded = load(model, options)
     loss = jax.jit(make_loss(loaded, options, isinstance(tokens, TokenizedPairs)))
-    found = recipes.evaluate(loss, _adapters(adapters, loaded), loaded.params, make_batches(tokens, options, None))
+    found = recipes.evaluate(
+        loss, _adapters(adapters, format, model, loaded), loaded.params, make_batches(tokens, options, None)
+    )
     if json:
         print_json({"loss": found, "examples": len(tokens)})
     elif isinstance(tokens, TokenizedPairs):
@@ -138,12 +150,33 @@ def _one_or_two(given: tuple[str, ...], what: str) -> tuple[str | None, str]:
     return (given[0] if len(given) == 2 else None), given[-1]
 
 
-def _adapters(folder: str | None, model: recipes.Model) -> dict[str, Adapter]:
-    if folder is None:
+def _format(adapters: str | None) -> str | None:
+    """Return the format of adapters, which is asked before the model is read.
+
+    Raises:
+        LoraError: it is none whose modules have the names that they have in the model's files.
+    """
+    if adapters is None:
+        return None
+    if (found := format_in(Path(adapters), None)) == OWN:
+        raise LoraError(
+            f"{adapters} is no folder of HF PEFT or mlx-lm, and no GGUF: write adapters of lora_jax.checkpoint as one "
+            "of these, by lora-jax convert."
+        )
+    return found
+
+
+def _adapters(path: str | None, format: str | None, folder: Path, model: recipes.Model) -> dict[str, Adapter]:
+    """Return the adapters of a model, which is of this folder."""
+    if path is None or format is None:
         return {}
-    adapters, others = load_peft(folder, model.params, model.key_map)
+    if format != PEFT:
+        found = read_modules(Path(path), format, About(folder))
+        assert found is not None  # PEFT alone has folders that have to be read as a whole
+        return for_parameters(found, model.params, model.key_map, Path(path))
+    adapters, others = load_peft(path, model.params, model.key_map)
     if others:
-        raise LoraError(f"{folder} holds {next(iter(others))!r} whole, which is not read here: merge it first.")
+        raise LoraError(f"{path} holds {next(iter(others))!r} whole, which is not read here: merge it first.")
     return adapters
 
 

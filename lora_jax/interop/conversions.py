@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from lora_jax.core.errors import LoraError
 from lora_jax.core.untrusted import open_file
 from lora_jax.interop.gguf.file import MAGIC
@@ -50,7 +52,7 @@ class FileFormat(NamedTuple):
 
     programs: str  # that read it
     kinds: tuple[str, ...]  # names of `peft.formats` that it has a place for; others are written as the LoRA they are
-    is_one_file: bool = False  # and no folder
+    ending: str | None = None  # of the name, where it is one file and no folder
     is_of: Callable[[Path], bool] | None = None  # whether a path holds such adapters; None if they are not told apart
     read: Read | None = None  # returns None where adapters have to be read as a whole
     write: Write | None = None
@@ -84,7 +86,7 @@ def _is_gguf(path: Path) -> bool:
 
 def _is_image(path: Path) -> bool:
     file = image_reader.file_of(path)
-    return file.is_file() and file.suffix == ".safetensors"
+    return file.is_file() and file.suffix == image_reader.ENDING
 
 
 # How each is read and written -----------------------------------------------------------------------------------------
@@ -107,7 +109,14 @@ def _modules_in(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _write_gguf(path: Path, found: ModuleAdapters, about: About) -> None:
-    write_gguf(path, found, base=about.model("GGUF has an architecture's own names and order of rows"))
+    base = about.model("GGUF has an architecture's own names and order of rows")
+    write_gguf(path, mapped(found, _without_fp64), base=base)
+
+
+def _without_fp64(module: Module) -> Module:
+    """Return a module in fp32 where it is in fp64, which no program has in files of adapters but for PEFT's."""
+    arrays = module.arrays.items()
+    return Module({name: x.astype(np.float32) if x.dtype == np.float64 else x for name, x in arrays}, module.scale)
 
 
 def _write_for_vllm(path: Path, found: ModuleAdapters, about: About) -> None:
@@ -136,7 +145,7 @@ FORMATS: Mapping[str, FileFormat] = {
     "gguf": FileFormat(
         "llama.cpp, Ollama, LM Studio",
         LORA_ALONE,
-        True,
+        ".gguf",
         _is_gguf,
         lambda path, about: read_gguf(path, base=about.base),
         _write_gguf,
@@ -160,7 +169,7 @@ FORMATS: Mapping[str, FileFormat] = {
     "kohya": FileFormat(
         "sd-scripts, ComfyUI, Forge, InvokeAI",
         KOHYA_FORMATS,
-        True,
+        image_reader.ENDING,
         _is_image,
         _read_image,
         lambda path, found, about: write_kohya(path, {about.component: found}),
@@ -168,7 +177,7 @@ FORMATS: Mapping[str, FileFormat] = {
     "diffusers": FileFormat(
         "diffusers, ComfyUI",
         DIFFUSERS_FORMATS,
-        True,
+        image_reader.ENDING,
         write=lambda path, found, about: write_diffusers(path, {about.component: found}),
     ),
 }

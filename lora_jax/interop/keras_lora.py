@@ -171,7 +171,7 @@ def _dataset(path: Path, file: Any, name: str, shape: tuple[int, ...], kinds: st
         raise LoraError(f"{path}: {name} is no array of this file.")
     if node.shape != shape or node.dtype.kind not in kinds or node.dtype.itemsize > 8:
         raise LoraError(f"{path}: {name} is {node.dtype} {short(node.shape)}, expected {list(shape)}.")
-    return np.asarray(node[()])
+    return np.asarray(node[()], node.dtype.newbyteorder("="))  # a file may have the bytes of each number reversed
 
 
 def _planned(path: Path, layer: str, plan: Plan) -> str:

@@ -33,7 +33,7 @@ from lora_jax.interop.merge_work import DTYPES, Work, checked
 from lora_jax.interop.model_config import CONFIG, model_facts
 from lora_jax.interop.peft.tied_tables import Tied
 from lora_jax.interop.safetensors_index import DTYPES as ALL_DTYPES
-from lora_jax.interop.safetensors_index import INDEX, Tensor, tensors_in
+from lora_jax.interop.safetensors_index import Tensor, index_of, tensors_in
 from lora_jax.interop.tensor_changes import Change
 from lora_jax.interop.tied_files import write_untied
 
@@ -92,15 +92,16 @@ def merge_quantized(
     dense = {name: as_dense(weight) for name, weight in weights.items()}
     work = checked(source, (dense, files), adapters, key_map, others, params, tied)
     plans = _plans(work, weights, EIGHT_BITS.get(to), modules, source)
+    index = index_of(source)
     with written(target) as new:
         for path in sorted(source.iterdir()):
-            if path.is_file() and path.suffix not in OTHER_WEIGHTS and path.name not in (INDEX, MODELOPT_FILE):
+            if path.is_file() and path.suffix not in OTHER_WEIGHTS and path.name != MODELOPT_FILE and path != index:
                 shutil.copyfile(path, new / path.name)
         write_untied(new, work.untied)
         found = _write(source, new, work, plans, progress)
         _write_config(new, EIGHT_BITS.get(to), [plan for plan in plans if plan.format is None])
-        if (source / INDEX).exists():
-            _write_index(new, plans)
+        if index is not None:
+            _write_index(new / index.name, plans)
     return found
 
 
@@ -290,9 +291,9 @@ def _write_config(new: Path, format: EightBits | None, left: list[_Plan]) -> Non
     (new / CONFIG).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_index(new: Path, plans: list[_Plan]) -> None:
+def _write_index(path: Path, plans: list[_Plan]) -> None:
     """Write which file each tensor is in."""
     written = [(plan.file, *tensor) for plan in plans for tensor in plan.tensors()]
     total = sum(math.prod(shape) * np.dtype(ALL_DTYPES[dtype]).itemsize for _, _, dtype, shape in written)
     index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, name, _, _ in written}}
-    (new / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

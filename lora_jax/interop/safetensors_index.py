@@ -18,6 +18,7 @@ from lora_jax.core.untrusted import open_file, parse_json, read_json, size_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DIFFUSERS = "diffusion_pytorch_model.safetensors"  # the same of diffusers' UNets and transformers, and its index
 TENSORS = 2**19  # in all files; the largest models that are published have some 150,000
 LARGEST_INDEX = 2**26  # bytes, 128 for each tensor
 LARGEST_HEADER = 2**26
@@ -66,7 +67,10 @@ def tensors_in(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     """
     if not os.path.isdir(folder):
         raise LoraError(f"there is no folder {folder}.")
-    files, names = _indexed(folder / INDEX) if os.path.lexists(folder / INDEX) else ([SINGLE], [])
+    index = index_of(folder)
+    files, names = ([SINGLE], []) if index is None else _indexed(index)
+    if files == [SINGLE] and not os.path.lexists(folder / SINGLE) and os.path.lexists(folder / DIFFUSERS):
+        files = [DIFFUSERS]
     found: dict[str, Tensor] = {}
     for file in files:
         if not os.path.lexists(folder / file):
@@ -78,10 +82,15 @@ def tensors_in(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
         _check_count(folder, len(found))
     if missing := [name for name in names if name not in found]:
         raise LoraError(
-            f"{folder / INDEX} names {short(missing[0])}, which none of its shards has, and {len(missing) - 1} more: "
+            f"{index} names {short(missing[0])}, which none of its shards has, and {len(missing) - 1} more: "
             "download the files again, all of one version."
         )
     return found, files
+
+
+def index_of(folder: Path) -> Path | None:
+    """Return the index of a model's files, if it has one."""
+    return next((folder / name for name in (INDEX, f"{DIFFUSERS}.index.json") if os.path.lexists(folder / name)), None)
 
 
 def _indexed(path: Path) -> tuple[list[str], list[str]]:

@@ -86,6 +86,9 @@ def read_torchtune(path: Path, *, alpha: float, heads: int, kv_heads: int, inter
     """Return the adapters of a file by transformers' modules; arguments and errors as of `load_torchtune`."""
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < abs(alpha) < math.inf:
         raise LoraError(f"alpha is {short(alpha)}, expected a number that is not 0.")
+    for name, given in (("heads", heads), ("kv_heads", kv_heads)):
+        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            raise LoraError(f"{name} is {short(given)}, expected a whole number above 0.")
     if path.suffix in (".pt", ".bin") and os.path.lexists(path):
         raise LoraError(f"{path} is a pickle, which may run any code: save its tensors as safetensors first.")
     before = identity(path)
@@ -99,7 +102,7 @@ def read_torchtune(path: Path, *, alpha: float, heads: int, kv_heads: int, inter
             raise LoraError(f"{path}: {short(name)} {why}.")
         count = counts.get(name.rpartition(".")[2], 1)
         rows = len(arrays["b"])
-        if count < 1 or rows % count or (count > 1 and rows // count % 2):
+        if rows % count or (count > 1 and rows // count % 2):
             raise LoraError(f"{path}: {short(name)} has {rows} outputs, which are no {count} heads of an even size.")
         outlines[name] = Module(arrays, alpha / len(arrays["a"]))
 

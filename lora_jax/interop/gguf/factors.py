@@ -6,8 +6,8 @@ outputs of q and k are in another order: with rotary embeddings, the two numbers
 where transformers has all first ones and then all second ones.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from lora_jax.interop.gguf.base import ModelFacts
 from lora_jax.interop.gguf.names import Slot
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.module_adapters import of_all_experts, of_each_expert
-from lora_jax.interop.peft.dtypes import widened
+from lora_jax.interop.peft.dtypes import common_dtype, widened
 from lora_jax.interop.peft.formats.format import Arrays, Module
 
 TABLE, HEAD = "token_embd", "output"
@@ -74,14 +74,6 @@ def _stacked(slots: Mapping[str, Slot], modules: Mapping[str, Module], experts: 
     for expert, pair in found.items():
         a[expert, : len(pair.a)], b[expert, :, : len(pair.a)] = pair
     return Pair(a, b)
-
-
-def common_dtype(arrays: Iterable[Array]) -> np.dtype[Any]:
-    """Return the dtype of all arrays, or one that holds the values of each."""
-    found = [*dict.fromkeys(array.dtype for array in arrays)]
-    if len(found) == 1:
-        return found[0]
-    return np.dtype(np.float64 if any(dtype.itemsize > 4 for dtype in found) else np.float32)
 
 
 def _scaled(array: Array, scale: float) -> Array:

@@ -191,8 +191,8 @@ class _Reader:
         if needs and self.facts is None:
             raise LoraError(
                 f"{self.path} is for the architecture {self.architecture.name!r}, in which the rows of {short(tensor)} "
-                "are in the order of heads, and does not say how many there are: say base=, the folder of the model "
-                'with its config.json, its GGUF, or {"model_type": "llama", "num_attention_heads": 32, '
+                "are in the order of heads, and does not say how many there are: say base=, or --base, the folder of "
+                'the model with its config.json, its GGUF, or base={"model_type": "llama", "num_attention_heads": 32, '
                 '"num_key_value_heads": 8}.'
             )
         return None if self.facts is None else rotary_heads(tensor, self.facts)

@@ -9,11 +9,11 @@ import numpy as np
 from lora_jax.core.errors import LoraError, short
 from lora_jax.interop.gguf import file as gguf_file
 from lora_jax.interop.gguf.base import Base, ModelFacts, facts_of
-from lora_jax.interop.gguf.factors import ALPHA, ENDS, HEAD, TABLE, Pair, Tensors, common_dtype, to_pairs
+from lora_jax.interop.gguf.factors import ALPHA, ENDS, HEAD, TABLE, Pair, Tensors, to_pairs
 from lora_jax.interop.gguf.names import Architecture, Slot, slot_of
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.module_adapters import ModuleAdapters
-from lora_jax.interop.peft.dtypes import cast
+from lora_jax.interop.peft.dtypes import cast, common_dtype
 from lora_jax.interop.peft.formats.registry import LORA
 
 LONGEST_NAME = 63  # bytes; llama.cpp has 64, with a zero at the end

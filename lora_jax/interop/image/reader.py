@@ -16,12 +16,14 @@ from lora_jax.interop.image.names import COMPONENTS, DENOISERS, ModuleNames, Tar
 from lora_jax.interop.image.tensors import arrays_of, forms_of_arrays
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.module_adapters import Lazy, ModuleAdapters, outline
+from lora_jax.interop.peft.files import CONFIG, WEIGHTS
 from lora_jax.interop.peft.formats.format import Config, Format, Module
 from lora_jax.interop.peft.formats.registry import FORMATS, LORA
 from lora_jax.interop.peft.options import LIMIT
 from lora_jax.interop.safetensors_index import DTYPES, Tensor, header, read
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"  # the file in a folder that diffusers wrote
+ENDING = ".safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -58,6 +60,11 @@ def groups_of(path: Path) -> dict[str | None, dict[str, Group]]:
     """
     if not os.path.lexists(path):
         raise LoraError(f"there is no {path}.")
+    if path.name == WEIGHTS and os.path.lexists(path.with_name(CONFIG)):  # the names are those of ComfyUI's files, too
+        raise LoraError(
+            f"{path} is one of the files of a folder of PEFT, and its scales are in the other one, {CONFIG}: give the "
+            f"folder, lora.load_peft({short(str(path.parent))}, params, key_map)."
+        )
     found: dict[str | None, dict[str, Group]] = {}
     for tensor, place in header(path).items():
         try:
@@ -172,7 +179,7 @@ def _targets(name: TensorName, names: ModuleNames | None) -> list[Target]:
     if name.is_underscored:
         raise LoraError(
             "is a name whose dots became underscores, and only the model tells where they were: read it with a key "
-            "map, lora.load_image(path, params, key_map)"
+            "map, lora.load_image(path, params, key_map), or with the folder of the model, --base FOLDER"
         )
     return [Target(name.module)]
 

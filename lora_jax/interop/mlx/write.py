@@ -15,7 +15,7 @@ from lora_jax.core.errors import LoraError, short
 from lora_jax.interop.key_map import Array
 from lora_jax.interop.module_adapters import ModuleAdapters
 from lora_jax.interop.peft.common_rank import one_rank_for_all, padded
-from lora_jax.interop.peft.dtypes import cast
+from lora_jax.interop.peft.dtypes import cast, common_dtype
 from lora_jax.interop.peft.expert_projections import apart, check_order_of_outputs, check_projections
 from lora_jax.interop.peft.formats.format import Arrays, Module
 from lora_jax.interop.safetensors_writer import Form, write_safetensors
@@ -63,7 +63,8 @@ def write_mlx(folder: Path, found: ModuleAdapters, *, dtype: Any = None) -> None
             padded(found.format.rescaled(modules[name], scale).arrays, rank, found.experts.get(name))
             for name in source.modules
         ]
-        return cast(source.tensors(alike), dtype)
+        own = common_dtype(array for arrays in alike for array in arrays.values())  # also of experts, which are stacked
+        return cast(source.tensors([cast(arrays, own) for arrays in alike]), dtype)
 
     forms: dict[str, Form] = {}
     owner: dict[str, _Source] = {}

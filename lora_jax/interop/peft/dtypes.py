@@ -54,3 +54,11 @@ def cast(tensors: Mapping[str, Array], dtype: Any) -> dict[str, Array]:
         if np.isfinite(tensor).all() and not np.isfinite(found[name]).all():
             raise LoraError(f"{name!r} holds numbers beyond {np.dtype(dtype).name}: save it in a wider dtype.")
     return found
+
+
+def common_dtype(arrays: Iterable[Array]) -> np.dtype[Any]:
+    """Return the dtype of all arrays, or one that holds the values of each."""
+    found = [*dict.fromkeys(array.dtype for array in arrays)]
+    if len(found) == 1:
+        return found[0]
+    return np.dtype(np.float64 if any(dtype.itemsize > 4 for dtype in found) else np.float32)
