@@ -49,7 +49,7 @@ def finish(job):
 
 def two_processes(*arguments):
     """A job of two processes of host_worker."""
-    devices = ["--local", 2, "--devices-per-process", 4, "--heartbeat-seconds", 10]
+    devices = ["--local", 2, "--devices-per-process", 4, "--heartbeat-seconds", 30]  # starved ones need over 10
     return launch(*devices, *arguments)
 
 
