@@ -1,19 +1,14 @@
 """What becomes of the other processes of a command when something goes wrong in one of them."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from pairs import ended
 
 from lora_jax.cli.hosts import check_same, ending_together
 
-ROOT = Path(__file__).parent.parent
 RARE = pytest.mark.rare
-LIMIT = 240  # seconds; with a core to itself a pair of processes takes 5
 PROCESS = """
 import os, signal, sys, time
 import jax, numpy as np
@@ -21,43 +16,35 @@ from jax.experimental import multihost_utils
 from lora_jax.cli.hosts import check_same, ending_together
 from lora_jax.core.errors import LoraError
 
-what, port, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+port, index, what, *more = sys.argv[1:]
+index = int(index)
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, index, heartbeat_timeout_seconds=10 if more else 100)
+
+def end_at(place):
+    if more[1:] == [place, str(index)]:
+        os.kill(os.getpid(), int(more[0]))
+
+if what == "unread" and index == 1:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
 with ending_together():
     if what == "different":
         check_same("the options", f"rank {index}")
     if what == "early" and index == 1:
         raise LoraError("there is no data.jsonl\\x1b[2J.\\nGive another.")
-    if what == "fault" and index == 1:
+    if what in ("fault", "unread") and index == 1:
         raise ZeroDivisionError("a fault")
     if what == "stopped" and index == 1:
         signal.raise_signal(signal.SIGINT)
+    end_at("computing")
     assert multihost_utils.process_allgather(np.int32(index)).tolist() == [0, 1]
+    end_at("leaving")
     if what == "last" and index == 0:
         raise OSError(28, "No space left on device", "runs/peft")
     if index == 0:
         time.sleep(1)
-print("left", what)
+print("left", what, flush=True)
+end_at("left")
 """
-
-
-def finished(what):
-    """The exit codes and the output of two processes, neither of which is ended from outside."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    jobs = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, what, port, str(i)], env=environment, **streams)
-        for i in range(2)
-    ]
-    try:
-        outputs = [job.communicate(timeout=LIMIT)[0] for job in jobs]
-    finally:
-        for job in jobs:
-            job.kill()
-    return [job.returncode for job in jobs], outputs
 
 
 @pytest.mark.slow
@@ -71,9 +58,9 @@ def finished(what):
         ("stopped", 128 + signal.SIGINT, 1, ", was stopped by Ctrl-C.\n"),
     ],
 )
-def test_both_end_with_the_same_line(what, code, process, said):
+def test_both_end_with_the_same_line(what, code, process, said, tmp_path):
     """Whether the other one waits in a computation of both, or for the end of the first."""
-    codes, outputs = finished(what)
+    codes, outputs = ended(PROCESS, tmp_path, what)
     assert codes == [code, code], outputs
     for i, output in enumerate(outputs):
         assert f"error: process {process} of 2, on {socket.gethostname()}{said}" in output
@@ -82,10 +69,31 @@ def test_both_end_with_the_same_line(what, code, process, said):
 
 
 @pytest.mark.slow
-def test_both_leave_together():
-    codes, outputs = finished("nothing")
+def test_both_leave_together(tmp_path):
+    codes, outputs = ended(PROCESS, tmp_path, "nothing")
     assert codes == [0, 0], outputs
     assert all("left nothing" in output for output in outputs)
+
+
+@pytest.mark.slow
+def test_an_error_that_cannot_be_printed_ends_both(tmp_path):
+    """Not even its line can: the disk that it goes to is full."""
+    codes, outputs = ended(PROCESS, tmp_path, "unread")
+    assert codes == [1, 1], outputs
+    assert "ZeroDivisionError: a fault." in outputs[0]
+    assert outputs[1] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("place", ["computing", "leaving", "left"])
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
+def test_none_waits_for_one_that_says_nothing(sign, place, process, tmp_path):
+    """It is killed or stopped before a computation of both, before they leave together, or after that."""
+    codes, outputs = ended(PROCESS, tmp_path, "nothing", int(sign), place, process, awaited=[1 - process])
+    assert codes[1 - process] not in (None, 0), outputs
+    assert place == "left" or "left nothing" not in outputs[1 - process]
 
 
 def test_a_process_by_itself_is_left_alone():

@@ -22,6 +22,7 @@ import pytest
 from chat_templates import make_folder
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from pairs import FAST, LIMIT, ended
 from test_recipes_models import facts_of, tensors_of, write
 
 import lora_jax as lora
@@ -376,10 +377,11 @@ def test_two_processes_train_as_one(whole_run, places, tmp_path):
     root = Path(__file__).parent.parent
     done = subprocess.run(
         [*launch, *command(places, tmp_path / "run"), *own, "--eval-split", "0.2", "--mesh", "data=2,fsdp=2"],
-        env={**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": ""},
+        env={**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": FAST},
         cwd=root,
         capture_output=True,
         text=True,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [line for line in records.read_log(tmp_path / "run" / "log.jsonl") if "loss" in line]
@@ -390,13 +392,10 @@ def test_two_processes_train_as_one(whole_run, places, tmp_path):
 
 TOGETHER = """
 import os, sys
-from pathlib import Path
-import jax
 from lora_jax import cli
 from lora_jax.recipes import records
 
-what, port, index, *arguments = sys.argv[1:]
-os.chdir(Path(__file__).parent / f"host{index}")
+port, index, what, *arguments = sys.argv[1:]
 os.environ |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": index}
 added = records.Log.add
 
@@ -422,7 +421,6 @@ sys.exit(cli.main(["train", *arguments, "--distributed"]))
 )
 def test_what_goes_wrong_on_one_host_ends_all(what, said, places, tmp_path):
     """With a line that names it, whatever the others are doing; what was saved stays."""
-    (tmp_path / "process.py").write_text(TOGETHER)
     for i in range(2):
         (tmp_path / f"host{i}").mkdir()
         shutil.copy(places / "chats.jsonl", tmp_path / f"host{i}")
@@ -433,26 +431,8 @@ def test_what_goes_wrong_on_one_host_ends_all(what, said, places, tmp_path):
         examples.write_text("".join(examples.read_text().splitlines(keepends=True)[:-1]))
     own = [str(places / "model"), "chats.jsonl", str(tmp_path / "run"), "--rank", "4", "--max-length", "32"]
     own += ["--batch-tokens", "64", "--samples", "0", "--eval-every", "1"]
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    root = Path(__file__).parent.parent
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "process.py"), what, port, str(i), *own],
-            env={**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        outputs = [job.communicate(timeout=400)[0] for job in jobs]
-    finally:
-        for job in jobs:
-            job.kill()
-    assert [job.returncode for job in jobs] == [1, 1], outputs
+    codes, outputs = ended(TOGETHER, tmp_path, what, *own)
+    assert codes == [1, 1], outputs
     assert all(f"error: process 1 of 2, on {socket.gethostname()}: {said}" in output for output in outputs), outputs
     steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
     assert steps == (["step_1"] if what == "full" else [])

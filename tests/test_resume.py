@@ -763,7 +763,7 @@ def two_processes(folder, action):
     if action == "until told to end":
         wait_for(workers[1], "step 3")
         workers[1].terminate()
-    printed = [worker.communicate(timeout=120)[0] for worker in workers]
+    printed = [worker.communicate(timeout=400)[0] for worker in workers]
     for worker, text in zip(workers, printed, strict=True):
         assert (worker.returncode, text[-5:]) == (0, "fine\n"), text[-4000:]
     return printed

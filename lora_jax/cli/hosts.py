@@ -36,8 +36,8 @@ def ending_together() -> Iterator[None]:
     """Run a block in each of several processes, all of which end at once with the same line if it fails in one of them.
 
     They leave the block together as well: what is last to be done may still fail in one. A process by itself just runs
-    the block. One that is killed says nothing: the others end by JAX's own error when its signs of life have been
-    missing for long enough.
+    the block. One that is killed or stopped says nothing: the others end by JAX's own error when its signs of life have
+    been missing for long enough. One that is alive and does not get on, as its disk does not answer, is waited for.
     """
     client = coordination_client()
     if client is None:
@@ -67,6 +67,7 @@ def tell(error: BaseException) -> None:
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
         client.key_value_set(FAILED, f"{code} {text}")
     time.sleep(GRACE + 5 * EVERY)  # the watcher ends this process
+    _end(code, text)  # it could not reach the others
 
 
 def check_same(what: str, value: str) -> None:
@@ -107,13 +108,20 @@ def _watch(client: Any, left: threading.Event) -> None:
 
 def _end(code: int, text: str) -> None:
     """End this process, whatever it is doing: at the usual end it would wait for the others."""
-    Console(stderr=True).show_cursor()  # which a progress bar may have hidden
-    print(f"error: {text}", file=sys.stderr)
-    sys.stderr.flush()
-    sys.stdout.flush()
-    if jax.process_index() == 0:
-        time.sleep(2 * EVERY)  # its end breaks the connection of the others, which end in this time
-    os._exit(code)
+    try:
+        with _unread():
+            Console(stderr=True).show_cursor()  # which a progress bar may have hidden
+            print(f"error: {text}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+        if jax.process_index() == 0:
+            time.sleep(2 * EVERY)  # its end breaks the connection of the others, which end in this time
+    finally:
+        os._exit(code)
+
+
+def _unread() -> contextlib.AbstractContextManager[None]:
+    """Print in this block what may not be printable: to a file on a full disk, or to a reader that has ended."""
+    return contextlib.suppress(OSError, ValueError)  # the second one of a file that is closed
 
 
 def _said(error: BaseException) -> tuple[int, str]:
@@ -127,7 +135,8 @@ def _said(error: BaseException) -> tuple[int, str]:
     elif isinstance(error, KeyboardInterrupt):
         text, code = f"{who}, was stopped by Ctrl-C.", CTRL_C
     else:
-        traceback.print_exception(error)
+        with _unread():
+            traceback.print_exception(error)
         text = f"{who}: {first_line(error)}. Its own output has more; if another process was killed, this comes of it."
     return code, "\n".join(map(printable, text[:LONGEST].split("\n")))
 
