@@ -40,7 +40,8 @@ def written(fn, *args):
 
 def test_all_kinds_are_in_the_table():
     kinds = {type(target.abstract()) for rule in ALL for target in case_of(rule).plan(ALL[rule]).values()}
-    assert kinds >= {kind for kind in REGISTERED.values() if kind.__module__.startswith("lora_jax.")}
+    own = {kind for kind in REGISTERED.values() if kind.__module__.startswith("lora_jax.")}
+    assert own - kinds == {lora.Ia3InputsAdapter}  # which has no rule: it comes from files of PEFT
 
 
 @pytest.mark.parametrize("rule", ALL)

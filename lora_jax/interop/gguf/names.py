@@ -156,7 +156,7 @@ def source_of(architecture: Architecture, tensor: str, experts: Experts) -> Sour
     return Source(fill(module, numbers | {"e": "{e}"}), tuple(fill(own, numbers) for own in tensors))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _tensors_of_modules(architecture: str) -> dict[str, tuple[str, ...]]:
     """Return the tensors that each module is, in all ways to have experts."""
     own = ARCHITECTURES[architecture]
@@ -168,12 +168,12 @@ def _tensors_of_modules(architecture: str) -> dict[str, tuple[str, ...]]:
     return templates
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _table_of_modules(architecture: str) -> NameTable:
     return NameTable([*_tensors_of_modules(architecture)])
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _modules_of_tensors(architecture: str, experts: Experts) -> tuple[dict[str, Source], NameTable]:
     """Return the module that each tensor is, in one way to have experts."""
     own = ARCHITECTURES[architecture]

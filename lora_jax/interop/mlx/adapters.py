@@ -110,7 +110,7 @@ def load_mlx(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_mlx(f"{folder}/adapters", adapters, key_map)
     ...     again = load_mlx(f"{folder}/adapters", {"q": {"kernel": jnp.ones((4, 3))}}, key_map)
-    >>> again["q/kernel"].a.shape, again["q/kernel"].scale
+    >>> again["q/kernel"].a.shape, float(again["q/kernel"].scale)
     ((4, 2), 0.5)
     """
     if dtype is not None:
