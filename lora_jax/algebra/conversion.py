@@ -4,12 +4,12 @@ Shuttleworth et al. 2024, "LoRA vs Full Fine-tuning: An Illusion of Equivalence"
 factors leaves large singular vectors that are like none of the pretrained weight's, which goes with forgetting.
 """
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from lora_jax.core.by_path import ByPath
 from lora_jax.core.text import format_table
 from lora_jax.initialization.svd import svd
 
@@ -42,19 +42,8 @@ class ConvertedWeight:
 
 
 @dataclass(frozen=True, repr=False)
-class Conversion(Mapping[str, ConvertedWeight]):
+class Conversion(ByPath[ConvertedWeight]):
     """`{path: ConvertedWeight}`; its text is a table."""
-
-    weights: dict[str, ConvertedWeight]
-
-    def __getitem__(self, path: str) -> ConvertedWeight:
-        return self.weights[path]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
 
     @property
     def loss(self) -> float:

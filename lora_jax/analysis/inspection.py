@@ -1,7 +1,7 @@
 """`inspect`: what adapters do to each weight, as a table."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from lora_jax.analysis.spectrum import spectrum
 from lora_jax.core.adapter import Adapter, AdapterWrapper, is_adapter
 from lora_jax.core.argument_checks import TAKEN_BY_A_STEP, check_kept
 from lora_jax.core.arrays import refuse_spread
+from lora_jax.core.by_path import ByPath
 from lora_jax.core.errors import LoraError
 from lora_jax.core.kinds import KINDS
 from lora_jax.core.layout import of_weight
@@ -51,19 +52,8 @@ class WeightSummary:
 
 
 @dataclass(frozen=True, repr=False)
-class Inspection(Mapping[str, WeightSummary]):
+class Inspection(ByPath[WeightSummary]):
     """`{path: WeightSummary}` in the order of the paths; its text is a table."""
-
-    weights: dict[str, WeightSummary]
-
-    def __getitem__(self, path: str) -> WeightSummary:
-        return self.weights[path]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
 
     @property
     def parameters(self) -> int:

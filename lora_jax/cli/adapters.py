@@ -8,15 +8,13 @@ import tyro
 
 from lora_jax.analysis.inspection import Inspection, WeightSummary
 from lora_jax.analysis.inspection import inspect as inspected
-from lora_jax.cli.folders import Adapters, Component, Model, NameOptions, Names, Step, for_files, read_adapters
+from lora_jax.cli.folders import NO_NAMES, Adapters, Component, Model, NameOptions, Step, for_files, read_adapters
 from lora_jax.cli.output import draw_spectra, print_json, print_table, say
 from lora_jax.core.errors import LoraError
 from lora_jax.core.text import printable
 from lora_jax.interop.conversions import About
 from lora_jax.interop.merge_checkpoint import check_checkpoint
 from lora_jax.interop.peft.tied_tables import Tied
-
-NO_NAMES = Names()
 
 
 def inspect(

@@ -16,8 +16,8 @@ from lora_jax.algebra.truncation import Truncation
 from lora_jax.bases.lazy import from_torch
 from lora_jax.bases.open_files import open_safetensors
 from lora_jax.checkpoints.replaceable import check_target
-from lora_jax.cli.adapters import NO_NAMES
 from lora_jax.cli.folders import (
+    NO_NAMES,
     OWN,
     PEFT,
     Component,

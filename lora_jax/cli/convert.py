@@ -11,6 +11,7 @@ from lora_jax import checkpoint
 from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.checkpoints.replaceable import check_target
 from lora_jax.cli.folders import (
+    NO_NAMES,
     OWN,
     Adapters,
     Component,
@@ -35,7 +36,6 @@ from lora_jax.interop.peft.dtypes import in_fp32
 from lora_jax.interop.peft.save import save_peft
 from lora_jax.interop.peft.tied_tables import Tied
 
-NO_NAMES = Names()
 From = Literal["peft", "gguf", "mlx", "kohya", "orbax"]
 To = Literal["peft", "vllm", "sglang", "loralib", "gguf", "mlx", "kohya", "diffusers", "orbax"]
 

@@ -70,6 +70,7 @@ class Names:
             raise LoraError(f"{folder} names the modules itself: leave out --key-map.")
 
 
+NO_NAMES = Names()
 NameOptions = Annotated[Names, tyro.conf.arg(name="")]  # without a prefix of their own
 
 

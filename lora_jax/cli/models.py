@@ -14,8 +14,8 @@ from lora_jax.adapters.lora import LoraAdapter
 from lora_jax.analysis.differences import compare
 from lora_jax.analysis.spectrum import low_rank
 from lora_jax.checkpoints.replaceable import check_target
-from lora_jax.cli.convert import NO_NAMES, print_written, ranks_of
-from lora_jax.cli.folders import Adapters, Base, Component, NameOptions, Output, Step, Tuned, for_files
+from lora_jax.cli.convert import print_written, ranks_of
+from lora_jax.cli.folders import NO_NAMES, Adapters, Base, Component, NameOptions, Output, Step, Tuned, for_files
 from lora_jax.cli.output import print_json, print_table, progress_bar, say
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import LoraError

@@ -17,10 +17,11 @@ from lora_jax.interop.mlx import write as mlx_write
 from lora_jax.interop.mlx.read import read_mlx
 from lora_jax.interop.module_adapters import ModuleAdapters, by_module, mapped, module_adapters
 from lora_jax.interop.peft import files
-from lora_jax.interop.peft.common_rank import one_rank_for_all, padded
+from lora_jax.interop.peft.common_rank import one_rank_for_all
 from lora_jax.interop.peft.formats.format import Module
 from lora_jax.interop.peft.formats.registry import FORMATS as PEFT_FORMATS
 from lora_jax.interop.peft.formats.registry import LORA
+from lora_jax.interop.peft.profiles import of_rank
 from lora_jax.interop.peft.save import save_peft
 from lora_jax.interop.peft_modules import read_peft, write_peft
 from lora_jax.interop.safetensors_index import header
@@ -32,16 +33,6 @@ class About(NamedTuple):
     base: Path | None = None  # its folder
     component: str = "unet"  # of an image model
 
-    def model(self, why: str) -> Path:
-        """Return the model's folder, which is needed.
-
-        Raises:
-            LoraError: it is not known.
-        """
-        if self.base is None:
-            raise LoraError(f"{why}: say where the model is, --base FOLDER.")
-        return self.base
-
 
 Read = Callable[[Path, About], ModuleAdapters | None]
 Write = Callable[[Path, ModuleAdapters, About], None]
@@ -50,7 +41,6 @@ Write = Callable[[Path, ModuleAdapters, About], None]
 class FileFormat(NamedTuple):
     """A format of files, read and written one module at a time."""
 
-    programs: str  # that read it
     kinds: tuple[str, ...]  # names of `peft.formats` that it has a place for; others are written as the LoRA they are
     ending: str | None = None  # of the name, where it is one file and no folder
     is_of: Callable[[Path], bool] | None = None  # whether a path holds such adapters; None if they are not told apart
@@ -109,8 +99,11 @@ def _modules_in(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _write_gguf(path: Path, found: ModuleAdapters, about: About) -> None:
-    base = about.model("GGUF has an architecture's own names and order of rows")
-    write_gguf(path, mapped(found, _without_fp64), base=base)
+    if about.base is None:
+        raise LoraError(
+            "GGUF has an architecture's own names and order of rows: say where the model is, --base FOLDER."
+        )
+    write_gguf(path, mapped(found, _without_fp64), base=about.base)
 
 
 def _without_fp64(module: Module) -> Module:
@@ -119,31 +112,18 @@ def _without_fp64(module: Module) -> Module:
     return Module({name: x.astype(np.float32) if x.dtype == np.float64 else x for name, x in arrays}, module.scale)
 
 
-def _write_for_vllm(path: Path, found: ModuleAdapters, about: About) -> None:
-    _write_for_servers(path, found, "vllm")
-
-
-def _write_for_sglang(path: Path, found: ModuleAdapters, about: About) -> None:
-    _write_for_servers(path, found, "sglang")
-
-
 def _write_for_servers(path: Path, found: ModuleAdapters, profile: Literal["vllm", "sglang"]) -> None:
     """Write a folder of PEFT with one rank and a scale of 1 for all, which every server reads rightly."""
     if found.experts:  # which become other modules, all of them together
         save_peft(path, *by_module(found), profile=profile)
         return
     rank = one_rank_for_all(found.outlines, {}, f"{profile} has")
-
-    def alike(module: Module) -> Module:
-        return Module(padded(LORA.rescaled(module, 1.0).arrays, rank), 1.0)
-
-    write_peft(path, mapped(found, alike))
+    write_peft(path, mapped(found, lambda module: of_rank(module, rank)))
 
 
 LORA_ALONE = (LORA.name,)
 FORMATS: Mapping[str, FileFormat] = {
     "gguf": FileFormat(
-        "llama.cpp, Ollama, LM Studio",
         LORA_ALONE,
         ".gguf",
         _is_gguf,
@@ -151,23 +131,20 @@ FORMATS: Mapping[str, FileFormat] = {
         _write_gguf,
     ),
     "mlx": FileFormat(
-        "mlx-lm, LM Studio",
         ("LORA", "DORA"),
         is_of=lambda path: (path / mlx_write.WEIGHTS).exists(),
         read=lambda path, about: read_mlx(path),
         write=lambda path, found, about: mlx_write.write_mlx(path, found),
     ),
     "peft": FileFormat(
-        "HF PEFT, transformers",
         tuple(name for name, kind in PEFT_FORMATS.items() if kind.is_written and not kind.shared_tensors),
         is_of=lambda path: (path / files.CONFIG).exists(),
         read=lambda path, about: read_peft(path),
         write=lambda path, found, about: write_peft(path, found),
     ),
-    "vllm": FileFormat("vLLM", LORA_ALONE, write=_write_for_vllm),
-    "sglang": FileFormat("SGLang", LORA_ALONE, write=_write_for_sglang),
+    "vllm": FileFormat(LORA_ALONE, write=lambda path, found, about: _write_for_servers(path, found, "vllm")),
+    "sglang": FileFormat(LORA_ALONE, write=lambda path, found, about: _write_for_servers(path, found, "sglang")),
     "kohya": FileFormat(
-        "sd-scripts, ComfyUI, Forge, InvokeAI",
         KOHYA_FORMATS,
         image_reader.ENDING,
         _is_image,
@@ -175,7 +152,6 @@ FORMATS: Mapping[str, FileFormat] = {
         lambda path, found, about: write_kohya(path, {about.component: found}),
     ),
     "diffusers": FileFormat(
-        "diffusers, ComfyUI",
         DIFFUSERS_FORMATS,
         image_reader.ENDING,
         write=lambda path, found, about: write_diffusers(path, {about.component: found}),

@@ -34,6 +34,7 @@ from lora_jax.interop.model_config import CONFIG, model_facts
 from lora_jax.interop.peft.tied_tables import Tied
 from lora_jax.interop.safetensors_index import DTYPES as ALL_DTYPES
 from lora_jax.interop.safetensors_index import Tensor, index_of, tensors_in
+from lora_jax.interop.safetensors_writer import header_of
 from lora_jax.interop.tensor_changes import Change
 from lora_jax.interop.tied_files import write_untied
 
@@ -178,7 +179,8 @@ def _write(
     for file in work.files:
         own = [plan for plan in plans if plan.file == file]
         with (new / file).open("wb") as out:
-            out.write(_header(own, _metadata(source / file)))
+            tensors = (tensor for plan in own for tensor in plan.tensors())
+            out.write(header_of(tensors, _metadata(source / file)))
             for plan in own:
                 survival = _write_tensor(source, out, plan)
                 if survival is not None:
@@ -194,18 +196,6 @@ def _metadata(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return {"__metadata__": header["__metadata__"]} if "__metadata__" in header else {}
-
-
-def _header(plans: list[_Plan], metadata: Mapping[str, Any]) -> bytes:
-    """Return the first bytes of a file that holds these tensors in order."""
-    entries, at = dict(metadata), 0
-    for name, dtype, shape in (tensor for plan in plans for tensor in plan.tensors()):
-        size = math.prod(shape) * np.dtype(ALL_DTYPES[dtype]).itemsize
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _write_tensor(source: Path, out: BinaryIO, plan: _Plan) -> Survival | None:

@@ -21,16 +21,14 @@ from lora_jax.core.adapter import Adapter
 from lora_jax.core.argument_checks import A_KEY_MAP, check_adapter_dict, check_is
 from lora_jax.core.arrays import refuse_spread
 from lora_jax.core.errors import LoraError
-from lora_jax.interop.entries import Entry
 from lora_jax.interop.key_map import Array, KeyMap
-from lora_jax.interop.name_templates import literal
 from lora_jax.interop.peft import load
 from lora_jax.interop.peft.contents import Contents
 from lora_jax.interop.peft.expert_projections import of_all_experts as of_all_experts  # part of this common ground
 from lora_jax.interop.peft.expert_projections import of_each_expert as of_each_expert
 from lora_jax.interop.peft.formats.format import Config, Format, Module
 from lora_jax.interop.peft.formats.registry import LORA
-from lora_jax.interop.peft.from_modules import adapters_of
+from lora_jax.interop.peft.from_modules import adapters_of, named_module
 from lora_jax.interop.peft.tied_tables import Tied, check_tied
 from lora_jax.interop.peft.to_modules import modules_to_save, torch_modules
 
@@ -153,12 +151,8 @@ def key_map_of(found: ModuleAdapters) -> tuple[KeyMap, dict[str, tuple[int, ...]
     """Return the key map from the modules' names to themselves, and the shapes of their weights by these names."""
     entries, shapes = [], {}
     for name, (arrays, _) in found.outlines.items():
-        kind, experts = found.kinds[name], found.experts.get(name)
-        axes = {"conv": "window* in out"}.get(kind, "in out" if experts is None else "expert in out")
-        first = next(iter(arrays.values()))
-        sizes = (found.format.inputs_of(arrays), found.format.outputs_of(arrays))
-        entries.append(Entry(literal(name), literal(name), axes, kind))
-        shapes[name] = (*(first.shape[2:] if experts is None else (experts,)), *sizes)
+        entry, shapes[name] = named_module(found.format, name, found.kinds[name], arrays, found.experts.get(name))
+        entries.append(entry)
     return KeyMap(*entries), shapes
 
 

@@ -5,7 +5,8 @@ the tensors one after the other (https://github.com/huggingface/safetensors).
 """
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,32 @@ def write_safetensors(
 
 
 def _header(path: Path, tensors: Mapping[str, Form], order: list[str], metadata: Mapping[str, str]) -> bytes:
-    """Return the length of the header and the header, which ends at a multiple of 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    at = 0
+    """Return the first bytes of a file with these tensors in order."""
     for name in order:
-        shape, dtype = tensors[name]
-        if np.dtype(dtype) not in NAMES:
-            raise LoraError(f"{path}: {name!r} is of {np.dtype(dtype).name}, expected one of {', '.join(DTYPES)}.")
-        end = at + np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
-        entries[name] = {"dtype": NAMES[np.dtype(dtype)], "shape": [*shape], "data_offsets": [at, end]}
+        if np.dtype(tensors[name][1]) not in NAMES:
+            found = np.dtype(tensors[name][1]).name
+            raise LoraError(f"{path}: {name!r} is of {found}, expected one of {', '.join(DTYPES)}.")
+    named = ((name, NAMES[np.dtype(dtype)], shape) for name in order for shape, dtype in [tensors[name]])
+    return header_of(named, {"__metadata__": dict(metadata)} if metadata else {})
+
+
+def header_of(tensors: Iterable[tuple[str, str, Sequence[int]]], beside: Mapping[str, Any]) -> bytes:
+    """Return the first bytes of a file that holds tensors of these names, dtypes and shapes in order.
+
+    Args:
+        tensors: dtypes as files call them.
+        beside: further entries, "__metadata__".
+    """
+    entries, at = dict(beside), 0
+    for name, dtype, shape in tensors:
+        end = at + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        entries[name] = {"dtype": dtype, "shape": [*shape], "data_offsets": [at, end]}
         at = end
+    return framed(entries)
+
+
+def framed(entries: Mapping[str, Any]) -> bytes:
+    """Return the length of a header and the header, which ends at a multiple of 8 bytes."""
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -13,6 +13,7 @@ from lora_jax.core.errors import LoraError, short
 from lora_jax.interop.model_config import CONFIG, model_facts
 from lora_jax.interop.peft.tied_tables import HEADS, Tied, is_head
 from lora_jax.interop.safetensors_index import INDEX, Tensor
+from lora_jax.interop.safetensors_writer import framed
 from lora_jax.interop.tensor_changes import Change, Changes
 
 _HEAD = "lm_head.weight"
@@ -153,9 +154,7 @@ def header_with(path: Path, added: Mapping[str, Tensor]) -> tuple[bytes, int]:
             "data_offsets": [at, at + tensor.size],
         }
         at += tensor.size
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, 8 + length
+    return framed(entries), 8 + length
 
 
 def _at_both_ends(changes: Changes, tie: Tie) -> Changes:

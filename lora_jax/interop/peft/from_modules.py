@@ -11,10 +11,12 @@ from lora_jax.adapters.scaled import OF_RATIO
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.errors import LoraError, short
 from lora_jax.core.layout import Layout
+from lora_jax.interop.entries import Entry
 from lora_jax.interop.key_map import Array, ParameterMatch, output_offsets, parts_by_tensor
+from lora_jax.interop.name_templates import literal
 from lora_jax.interop.peft.dtypes import widest
 from lora_jax.interop.peft.experts import names_in_files
-from lora_jax.interop.peft.formats.format import Arrays, Config, Module
+from lora_jax.interop.peft.formats.format import Arrays, Config, Format, Module
 
 Index = tuple[int, ...]  # of a module, along the unstacked axes of its parameter
 
@@ -46,6 +48,23 @@ def adapters_of(
         if found:
             adapters[path] = _adapter(match, found, config, shared)
     return adapters
+
+
+def named_module(
+    format: Format, name: str, kind: str, arrays: Arrays, experts: int | None = None
+) -> tuple[Entry, tuple[int, ...]]:
+    """Return the entry of a key map from a module's name to itself, and the shape that its weight has here.
+
+    Args:
+        kind: of the module, a key of MODULE_KINDS.
+        experts: how many, of a module that is experts in one parameter.
+    """
+    sizes = (format.inputs_of(arrays), format.outputs_of(arrays))
+    if experts is not None:
+        return Entry(literal(name), literal(name), "expert in out", kind), (experts, *sizes)
+    window = next(iter(arrays.values())).shape[2:]
+    axes = "window* in out" if kind == "conv" else "in out"
+    return Entry(literal(name), literal(name), axes, kind), (*window, *sizes)
 
 
 def module_names(matches: Mapping[str, ParameterMatch], config: Config) -> list[str]:

@@ -29,7 +29,7 @@ from lora_jax.interop.peft.dtypes import widened
 from lora_jax.interop.peft.experts_joined import with_experts_joined
 from lora_jax.interop.peft.files import CONFIG, WEIGHTS, check_folder_of_peft, read_tensors
 from lora_jax.interop.peft.formats.format import Config, Format, Modules
-from lora_jax.interop.peft.from_modules import adapters_of, module_names
+from lora_jax.interop.peft.from_modules import adapters_of, module_names, named_module
 from lora_jax.interop.peft.full_weights import arrays_of_whole
 from lora_jax.interop.peft.gains_of_biases import adapters_of_gains, check_that_biases_are_known
 from lora_jax.interop.peft.module_prefixes import (
@@ -210,7 +210,8 @@ def _adapters_by_module(
     folder: Path,
 ) -> tuple[dict[str, Adapter], KeyMap]:
     """Return the adapters by the names of modules and tensors, and the key map back to these."""
-    entries, shapes = [], {}
+    entries: list[Entry] = []
+    shapes: dict[str, tuple[int, ...]] = {}
     experts = parameters_of_modules(contents.modules, config, tables, folder)
     for parameter, kind, sizes in experts.values():
         entries.append(Entry(literal(parameter), literal(parameter), "expert in out", kind))
@@ -219,9 +220,8 @@ def _adapters_by_module(
         if name in experts:
             continue
         kind = config.format.module_kind(config, name, module.arrays, tensors)
-        window = next(iter(module.arrays.values())).shape[2:]
-        entries.append(Entry(literal(name), literal(name), "window* in out" if kind == "conv" else "in out", kind))
-        shapes[name] = (*window, config.format.inputs_of(module.arrays), config.format.outputs_of(module.arrays))
+        entry, shapes[name] = named_module(config.format, name, kind, module.arrays)
+        entries.append(entry)
     arrays = {name: tensor.shape for name, tensor in (contents.biases | contents.whole).items()}
     rows = {name.removesuffix(".weight"): name for name in contents.rows}
     for table, name in rows.items():

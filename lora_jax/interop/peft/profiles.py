@@ -64,7 +64,9 @@ def _one_rank(modules: Mapping[str, Module], experts: Mapping[str, int], profile
         LoraError: as `one_rank_for_all`.
     """
     rank = one_rank_for_all(modules, experts, f"profile={profile!r} has")
-    return {
-        name: Module(padded(LORA.rescaled(module, 1.0).arrays, rank, experts.get(name)), 1.0)
-        for name, module in modules.items()
-    }
+    return {name: of_rank(module, rank, experts.get(name)) for name, module in modules.items()}
+
+
+def of_rank(module: Module, rank: int, experts: int | None = None) -> Module:
+    """Return a module with this rank, which is larger, and a scale of 1; `experts` are those of one parameter."""
+    return Module(padded(LORA.rescaled(module, 1.0).arrays, rank, experts), 1.0)
