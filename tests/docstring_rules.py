@@ -103,15 +103,30 @@ def said(of: Public) -> dict[str, str]:
     return found
 
 
+def _called(value: Any) -> Any:
+    """Return what a method calls: the function in a class method or a static one."""
+    return getattr(value, "__func__", value)
+
+
 def parameters(of: Public) -> list[str]:
     """Return the parameters of a call, without `self`; none of what is no call."""
-    value = of.value.__func__ if isinstance(of.value, classmethod | staticmethod) else of.value
+    value = _called(of.value)
     if isinstance(value, property | functools.cached_property) or not callable(value):
         return []
     if inspect.isclass(value) and issubclass(value, Exception):
         return []
     names = [name for name in inspect.signature(value).parameters if not name.startswith("_")]
     return names[1:] if of.owner is not None and names[:1] in (["self"], ["cls"]) else names
+
+
+def positional(of: Public, names: list[str]) -> list[str]:
+    """Return the names of the parameters that may be given by position: only their order is a part of the call."""
+    if not parameters(of):
+        return []
+    kinds = {p.name: p.kind for p in inspect.signature(_called(of.value)).parameters.values()}
+    return [
+        name for name in names if kinds.get(name) not in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    ]
 
 
 # What code does ------------------------------------------------------------------------------------------------------
@@ -147,7 +162,7 @@ def raises(of: Public) -> bool:
 
     A call of `refuse...` or of `check_...` counts, as that is what these are for.
     """
-    value = inspect.unwrap(getattr(of.value, "__func__", of.value))
+    value = inspect.unwrap(_called(of.value))
     if isinstance(value, property):
         value = value.fget
     if isinstance(value, functools.cached_property):
@@ -168,7 +183,10 @@ def raises(of: Public) -> bool:
                 if called.startswith(("refuse", "check_")):
                     return True
                 own = f"{name.partition('.')[0]}.{called.removeprefix('self.')}" if "self." in called else called
-                todo += [own] if own in found and own not in done else []
+                made = (
+                    [f"{own}.__init__", f"{own}.__post_init__"] if isinstance(found.get(own), ast.ClassDef) else [own]
+                )
+                todo += [name for name in made if name in found and name not in done]
     return False
 
 
@@ -188,13 +206,14 @@ def lacking(of: Public, *, sourced: bool = False, exempt: bool = False) -> list[
     if not (callable(of.value) or of.owner):
         return _lacking_of_constant(of)
     text, parts = documents(of)[0], said(of)
-    lacks = [] if text.partition("\n")[0].endswith((".", ":")) else ["a summary in one line"]
+    lacks = [] if text.partition("\n")[0].endswith((".", ":", "?")) else ["a summary in one line"]
     wanted, given = parameters(of), entries(parts.get("Args", ""))
     if inspect.isclass(of.value) and not given:
         given = [name for name in entries(parts.get("Attributes", "")) if name in wanted]
     if reference := AS_OF.search(text):
         given = [name for name in wanted if name in {*given, *parameters(_public(reference[1]))}]
-    if given != wanted and not (inspect.isclass(of.value) and inspect.isabstract(of.value)):
+    is_abstract = inspect.isclass(of.value) and inspect.isabstract(of.value)
+    if not is_abstract and (set(given) != set(wanted) or positional(of, given) != positional(of, wanted)):
         lacks.append(f"Args: {', '.join(wanted)} (it has {', '.join(given) or 'none'})")
     if _returns(of) and "Returns" not in parts and "Yields" not in parts:
         if of.owner is None:
@@ -219,7 +238,7 @@ def _returns(of: Public) -> bool:
     """Return whether a function or a method returns anything."""
     if inspect.isclass(of.value) or isinstance(of.value, property | functools.cached_property):
         return False
-    value = inspect.unwrap(getattr(of.value, "__func__", of.value))
+    value = inspect.unwrap(_called(of.value))
     return inspect.signature(value).return_annotation not in (None, "None")
 
 

@@ -31,6 +31,8 @@ class AdaLora(Lora):
 
     Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512.
 
+    Arguments are those of `Lora`.
+
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params, x = {"w": jnp.ones((6, 4))}, jnp.ones((1, 6))
     >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.AdaLora(rank=2)})

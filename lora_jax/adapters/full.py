@@ -30,7 +30,7 @@ class Full(Rule):
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params, x = {"w": jnp.ones((6, 4)), "bias": jnp.zeros(4)}, jnp.ones((1, 6))
-    >>> plan = lora.plan(lambda p, x: x @ p["w"] + p["bias"], params, x, rules={"bias": lora.Full()})
+    >>> plan = lora.plan(lambda p, x: x @ p["w"] + p["bias"][None], params, x, rules={"bias": lora.Full()})
     >>> lora.init(jax.random.key(0), params, plan)["bias"]
     FullAdapter(delta 4)
     """

@@ -33,8 +33,8 @@ class Lokr(Lora):
     W1 starts at zero, A and B as `init_a` says. d and k are each taken apart into the two factors that are nearest to
     their square root, the smaller one for W1. W2 is whole where the rank is at least half of its larger side.
 
-    Other arguments are those of `Lora`. Yeh et al. 2023, "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning
-    to Model Evaluation", arXiv 2309.14859.
+    Other arguments are those of `Lora`. Yeh et al. 2023, "Navigating Text-To-Image Customization: From LyCORIS
+    Fine-Tuning to Model Evaluation", arXiv 2309.14859.
 
     Args:
         factor: what W1's sides are at most, instead; the largest divisors up to it.

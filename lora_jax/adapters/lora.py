@@ -80,7 +80,13 @@ class Lora(StackedRule):
         return self.factors(key, w.shape, axes)
 
     def factors(self, key: jax.Array, shape: tuple[int, ...], axes: KernelAxes) -> "LoraAdapter":
-        """Return A and B as they start."""
+        """Return A and B as they start.
+
+        Args:
+            key: a random key.
+            shape: of the weight.
+            axes: which of its axes are stacked, inputs and outputs.
+        """
         stack, inputs, outputs = axes.sizes(shape)
         a = self.init_a(key, (*stack, *inputs, self.rank), math.prod(inputs), self.dtype)
         b = jnp.zeros((*stack, self.rank, *outputs), self.dtype)

@@ -43,6 +43,9 @@ class Format(ShortRepr, abc.ABC):
             w: the weight, finite floats [*stack, *matrix].
             stack: how many of its axes are stack axes.
             dtype: of the dequantized values.
+
+        Raises:
+            LoraError: the weight does not fit the format.
         """
 
     def __repr__(self) -> str:

@@ -25,8 +25,8 @@ from lora_jax.core.serialization import register_node
 class Int8(Format):
     """Integers of 8 bits, with one fp32 scale for each output of a matrix.
 
-    Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", arXiv 2208.07339, has scales
-    for rows and columns; here activations keep their dtype.
+    Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", arXiv 2208.07339, also
+    has scales for rows of activations; here these keep their dtype.
 
     Args:
         stack, dtype: as of every `Format`.

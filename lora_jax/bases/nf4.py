@@ -164,6 +164,11 @@ class Nf4Weight(Packed):
         return found, (found.ndim - 2,)
 
     def repack(self, w: jax.Array) -> "Nf4Weight":
+        """Return other matrices [*s, *inner], packed in the same way.
+
+        Raises:
+            LoraError: as of `Nf4.pack`.
+        """
         return Nf4(double=self.outer is not None, kernel=self.kernel).pack(w, len(self.stack), self.value_dtype)
 
     def array_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:

@@ -67,7 +67,7 @@ class QwixWeight(Packed):
         return jax.tree.unflatten(self.node, self.arrays().values())
 
     def repack(self, w: jax.Array) -> "QwixWeight":
-        """Return other matrices, with scales of the largest |W| of each tile; with zero points, of its smallest and largest W."""
+        """Return other matrices, packed with scales of each tile's largest |W|, or of its range with zero points."""
         w = w.astype(jnp.float32)
         scales, zero = _calibrated(w, self.scales.shape, self.q.dtype, self.kind, self.zero is not None)
         scales = _allowed(scales, self.kind).astype(self.scales.dtype)
@@ -77,7 +77,7 @@ class QwixWeight(Packed):
         return dataclasses.replace(self, q=_rounded(q, self.q.dtype, self.kind), scales=scales, zero=zero)
 
     def array_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
-        """Return specs in which codes are split as W, and scales along axes with several tiles that the mesh divides evenly."""
+        """Return specs that split codes as W, and scales along axes with several tiles that the mesh divides evenly."""
 
         def split(tiles: Sequence[int]) -> tuple[Any, ...]:
             return tuple(
