@@ -244,8 +244,8 @@ def _returns(of: Public) -> bool:
 
 def _has_example(value: Any, text: str) -> bool:
     """Return whether a name has an example; for a class, that of any of its methods will do."""
-    own = [*(base for base in getattr(value, "__mro__", ()) if base is value)]
-    return ">>>" in text or any(">>>" in (member.__doc__ or "") for cls in own for _, member in members(cls))
+    own = dict(members(value)) if inspect.isclass(value) else {}
+    return ">>>" in text or any(">>>" in (member.__doc__ or "") for member in own.values())
 
 
 def _lacking_of_constant(of: Public) -> list[str]:

@@ -82,6 +82,8 @@ def orthogonality(adapters: Mapping[str, Adapter]) -> jax.Array:
     The paper's R of all matrices, as HF PEFT weighs it: add 0.5 of it to the loss. Columns and rows of zeros, as
     `lora.stack` pads with them, are no part of it.
 
+    Zhang et al. 2023, arXiv 2303.10512.
+
     Args:
         adapters: `{path: adapter}`, any that are not of AdaLoRA among them.
 

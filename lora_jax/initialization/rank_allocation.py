@@ -145,6 +145,9 @@ def input_scores(plan: Plan, inputs: Any) -> dict[str, np.ndarray]:
     The rows of X are inputs x. Stacked matrices have the mean of their shares; components beyond the number of rows
     have a score of 0. `lora.starts.eva` distributes ranks by the same scores, and starts A with the components.
 
+    Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation", arXiv
+    2410.07170.
+
     Args:
         plan: as of `lora.plan`, for the axes of the weights. Weights that are trained whole get no scores.
         inputs: `{path: X [*stack, n, d]}`, n rows of what each weight is multiplied with; several input axes flattened

@@ -54,6 +54,8 @@ def adapt_budget(
     Use it as the outermost transformation, around masks and partitions: it reads the gradients, parameters and updates
     of a step. Shapes stay the same; `prune` removes the zero entries at the end.
 
+    Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512.
+
     Args:
         optimizer: any optax transformation.
         target_rank: the mean rank of all matrices at the end.
@@ -139,6 +141,8 @@ def prune(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
 
     All matrices of a stack keep the same rank, that of the one with the most entries that are not zero. Cannot be
     called under `jax.jit`.
+
+    The last step of AdaLoRA: Zhang et al. 2023, arXiv 2303.10512.
 
     Args:
         adapters: `{path: adapter}`; those of other kinds are returned as they are.
