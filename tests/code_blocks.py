@@ -84,7 +84,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def _language(fence: markdown_it.token.Token) -> str:
-    """Return the language of a fence; that of a `{code-block}` is its argument, and other directives keep their name."""
+    """Return the language of a fence: of a `{code-block}` its argument, of other directives their own name."""
     directive, _, argument = fence.info.strip().partition(" ")
     return argument if directive in ("{code-block}", "{code}") else directive
 

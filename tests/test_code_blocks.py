@@ -2,8 +2,9 @@
 
 What a page may hold:
 
-- ```` ```python ````: run, in the order of the page, in one namespace and one empty folder. Where it has prompts (`>>>`), what is
-  printed is compared, as in a docstring. Eight simulated devices; warnings and promoted ranks are errors.
+- ```` ```python ````: run, in the order of the page, in one namespace and one empty folder. Where it has prompts
+  (`>>>`), what is printed is compared, as in a docstring. Eight simulated devices; warnings and promoted ranks are
+  errors.
 - `<!-- run first`, Python, `-->`: set-up that readers need not see, run in its place.
 - `<!-- run alone -->` on the line before a block: it needs no other one, and is run in a namespace of its own.
 - ```` ```sh ````: `lora-jax` is parsed by its real parser, scripts have to be there with their options, targets in the
@@ -11,8 +12,8 @@ What a page may hold:
 - ```` ```text ````, or no language: what a command printed, which stands above it on the page.
 - ```` ```json ````, `toml` and the like: data.
 - ```` ```{code-cell} ````, in notebooks alone: `make docs` runs it.
-- `<!-- not run: the reason -->` on the line before a block of Python or shell: it is not. Its syntax and the names `lora.*` in
-  it are checked all the same.
+- `<!-- not run: the reason -->` on the line before a block of Python or shell: it is not. Its syntax and the names
+  `lora.*` in it are checked all the same.
 
 An indented block has no language, so there is none.
 """
@@ -127,6 +128,25 @@ def test_the_python_of_a_page_in_a_folder_runs(page, tmp_path, monkeypatch):
     run_page(page, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["plain", "nnx", "linen"])
+def test_a_newcomer_copies_at_most_25_lines(library):
+    """Each whole program of docs/getting_started.md ends with a trained adapter, whose loss has fallen."""
+    whole = [block for block in blocks_of(ROOT / "docs" / "getting_started.md") if block.alone]
+    [block] = [block for block in whole if library_of(block) == library]
+    assert len([line for line in block.text.splitlines() if line.strip()]) <= 25
+    namespace = Namespace("copied_by_a_newcomer")
+    namespace.run(block)
+    first, metrics, state = (getattr(namespace.module, name) for name in ("first", "metrics", "state"))
+    namespace.close()
+    assert metrics["loss"] < 0.1 * first
+    assert list(state.trainable), "of adapters by their paths"
+
+
+def library_of(block):
+    return "nnx" if "from_nnx" in block.text else "linen" if "from_linen" in block.text else "plain"
+
+
 def test_what_is_wrong_with_a_page_is_found(tmp_path, monkeypatch):
     """The checks themselves, on a page that has each mistake."""
     monkeypatch.setattr("code_blocks.ROOT", tmp_path)
@@ -164,7 +184,7 @@ def test_what_a_page_may_hold_is_let_pass(tmp_path, monkeypatch):
     monkeypatch.setattr("code_blocks.ROOT", ROOT)
     page = tmp_path / "page.md"
     page.write_text(
-        "<!-- run first\nx = 2\n-->\n\n```python\n>>> x + 1\n3\n```\n\n<!-- not run: no such file -->\n```python\nopen('no')\n"
+        "<!-- run first\nx = 2\n-->\n\n```python\n>>> x + 1\n3\n```\n\n<!-- not run: none -->\n```python\nopen('no')\n"
         "```\n\n<!-- run alone -->\n```python\nassert 'x' not in globals()\n```\n\n```sh\n$ make test ARGS=-x\n"
         "lora-jax train --config own.toml --rank 3  # a comment\nlora-jax eval MODEL \\\n    DATA --json\n```\n\n"
         "```text\nprinted\n```\n\n```{note}\nx\n```\n\n- a list\n\n  ```toml\n  a = 1\n  ```\n"
