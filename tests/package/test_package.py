@@ -42,10 +42,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 
 
 def test_the_sdist_holds_what_the_tests_need():
-    """All that git tracks but what is about git itself: of a tree without git, what is there."""
+    """All that git tracks."""
     with tarfile.open(only("*.tar.gz")) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
     assert {name for name in listed if name} - names <= {".readthedocs.yaml"}
     assert not {name for name in names if "__pycache__" in name or name.startswith((".venv", "dist", "docs/_build"))}
 
