@@ -77,7 +77,7 @@ package: .venv-package/.done
 	rm -rf dist
 	.venv-package/bin/python -m build
 	.venv-package/bin/python -m twine check --strict dist/*
-	.venv-package/bin/python -m pytest -c tests/package/pytest.ini tests/package $(ARGS)
+	.venv-package/bin/python -m pytest -c tests/package/pytest.ini tests/package
 
 # What test-newest and test-compiled need, where they run
 environments:

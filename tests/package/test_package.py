@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+VERSION = ROOT / "lora_jax/core/version.py"
 RELATIVE = re.compile(r"\[[^\]]*\]\((?!https?://)[^)]*\)")
 BLOCK = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
@@ -45,10 +46,8 @@ def test_the_sdist_holds_what_the_tests_need():
     """All that git tracks."""
     with tarfile.open(only("*.tar.gz")) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
-    assert {name for name in listed if name} - names <= {".readthedocs.yaml"}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert set(listed.splitlines()) - names == set()
     assert not {name for name in names if "__pycache__" in name or name.startswith((".venv", "dist", "docs/_build"))}
 
 
@@ -60,7 +59,8 @@ def test_the_sdist_builds_the_same_wheel(tmp_path):
 
 
 def test_the_description_has_no_link_that_leads_nowhere(metadata):
-    text, readme = metadata.get_payload(), (ROOT / "README.md").read_text(encoding="utf-8")
+    text = metadata.get_payload(decode=True).decode()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert not RELATIVE.findall(BLOCK.sub("", text))
     assert RELATIVE.search(readme), "README.md has links to files, which is what is taken out"
@@ -75,7 +75,7 @@ def test_what_the_metadata_say(metadata):
     assert metadata["Author"] == "The lora_jax developers"
     assert "Typing :: Typed" in metadata.get_all("Classifier")
     assert "lora" in metadata["Keywords"].split(",")
-    assert metadata["Version"] == re.search(r'"(.+)"', (ROOT / "lora_jax/core/version.py").read_text())[1]
+    assert metadata["Version"] == re.search(r'__version__ = "(.+)"', VERSION.read_text())[1]
 
 
 USE = """
