@@ -11,7 +11,7 @@ NEWEST ?= $(shell for python in python3.13 python3.12 $$(ls -d $$HOME/.pyenv/ver
 	do $$python -c "" 2>/dev/null && echo $$python && break; done)
 
 .PHONY: demo demo-sharded compare compare-methods headlines assets test test-newest test-compiled run-compiled test-interop \
-	test-gguf run-gguf test-mlx test-image interop-models environments lint format types architecture clean
+	test-gguf run-gguf test-mlx test-image interop-models environments lint format types architecture docs docs-links clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py $(ARGS)
@@ -91,8 +91,16 @@ types: $(VENV)/.dev
 architecture: | $(RUN)
 	$(RUN) docs/architecture.py $(ARGS)
 
+# The site, in docs/_build/html, with its notebooks executed; what is said twice, leads nowhere or cannot be read is an error.
+docs: $(VENV)/.docs
+	$(RUN) -m sphinx --builder html --fail-on-warning --keep-going docs docs/_build/html $(ARGS)
+
+# Asks the other hosts whether links lead somewhere; CI does not.
+docs-links: $(VENV)/.docs
+	$(RUN) -m sphinx --builder linkcheck -D nb_execution_mode=off docs docs/_build/links $(ARGS)
+
 clean:
-	rm -rf $(VENV) .venv-newest .venv-compiled .compiled_cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf docs/_build $(VENV) .venv-newest .venv-compiled .compiled_cache .pytest_cache .mypy_cache .ruff_cache
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora_jax needs Python 3.11 or newer; say which with: make PYTHON=python3.12 ...")'
@@ -105,6 +113,10 @@ $(VENV)/.demo: pyproject.toml | $(RUN)
 $(VENV)/.dev: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: pyproject.toml | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
+	@touch $@ $(VENV)/.dev $(VENV)/.demo
 
 $(VENV)/.test-interop: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[interop]'
