@@ -70,6 +70,7 @@ if os.environ.get("READTHEDOCS"):  # elsewhere the site is built without a netwo
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4  # as on GitHub: [text](page.md#heading) works in both, and one that is not there is a warning
 nb_execution_mode = "force"  # a notebook that ran with an older library has not been tested
+nb_execution_in_temp = True  # what a notebook writes is gone with it
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
