@@ -11,7 +11,8 @@ NEWEST ?= $(shell for python in python3.13 python3.12 $$(ls -d $$HOME/.pyenv/ver
 	do $$python -c "" 2>/dev/null && echo $$python && break; done)
 
 .PHONY: demo demo-sharded compare compare-methods headlines assets test test-newest test-compiled run-compiled test-interop \
-	test-gguf run-gguf test-mlx test-image interop-models environments lint format types architecture docs docs-links clean
+	test-gguf run-gguf test-mlx test-image test-site interop-models environments lint format types architecture docs \
+	docs-links clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py $(ARGS)
@@ -32,7 +33,7 @@ assets: $(VENV)/.demo
 	$(RUN) examples/assets.py
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore-glob 'tests/interop_*' --ignore tests/compiled $(ARGS)
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore-glob 'tests/interop_*' --ignore tests/compiled --ignore tests/site $(ARGS)
 
 test-newest:
 	@python="$(NEWEST)"; if [ -z "$$python" ]; then \
@@ -58,6 +59,11 @@ test-mlx: | $(RUN)
 
 test-image: $(VENV)/.test-image
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 tests/interop_image $(ARGS)
+
+# Opens every page of the built site in the system's Chromium, or CHROMIUM=...; without one it reads the files only.
+# ARGS="--screenshots FOLDER" writes pictures to be looked at.
+test-site: docs $(VENV)/.test-site
+	$(RUN) -m pytest -c tests/site/pytest.ini tests/site --site docs/_build/html $(ARGS)
 
 # Compiles for TPUs and GPUs that are not there: a quarter of an hour on two cores, and two minutes once .compiled_cache
 # has what is compiled. Its conftest stands alone. Neighbours share programs, so each process begins with one half of the
@@ -130,6 +136,10 @@ $(VENV)/.test-gguf: pyproject.toml | $(RUN)
 $(VENV)/.test-mlx: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,interop-mlx]'
 	@touch $@ $(VENV)/.dev $(VENV)/.demo
+
+$(VENV)/.test-site: pyproject.toml | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[site-tests]'
+	@touch $@
 
 $(VENV)/.test-image: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[interop-image]'

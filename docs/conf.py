@@ -74,7 +74,7 @@ nb_execution_in_temp = True  # what a notebook writes is gone with it
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
-copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_text = r">>> ?|\.\.\. ?|\$ "  # an empty line in a function is "..."
 copybutton_prompt_is_regexp = True
 
 # Links to other hosts: `make docs-links`
@@ -85,6 +85,8 @@ html_theme = "sphinx_book_theme"
 html_title = "lora_jax"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_favicon = "_static/icon.svg"
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system has it
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {
@@ -92,4 +94,5 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "show_navbar_depth": 1,
+    "navbar_persistent": [],  # else there are two buttons for the menu, and the one seen on a telephone does nothing
 }

@@ -10,13 +10,17 @@ One name a line; a constant has a sentence behind it, as its value has no docstr
 tests/test_site_pages.py reads the same lines, and needs no Sphinx.
 """
 
+import dataclasses
 import inspect
+import re
 from typing import Any
 
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
 from site_extensions.names import find, public_name_of
+
+REPR = re.compile(r"<(?:function|class) '?([\w.]+)'?(?: at \w+)?>")  # <function kaiming>, <class 'jax.numpy.float32'>
 
 
 class Api(SphinxDirective):
@@ -43,10 +47,17 @@ def _described(name: str, sentence: str) -> list[str]:
     if inspect.ismodule(found):
         return [f".. automodule:: {name}", "", ".. py:currentmodule:: None"]  # names on the page stay whole
     if inspect.isclass(found):
-        return [f".. autoclass:: {name}", "   :members:"]
+        # Fields are arguments, which the docstring tells.
+        fields = [field.name for field in dataclasses.fields(found)] if dataclasses.is_dataclass(found) else []
+        return [f".. autoclass:: {name}", "   :members:", f"   :exclude-members: {', '.join(fields)}"]
     if callable(found):
         return [f".. autofunction:: {name}"]
     return [f".. py:data:: {name}", f"   :type: {type(found).__name__}", "", f"   {sentence}"]
+
+
+def _signature(app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returned: str) -> Any:
+    """Write defaults that are functions and classes by their names: those of dataclasses are known by their repr."""
+    return REPR.sub(r"\1", signature or "") or signature, returned
 
 
 def _resolve(app: Any, env: Any, node: Any, content: nodes.Node) -> nodes.Node | None:
@@ -58,7 +69,8 @@ def _resolve(app: Any, env: Any, node: Any, content: nodes.Node) -> nodes.Node |
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """Add the directive and the links."""
+    """Add the directive, its signatures and the links."""
     app.add_directive("api", Api)
+    app.connect("autodoc-process-signature", _signature)
     app.connect("missing-reference", _resolve)
     return {"parallel_read_safe": True}
