@@ -11,7 +11,8 @@ NEWEST ?= $(shell for python in python3.13 python3.12 $$(ls -d $$HOME/.pyenv/ver
 	do $$python -c "" 2>/dev/null && echo $$python && break; done)
 
 .PHONY: demo demo-sharded compare compare-methods headlines assets test test-newest test-compiled run-compiled test-interop \
-	test-gguf run-gguf test-mlx test-image interop-models package environments lint format types architecture clean
+	test-gguf run-gguf test-mlx test-image test-site interop-models package environments lint format types architecture docs \
+	docs-links clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py $(ARGS)
@@ -32,7 +33,8 @@ assets: $(VENV)/.demo
 	$(RUN) examples/assets.py
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore-glob 'tests/interop_*' --ignore tests/compiled --ignore tests/package $(ARGS)
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore-glob 'tests/interop_*' --ignore tests/compiled --ignore tests/package \
+	--ignore tests/site $(ARGS)
 
 test-newest:
 	@python="$(NEWEST)"; if [ -z "$$python" ]; then \
@@ -58,6 +60,11 @@ test-mlx: | $(RUN)
 
 test-image: $(VENV)/.test-image
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 tests/interop_image $(ARGS)
+
+# Opens every page of the built site in the system's Chromium, or CHROMIUM=...; without one it reads the files only.
+# ARGS="--screenshots FOLDER" writes pictures to be looked at.
+test-site: docs $(VENV)/.test-site
+	$(RUN) -m pytest -c tests/site/pytest.ini tests/site --site docs/_build/html $(ARGS)
 
 # Compiles for TPUs and GPUs that are not there: a quarter of an hour on two cores, and two minutes once .compiled_cache
 # has what is compiled. Its conftest stands alone. Neighbours share programs, so each process begins with one half of the
@@ -98,8 +105,16 @@ types: $(VENV)/.dev
 architecture: | $(RUN)
 	$(RUN) docs/architecture.py $(ARGS)
 
+# The site, in docs/_build/html, with its notebooks executed; what is said twice, leads nowhere or cannot be read is an error.
+docs: $(VENV)/.docs
+	$(RUN) -m sphinx --builder html --fail-on-warning --keep-going docs docs/_build/html $(ARGS)
+
+# Asks the other hosts whether links lead somewhere; CI does not.
+docs-links: $(VENV)/.docs
+	$(RUN) -m sphinx --builder linkcheck -D nb_execution_mode=off docs docs/_build/links $(ARGS)
+
 clean:
-	rm -rf $(VENV) .venv-newest .venv-compiled .venv-package dist .compiled_cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf docs/_build $(VENV) .venv-newest .venv-compiled .venv-package dist .compiled_cache .pytest_cache .mypy_cache .ruff_cache
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora_jax needs Python 3.11 or newer; say which with: make PYTHON=python3.12 ...")'
@@ -113,6 +128,10 @@ $(VENV)/.dev: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ $(VENV)/.demo
 
+$(VENV)/.docs: pyproject.toml | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
+	@touch $@ $(VENV)/.dev $(VENV)/.demo
+
 $(VENV)/.test-interop: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[interop]'
 	@touch $@ $(VENV)/.dev $(VENV)/.demo
@@ -125,6 +144,10 @@ $(VENV)/.test-gguf: pyproject.toml | $(RUN)
 $(VENV)/.test-mlx: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,interop-mlx]'
 	@touch $@ $(VENV)/.dev $(VENV)/.demo
+
+$(VENV)/.test-site: pyproject.toml | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[site-tests]'
+	@touch $@
 
 $(VENV)/.test-image: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[interop-image]'

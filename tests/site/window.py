@@ -1,0 +1,106 @@
+"""A window of the browser that keeps what goes wrong in it, and a server for it over loopback."""
+
+import re
+import threading
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+HERE = Path(__file__).parent
+MEASURE = (HERE / "measure.js").read_text(encoding="utf-8")
+COPY = (HERE / "copy.js").read_text(encoding="utf-8")
+HEIGHT = {390: 844, 1280: 900}  # px, by the width: a telephone and a small laptop
+# No name is looked up, and no other host is reached, whatever a page asks for.
+ALONE = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serve files without a line for each."""
+
+    protocol_version = "HTTP/1.1"  # one connection for many files
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def served(folder: Path):
+    """Serve `folder` on a free port of the loopback; gives the address, with a slash at its end."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+class Window:
+    """A window `width` px wide in which pages of the site at `address` are opened.
+
+    `problems` are what the browser said since the last `open`: errors, files that it did not
+    get, and hosts that it asked besides.
+    """
+
+    def __init__(self, browser, address: str, width: int) -> None:
+        self.address = address
+        self.context = browser.new_context(
+            viewport={"width": width, "height": HEIGHT[width]},
+            reduced_motion="reduce",
+            permissions=["clipboard-read", "clipboard-write"],
+        )
+        self.page = self.context.new_page()
+        self.problems: list[str] = []
+        self.page.on("console", self._said)
+        self.page.on("pageerror", lambda error: self.problems.append(f"an error in a script: {error}"))
+        self.page.on("request", self._asked)
+        self.page.on("requestfailed", self._failed)
+        self.page.on("response", self._answered)
+
+    def open(self, name: str, scheme: str = "light"):
+        """Open the page `name` of the site for a reader who prefers `scheme`; returns the page."""
+        self.problems.clear()
+        self.page.emulate_media(color_scheme=scheme)
+        self.page.goto(self.address + name, wait_until="load")
+        return self.page
+
+    def measure(self, scheme: str) -> list[str]:
+        """Say what is wrong with the page that is open, where the reader prefers `scheme`."""
+        self.page.emulate_media(color_scheme=scheme)
+        return [f"{scheme}: {problem}" for problem in self.page.evaluate(MEASURE)]
+
+    def copied(self) -> list[dict]:
+        """Press all buttons that copy: for each block of code its language, what it shows, what was copied."""
+        return self.page.evaluate(COPY)
+
+    def _said(self, message):
+        if message.type in ("error", "warning"):
+            self.problems.append(f"the console says: {message.text}")
+
+    def _asked(self, request):
+        if not request.url.startswith((self.address, "data:", "blob:")):
+            self.problems.append(f"{urlsplit(request.url).netloc} was asked for {request.url}")
+
+    def _failed(self, request):
+        if request.failure != "net::ERR_ABORTED":  # what was still on its way as the reader went to another page
+            self.problems.append(f"{request.url}: {request.failure}")
+
+    def _answered(self, response):
+        if response.status >= 400:
+            self.problems.append(f"{response.url}: {response.status}")
+
+
+def without_prompts(text: str) -> str:
+    r"""What a reader wants of a block of code: its commands, where it has prompts, and else all of it.
+
+    >>> without_prompts(">>> def f():\n...     return 1\n...\n>>> f()\n1\n")
+    'def f():\n    return 1\n\nf()'
+    >>> without_prompts("a = 1\n")
+    'a = 1'
+    """
+    prompt = re.compile(r">>> ?|\.\.\. ?|\$ ")
+    lines = text.rstrip().split("\n")
+    commands = [prompt.sub("", line, count=1) for line in lines if prompt.match(line)]
+    return "\n".join(commands if any(line.startswith((">>>", "$ ")) for line in lines) else lines)
