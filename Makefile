@@ -11,7 +11,7 @@ NEWEST ?= $(shell for python in python3.13 python3.12 $$(ls -d $$HOME/.pyenv/ver
 	do $$python -c "" 2>/dev/null && echo $$python && break; done)
 
 .PHONY: demo demo-sharded compare compare-methods headlines assets test test-newest test-compiled run-compiled test-interop \
-	test-gguf run-gguf test-mlx test-image test-site interop-models environments lint format types architecture docs \
+	test-gguf run-gguf test-mlx test-image test-site interop-models package environments lint format types architecture docs \
 	docs-links clean
 
 demo: $(VENV)/.demo
@@ -33,7 +33,8 @@ assets: $(VENV)/.demo
 	$(RUN) examples/assets.py
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore-glob 'tests/interop_*' --ignore tests/compiled --ignore tests/site $(ARGS)
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore-glob 'tests/interop_*' --ignore tests/compiled --ignore tests/package \
+	--ignore tests/site $(ARGS)
 
 test-newest:
 	@python="$(NEWEST)"; if [ -z "$$python" ]; then \
@@ -78,6 +79,13 @@ run-compiled: .venv-compiled/.done
 interop-models: $(VENV)/.interop-models
 	$(RUN) -m pytest --numprocesses 2 tests/interop_models $(ARGS)
 
+# Wheel and sdist in dist/, checked, and tried in empty environments. What checks them needs no JAX.
+package: .venv-package/.done
+	rm -rf dist
+	.venv-package/bin/python -m build
+	.venv-package/bin/python -m twine check --strict dist/*
+	.venv-package/bin/python -m pytest -c tests/package/pytest.ini tests/package
+
 # What test-newest and test-compiled need, where they run
 environments:
 	@if [ -n "$(NEWEST)" ]; then $(MAKE) --no-print-directory .venv-compiled/.done && \
@@ -106,7 +114,7 @@ docs-links: $(VENV)/.docs
 	$(RUN) -m sphinx --builder linkcheck -D nb_execution_mode=off docs docs/_build/links $(ARGS)
 
 clean:
-	rm -rf docs/_build $(VENV) .venv-newest .venv-compiled .compiled_cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf docs/_build $(VENV) .venv-newest .venv-compiled .venv-package dist .compiled_cache .pytest_cache .mypy_cache .ruff_cache
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora_jax needs Python 3.11 or newer; say which with: make PYTHON=python3.12 ...")'
@@ -148,6 +156,11 @@ $(VENV)/.test-image: pyproject.toml | $(RUN)
 .venv-compiled/.done: pyproject.toml
 	$(NEWEST) -m venv .venv-compiled
 	.venv-compiled/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiled]'
+	@touch $@
+
+.venv-package/.done: pyproject.toml | $(RUN)
+	$(RUN) -m venv .venv-package
+	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check 'build>=1.2' 'pytest>=8.3' 'twine>=6.1'
 	@touch $@
 
 $(VENV)/.interop-models: pyproject.toml | $(RUN)
