@@ -3,13 +3,14 @@
 import contextlib
 import io
 import os
+import textwrap
 from typing import Any
 from unittest import mock
 
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
-COLUMNS = 88  # characters in a line
+COLUMNS = 76  # characters in a line: as many as a page has room for
 
 
 def help_of(command: str | None = None) -> str:
@@ -23,7 +24,13 @@ def help_of(command: str | None = None) -> str:
         contextlib.suppress(SystemExit),
     ):
         cli.main([*([command] if command else []), "--help"])
-    return output.getvalue()
+    lines = [line.rstrip() for line in output.getvalue().splitlines()]
+    return "\n".join(textwrap.fill(line, COLUMNS, break_long_words=False) if _is_text(line) else line for line in lines)
+
+
+def _is_text(line: str) -> bool:
+    """Return whether a line is a paragraph, which the command leaves to the terminal to wrap; all else is indented."""
+    return bool(line) and line[0].isalnum()
 
 
 class CommandHelp(SphinxDirective):

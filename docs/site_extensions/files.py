@@ -54,7 +54,7 @@ def _pages(app: Any) -> Iterator[tuple[str, dict[str, str], str]]:
     for name in names:
         text = (ROOT / name).read_text(encoding="utf-8")
         shown = app.builder.highlighter.highlight_block(text, LANGUAGES[Path(name).suffix])
-        body = f"<h1>{escape(name)}</h1>\n<div class='highlight-python'>{shown}</div>"
+        body = f'<h1>{escape(name)}</h1>\n<div class="highlight-default">{shown}</div>'
         yield _page(name), {"title": name, "body": body, "parents": ""}, "page.html"
 
 
