@@ -11,7 +11,8 @@ NEWEST ?= $(shell for python in python3.13 python3.12 $$(ls -d $$HOME/.pyenv/ver
 	do $$python -c "" 2>/dev/null && echo $$python && break; done)
 
 .PHONY: demo demo-sharded compare compare-methods headlines assets test test-newest test-compiled run-compiled test-interop \
-	test-gguf run-gguf test-mlx test-image test-site interop-models environments lint format types architecture clean
+	test-gguf run-gguf test-mlx test-image test-site interop-models package environments lint format types architecture docs \
+	docs-links clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/finetune_sentiment.py $(ARGS)
@@ -32,7 +33,8 @@ assets: $(VENV)/.demo
 	$(RUN) examples/assets.py
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore-glob 'tests/interop_*' --ignore tests/compiled --ignore tests/site $(ARGS)
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --ignore-glob 'tests/interop_*' --ignore tests/compiled --ignore tests/package \
+	--ignore tests/site $(ARGS)
 
 test-newest:
 	@python="$(NEWEST)"; if [ -z "$$python" ]; then \
@@ -77,6 +79,13 @@ run-compiled: .venv-compiled/.done
 interop-models: $(VENV)/.interop-models
 	$(RUN) -m pytest --numprocesses 2 tests/interop_models $(ARGS)
 
+# Wheel and sdist in dist/, checked, and tried in empty environments. What checks them needs no JAX.
+package: .venv-package/.done
+	rm -rf dist
+	.venv-package/bin/python -m build
+	.venv-package/bin/python -m twine check --strict dist/*
+	.venv-package/bin/python -m pytest -c tests/package/pytest.ini tests/package
+
 # What test-newest and test-compiled need, where they run
 environments:
 	@if [ -n "$(NEWEST)" ]; then $(MAKE) --no-print-directory .venv-compiled/.done && \
@@ -96,8 +105,16 @@ types: $(VENV)/.dev
 architecture: | $(RUN)
 	$(RUN) docs/architecture.py $(ARGS)
 
+# The site, in docs/_build/html, with its notebooks executed; what is said twice, leads nowhere or cannot be read is an error.
+docs: $(VENV)/.docs
+	$(RUN) -m sphinx --builder html --fail-on-warning --keep-going docs docs/_build/html $(ARGS)
+
+# Asks the other hosts whether links lead somewhere; CI does not.
+docs-links: $(VENV)/.docs
+	$(RUN) -m sphinx --builder linkcheck -D nb_execution_mode=off docs docs/_build/links $(ARGS)
+
 clean:
-	rm -rf $(VENV) .venv-newest .venv-compiled .compiled_cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf docs/_build $(VENV) .venv-newest .venv-compiled .venv-package dist .compiled_cache .pytest_cache .mypy_cache .ruff_cache
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora_jax needs Python 3.11 or newer; say which with: make PYTHON=python3.12 ...")'
@@ -110,6 +127,10 @@ $(VENV)/.demo: pyproject.toml | $(RUN)
 $(VENV)/.dev: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: pyproject.toml | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
+	@touch $@ $(VENV)/.dev $(VENV)/.demo
 
 $(VENV)/.test-interop: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[interop]'
@@ -135,6 +156,11 @@ $(VENV)/.test-image: pyproject.toml | $(RUN)
 .venv-compiled/.done: pyproject.toml
 	$(NEWEST) -m venv .venv-compiled
 	.venv-compiled/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiled]'
+	@touch $@
+
+.venv-package/.done: pyproject.toml | $(RUN)
+	$(RUN) -m venv .venv-package
+	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check 'build>=1.2' 'pytest>=8.3' 'twine>=6.1'
 	@touch $@
 
 $(VENV)/.interop-models: pyproject.toml | $(RUN)

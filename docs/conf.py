@@ -1,7 +1,7 @@
 """Sphinx's settings for the site. `make docs` builds it in docs/_build/html, with warnings as errors.
 
-The site works as files on any server, without a network: it has no fonts, scripts or pictures of other hosts. Formulas are
-text, as in docstrings; MathJax would come from elsewhere.
+The site works as files on any server, without a network: it has no fonts, scripts or pictures of other hosts. Formulas
+are text, as in docstrings; MathJax would come from elsewhere.
 """
 
 import os
@@ -26,7 +26,6 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
@@ -44,17 +43,16 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 autosummary_generate = False  # the tables link to names further down on the same page
-napoleon_numpy_docstring = False
-napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 
-# References that lead nowhere are warnings. These are no pages of this site: types of other libraries, type variables, and
-# classes behind the public names, which a signature may name and a reader has no use for.
+# References that lead nowhere are warnings. These are no pages of this site: types of other libraries, type variables,
+# and classes behind the public names, which a signature may name and a reader has no use for.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(jax|flax|optax|orbax|numpy|np|collections|typing|pathlib|types|os|abc|argparse)\..*"),
-    ("py:.*", r"(int|str|bool|float|bytes|dict|list|tuple|set|type|None|Any|Path|optional|ellipsis|\.\.\.)"),
+    ("py:.*", r"(jax|jaxlib|flax|optax|orbax|numpy|np|collections|typing|pathlib|os|types|datetime)\..*"),
+    ("py:.*", r"(int|str|bool|float|bytes|dict|list|tuple|set|type|None|Any|Path|optional|\.\.\.)"),
+    ("py:.*", r"(tuple\[int|Rest|Template)"),
     ("py:.*", r"lora_jax\.(core|adapters|transform|initialization|training|sharding|checkpoints|bases|interop)\..*"),
     ("py:.*", r"lora_jax\.(analysis|algebra|recipes|losses)\..*"),
 ]
@@ -70,8 +68,9 @@ if os.environ.get("READTHEDOCS"):  # elsewhere the site is built without a netwo
 
 # Pages and notebooks
 myst_enable_extensions = ["colon_fence"]
-myst_heading_anchors = 4  # as on GitHub, so that [text](page.md#heading) works in both; one that is not there is a warning
+myst_heading_anchors = 4  # as on GitHub: [text](page.md#heading) works in both, and one that is not there is a warning
 nb_execution_mode = "force"  # a notebook that ran with an older library has not been tested
+nb_execution_in_temp = True  # what a notebook writes is gone with it
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
@@ -95,5 +94,5 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "show_navbar_depth": 1,
-    "navbar_persistent": [],  # else there are two buttons for the menu, and the one that is seen on a telephone does nothing
+    "navbar_persistent": [],  # else there are two buttons for the menu, and the one seen on a telephone does nothing
 }

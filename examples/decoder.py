@@ -10,18 +10,19 @@ Axes: B rows, T tokens, S tokens to attend to, V vocabulary, D hidden, H heads, 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import gguf_weights as gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from lora_jax import key_maps
+from lora_jax import LoraError, key_maps
 from lora_jax.bases import Stored
+from lora_jax.interop.gguf import file as gguf
 
 Params = dict[str, Any]
 KEY_MAP = key_maps.LLAMA.stacked()
@@ -237,46 +238,62 @@ _ROTATED = "llama.rope.dimension_count"
 _SCALING = "llama.rope.scaling.type"
 
 
-def config_of(file: gguf.File) -> Config:
+class File(NamedTuple):
+    """A GGUF file: what it says of a model and its tokenizer, and where its tensors are."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, gguf.Place]
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, in fp32."""
+        return gguf.read(self.path, self.tensors[name]).astype(np.float32)
+
+
+def open_gguf(path: Path) -> File:
+    header = gguf.header(path, lists=True)
+    return File(path, header.facts, gguf.places(path, header))
+
+
+def config_of(file: File) -> Config:
     """The sizes of a Llama.
 
     Raises:
-        GgufError: another architecture; a size is missing, or is not possible.
+        LoraError: another architecture; a size is missing, or is not possible.
     """
     about = file.metadata
     if (found := about.get("general.architecture")) != "llama":
-        raise gguf.GgufError(f"the architecture is {found!r}, expected 'llama'.")
+        raise LoraError(f"the architecture is {found!r}, expected 'llama'.")
     if missing := [key for key in (*_SIZES.values(), _ROTATED) if key not in about]:
-        raise gguf.GgufError(f"the metadata lack {', '.join(missing)}.")
+        raise LoraError(f"the metadata lack {', '.join(missing)}.")
     for ours, key in (*_SIZES.items(), ("", _ROTATED)):
         kind = float if ours in ("rope_base", "epsilon") else int
         if type(about[key]) is not kind or not about[key] > 0:
-            raise gguf.GgufError(f"{key} is {about[key]!r}, expected a number above 0 ({kind.__name__}).")
+            raise LoraError(f"{key} is {about[key]!r}, expected a number above 0 ({kind.__name__}).")
     if (scaling := about.get(_SCALING, "none")) != "none":
-        raise gguf.GgufError(f"{_SCALING} is {scaling!r}; this decoder rotates without any.")
+        raise LoraError(f"{_SCALING} is {scaling!r}; this decoder rotates without any.")
     config = Config(**{ours: about[key] for ours, key in _SIZES.items()})
     if config.hidden % config.heads or config.heads % config.kv_heads or config.head_dim % 2:
-        raise gguf.GgufError(
+        raise LoraError(
             f"{config.heads} heads and {config.kv_heads} of keys and values cannot share {config.hidden} numbers."
         )
     if about[_ROTATED] != config.head_dim:
-        raise gguf.GgufError(f"{about[_ROTATED]} entries of a head are rotated, expected all {config.head_dim}.")
+        raise LoraError(f"{about[_ROTATED]} entries of a head are rotated, expected all {config.head_dim}.")
     if config.layers > len(file.tensors):
-        raise gguf.GgufError(f"there are {config.layers} layers, but no more than {len(file.tensors)} tensors.")
+        raise LoraError(f"there are {config.layers} layers, but no more than {len(file.tensors)} tensors.")
     return config
 
 
-def load(file: gguf.File, config: Config) -> Params:
+def load(file: File, config: Config) -> Params:
     """The decoder's parameters, in fp32.
 
     Raises:
-        GgufError: a tensor is missing, or is one that this decoder has no place for.
-        LoraError: a tensor has another shape.
+        LoraError: a tensor is missing, is one that this decoder has no place for, or has another shape.
     """
     return jax.tree.map(lambda leaf: jnp.asarray(leaf.read()), stored(file, config))
 
 
-def stored(file: gguf.File, config: Config) -> Params:
+def stored(file: File, config: Config) -> Params:
     """What `load` gives, each array left in the file until `lora.bases.quantize` reads it.
 
     The key map says which tensor each is, and how it lies there.
@@ -285,7 +302,7 @@ def stored(file: gguf.File, config: Config) -> Params:
     placed = KEY_MAP.match(shapes)
     expected = [gguf_name(name) for place in placed.values() for name in place.tensors().values()]
     if wrong := sorted(set(expected) ^ set(file.tensors)):
-        raise gguf.GgufError(
+        raise LoraError(
             f"its tensors are not those of this decoder of {config.layers} layers; missing or too many: {wrong[:5]}."
         )
 
@@ -305,9 +322,9 @@ def stored(file: gguf.File, config: Config) -> Params:
     )
 
 
-def torch_tensor(file: gguf.File, config: Config, name: str) -> np.ndarray:
+def torch_tensor(file: File, config: Config, name: str) -> np.ndarray:
     """A tensor in fp32 as torch has it, by torch's name."""
-    tensor = file.tensors[gguf_name(name)].dequantize()
+    tensor = file.read(gguf_name(name))
     heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(name.split(".")[-2])
     if heads is None or len(tensor) != heads * config.head_dim:  # any other shape is refused where it is used
         return tensor
@@ -357,30 +374,30 @@ START, STOP = "<|im_start|>", "<|im_end|>"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
-def load_tokenizer(file: gguf.File) -> Tokenizer:
+def load_tokenizer(file: File) -> Tokenizer:
     """The file's own: byte pairs as GPT-2's, with a token for each digit.
 
     Raises:
-        GgufError: the file has another tokenizer, or parts of one that do not fit together.
+        LoraError: the file has another tokenizer, or parts of one that do not fit together.
     """
     about = file.metadata
     kind = (about.get("tokenizer.ggml.model"), about.get("tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):
-        raise gguf.GgufError(f"the tokenizer is {kind}, expected ('gpt2', 'smollm').")
+        raise LoraError(f"the tokenizer is {kind}, expected ('gpt2', 'smollm').")
     tokens, merges, kinds = (_list(about, *what) for what in (("tokens", str), ("merges", str), ("token_type", int)))
     known, vocabulary = set(tokens), about.get(_SIZES["vocabulary"])
     if not len(known) == len(tokens) == len(kinds) == vocabulary:
-        raise gguf.GgufError(
+        raise LoraError(
             f"the tokenizer has {len(tokens)} tokens, {len(known)} of them different, and {len(kinds)} kinds of them; "
             f"expected as many as the model has, {vocabulary}."
         )
     pairs = [tuple(merge.split(" ")) for merge in merges]
     for pair in pairs:
         if len(pair) != 2 or not known.issuperset((*pair, "".join(pair))):
-            raise gguf.GgufError(f"the tokenizer merges {' '.join(pair)!r}, expected two tokens that make a third.")
+            raise LoraError(f"the tokenizer merges {' '.join(pair)!r}, expected two tokens that make a third.")
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
     if missing := [token for token in (START, STOP) if token not in control]:
-        raise gguf.GgufError(f"the tokenizer has no control token {missing[0]}, which chats are made of.")
+        raise LoraError(f"the tokenizer has no control token {missing[0]}, which chats are made of.")
     return make_tokenizer(tokens, pairs, control)
 
 
@@ -388,7 +405,7 @@ def _list(about: dict[str, Any], name: str, kind: type) -> list[Any]:
     key = f"tokenizer.ggml.{name}"
     found = about.get(key)
     if not isinstance(found, list) or not all(isinstance(entry, kind) for entry in found):
-        raise gguf.GgufError(f"{key} is missing, or is no list of {kind.__name__}.")
+        raise LoraError(f"{key} is missing, or is no list of {kind.__name__}.")
     return found
 
 

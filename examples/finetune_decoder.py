@@ -28,7 +28,6 @@ from typing import Any, Literal, NamedTuple
 
 import assets
 import decoder
-import gguf_weights as gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -227,7 +226,7 @@ def load_task(config: Config) -> Task:
         params = decoder.init(model, jax.random.key(config.seed))
     else:
         [weights], [news] = assets.fetch(assets.SMOLLM2), assets.fetch(assets.BBC_NEWS)
-        file, stories = gguf.read(weights), read_stories(news)
+        file, stories = decoder.open_gguf(weights), read_stories(news)
         model, tokenizer = decoder.config_of(file), decoder.load_tokenizer(file)
         params = decoder.stored(file, model)
     held_out = [story for story in stories if is_held_out(story)][: config.held_out]
@@ -411,7 +410,7 @@ def main() -> None:
     try:
         check(config)
         fine_tune(load_task(config), config)
-    except (assets.AssetError, gguf.GgufError, lora.LoraError) as error:
+    except (assets.AssetError, lora.LoraError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import assets
 import decoder
 import finetune_decoder
-import gguf_weights as gguf
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
@@ -25,7 +24,7 @@ import lora_jax as lora
 from lora_jax.checkpoints.atomic_dir import written, written_file
 
 
-def write_model(file: gguf.File, folder: Path) -> None:
+def write_model(file: decoder.File, folder: Path) -> None:
     """Write config.json, model.safetensors, tokenizer.json and tokenizer_config.json into a new folder."""
     config = decoder.config_of(file)
     shapes = {path: leaf.shape for path, leaf in flatten_dict(decoder.abstract_params(config), sep="/").items()}
@@ -81,9 +80,9 @@ def main() -> None:
         sys.exit("usage: python examples/smollm2_folder.py MODEL_FOLDER EXAMPLES.jsonl")
     try:
         [weights], [news] = assets.fetch(assets.SMOLLM2), assets.fetch(assets.BBC_NEWS)
-        write_model(gguf.read(weights), Path(sys.argv[1]))
+        write_model(decoder.open_gguf(weights), Path(sys.argv[1]))
         write_examples(finetune_decoder.read_stories(news), Path(sys.argv[2]))
-    except (assets.AssetError, gguf.GgufError, lora.LoraError) as error:
+    except (assets.AssetError, lora.LoraError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -24,6 +24,9 @@ def from_linen(model: Any, variables: Mapping[str, Any]) -> tuple[Function, Any,
         model: a `flax.linen.Module`.
         variables: as `model.init` gives them.
 
+    Returns:
+        The function, `{path: array}` nested as in `params`, and the state.
+
     Raises:
         LoraError: `model` is one of NNX; the variables have no collection `params`.
 
@@ -60,6 +63,12 @@ def from_nnx(model: Any) -> tuple[Function, Any, Any]:
     was given (`model.eval()` before), or a keyword of its call (`train=False`). `method="encode"` calls another method
     than the model itself. After training, `nnx.update(model, lora.merge(params, adapters), state)` puts everything
     back.
+
+    Args:
+        model: an `nnx.Module`.
+
+    Returns:
+        The function, and the parameters and the state as `nnx.State`s.
 
     Raises:
         LoraError: `model` is no NNX module.

@@ -533,8 +533,8 @@ def already_adapted(p, x):
 
 _inner = lora.lora_apply(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w2"])
 _INNER_ADAPTER = lora.LoraAdapter(
-    np.linspace(-1, 1, 3 * D, dtype=np.float32).reshape(D, 3),
-    np.linspace(1, -1, 3 * K, dtype=np.float32).reshape(3, K),
+    np.linspace(-1, 1, 4 * D, dtype=np.float32).reshape(D, 4),
+    np.linspace(1, -1, 4 * K, dtype=np.float32).reshape(4, K),
     lora.KernelAxes((), (0,), (1,)),
     0.5,
 )

@@ -30,6 +30,7 @@ NAMES = KeyMap(
 OUTPUTS = {
     "peft": ("out", "peft"),
     "vllm": ("out", "peft"),
+    "vllm-by-expert": ("out", "peft"),
     "sglang": ("out", "peft"),
     "gguf": ("out.gguf", "gguf"),
     "mlx": ("out", "mlx"),

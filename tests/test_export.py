@@ -370,7 +370,7 @@ def index(text):
 WRONG_SOURCES = [
     (
         lambda f: rewrite(f, lambda t: t | {LIN0: t[LIN0].astype(np.uint8)}),
-        "'lin0.weight' is of U8 .*: quantised weights",
+        "'lin0.weight' is of U8 .*: quantised weights .*quantise the result: lora.merge_quantized does both",
     ),
     (lambda f: rewrite(f, lambda t: t | {LIN0: t[LIN0][:5]}), r"has shape \[5, 6\] in .*, its adapter \[10, 6\]"),
     (

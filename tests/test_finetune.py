@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from chat_templates import make_folder
+from code_blocks import ROOT, blocks_of, commands_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from pairs import FAST, LIMIT, ended
@@ -643,12 +643,14 @@ def test_the_commands_of_the_page(places, tmp_path, monkeypatch):
     for name, there in (
         ("SmolLM2-135M-Instruct", "model"),
         ("headlines.jsonl", "chats.jsonl"),
+        ("rest.jsonl", "chats.jsonl"),
+        ("held.jsonl", "chats.jsonl"),
         ("pairs.jsonl", "pairs.jsonl"),
     ):
         (tmp_path / name).symlink_to(places / there)
-    page = (Path(__file__).parent.parent / "docs" / "train.md").read_text(encoding="utf-8")
-    commands = [shlex.split(line)[1:] for line in page.splitlines() if line.startswith("    lora-jax ")]
-    assert len(commands) >= 8
+    shells = [block for block in blocks_of(ROOT / "docs" / "train.md") if block.language == "sh"]
+    commands = [words[1:] for block in shells for words in commands_of(block) if words[0] == "lora-jax"]
+    assert len(commands) >= 10
     tiny = {
         "train": ["--max-length", "32", "--batch-tokens", "512", "--max-steps", "2", "--samples", "0"],
         "generate": ["--count", "2"],

@@ -147,6 +147,45 @@ def test_tensors_of_the_gguf_package_are_read(tmp_path, kind):
     np.testing.assert_array_equal(found.astype(np.float32), gguf.quants.dequantize(stored, own))
 
 
+def test_blocks_are_what_their_documents_say(tmp_path):
+    """By hand: scale and least, then bytes with the first 16 codes in their low halves, the others in the high ones."""
+    q4_1 = struct.pack("<2e", 0.5, -3.0) + bytes((15 - j) * 16 + j for j in range(16))
+    q8_0 = struct.pack("<e", 0.25) + struct.pack("<32b", *range(-128, -96))
+    head = header_with(2, body=tensor(b"four", (32, 1), kind=3) + tensor(b"eight", (32, 1), kind=8, start=32))
+    (tmp_path / "file").write_bytes(head + bytes(-len(head) % 32) + q4_1 + bytes(12) + q8_0)
+    places = gguf_file.places(tmp_path / "file", gguf_file.header(tmp_path / "file"))
+    four, eight = (gguf_file.read(tmp_path / "file", places[name]) for name in ("four", "eight"))
+    assert four.dtype == eight.dtype == np.float32
+    assert four.tolist() == [[0.5 * j - 3 for j in range(16)] + [0.5 * (15 - j) - 3 for j in range(16)]]
+    assert eight.tolist() == [[n / 4 for n in range(-128, -96)]]
+
+
+def test_lists_and_long_text_are_kept_where_they_are_asked_for(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "file", "llama")
+    facts = {"texts": ["é", "", "x" * 2000], "numbers": [1, -2, 3], "halves": [0.5, -1.5], "flags": [True, False]}
+    for key, value in facts.items():
+        writer.add_array(key, value)
+    writer.add_string("long", "y" * 5000)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    kept = gguf_file.header(tmp_path / "file", lists=True)
+    assert {key: kept.facts[key] for key in facts} == facts
+    assert kept.facts["long"] == "y" * 5000
+    skipped = gguf_file.header(tmp_path / "file")
+    assert [skipped.facts[key] for key in (*facts, "long")] == [None] * 5
+    assert (kept.data, list(kept.facts)) == (skipped.data, list(skipped.facts))
+
+
+def test_lists_of_numbers_have_a_bound_where_they_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_file, "ENTRIES", 3)
+    (tmp_path / "file").write_bytes(header_with(0, 1, text(b"k") + struct.pack("<IIQ4b", 9, 1, 4, *range(4))))
+    assert gguf_file.header(tmp_path / "file").facts == {"k": None}
+    with pytest.raises(LoraError, match="lists of 4 entries"):
+        gguf_file.header(tmp_path / "file", lists=True)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
 def test_the_gguf_package_reads_what_is_written(tmp_path, dtype):
     name = "model.layers.1.self_attn.v_proj"
@@ -699,6 +738,7 @@ def tensor(name=b"x", axes=(2, 2), kind=0, start=0):
     return text(name) + struct.pack(f"<I{len(axes)}QIQ", len(axes), *axes, kind, start)
 
 
+@pytest.mark.parametrize("lists", [False, True])
 @pytest.mark.parametrize(
     ("data", "says"),
     [
@@ -733,17 +773,17 @@ def tensor(name=b"x", axes=(2, 2), kind=0, start=0):
         (header_with(0, 1, text(b"general.alignment") + struct.pack("<I?", 7, 1)), "power of two"),
     ],
 )
-def test_files_that_lie(tmp_path, data, says):
+def test_files_that_lie(tmp_path, data, says, lists):
     (tmp_path / "file").write_bytes(data)
     with pytest.raises(LoraError, match=says):
-        gguf_file.places(tmp_path / "file", gguf_file.header(tmp_path / "file"))
+        gguf_file.places(tmp_path / "file", gguf_file.header(tmp_path / "file", lists=lists))
 
 
 def test_lists_of_text_have_a_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_file, "STRINGS", 3)
+    monkeypatch.setattr(gguf_file, "ENTRIES", 3)
     body = text(b"k") + struct.pack("<IIQ", 9, 8, 2) + text(b"a") * 2
     (tmp_path / "file").write_bytes(header_with(0, 2, body + body.replace(b"k", b"l", 1)))
-    with pytest.raises(LoraError, match="lists of 4 texts"):
+    with pytest.raises(LoraError, match="lists of 4 entries"):
         gguf_file.header(tmp_path / "file")
 
 

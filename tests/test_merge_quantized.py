@@ -154,6 +154,8 @@ def test_models_of_few_bits_are_merged_into_bf16(name, tmp_path):
     a, b = rng.normal(size=(w.shape[1], 2)).astype(np.float32), rng.normal(size=(2, w.shape[0])).astype(np.float32)
     adapter = lora.LoraAdapter(jnp.asarray(a), jnp.asarray(b), lora.KernelAxes((), (0,), (1,)), 0.5)
     key_map = key_maps.KeyMap(key_maps.linear("w", "model.layers.0.up_proj"))
+    with pytest.raises(lora.LoraError, match=r"lora.merge_quantized\(source, adapters, target\) unpacks them"):
+        lora.merge_checkpoint(tmp_path / "in", {"w": adapter}, tmp_path / "out", key_map)
     losses = merge_quantized(tmp_path / "in", {"w": adapter}, tmp_path / "out", key_map, to="bf16")
     found = tensors_in(tmp_path / "out")
     assert sorted(found) == ["model.layers.0.up_proj.weight", "model.norm.weight"]

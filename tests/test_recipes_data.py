@@ -12,7 +12,6 @@ from functools import partial
 import assets
 import chat_templates
 import decoder
-import gguf_weights
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -397,7 +396,7 @@ def test_a_marked_turn_in_several_parts_has_no_weights():
 @pytest.mark.assets
 @pytest.mark.skipif(assets.cached(assets.SMOLLM2) is None, reason="needs SmolLM2: make assets")
 def test_the_template_of_smollm2_is_what_is_written_by_hand():
-    file = gguf_weights.read(*assets.cached(assets.SMOLLM2))
+    file = decoder.open_gguf(*assets.cached(assets.SMOLLM2))
     templates = {"default": file.metadata["tokenizer.chat_template"]}
     tokenizer = Tokenizer(decoder.load_tokenizer(file), {"eos_token": decoder.STOP}, templates=templates)
     tokenizer.check(49_152)

@@ -18,6 +18,7 @@ from test_untrusted import assert_harmless
 
 import lora_jax as lora
 from lora_jax import key_maps
+from lora_jax.cli import main
 from lora_jax.interop.peft.load import load_by_module
 from lora_jax.interop.peft_modules import read_peft
 
@@ -234,6 +235,15 @@ def test_vllm_gets_both_parameters_of_experts(last, tmp_path):
     assert_same_changes(vllm(tensors, config, joined=True), adapters)
     again, _ = lora.load_peft(tmp_path / "out", PARAMS, MAP)
     assert [path for path, adapter in again.items() if adapter.b.any()] == list(adapters)
+
+
+@pytest.mark.parametrize(("to", "joined"), [("vllm", True), ("vllm-by-expert", False)])
+def test_the_command_writes_for_both_kinds_of_models(to, joined, tmp_path):
+    """From the one kind to the other: modules of each expert tell which they are."""
+    adapters = adapters_of()
+    lora.save_peft(tmp_path / "in", adapters, MAP, profile="vllm-by-expert")
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", to]) == 0
+    assert_same_changes(vllm(*folder_of(tmp_path / "out"), joined=joined), adapters)
 
 
 def test_experts_with_factors_of_their_own(tmp_path):

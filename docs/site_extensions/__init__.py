@@ -1,6 +1,7 @@
-"""What the site has beside Sphinx's own extensions: pages of names, of files and of commands. Only docs/conf.py uses them.
+"""What the site has beside Sphinx's own extensions: pages of names, of files and of commands.
 
-- `docstrings`: docstrings in plain text, as Sphinx reads them.
+- `names`: the public names of the package.
+- `docstrings`: docstrings, with `plain_text`, which makes reStructuredText of their text.
 - `api`: the directive for pages of the reference, and links to public names.
 - `files`: pages of files outside docs/ that pages link to, such as examples.
 - `commands`: the directive for the help of a command.

@@ -10,31 +10,17 @@ One name a line; a constant has a sentence behind it, as its value has no docstr
 tests/test_site_pages.py reads the same lines, and needs no Sphinx.
 """
 
-import importlib
+import dataclasses
 import inspect
-from collections.abc import Iterator
-from functools import cache
+import re
 from typing import Any
 
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
-PACKAGE = "lora_jax"
+from site_extensions.names import find, public_name_of
 
-
-def find(name: str) -> Any:
-    """Return what a public name stands for: `lora_jax.plan`, `lora_jax.bases` or `lora_jax.bases.Nf4`."""
-    owner, _, last = name.rpartition(".")
-    return getattr(find(owner), last) if owner else importlib.import_module(name)
-
-
-def public_names() -> Iterator[str]:
-    """Yield the names of `lora_jax.__all__`, and those of its modules', in order."""
-    package = find(PACKAGE)
-    for name in package.__all__:
-        yield f"{PACKAGE}.{name}"
-        if inspect.ismodule(module := getattr(package, name)):
-            yield from (f"{PACKAGE}.{name}.{inner}" for inner in module.__all__)
+REPR = re.compile(r"<(?:function|class) '?([\w.]+)'?(?: at \w+)?>")  # <function kaiming>, <class 'jax.numpy.float32'>
 
 
 class Api(SphinxDirective):
@@ -59,34 +45,32 @@ def _summary(names: list[str]) -> list[str]:
 def _described(name: str, sentence: str) -> list[str]:
     found = find(name)
     if inspect.ismodule(found):
-        return [f".. automodule:: {name}"]
+        return [f".. automodule:: {name}", "", ".. py:currentmodule:: None"]  # names on the page stay whole
     if inspect.isclass(found):
-        return [f".. autoclass:: {name}", "   :members:"]
+        # Fields are arguments, which the docstring tells.
+        fields = [field.name for field in dataclasses.fields(found)] if dataclasses.is_dataclass(found) else []
+        return [f".. autoclass:: {name}", "   :members:", f"   :exclude-members: {', '.join(fields)}"]
     if callable(found):
         return [f".. autofunction:: {name}"]
     return [f".. py:data:: {name}", f"   :type: {type(found).__name__}", "", f"   {sentence}"]
 
 
-@cache
-def _public_name_of() -> dict[str, str]:
-    """Return the public name of each class and function by where it is written, which is what signatures say."""
-    written = ((name, find(name)) for name in public_names())
-    return {f"{found.__module__}.{found.__qualname__}": name for name, found in written if hasattr(found, "__qualname__")}
+def _signature(app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returned: str) -> Any:
+    """Write defaults that are functions and classes by their names: those of dataclasses are known by their repr."""
+    return REPR.sub(r"\1", signature or "") or signature, returned
 
 
 def _resolve(app: Any, env: Any, node: Any, content: nodes.Node) -> nodes.Node | None:
-    """Link a class that a signature names by its module, or a docstring by its last name, to where it is documented."""
-    if node.get("refdomain") != "py":
+    """Link a class that a signature names by the module that it is written in to where it is documented."""
+    name, domain = public_name_of(node["reftarget"]), env.get_domain("py")
+    if node.get("refdomain") != "py" or name not in domain.objects:
         return None
-    target, domain = node["reftarget"], env.get_domain("py")
-    name = _public_name_of().get(target, f"{PACKAGE}.{target}")
-    if name not in domain.objects:
-        return None
-    return domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], name, node, content)
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, content)
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """Add the directive and the links."""
+    """Add the directive, its signatures and the links."""
     app.add_directive("api", Api)
+    app.connect("autodoc-process-signature", _signature)
     app.connect("missing-reference", _resolve)
     return {"parallel_read_safe": True}

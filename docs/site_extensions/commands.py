@@ -1,4 +1,4 @@
-"""The help of a command, as the command prints it: `{command-help} train`, or without a name that of `lora-jax` itself."""
+"""The help of a command, as it prints it: `{command-help} train`, or without a name that of `lora-jax` itself."""
 
 import contextlib
 import io

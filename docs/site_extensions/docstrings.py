@@ -1,67 +1,28 @@
-"""Make reStructuredText of docstrings, which are plain text with `code` in backticks, examples and indented blocks.
+"""Docstrings for Sphinx: `plain_text` makes reStructuredText of them, and napoleon lists of their sections."""
 
-A reader of the source sees `[*stack, d]`, |s| and s * A B as they are. Sphinx would take the stars and bars for markup,
-so they are escaped; a block that is indented below a line with a colon is shown as it stands.
-"""
-
-import re
-from collections.abc import Sequence
 from typing import Any
 
-CODE = re.compile(r"(`+[^`]+`+)")
-SPECIAL = re.compile(r"[*|\\]|(?<=\w)_(?!\w)")  # emphasis, substitutions, escapes, and names that end as links do
-MAY_STAND_BEFORE_CODE = "'\"([{<-/: \n"  # by the rules of reStructuredText
-MAY_STAND_BEHIND_CODE = "'\")]}>-/:.,;!? \n"
-EXAMPLE = ">>>"
+from sphinx.ext import napoleon
+
+from site_extensions.plain_text import as_restructured_text
+
+SETTINGS = napoleon.Config(napoleon_use_ivar=True)
 
 
-def as_restructured_text(lines: Sequence[str]) -> list[str]:
-    r"""Return the lines of a docstring with nothing in them that only looks like markup.
+class Docstring(napoleon.GoogleDocstring):
+    """Google's style, in which what is returned is told in sentences: what stands before a colon there is no type."""
 
-    >>> as_restructured_text(["s * A B, with `a`s of |A|:", "", "    A * B"])
-    ['s \\* A B, with `a`\\ s of \\|A\\|::', '', '    A * B']
-    """
-    paragraphs = re.split(r"\n(?:[ ]*\n)+", "\n".join(lines).strip("\n"))
-    result = []
-    above = None  # the indentation of the line that a block which is shown as it stands belongs to
-    for paragraph, following in zip(paragraphs, [*paragraphs[1:], ""], strict=True):
-        if above is not None and _indentation(paragraph) > above:
-            result.append(paragraph)
-            continue
-        above = None
-        if paragraph.lstrip().startswith(EXAMPLE):
-            result.append(paragraph)
-            continue
-        text, last = _escaped(paragraph), paragraph.split("\n")[-1]
-        if last.endswith(":") and _indentation(following) > _indentation(last) and EXAMPLE not in following:
-            text, above = f"{text}:", _indentation(last)
-        result.append(text)
-    return "\n\n".join(result).split("\n")
-
-
-def _indentation(text: str) -> int:
-    return len(text) - len(text.lstrip(" "))
-
-
-def _escaped(text: str) -> str:
-    """Return text with its markup escaped, and code in it set off from letters that touch it."""
-    parts = CODE.split(text)  # text, code, text, ...
-    for i in range(0, len(parts), 2):
-        behind_code, before_code = i > 0, i < len(parts) - 1
-        part = SPECIAL.sub(r"\\\g<0>", parts[i])
-        if behind_code and part and part[0] not in MAY_STAND_BEHIND_CODE:
-            part = rf"\ {part}"
-        if before_code and part and part[-1] not in MAY_STAND_BEFORE_CODE:
-            part = rf"{part}\ "
-        parts[i] = part
-    return "".join(parts)
+    def _consume_returns_section(self, preprocess_types: bool = False) -> list[tuple[str, str, list[str]]]:
+        return [("", "", self._dedent(self._consume_to_next_section()))]
 
 
 def _process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     lines[:] = as_restructured_text(lines)
+    if what != "property":  # of which napoleon takes all that stands before a colon for a type
+        lines[:] = Docstring(lines, SETTINGS, app, what, name, obj, options).lines()
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """Run before napoleon, which reads the sections of docstrings."""
-    app.connect("autodoc-process-docstring", _process, priority=400)
+    """Run for each docstring."""
+    app.connect("autodoc-process-docstring", _process)
     return {"parallel_read_safe": True}

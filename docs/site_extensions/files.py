@@ -16,7 +16,7 @@ from sphinx.transforms import SphinxTransform
 from sphinx.util import logging
 
 ROOT = Path(__file__).resolve().parents[2]
-AT_THE_TOP = {"../README": "index", "../CONTRIBUTING": "contributing", "../CHANGELOG": "changelog"}
+AT_THE_TOP = {"README": "index", "CONTRIBUTING": "contributing", "CHANGELOG": "changelog"}
 LANGUAGES = {".py": "python", ".toml": "toml", ".json": "json", ".yaml": "yaml", ".cff": "yaml", "": "text"}
 LINKED = "linked_files"  # in the metadata of a page, which Sphinx keeps from build to build
 LOGGER = logging.getLogger(__name__)
@@ -39,9 +39,8 @@ class LinkFiles(SphinxTransform):
                 uri = f"{up}/{_page(name)}{self.app.builder.out_suffix}"
                 node.replace_self(nodes.reference("", "", *node.children, refuri=uri, internal=True))
         for node in self.document.findall(addnodes.pending_xref):
-            target, document = node["reftarget"], node.get("refdomain") == "doc"
-            if document and target in AT_THE_TOP:
-                node["reftarget"] = AT_THE_TOP[target]
+            if node.get("refdomain") == "doc":  # with a whole path where it is not below docs/
+                node["reftarget"] = AT_THE_TOP.get(node["reftarget"].removeprefix(f"{ROOT}/"), node["reftarget"])
         self.env.metadata[self.env.docname][LINKED] = sorted(linked)
 
 

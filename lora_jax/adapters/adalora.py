@@ -28,6 +28,16 @@ class AdaLora(Lora):
 
     A and B start with a standard deviation of 0.02, e at zero; `init_a` has no meaning here. The rank is what training
     starts with. `lora.orthogonality` is what the loss has to hold down beside.
+
+    Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512.
+
+    Arguments are those of `Lora`.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jnp.ones((6, 4))}, jnp.ones((1, 6))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.AdaLora(rank=2)})
+    >>> lora.init(jax.random.key(0), params, plan)["w"]
+    AdaLoraAdapter(a 6x2, e 2, b 2x4)
     """
 
     def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> Adapter:
@@ -41,7 +51,15 @@ class AdaLora(Lora):
 @register_kind("adalora")
 @dataclass(frozen=True)
 class AdaLoraAdapter(Scaled, Factored):
-    """The factors of one weight's change, scale * A diag(e) B."""
+    """The factors of one weight's change, scale * A diag(e) B.
+
+    Attributes:
+        a: A, fp32 [*stack, *inputs, r].
+        e: the diagonal, fp32 [*stack, r].
+        b: B, fp32 [*stack, r, *outputs].
+        axes: which axes of W are stacked, inputs and outputs.
+        ratio: the scale in two parts, fp32 [2], which is not trained; None for a scale of 1.
+    """
 
     a: jax.Array  # [*stack, *inputs, r]
     e: jax.Array  # [*stack, r]
@@ -64,8 +82,22 @@ def orthogonality(adapters: Mapping[str, Adapter]) -> jax.Array:
     The paper's R of all matrices, as HF PEFT weighs it: add 0.5 of it to the loss. Columns and rows of zeros, as
     `lora.stack` pads with them, are no part of it.
 
+    Zhang et al. 2023, arXiv 2303.10512.
+
+    Args:
+        adapters: `{path: adapter}`, any that are not of AdaLoRA among them.
+
+    Returns:
+        An fp32 scalar.
+
     Raises:
         LoraError: there is no AdaLoRA adapter.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> adapter = lora.AdaLoraAdapter(jnp.eye(4, 2), jnp.ones(2), 2 * jnp.eye(2, 3), axes, None)
+    >>> round(float(lora.orthogonality({"w": adapter})), 3)  # 0 of A, and 3 sqrt(2) of B
+    2.121
     """
     norms = []
     for adapter in adapters.values():

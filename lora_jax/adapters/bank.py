@@ -127,6 +127,9 @@ class AdapterBank:
     def unregister(self, name: str) -> None:
         """Remove all versions of an adapter.
 
+        Args:
+            name: of the adapter.
+
         Raises:
             LoraError: there is none of this name.
         """
@@ -166,7 +169,15 @@ class AdapterBank:
             return np.array([-1 if key is None else self._slots[key] for key in keys], np.int32)
 
     def select(self, requests: Sequence[Request], *, in_axes: Axes = 0, out_axes: Axes = 0) -> dict[str, Adapter]:
-        """Return the adapters for one batch, as `lora.select` does, for the requests that `ids` takes."""
+        """Return the adapters for one batch, as `lora.select` does, for the requests that `ids` takes.
+
+        Args:
+            requests: as of `ids`.
+            in_axes, out_axes: as of `lora.select`.
+
+        Raises:
+            LoraError: what `ids` and `lora.select` raise.
+        """
         with self._lock:
             ids = self.ids(requests)
             return select(self._bank, ids, in_axes=in_axes, out_axes=out_axes)

@@ -35,6 +35,14 @@ class Dora(Lora):
     """W' = (m / n) (W + (alpha / rank) A B); arguments and errors are those of `Lora`.
 
     m starts as the lengths that W's outputs have, so that nothing changes.
+
+    Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jnp.ones((6, 4))}, jnp.ones((1, 6))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Dora(rank=2)})
+    >>> lora.init(jax.random.key(0), params, plan)["w"]
+    DoraAdapter(a 6x2, b 2x4, m 4)
     """
 
     reads_weight = True
@@ -51,7 +59,15 @@ class Dora(Lora):
 @register_kind("dora")
 @dataclass(frozen=True)
 class DoraAdapter(Scaled):
-    """The factors and lengths of one weight. In a program it is an `OutputScaled` LoRA."""
+    """The factors and lengths of one weight. In a program it is an `OutputScaled` LoRA.
+
+    Attributes:
+        a: A, fp32 [*stack, *inputs, r].
+        b: B, fp32 [*stack, r, *outputs].
+        m: the lengths of the outputs, fp32 [*stack, *outputs].
+        axes: which axes of W are stacked, inputs and outputs.
+        ratio: the scale in two parts, fp32 [2], which is not trained; None for a scale of 1.
+    """
 
     a: jax.Array  # [*stack, *inputs, r]
     b: jax.Array  # [*stack, r, *outputs]

@@ -45,12 +45,27 @@ def with_dropout(adapters: Mapping[str, Adapter], key: jax.Array, rate: Any = 0.
     over keys. https://docs.jax.dev/en/latest/jax.random.html compares the generators.
 
     Args:
+        adapters: `{path: adapter}`, those that are trained.
         key: a `jax.random.key` (or an old-style `PRNGKey`).
         rate: the probability that an entry is dropped, at least 0 and below 1; 0 returns the adapters as they are. Or
             an fp32 scalar, which may be traced: each member of a population has its own.
 
+    Returns:
+        `{path: adapter}`, for this call.
+
     Raises:
         LoraError: another rate; `adapters` are no `{path: adapter}`, or `key` is no random key.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> def model(params, x):
+    ...     return x @ params["w"]
+    >>> params, x = {"w": jnp.ones((6, 4))}, jnp.ones((1, 6))
+    >>> plan = lora.plan(model, params, x, rules={"w": lora.Lora(rank=2)})
+    >>> adapters = jax.tree.map(lambda array: array + 1, lora.init(jax.random.key(0), params, plan))
+    >>> dropped = lora.with_dropout(adapters, jax.random.key(1), rate=0.5)
+    >>> apply = lora.lora_apply(model)
+    >>> bool(jnp.allclose(apply(params, dropped, x), apply(params, adapters, x)))
+    False
     """
     check_adapter_dict(CALL, adapters)
     check_key(CALL, key)

@@ -20,7 +20,28 @@ from lora_jax.core.products import Product
 
 
 class Factored(Adapter):
-    """An adapter whose A and B are made of fewer, or of other, numbers. A kind has to say how: `to_lora`."""
+    """An adapter whose A and B are made of fewer, or of other, numbers. A kind has to say how: `to_lora`.
+
+    A kind with a W1 W2 W3 in the place of A B, for example, is that much of a class:
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> from dataclasses import dataclass, field
+    >>> from typing import Any
+    >>> @lora.register_kind("an_example_of_three_factors")
+    ... @dataclass(frozen=True)
+    ... class ThreeFactors(lora.Factored):
+    ...     first: jax.Array
+    ...     second: jax.Array
+    ...     third: jax.Array
+    ...     axes: Any = field(metadata={"static": True})
+    ...     layout = {"first": ("inputs", "rank"), "second": ("rank", "width"), "third": ("width", "outputs")}
+    ...     def to_lora(self):
+    ...         return lora.LoraAdapter(self.first, self.second @ self.third, self.axes, None)
+    >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> adapter = ThreeFactors(jnp.ones((4, 2)), jnp.ones((2, 3)), jnp.ones((3, 5)), axes)
+    >>> float(lora.merge({"w": jnp.zeros((4, 5))}, {"w": adapter})["w"][0, 0])
+    6.0
+    """
 
     @abc.abstractmethod
     def to_lora(self) -> LoraAdapter:
@@ -45,10 +66,18 @@ class Compact(Factored):
 
     @abc.abstractmethod
     def scale_by(self, factor: jax.Array) -> Self:
-        """Return the adapter of factor * W, for a scalar factor."""
+        """Return the adapter of factor * W, for a scalar factor.
+
+        Args:
+            factor: a scalar.
+        """
 
     def apply(self, product: Product) -> jax.Array:
-        """Return x @ W', given y = x @ W, as `Operand.apply` does."""
+        """Return x @ W', given y = x @ W, as `Operand.apply` does.
+
+        Args:
+            product: x, y and how the two are multiplied.
+        """
         return self.to_lora().lower(None).apply(product)
 
     def kernel_shape(self) -> tuple[int, ...]:

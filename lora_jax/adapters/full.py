@@ -27,6 +27,12 @@ class Full(Rule):
 
     Raises:
         LoraError: a dtype that is not a floating one.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jnp.ones((6, 4)), "bias": jnp.zeros(4)}, jnp.ones((1, 6))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"] + p["bias"][None], params, x, rules={"bias": lora.Full()})
+    >>> lora.init(jax.random.key(0), params, plan)["bias"]
+    FullAdapter(delta 4)
     """
 
     dtype: Any = jnp.float32
@@ -46,7 +52,12 @@ class Full(Rule):
 @register_kind("full")
 @dataclass(frozen=True)
 class FullAdapter(Adapter):
-    """The change of an array, entry by entry."""
+    """The change of an array, entry by entry.
+
+    Attributes:
+        delta: D, of W's shape; fp32 by default.
+        axes: of W, all of which are outputs.
+    """
 
     delta: jax.Array  # W's shape
     axes: KernelAxes = field(metadata={"static": True})  # all of W's are outputs

@@ -28,12 +28,21 @@ from lora_jax.core.kinds import register_kind
 class Ia3(StackedRule):
     """W' = W diag(g), with g starting at one.
 
+    Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
+    arXiv 2205.05638.
+
     Args:
         dtype: of g.
         stack: as of `Lora`.
 
     Raises:
         LoraError: a dtype that is not a floating one.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jnp.ones((6, 4))}, jnp.ones((1, 6))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Ia3()})
+    >>> lora.init(jax.random.key(0), params, plan)["w"]
+    Ia3Adapter(gain 4, inputs (6,))
     """
 
     dtype: Any = jnp.float32
@@ -62,6 +71,11 @@ class Ia3Adapter(Gains):
     """The factors on the outputs of one weight. In a program it is an `OutputScaled` LoRA of rank 0.
 
     A vector that is added to the outputs, as a bias is, has its own: all of its axes are outputs, and W' is formed.
+
+    Attributes:
+        gain: g, fp32 [*stack, *outputs].
+        axes: which axes of W are stacked, inputs and outputs.
+        inputs: the sizes of W's axes of inputs.
     """
 
     gain: jax.Array  # [*stack, *outputs]
@@ -72,10 +86,12 @@ class Ia3Adapter(Gains):
 
     @property
     def forms_weight(self) -> bool:  # type: ignore[override]
+        """Return whether W' itself is formed: for a vector, all of whose axes are outputs."""
         return not self.axes.inputs
 
     @property
     def reads_weight(self) -> bool:  # type: ignore[override]
+        """Return whether the numbers in W are needed: where W' is formed."""
         return not self.axes.inputs
 
     def merge(self, w: jax.Array) -> jax.Array:
@@ -101,6 +117,11 @@ class Ia3InputsAdapter(Gains):
     x @ W' is a product of other activations than the program has, so programs that multiply by W form W', where
     `lora_apply(materialize=...)` allows it: merge the adapter, or put its factors on the outputs of the weight before,
     where nothing stands between the two but products with other activations.
+
+    Attributes:
+        input_gain: g, fp32 [*stack, *inputs].
+        axes: which axes of W are stacked, inputs and outputs.
+        outputs: the sizes of W's axes of outputs.
     """
 
     input_gain: jax.Array  # [*stack, *inputs]

@@ -25,6 +25,15 @@ class Loha(Lora):
     """W' = W + (alpha / rank) (A1 B1) * (A2 B2); arguments and errors are those of `Lora`.
 
     A1, A2 and B1 start as `init_a` says, B2 at zero.
+
+    Hyeon-Woo et al. 2022, "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning",
+    arXiv 2108.06098.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jnp.ones((6, 4))}, jnp.ones((1, 6))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Loha(rank=2)})
+    >>> lora.init(jax.random.key(0), params, plan)["w"]
+    LohaAdapter(a1 6x2, b1 2x4, a2 6x2, b2 2x4)
     """
 
     def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> Adapter:
@@ -41,7 +50,16 @@ class Loha(Lora):
 @register_kind("loha")
 @dataclass(frozen=True)
 class LohaAdapter(Scaled, Factored):
-    """The factors of one weight's change, scale * (A1 B1) * (A2 B2)."""
+    """The factors of one weight's change, scale * (A1 B1) * (A2 B2).
+
+    Attributes:
+        a1: A1, fp32 [*stack, *inputs, r].
+        b1: B1, fp32 [*stack, r, *outputs].
+        a2: A2, as A1.
+        b2: B2, as B1.
+        axes: which axes of W are stacked, inputs and outputs.
+        ratio: the scale in two parts, fp32 [2], which is not trained; None for a scale of 1.
+    """
 
     a1: jax.Array  # [*stack, *inputs, r]
     b1: jax.Array  # [*stack, r, *outputs]

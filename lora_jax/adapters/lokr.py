@@ -33,11 +33,20 @@ class Lokr(Lora):
     W1 starts at zero, A and B as `init_a` says. d and k are each taken apart into the two factors that are nearest to
     their square root, the smaller one for W1. W2 is whole where the rank is at least half of its larger side.
 
+    Other arguments are those of `Lora`. Yeh et al. 2023, "Navigating Text-To-Image Customization: From LyCORIS
+    Fine-Tuning to Model Evaluation", arXiv 2309.14859.
+
     Args:
         factor: what W1's sides are at most, instead; the largest divisors up to it.
 
     Raises:
         LoraError: a factor below 1; what `Lora` raises.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jnp.ones((6, 4))}, jnp.ones((1, 6))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Lokr(rank=1)})
+    >>> lora.init(jax.random.key(0), params, plan)["w"]  # 6 = 2 * 3, and 4 = 2 * 2
+    LokrAdapter(w1 2x2, a 3x1, inputs (6,), outputs (4,), b 1x2)
     """
 
     factor: int | None = None
@@ -53,7 +62,12 @@ class Lokr(Lora):
         return None
 
     def sides(self, d: int, k: int) -> tuple[int, int, int, int]:
-        """Return p, m, q and n: d = p m and k = q n."""
+        """Return p, m, q and n: d = p m and k = q n.
+
+        Args:
+            d: the number of inputs.
+            k: the number of outputs.
+        """
         (p, m), (q, n) = (_taken_apart(size, self.factor) for size in (d, k))
         return p, m, q, n
 
@@ -79,7 +93,17 @@ class Lokr(Lora):
 @register_kind("lokr")
 @dataclass(frozen=True)
 class LokrAdapter(Scaled, Compact):
-    """The factors of one weight's change, scale * W1 (x) (A B); without B, scale * W1 (x) A."""
+    """The factors of one weight's change, scale * W1 (x) (A B); without B, scale * W1 (x) A.
+
+    Attributes:
+        w1: W1, fp32 [*stack, p, q].
+        a: A, fp32 [*stack, m, r], or W2 [*stack, m, n].
+        axes: which axes of W are stacked, inputs and outputs.
+        ratio: the scale in two parts, fp32 [2], which is not trained; None for a scale of 1.
+        inputs: the sizes of W's axes of inputs.
+        outputs: the sizes of W's axes of outputs.
+        b: B, fp32 [*stack, r, n], or None where W2 is whole.
+    """
 
     w1: jax.Array  # [*stack, p, q]
     a: jax.Array  # [*stack, m, r], or W2 [*stack, m, n]
@@ -104,7 +128,7 @@ class LokrAdapter(Scaled, Compact):
         return LoraAdapter(a, b, self.axes, 1.0 if self.ratio is None else self.ratio)
 
     def lower(self, w: Any) -> CompactOperand:
-        """Convert to the operand, in which W1 has the scale."""
+        """Return the operand, in which W1 has the scale."""
         return CompactOperand(dataclasses.replace(self, w1=self.scaled(self.w1, w), ratio=None), self.axes)
 
     def merge(self, w: jax.Array) -> jax.Array:
@@ -114,7 +138,7 @@ class LokrAdapter(Scaled, Compact):
         return w + delta.transpose(self.axes.from_canonical()).astype(w.dtype)
 
     def apply(self, product: Product) -> jax.Array:
-        """Multiply x, seen as [T, p, m], by A, then by W1 and at last by B."""
+        """Return x @ W': x, seen as [T, p, m], is multiplied by A, then by W1 and at last by B."""
         if not isinstance(product, Matmul):
             return super().apply(product)
         n, x, y = len(self.axes.stack), product.x, product.y

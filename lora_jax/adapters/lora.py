@@ -31,6 +31,8 @@ Rank = int | Callable[[str, tuple[int, ...]], int]
 class Lora(StackedRule):
     """W' = W + (alpha / rank) A B.
 
+    Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
+
     Args:
         rank: r, the width of the factors; at most min(d, k) of every weight that it is used for. Or a function of a
             weight's path and shape that says its rank.
@@ -42,6 +44,9 @@ class Lora(StackedRule):
     Raises:
         LoraError: rank below 1; a scale that is zero or not finite in fp32; a dtype that is not a floating one;
             an `init_a` that is not a function.
+
+    >>> Lora(rank=8, alpha=16).scale
+    2.0
     """
 
     rank: Rank
@@ -61,6 +66,7 @@ class Lora(StackedRule):
 
     @property
     def scale(self) -> float:
+        """Return what A B is multiplied by: alpha / rank."""
         return 1.0 if self.alpha is None else float(self.alpha) / int(self.rank)  # type: ignore[arg-type]
 
     def at(self, path: str, shape: tuple[int, ...]) -> Self:
@@ -74,7 +80,13 @@ class Lora(StackedRule):
         return self.factors(key, w.shape, axes)
 
     def factors(self, key: jax.Array, shape: tuple[int, ...], axes: KernelAxes) -> "LoraAdapter":
-        """Return A and B as they start."""
+        """Return A and B as they start.
+
+        Args:
+            key: a random key.
+            shape: of the weight.
+            axes: which of its axes are stacked, inputs and outputs.
+        """
         stack, inputs, outputs = axes.sizes(shape)
         a = self.init_a(key, (*stack, *inputs, self.rank), math.prod(inputs), self.dtype)
         b = jnp.zeros((*stack, self.rank, *outputs), self.dtype)
@@ -98,13 +110,21 @@ class RsLora(Lora):
 
     @property
     def scale(self) -> float:
+        """Return what A B is multiplied by: alpha / sqrt(rank)."""
         return 1.0 if self.alpha is None else float(self.alpha) / math.sqrt(int(self.rank))  # type: ignore[arg-type]
 
 
 @register_kind("lora")
 @dataclass(frozen=True)
 class LoraAdapter(Scaled):
-    """The factors of one weight's change, scale * A B."""
+    """The factors of one weight's change, scale * A B.
+
+    Attributes:
+        a: A, fp32 [*stack, *inputs, r].
+        b: B, fp32 [*stack, r, *outputs].
+        axes: which axes of W are stacked, inputs and outputs.
+        ratio: the scale in two parts, fp32 [2], which is not trained; None for a scale of 1.
+    """
 
     a: jax.Array  # [*stack, *inputs, r]
     b: jax.Array  # [*stack, r, *outputs]

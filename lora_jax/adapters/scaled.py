@@ -60,7 +60,12 @@ class Scaled(Adapter):
         return shape
 
     def scaled(self, array: jax.Array, w: Any) -> jax.Array:
-        """Return scale * array, in fp32 or wider, as W is: the smallest factor takes the scale."""
+        """Return scale * array, in fp32 or wider, as W is: the smallest factor takes the scale.
+
+        Args:
+            array: a factor of the change.
+            w: W, or its shape and dtype.
+        """
         if self.ratio is None or (isinstance(self.ratio, np.ndarray) and self.scale == 1):
             return array
         return times_ratio(array.astype(accumulator(array.dtype, getattr(w, "dtype", array.dtype))), self.ratio)

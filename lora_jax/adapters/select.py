@@ -48,6 +48,9 @@ def select(bank: Mapping[str, Adapter], ids: Any, *, in_axes: Axes = 0, out_axes
             examples share. Scalars are shared. Keywords have their examples along axis 0.
         out_axes: where the results have them; None for one that is the same for all.
 
+    Returns:
+        `{path: adapter}` for `lora_apply`, of the bank's arrays and the ids.
+
     Raises:
         LoraError: the bank is empty, or no bank; ids are no whole numbers, or known to be beyond the bank. When
             applied: arguments and ids are not of as many examples; a result has no axis of examples.

@@ -89,6 +89,14 @@ def unstack(stacked: Mapping[str, Adapter]) -> list[dict[str, Adapter]]:
 
     Raises:
         LoraError: these are no stacked adapters, or not all of the same number; they are traced.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jnp.ones((6, 4))}, jnp.ones((1, 6))
+    >>> def adapters(rank):
+    ...     plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Lora(rank=rank)})
+    ...     return lora.init(jax.random.key(rank), params, plan)
+    >>> lora.unstack(lora.stack([adapters(1), adapters(3)]))
+    [{'w': LoraAdapter(a 6x1, b 1x4)}, {'w': LoraAdapter(a 6x3, b 3x4)}]
     """
     counts = {path: member_count(path, adapter) for path, adapter in stacked_items("unstack(stacked)", stacked)}
     if len(set(counts.values())) > 1:

@@ -38,6 +38,12 @@ class Rows(Rule):
     Raises:
         LoraError: indices that are no whole numbers of at least 0, or repeat; another axis; a dtype that is not a
             floating one.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, ids = {"table": jnp.ones((6, 4))}, jnp.array([2, 5])
+    >>> plan = lora.plan(lambda p, ids: p["table"][ids], params, ids, rules={"table": lora.Rows((4, 5))})
+    >>> lora.init(jax.random.key(0), params, plan)["table"]
+    RowsAdapter(values 2x4, indices (4, 5), size 6, axis 0)
     """
 
     indices: tuple[int, ...]
@@ -81,7 +87,15 @@ class Rows(Rule):
 @register_kind("rows")
 @dataclass(frozen=True)
 class RowsAdapter(Adapter):
-    """The trained rows of one table."""
+    """The trained rows of one table.
+
+    Attributes:
+        values: the rows, fp32 [n, d], one for each of `indices`.
+        axes: which axes of the table are inputs and outputs.
+        indices: of the rows in the table.
+        size: how many rows the table has.
+        axis: of the table along which the rows are counted.
+    """
 
     values: jax.Array  # [n, d]
     axes: KernelAxes = field(metadata={"static": True})

@@ -33,6 +33,8 @@ class Vera(StackedRule):
     All weights of a plan that have the same `Vera` share A and B, which are as wide as the widest of them: with other
     weights in the plan they may be others.
 
+    Kopiczko et al. 2023, "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454.
+
     Args:
         rank: of A and B, at least 1. It costs few parameters, and 256 is usual; as of LoRA's, time grows with it.
         seed: of A and B, which start as Kaiming's uniform distribution says.
@@ -43,6 +45,12 @@ class Vera(StackedRule):
 
     Raises:
         LoraError: an argument that is not of this kind.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jnp.ones((6, 4))}, jnp.ones((1, 6))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Vera(rank=16)})
+    >>> lora.init(jax.random.key(0), params, plan)["w"]
+    VeraAdapter(d 16, b 4, inputs (6,), outputs (4,), seed 0, widths (6, 4))
     """
 
     rank: int = 256
@@ -80,6 +88,11 @@ class Vera(StackedRule):
         return f"Vera(widths={self.widths}) has no room for {d} inputs and {k} outputs: leave `widths` out"
 
     def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> Adapter:
+        """Return the vectors as they start.
+
+        Raises:
+            LoraError: the rule is of no plan, so that nobody has said which weights share A and B.
+        """
         if self.widths is None:
             raise LoraError("Vera has to know all weights that share A and B: make its plan with lora.plan.")
         stack, inputs, outputs = axes.sizes(w.shape)
@@ -95,7 +108,17 @@ class Vera(StackedRule):
 @register_kind("vera")
 @dataclass(frozen=True)
 class VeraAdapter(Compact):
-    """The vectors of one weight, and which A and B they are for."""
+    """The vectors of one weight, and which A and B they are for.
+
+    Attributes:
+        d: the vector between A and B, fp32 [*stack, r].
+        b: the vector after B, fp32 [*stack, *outputs].
+        axes: which axes of W are stacked, inputs and outputs.
+        inputs: the sizes of W's axes of inputs.
+        outputs: the sizes of W's axes of outputs.
+        seed: of A and B.
+        widths: the numbers of inputs and outputs that A and B were drawn for.
+    """
 
     d: jax.Array  # [*stack, r]
     b: jax.Array  # [*stack, *outputs]

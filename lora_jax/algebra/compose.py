@@ -50,7 +50,11 @@ def compose(
     Weights are applied before signs are elected, so that a negative weight turns a change round; with weights of 1 a
     mean is the mean. The changes are formed at the weight's size, one matrix after another, but for `"sum"` and
     `"knots_..."`, which work on factors; all in fp64 on this host. Stacked matrices are merged one by one, as those of
-    layers apart would be. The sources are in `lora_jax/algebra/sparsify.py` and `knots.py`.
+    layers apart would be.
+
+    DARE: Yu et al. 2023, "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
+    arXiv 2311.03099. TIES: Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models", arXiv
+    2306.01708. KnOTS: Stoica et al. 2024, "Model merging with SVD to tie the Knots", arXiv 2410.19735.
 
     Args:
         parts: `[(adapters, weight), ...]`, as of `combine`. A path that a part lacks is one that it does not change.

@@ -43,7 +43,11 @@ class ConvertedWeight:
 
 @dataclass(frozen=True, repr=False)
 class Conversion(ByPath[ConvertedWeight]):
-    """`{path: ConvertedWeight}`; its text is a table."""
+    """`{path: ConvertedWeight}`; its text is a table.
+
+    Attributes:
+        weights: `{path: ConvertedWeight}`.
+    """
 
     @property
     def loss(self) -> float:

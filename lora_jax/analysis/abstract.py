@@ -97,6 +97,15 @@ def abstract_state(
 
     Raises:
         LoraError: a parameter has no sharding; as `lora.init`.
+
+    >>> import jax, jax.numpy as jnp, optax, lora_jax as lora
+    >>> mesh = jax.make_mesh((1, 1), ("data", "fsdp"), (jax.sharding.AxisType.Auto,) * 2)
+    >>> params = lora.abstract({"w": jnp.ones((8, 4))}, mesh, jax.P("fsdp"))
+    >>> x = jax.ShapeDtypeStruct((1, 8), jnp.float32)
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Lora(rank=2)})
+    >>> state = lora.abstract_state(params, plan, lora.freeze_base(optax.adam(1e-3)))
+    >>> state.trainable["w"].a.shape
+    (8, 2)
     """
     check_is(STATE_CALL, "plan", plan, Plan, "a plan: make it with lora.plan(fn, params, *args, rules={...})")
     if not plan:

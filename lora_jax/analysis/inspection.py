@@ -53,7 +53,11 @@ class WeightSummary:
 
 @dataclass(frozen=True, repr=False)
 class Inspection(ByPath[WeightSummary]):
-    """`{path: WeightSummary}` in the order of the paths; its text is a table."""
+    """`{path: WeightSummary}` in the order of the paths; its text is a table.
+
+    Attributes:
+        weights: `{path: WeightSummary}`.
+    """
 
     @property
     def parameters(self) -> int:

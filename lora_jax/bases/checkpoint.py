@@ -43,6 +43,12 @@ def save(folder: str | Path, params: Any) -> None:
     Raises:
         LoraError: the folder holds something else, which is named and left alone, or it cannot be written; `params`
             hold a leaf that cannot be saved, or an array that is spread over several hosts. Then nothing has changed.
+
+    >>> import tempfile, jax.numpy as jnp, lora_jax as lora
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lora.bases.save(f"{folder}/base", {"layer": {"w": jnp.ones((8, 4)), "bias": jnp.zeros(4)}})
+    ...     lora.bases.load(f"{folder}/base")["layer"]["w"].shape
+    (8, 4)
     """
     arrays = jax.tree.map(lambda leaf: _on_disk(leaf) if is_packed(leaf) else leaf, params, is_leaf=is_packed)
     saving.check_arrays(arrays, "")
@@ -63,9 +69,20 @@ def load(folder: str | Path, shardings: Any = None) -> Any:
         folder: a folder that `save` wrote.
         shardings: as in `lora.bases.place`; without it, the arrays are committed to no device.
 
+    Returns:
+        Nested dicts, as they were saved.
+
     Raises:
         LoraError: there is no such folder; it was not written by `save`, or by a newer version; it is damaged; a packed
             weight is of an unknown class; `shardings` do not have the paths of the parameters.
+
+    >>> import tempfile, jax.numpy as jnp, lora_jax as lora
+    >>> base = lora.bases.quantize({"w": jnp.ones((64, 4))}, {"w": lora.bases.Nf4()})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lora.bases.save(f"{folder}/base", base)
+    ...     again = lora.bases.load(f"{folder}/base")
+    >>> bool((again["w"].codes == base["w"].codes).all())
+    True
     """
     params = saving.read_folder(Path(folder), SAVED, "base saved by lora.bases.save", _read)
     return jax.tree.map(jnp.asarray, params) if shardings is None else place(params, shardings)

@@ -26,6 +26,10 @@ class Format(ShortRepr, abc.ABC):
     Args:
         stack: how many leading axes are stack axes, as of scanned layers or experts; by default all but the last two.
         dtype: of the dequantized values; by default that of the weight.
+
+    >>> import lora_jax as lora
+    >>> [isinstance(form, lora.bases.Format) for form in (lora.bases.Nf4(), lora.bases.Int8(), lora.bases.Fp8())]
+    [True, True, True]
     """
 
     stack: int | None = None
@@ -33,7 +37,16 @@ class Format(ShortRepr, abc.ABC):
 
     @abc.abstractmethod
     def pack(self, w: jax.Array, stack: int, dtype: Any) -> "Packed":
-        """Pack a finite weight with this many stack axes; `dtype` is that of the dequantized values."""
+        """Return a weight, packed.
+
+        Args:
+            w: the weight, finite floats [*stack, *matrix].
+            stack: how many of its axes are stack axes.
+            dtype: of the dequantized values.
+
+        Raises:
+            LoraError: the weight does not fit the format.
+        """
 
     def __repr__(self) -> str:
         return repr_of_call(self)
@@ -44,7 +57,19 @@ class Format(ShortRepr, abc.ABC):
 
 
 def dense(params: Any) -> Any:
-    """Return the same tree with every packed weight dequantized to an array; two that are one stay one array."""
+    """Unpack all packed weights of a tree.
+
+    Args:
+        params: a tree of arrays and packed weights.
+
+    Returns:
+        The same tree with an array in the place of each packed weight; two that are one stay one array.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> base = lora.bases.quantize({"w": jnp.ones((64, 4))}, {"w": lora.bases.Int8()})
+    >>> lora.bases.dense(base)["w"][0].tolist()
+    [1.0, 1.0, 1.0, 1.0]
+    """
     _, leaves, treedef = flatten_with_names(params)
     keys = list(map(same, leaves))
     found = {key: unpacked(leaf) for key, leaf in dict(zip(keys, leaves, strict=True)).items()}

@@ -29,7 +29,15 @@ CALL = "to_host(params, patterns)"
 @register_node("lora_jax.HostArray")
 @dataclass(frozen=True)
 class HostArray(Packed):
-    """A weight as it is, in the memory of the host, in the place of an array."""
+    """A weight as it is, in the memory of the host, in the place of an array.
+
+    Attributes:
+        array: the weight, [*s, *inner].
+        inner: the shape of one matrix.
+        value_dtype: the dtype of the weight.
+        deferred: what is done to each matrix.
+        compute_sharding: of one matrix, while something is multiplied by it; None for none.
+    """
 
     array: jax.Array  # [*s, *inner]
     inner: tuple[int, ...] = field(metadata={"static": True})

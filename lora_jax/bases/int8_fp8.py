@@ -25,10 +25,17 @@ from lora_jax.core.serialization import register_node
 class Int8(Format):
     """Integers of 8 bits, with one fp32 scale for each output of a matrix.
 
+    Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", arXiv 2208.07339, also
+    has scales for rows of activations; here these keep their dtype.
+
     Args:
         stack, dtype: as of every `Format`.
         inputs: how many of a matrix's axes, the first ones, are inputs; by default all but the last. With 1, a kernel
             [d, heads, head_dim] has a scale for each entry of each head.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> lora.bases.quantize({"w": jnp.ones((64, 4))}, {"w": lora.bases.Int8()})
+    {'w': EightBits(64x4: q 64x4 int8, scales 4)}
     """
 
     inputs: int | None = None
@@ -39,7 +46,14 @@ class Int8(Format):
 
 @dataclass(frozen=True)
 class Fp8(Format):
-    """Floats of 8 bits (e4m3), with one fp32 scale for each output of a matrix; arguments as of `Int8`."""
+    """Floats of 8 bits (e4m3), with one fp32 scale for each output of a matrix; arguments as of `Int8`.
+
+    Micikevicius et al. 2022, "FP8 Formats for Deep Learning", arXiv 2209.05433.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> lora.bases.quantize({"w": jnp.ones((64, 4))}, {"w": lora.bases.Fp8()})
+    {'w': EightBits(64x4: q 64x4 float8_e4m3fn, scales 4)}
+    """
 
     inputs: int | None = None
 
@@ -50,7 +64,16 @@ class Fp8(Format):
 @register_node("lora_jax.EightBits")
 @dataclass(frozen=True)
 class EightBits(Packed):
-    """A weight of `Int8` or `Fp8`."""
+    """A weight of `Int8` or `Fp8`.
+
+    Attributes:
+        q: the codes, int8 or float8_e4m3fn [*s, *inputs, *outputs].
+        scales: fp32 [*s, *outputs].
+        inner: the shape of one matrix as it was packed.
+        value_dtype: the dtype that dequantized values are rounded to.
+        deferred: what is done to each matrix after that.
+        compute_sharding: of one matrix, as it was packed, while something is multiplied by it; None for none.
+    """
 
     q: jax.Array  # int8 or float8_e4m3fn [*s, *inputs, *outputs]
     scales: jax.Array  # fp32 [*s, *outputs]

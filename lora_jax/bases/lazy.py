@@ -24,6 +24,12 @@ class Stored:
     Args:
         like: its shape and dtype, as a `jax.ShapeDtypeStruct`; of a packed weight, a `Packed` with such leaves.
         read: reads the array (of NumPy or JAX) or the packed weight, again at each call.
+
+    >>> import jax, jax.numpy as jnp, numpy as np, lora_jax as lora
+    >>> like = jax.ShapeDtypeStruct((64, 4), jnp.float32)
+    >>> params = {"w": lora.bases.Stored(like, lambda: np.ones((64, 4), np.float32))}
+    >>> lora.bases.quantize(params, {"w": lora.bases.Int8()})
+    {'w': EightBits(64x4: q 64x4 int8, scales 4)}
     """
 
     like: Any
@@ -31,10 +37,12 @@ class Stored:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Return the shape of the weight."""
         return self.like.shape
 
     @property
     def dtype(self) -> Any:
+        """Return the dtype of the weight."""
         return self.like.dtype
 
 

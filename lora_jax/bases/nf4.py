@@ -39,6 +39,8 @@ CODE = np.array(nf4_kernels.CODE, np.float32)  # the numbers that codes stand fo
 class Nf4(Format):
     """4 bits a number: W = code[q] * scale, the nearest of 16 codes to W / scale, which is a block's largest |W|.
 
+    Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314.
+
     Args:
         stack, dtype: as of every `Format`.
         double: whether the scales are quantized too: 0.516 bytes a number instead of 0.5625.
@@ -46,6 +48,10 @@ class Nf4(Format):
             or in a `shard_map`, for few rows of x, as in generation.
         inputs: how many of a matrix's axes, the first ones, a block runs along; by default as few as hold whole blocks.
             bitsandbytes takes all inputs: 2 for a kernel [heads, head_dim, d] of 64 heads, where the default is 1.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> lora.bases.quantize({"w": jnp.ones((64, 4))}, {"w": lora.bases.Nf4()})
+    {'w': Nf4Weight(64x4: codes 64x4 uint4, scales 1x4 uint8, outer 1, mean scalar)}
     """
 
     double: bool = True
@@ -86,7 +92,19 @@ def column_axes(inner: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...
 @register_node("lora_jax.Nf4Weight")
 @dataclass(frozen=True)
 class Nf4Weight(Packed):
-    """A weight in NF4: codes of 4 bits, and their scales."""
+    """A weight in NF4: codes of 4 bits, and their scales.
+
+    Attributes:
+        codes: uint4 [*s, d, k], d padded to whole blocks.
+        scales: fp32 [*s, d / 64, k], or with double quantization uint8.
+        outer: the scales of scales, fp32 [*s, d / 64 * k / 256], those of one column after another; or None.
+        mean: fp32 [*s], beside `outer`: the mean, which is subtracted from the scales; or None.
+        inner: the shape of one matrix as it was packed.
+        value_dtype: the dtype that dequantized values are rounded to.
+        deferred: what is done to each matrix after that.
+        compute_sharding: of one matrix, as it was packed, while something is multiplied by it; None for none.
+        kernel: as of `Nf4`.
+    """
 
     codes: jax.Array  # uint4 [*s, d, k], d padded to whole blocks
     scales: jax.Array  # fp32 [*s, d / 64, k], or with double quantization uint8
@@ -120,7 +138,7 @@ class Nf4Weight(Packed):
         return dataclasses.replace(self, scales=self.fp32_scales(), outer=None, mean=None)
 
     def dot(self, x: jax.Array, inputs: tuple[int, ...], precision: Any) -> jax.Array | None:
-        """Multiply by a kernel, if W as it is packed is one matrix [inputs, outputs] or [outputs, inputs]."""
+        """Return the product of a kernel, if W as it is packed is one matrix [inputs, outputs] or [outputs, inputs]."""
         n, deferred, (d, k) = len(inputs), self.deferred, self.codes.shape[-2:]
         transposed = len(self.inner) == 2 and deferred[:1] == (("transpose", (1, 0)),)
         moved = any(name == "transpose" for name, _ in (deferred[1:] if transposed else deferred))
@@ -146,10 +164,15 @@ class Nf4Weight(Packed):
         return found, (found.ndim - 2,)
 
     def repack(self, w: jax.Array) -> "Nf4Weight":
+        """Return other matrices [*s, *inner], packed in the same way.
+
+        Raises:
+            LoraError: as of `Nf4.pack`.
+        """
         return Nf4(double=self.outer is not None, kernel=self.kernel).pack(w, len(self.stack), self.value_dtype)
 
     def array_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
-        """Split d and k, which hold several axes of W, as the first of these is split."""
+        """Return specs in which d and k, which hold several axes of W, are split as the first of these is split."""
         d, k = column_axes(self.inner)
         rows = math.prod(self.inner[axis] for axis in d)
         along_d, along_k = (

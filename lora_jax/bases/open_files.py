@@ -28,8 +28,19 @@ def open_safetensors(path: str | Path) -> dict[str, Stored]:
     Args:
         path: a file, or a folder with `model.safetensors` or an index and its shards.
 
+    Returns:
+        `{name: Stored}`, for `from_torch` or `quantize`.
+
     Raises:
         LoraError: a file is missing or damaged; a tensor is packed in another format, or does not fit its description.
+
+    >>> import tempfile, numpy as np, lora_jax as lora
+    >>> from safetensors.numpy import save_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"up.weight": np.ones((8, 4), np.float32)}, f"{folder}/model.safetensors")
+    ...     tensors = lora.bases.open_safetensors(folder)
+    ...     tensors["up.weight"].shape, tensors["up.weight"].read().sum()
+    ((8, 4), np.float32(32.0))
     """
     path = Path(path).absolute()
     is_file = os.path.isfile(path)

@@ -33,6 +33,13 @@ def place(params: Any, shardings: Any, *, batch_axes: Sequence[str] = BATCH_AXES
     Raises:
         LoraError: the trees have different paths; a packed weight has no `NamedSharding`, or one that splits an axis
             unevenly or does not fit its shape.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> mesh = jax.make_mesh((1,), ("tp",))
+    >>> base = lora.bases.quantize({"w": jnp.ones((64, 4))}, {"w": lora.bases.Nf4()})
+    >>> placed = lora.bases.place(base, {"w": jax.NamedSharding(mesh, jax.P(None, "tp"))})
+    >>> placed["w"].codes.sharding.spec == jax.P(None, "tp")
+    True
     """
     names, leaves, treedef = flatten_with_names(params)
     there, places, _ = flatten_with_names(shardings, is_leaf=lambda node: isinstance(node, jax.sharding.Sharding))

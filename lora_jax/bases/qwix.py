@@ -25,7 +25,19 @@ from lora_jax.core.paths import READERS, Reader
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QwixWeight(Packed):
-    """A weight of qwix. Its leading axes are stack axes as far as each index along them has scales of its own."""
+    """A weight of qwix. Its leading axes are stack axes as far as each index along them has scales of its own.
+
+    Attributes:
+        q: the codes, [*s, *inner], of 8 bits or less.
+        scales: [*s, *tiles], of W's dtype.
+        zero: zero points, [*s, *tiles], of q's dtype; or None.
+        inner: the shape of one matrix as it was packed.
+        value_dtype: the dtype that dequantized values are rounded to.
+        kind: qwix's name of the format of the codes.
+        node: the structure of qwix's node, without its arrays.
+        deferred: what is done to each matrix after that.
+        compute_sharding: of one matrix, as it was packed, while something is multiplied by it; None for none.
+    """
 
     q: jax.Array  # [*s, *inner], of 8 bits or less
     scales: jax.Array  # [*s, *tiles], of W's dtype
@@ -55,7 +67,7 @@ class QwixWeight(Packed):
         return jax.tree.unflatten(self.node, self.arrays().values())
 
     def repack(self, w: jax.Array) -> "QwixWeight":
-        """Quantize with scales from the largest |W| of each tile; with zero points, from its smallest and largest W."""
+        """Return other matrices, packed with scales of each tile's largest |W|, or of its range with zero points."""
         w = w.astype(jnp.float32)
         scales, zero = _calibrated(w, self.scales.shape, self.q.dtype, self.kind, self.zero is not None)
         scales = _allowed(scales, self.kind).astype(self.scales.dtype)
@@ -65,7 +77,7 @@ class QwixWeight(Packed):
         return dataclasses.replace(self, q=_rounded(q, self.q.dtype, self.kind), scales=scales, zero=zero)
 
     def array_specs(self, spec: Sequence[Any], size: Size) -> dict[str, tuple[Any, ...]]:
-        """Split codes as W, and scales likewise along axes with several tiles that the mesh divides evenly."""
+        """Return specs that split codes as W, and scales along axes with several tiles that the mesh divides evenly."""
 
         def split(tiles: Sequence[int]) -> tuple[Any, ...]:
             return tuple(

@@ -50,6 +50,14 @@ def save(folder: str | Path, adapters: Mapping[str, Adapter], others: Mapping[st
     Raises:
         LoraError: the folder holds something else, which is named and left alone, or it cannot be written; `others` are
             not dicts of arrays; an array is spread over several hosts. Then nothing has changed.
+
+    >>> import tempfile, jax.numpy as jnp, lora_jax as lora
+    >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> adapters = {"w": lora.LoraAdapter(jnp.ones((4, 2)), jnp.ones((2, 3)), axes, 1.0)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lora.checkpoint.save(f"{folder}/adapters", adapters, {"head": jnp.zeros(3)})
+    ...     lora.checkpoint.load(f"{folder}/adapters")
+    ({'w': LoraAdapter(a 4x2, b 2x3)}, {'head': Array([0., 0., 0.], dtype=float32)})
     """
     call = "save(folder, adapters, others)"
     check_folder(call, folder)

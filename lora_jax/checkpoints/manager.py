@@ -66,6 +66,18 @@ class Checkpoints:
 
     Raises:
         LoraError: an argument is none of these; the folder holds something else, or cannot be made.
+
+    >>> import tempfile, jax, jax.numpy as jnp, optax, lora_jax as lora
+    >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Lora(rank=1)})
+    >>> state = lora.TrainState.create(lora.init(jax.random.key(0), params, plan), lora.freeze_base(optax.sgd(0.1)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with lora.Checkpoints(f"{folder}/run", params, plan) as checkpoints:
+    ...         state, position = checkpoints.restore(state)  # the one that was given, as there is none yet
+    ...         _ = checkpoints.save(state, {"loss": 1.0}, position={"next": 7}, force=True)
+    ...         checkpoints.wait()
+    ...         checkpoints.steps, checkpoints.restore(state)[1]
+    ([0], {'next': 7})
     """
 
     def __init__(

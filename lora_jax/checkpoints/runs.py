@@ -42,6 +42,15 @@ def load(folder: str | Path, *, step: int | None = None) -> Loaded:
     Raises:
         LoraError: no such folder or step; written by something else, or by a newer version; damaged; of an unknown
             kind.
+
+    >>> import tempfile, jax.numpy as jnp, lora_jax as lora
+    >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     adapter = lora.LoraAdapter(jnp.ones((4, 2)), jnp.ones((2, 3)), axes, 1.0)
+    ...     lora.checkpoint.save(f"{folder}/adapters", {"w": adapter})
+    ...     adapters, others = lora.checkpoint.load(f"{folder}/adapters")
+    >>> adapters, others
+    ({'w': LoraAdapter(a 4x2, b 2x3)}, {})
     """
     folder = Path(folder).absolute()
     steps = steps_in(folder)

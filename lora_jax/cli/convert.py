@@ -37,7 +37,7 @@ from lora_jax.interop.peft.save import save_peft
 from lora_jax.interop.peft.tied_tables import Tied
 
 From = Literal["peft", "gguf", "mlx", "kohya", "orbax"]
-To = Literal["peft", "vllm", "sglang", "loralib", "gguf", "mlx", "kohya", "diffusers", "orbax"]
+To = Literal["peft", "vllm", "vllm-by-expert", "sglang", "loralib", "gguf", "mlx", "kohya", "diffusers", "orbax"]
 
 
 def convert(
@@ -61,7 +61,8 @@ def convert(
         adapters: a folder of lora_jax.checkpoint.save, of lora_jax.Checkpoints, of HF PEFT or of mlx-lm; a GGUF; or a
             file of safetensors of sd-scripts, LyCORIS, ComfyUI or diffusers.
         output: a new folder, or a new file for gguf, kohya and diffusers.
-        to: HF PEFT; the parts of it that vLLM and SGLang read (one rank, one scale); loralib's names; gguf for
+        to: HF PEFT; the parts of it that vLLM and SGLang read (one rank, one scale; vllm-by-expert for models that vLLM
+            has with modules of each expert); loralib's names; gguf for
             llama.cpp and Ollama; mlx for mlx-lm; kohya for sd-scripts and ComfyUI; diffusers; or the orbax folder of
             lora_jax.checkpoint, in which adapters that name their modules have these names as their paths.
         source: the format of ADAPTERS, where the files do not tell it.
@@ -94,7 +95,7 @@ def _convert_in_memory(
         if contents.key_map is not None:  # from which training goes on
             found, others = in_fp32((found, others))
         checkpoint.save(output, found, others)
-    elif to in ("peft", "vllm", "sglang", "loralib"):
+    elif to in ("peft", "vllm", "vllm-by-expert", "sglang", "loralib"):
         save_peft(output, found, table_of(adapters, contents, names), others=others, profile=to, tied=tied)
     else:
         if others or tied != "refuse":

@@ -29,6 +29,12 @@ class Rule(ShortRepr, abc.ABC):
     `whole` is for rules that take arrays of any shape, used in any way; `reads_weight` for those whose `init` looks at
     the numbers in W and not at its shape alone. `stack` are axes of the weight that are stacked matrices beside those
     that the program shows; `shares` names, for a group of axes, the array that all indices along them have in common.
+
+    A kind of one's own is made by a subclass and `lora.register_kind`, whose example has both classes.
+
+    >>> import lora_jax as lora
+    >>> [isinstance(rule, lora.Rule) for rule in (lora.Lora(rank=8), lora.Full(), "Lora")]
+    [True, True, False]
     """
 
     whole: ClassVar[bool] = False
@@ -38,7 +44,13 @@ class Rule(ShortRepr, abc.ABC):
 
     @abc.abstractmethod
     def init(self, key: jax.Array, w: Any, axes: KernelAxes) -> "Adapter":
-        """Return a fresh adapter for a weight, of which only the shape is known unless the rule `reads_weight`."""
+        """Return a fresh adapter for a weight, of which only the shape is known unless the rule `reads_weight`.
+
+        Args:
+            key: a random key of this weight's own.
+            w: the weight, or its `jax.ShapeDtypeStruct`.
+            axes: which of its axes are stacked, inputs and outputs.
+        """
 
     @abc.abstractmethod
     def flops(self, shape: tuple[int, ...], axes: KernelAxes, rows: tuple[int, int]) -> int:
@@ -50,15 +62,29 @@ class Rule(ShortRepr, abc.ABC):
         """
 
     def at(self, path: str, shape: tuple[int, ...]) -> Self:
-        """Return the rule for one weight, where it depends on the weight."""
+        """Return the rule for one weight, where it depends on the weight.
+
+        Args:
+            path: of the weight.
+            shape: of the weight.
+        """
         return self
 
     def among(self, fans: Iterable[tuple[int, int]]) -> Self:
-        """Return the rule, where it depends on the (inputs, outputs) of all the matrices that it is used for."""
+        """Return the rule, where it depends on the (inputs, outputs) of all the matrices that it is used for.
+
+        Args:
+            fans: (inputs, outputs) of each matrix, numbers of entries.
+        """
         return self
 
     def problem(self, shape: tuple[int, ...], axes: KernelAxes) -> str | None:
-        """Return why the rule cannot be used for a weight along these axes; None if it can."""
+        """Return why the rule cannot be used for a weight along these axes; None if it can.
+
+        Args:
+            shape: of the weight.
+            axes: which of its axes are stacked, inputs and outputs.
+        """
         return None
 
     def __repr__(self) -> str:
@@ -76,6 +102,11 @@ class Adapter(ShortRepr, abc.ABC):
         frozen: the names of the arrays that are never trained.
         reads_weight: whether `lower` looks at the numbers in W.
         forms_weight: whether `lower` gives W' itself.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> adapter = lora.FullAdapter(jnp.full(3, 0.5), lora.KernelAxes(stack=(), inputs=(), outputs=(0,)))
+    >>> isinstance(adapter, lora.Adapter), adapter.kernel_shape(), adapter.merge(jnp.ones(3)).tolist()
+    (True, (3,), [1.5, 1.5, 1.5])
     """
 
     axes: KernelAxes
@@ -86,19 +117,29 @@ class Adapter(ShortRepr, abc.ABC):
 
     @abc.abstractmethod
     def merge(self, w: jax.Array) -> jax.Array:
-        """Return W', given W in fp32 or wider; both with W's own axes."""
+        """Return W', given W in fp32 or wider; both with W's own axes.
+
+        Args:
+            w: W.
+        """
 
     @abc.abstractmethod
     def lower(self, w: Any) -> Operand | jax.Array:
-        """Convert the adapter to the operand used while tracing; called once per weight.
+        """Return the operand that stands for W' while tracing; called once per weight.
 
         Where W' is no larger than the adapter, as for biases, W' itself may be returned.
+
+        Args:
+            w: W, or its shape and dtype if the kind does not say `reads_weight`.
         """
 
     def lowering(self, w: Any) -> Callable[[Any], Operand | jax.Array]:
         """Return what lowers adapters that are equal to this one, as its copies are, each with a gradient of its own.
 
         A kind that `reads_weight` says here what it computes of W once for all of them.
+
+        Args:
+            w: as of `lower`.
         """
         return lambda adapter: adapter.lower(w)
 
@@ -115,12 +156,21 @@ class Adapter(ShortRepr, abc.ABC):
         return {name: array for name, array in found.items() if array is not None}
 
     def replace_arrays(self, change: Callable[[Any, Layout], Any], axes: KernelAxes | None = None) -> Self:
-        """Return the adapter with `change(array, layout)` in the place of each array, and with other axes if given."""
+        """Return the adapter with `change(array, layout)` in the place of each array, and with other axes if given.
+
+        Args:
+            change: takes an array and its layout, a tuple of the groups of W's axes that it has.
+            axes: of the result; None for those that the adapter has.
+        """
         arrays = {name: change(array, self.layout[name]) for name, array in self.arrays().items()}
         return dataclasses.replace(self, axes=axes or self.axes, **arrays)  # type: ignore[type-var]
 
     def specs(self, spec: jax.P) -> Self:
-        """Return the partition specs of the arrays, where W's spec has an entry for each of its axes."""
+        """Return the partition specs of the arrays, where W's spec has an entry for each of its axes.
+
+        Args:
+            spec: of W, `jax.P` with as many entries as W has axes.
+        """
         return self.replace_arrays(spec_follower(spec, self.axes))
 
     def kernel_shape(self) -> tuple[int, ...]:

@@ -10,6 +10,11 @@ class LoraError(ValueError):
 
     Names in messages may come from files that are not trusted, so no character of them reaches a terminal that it would
     obey: only the breaks between lines are kept.
+
+    >>> import lora_jax as lora
+    >>> lora.Lora(rank=0)
+    Traceback (most recent call last):
+    lora_jax.core.errors.LoraError: Lora(rank=0): the rank is a whole number of at least 1, for example 8.
     """
 
     def __init__(self, message: str) -> None:
@@ -17,7 +22,11 @@ class LoraError(ValueError):
 
 
 class LoraWarning(UserWarning):
-    """Something was done as asked, and may not be what was meant. The message names the path and the mend."""
+    """Something was done as asked, and may not be what was meant. The message names the path and the mend.
+
+    >>> import warnings, lora_jax as lora
+    >>> warnings.filterwarnings("error", category=lora.LoraWarning)  # to stop where there is one
+    """
 
 
 def short(value: Any) -> str:

@@ -21,7 +21,11 @@ class NoArray:
 
     @property
     def T(self) -> Any:  # noqa: N802 (the name of it in JAX and NumPy)
-        """Refuse to be transposed."""
+        """Refuse to be transposed.
+
+        Raises:
+            LoraError: always.
+        """
         refuse_use(self)
 
 

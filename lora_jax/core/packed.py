@@ -36,6 +36,19 @@ class Packed(ShortRepr, NoArray, abc.ABC):
 
     What a program does to each matrix before it multiplies by it is recorded in `deferred`, and applied to the
     dequantized values. `shape` and `dtype` are those after it.
+
+    Attributes:
+        inner: the shape of one matrix as it was packed.
+        value_dtype: the dtype that dequantized values are rounded to.
+        deferred: what is done to each matrix after that.
+        compute_sharding: of one matrix, as it was packed, while something is multiplied by it; None for none.
+        parts: the names of the fields that hold packed arrays.
+        dot_dtype: of the results of `dot`, where it is not x's.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> base = lora.bases.quantize({"w": jnp.ones((64, 4))}, {"w": lora.bases.Int8()})
+    >>> isinstance(base["w"], lora.bases.Packed), base["w"].shape, base["w"].nbytes
+    (True, (64, 4), 272)
     """
 
     inner: tuple[int, ...]  # the shape of one matrix as it was packed
@@ -51,7 +64,11 @@ class Packed(ShortRepr, NoArray, abc.ABC):
 
     @abc.abstractmethod
     def repack(self, w: jax.Array) -> Self:
-        """Pack other matrices [*s, *inner] in the same way."""
+        """Return other matrices [*s, *inner], packed in the same way.
+
+        Args:
+            w: the matrices, floats.
+        """
 
     @property
     @abc.abstractmethod
@@ -63,16 +80,27 @@ class Packed(ShortRepr, NoArray, abc.ABC):
         """Return the spec of each packed array, without its stack axes, for the spec of one matrix.
 
         An axis that cannot be split in that way, because a block would be cut, is whole.
+
+        Args:
+            spec: of one matrix: a name or names of mesh axes, or None, for each of its axes.
+            size: says the size of such an entry, in devices.
         """
 
     def matrix_spec(self, own: Sequence[Any]) -> list[Any]:
-        """Return the spec of one matrix for that of the first packed array, by default of the same axes."""
+        """Return the spec of one matrix for that of the first packed array, by default of the same axes.
+
+        Args:
+            own: the entries for the axes of the first packed array, without its stack axes.
+        """
         return list(own)
 
     def blocks(self, w: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
         """Return a weight of this shape, and its axes along which numbers share a scale, by default whole matrices.
 
         The numbers keep their order as far as that can be: they are not to be copied for it.
+
+        Args:
+            w: as it was packed or as it would be, [*s, *inner].
         """
         return w, tuple(range(len(self.stack), w.ndim))
 
@@ -129,6 +157,14 @@ class Packed(ShortRepr, NoArray, abc.ABC):
         """Multiply x [*T, *inputs] by W over these axes of W -> [*T, *outputs], without an array of W's size.
 
         None where a format has no kernel for this product, or none on this device.
+
+        Args:
+            x: [*T, *inputs].
+            inputs: the axes of one matrix that are contracted with x, in the order of x's last axes.
+            precision: of the product, as of `jax.lax.dot_general`.
+
+        Returns:
+            [*T, *outputs], or None.
         """
         return None
 
@@ -137,7 +173,11 @@ class Packed(ShortRepr, NoArray, abc.ABC):
         return self
 
     def repack_like(self, w: jax.Array) -> Self:
-        """Pack another weight of this shape in the same way, with the same deferred operations."""
+        """Return another weight of this shape, packed in the same way, with the same deferred operations.
+
+        Args:
+            w: an array of this weight's shape.
+        """
         packed = self.repack(undo_deferred(w, len(self.stack), self.inner, self.deferred))
         return dataclasses.replace(packed, deferred=self.deferred, compute_sharding=self.compute_sharding)  # type: ignore[type-var]
 
@@ -145,11 +185,19 @@ class Packed(ShortRepr, NoArray, abc.ABC):
         """Return the weight with one more deferred operation: "transpose", "reshape" or "cast".
 
         Two transposes in a row become one, or none.
+
+        Args:
+            name: "transpose", "reshape" or "cast".
+            how: the permutation, the shape of one matrix or the dtype.
         """
         return dataclasses.replace(self, deferred=and_then(self.deferred, name, how))  # type: ignore[type-var]
 
     def on_stack(self, fn: Callable[[jax.Array], Any]) -> Self:
-        """Apply a function that changes only the stack axes to every packed array."""
+        """Return the weight with a function that changes only the stack axes applied to every packed array.
+
+        Args:
+            fn: takes and returns an array.
+        """
         return jax.tree.map(fn, self)
 
     def as_given(self) -> Any:
@@ -195,7 +243,7 @@ class Packed(ShortRepr, NoArray, abc.ABC):
         return dataclasses.replace(self, **arrays, compute_sharding=while_used)  # type: ignore[type-var]
 
     def gathered(self) -> Self:
-        """Constrain the packed arrays to `compute_sharding`, in a program over a mesh, before a product."""
+        """Return the weight with its packed arrays constrained to `compute_sharding`, before a product over a mesh."""
         if self.compute_sharding is None:
             return self
         mesh, here = self.compute_sharding.mesh, self.brought()

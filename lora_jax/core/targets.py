@@ -121,6 +121,11 @@ class Plan(Mapping[str, Target]):
 
     Printed, the layers of a model are one row, `layers_*/q`, with their count; `table` has all rows.
 
+    Attributes:
+        targets: `{path: Target}` of the adapted weights, in the parameters' order.
+        base_leaves: how many arrays the parameters have.
+        base_parameters: how many numbers those are.
+
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> params = {f"layer_{i}": jnp.ones((8, 8)) for i in range(3)}
     >>> def model(params, x):

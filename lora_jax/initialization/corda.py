@@ -41,6 +41,13 @@ def corda(
     Raises:
         LoraError: the adapters are not fresh ones of plain LoRA, or do not fit `params`; a covariance is missing, not
             finite, not symmetric, zero or of another shape; the mode is unknown.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jax.random.normal(jax.random.key(0), (6, 4))}, jax.random.normal(jax.random.key(1), (32, 6))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Lora(rank=2)})
+    >>> base, adapters = lora.starts.corda(params, lora.init(jax.random.key(2), params, plan), {"w": x.T @ x})
+    >>> bool(jnp.allclose(lora.merge(base, adapters)["w"], params["w"], atol=1e-4))
+    True
     """
     check_choice("corda", "mode", mode, MODES)
     weights = check_weights(params, adapters)

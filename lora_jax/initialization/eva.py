@@ -40,6 +40,12 @@ def eva(adapters: Adapters, inputs: Any, *, rho: float = 2.0) -> dict[str, LoraA
     Raises:
         LoraError: the adapters are not fresh ones of plain LoRA; inputs are missing, too few, not finite or of another
             shape; rho is not a finite number of at least 1.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jnp.ones((6, 4))}, jax.random.normal(jax.random.key(0), (32, 6))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Lora(rank=2)})
+    >>> lora.starts.eva(lora.init(jax.random.key(1), params, plan), {"w": x}, rho=1)
+    {'w': LoraAdapter(a 6x2, b 2x4)}
     """
     if isinstance(rho, bool) or not isinstance(rho, int | float) or not 1 <= rho < math.inf:
         raise LoraError(f"eva(rho={rho!r}): expected a finite number of at least 1, for example 2.0.")

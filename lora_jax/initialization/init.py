@@ -36,6 +36,12 @@ def init(key: jax.Array, params: Any, plan: Plan, shardings: Any = None) -> dict
 
     Raises:
         LoraError: `key` is no random key, or `plan` no plan; `params` lack a planned path, or have another shape there.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jnp.ones((6, 4)), "bias": jnp.zeros(4)}, jnp.ones((1, 6))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"] + p["bias"][None], params, x, rules={"w": lora.Lora(rank=2)})
+    >>> lora.init(jax.random.key(0), params, plan)
+    {'w': LoraAdapter(a 6x2, b 2x4)}
     """
     check_key(CALL, key)
     check_is(CALL, "plan", plan, Plan, "a plan: make it with lora.plan(fn, params, *args, rules={...})")

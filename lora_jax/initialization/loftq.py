@@ -36,6 +36,15 @@ def loftq(
     Raises:
         LoraError: the adapters are not fresh ones of plain LoRA, or do not fit `params`; a weight is not finite, or
             packed already; no such format; iterations below 1.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jax.random.normal(jax.random.key(0), (64, 4))}, jnp.ones((1, 64))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Lora(rank=2)})
+    >>> fresh = lora.init(jax.random.key(1), params, plan)
+    >>> base, adapters = lora.starts.loftq(params, fresh, lora.bases.Nf4())
+    >>> loss = lambda base, adapters: float(jnp.linalg.norm(lora.merge(base, adapters)["w"] - params["w"]))
+    >>> loss(base, adapters) < loss(base, fresh)
+    True
     """
     if not isinstance(format, Format):
         raise LoraError(f"loftq(format={format!r}): expected a format such as lora.bases.Nf4().")

@@ -56,6 +56,14 @@ def lora_ga(
     Raises:
         LoraError: the adapters are not fresh ones of plain LoRA, or do not fit `params`; a gradient is missing, not
             finite or of another shape than its weight; a weight has fewer than 2r singular values; a name is unknown.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jax.random.normal(jax.random.key(0), (6, 4))}, jax.random.normal(jax.random.key(1), (32, 6))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Lora(rank=2)})
+    >>> gradients = jax.grad(lambda params: jnp.mean((x @ params["w"]) ** 2))(params)
+    >>> base, adapters = lora.starts.lora_ga(params, lora.init(jax.random.key(2), params, plan), gradients)
+    >>> bool(jnp.allclose(lora.merge(base, adapters)["w"], params["w"], atol=1e-4))
+    True
     """
     check_choice("lora_ga", "direction", direction, DIRECTIONS)
     check_choice("lora_ga", "scale", scale, SCALES)

@@ -27,6 +27,14 @@ def olora(params: Any, adapters: Adapters) -> tuple[Any, dict[str, LoraAdapter]]
 
     Raises:
         LoraError: the adapters are not fresh ones of plain LoRA, or do not fit `params`; a weight is not finite.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jax.random.normal(jax.random.key(0), (6, 4))}, jnp.ones((1, 6))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Lora(rank=2)})
+    >>> base, adapters = lora.starts.olora(params, lora.init(jax.random.key(1), params, plan))
+    >>> b = adapters["w"].b
+    >>> bool(jnp.allclose(b @ b.T, jnp.eye(2), atol=1e-5))
+    True
     """
     weights = check_weights(params, adapters)
 

@@ -28,6 +28,14 @@ def orthogonal(key: jax.Array, adapters: Adapters) -> dict[str, LoraAdapter]:
 
     Raises:
         LoraError: `key` is no random key; the adapters are not fresh ones of plain LoRA; a rank is odd.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jnp.ones((6, 4))}, jnp.ones((1, 6))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Lora(rank=2)})
+    >>> adapters = lora.starts.orthogonal(jax.random.key(1), lora.init(jax.random.key(0), params, plan))
+    >>> a, b = adapters["w"].a, adapters["w"].b
+    >>> bool(abs(a @ b).max() < 1e-5), bool(abs(b).max() > 0)
+    (True, True)
     """
     check_key("orthogonal(key, adapters)", key)
     check_fresh(adapters)

@@ -39,6 +39,13 @@ def pissa(
     Raises:
         LoraError: the adapters are not fresh ones of plain LoRA, or do not fit `params`; a weight is not finite; a key
             is missing.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jax.random.normal(jax.random.key(0), (6, 4))}, jnp.ones((1, 6))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Lora(rank=2)})
+    >>> base, adapters = lora.starts.pissa(params, lora.init(jax.random.key(1), params, plan))
+    >>> bool(jnp.allclose(lora.merge(base, adapters)["w"], params["w"], atol=1e-4))
+    True
     """
     if iterations is not None and (isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0):
         raise LoraError(f"pissa(iterations={iterations!r}): expected a whole number such as 4, or None for exact SVD.")

@@ -122,6 +122,12 @@ def gradient_scores(plan: Plan, gradients: Any) -> dict[str, np.ndarray]:
 
     Raises:
         LoraError: a gradient is missing, not finite or of another shape than its weight.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((1, 3))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Lora(rank=1)})
+    >>> lora.gradient_scores(plan, {"w": jnp.array([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]])})["w"].round(4).tolist()
+    [4.0, 1.0]
     """
     targets = _low_rank_targets("gradient_scores", plan)
     found = check_data("gradients", gradients, {path: target.shape for path, target in targets.items()})
@@ -139,6 +145,9 @@ def input_scores(plan: Plan, inputs: Any) -> dict[str, np.ndarray]:
     The rows of X are inputs x. Stacked matrices have the mean of their shares; components beyond the number of rows
     have a score of 0. `lora.starts.eva` distributes ranks by the same scores, and starts A with the components.
 
+    Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation", arXiv
+    2410.07170.
+
     Args:
         plan: as of `lora.plan`, for the axes of the weights. Weights that are trained whole get no scores.
         inputs: `{path: X [*stack, n, d]}`, n rows of what each weight is multiplied with; several input axes flattened
@@ -149,6 +158,12 @@ def input_scores(plan: Plan, inputs: Any) -> dict[str, np.ndarray]:
 
     Raises:
         LoraError: inputs are missing, not finite or of another shape.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jnp.ones((3, 2))}, jnp.array([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Lora(rank=1)})
+    >>> [round(float(score), 4) for score in lora.input_scores(plan, {"w": x})["w"]]
+    [0.9, 0.1]
     """
     targets = _low_rank_targets("input_scores", plan)
     expected = {path: inputs_shape(target.axes, target.shape) for path, target in targets.items()}

@@ -42,6 +42,7 @@ def _map(*groups: Entry | Iterator[Entry]) -> KeyMap:
 
 _ENCODER_LAYER = "encoder.layer.{i}"
 
+#: BERT and its like, such as MiniLM and the encoders of sentence-transformers.
 BERT = _map(
     *(_table(f"embeddings.{name}_embeddings") for name in ("word", "position", "token_type")),
     _norm("embeddings.LayerNorm"),
@@ -54,6 +55,7 @@ BERT = _map(
     _dense("pooler.dense"),
 )
 
+#: GPT-2, with query, key and value in one weight `c_attn`, as transformers has it.
 GPT2 = _map(
     _table("transformer.wte"),
     _table("transformer.wpe"),
@@ -64,7 +66,7 @@ GPT2 = _map(
     linear("lm_head/kernel", "lm_head"),
 )
 
-# Also for Mistral, Qwen 2 and 3, and SmolLM, some of which have biases, norms of heads, or experts.
+#: Llama; also Mistral, Qwen 2 and 3, and SmolLM, some of which have biases, norms of heads, or experts.
 LLAMA = _map(
     _table("model.embed_tokens"),
     *(_dense(f"model.layers.{{i}}.self_attn.{name}_proj", "in out*") for name in "qkv"),
@@ -82,6 +84,7 @@ LLAMA = _map(
     linear("lm_head/kernel", "lm_head"),
 )
 
+#: Gemma 1 to 3 (text): `LLAMA`, with norms after attention and MLP too.
 GEMMA = LLAMA + _map(
     *(_norm(f"model.layers.{{i}}.{name}_feedforward_layernorm") for name in ("pre", "post")),
 )
@@ -95,13 +98,15 @@ _VIT = _map(
     _dense("vit.pooler.dense"),
     _dense("classifier"),
 )
+#: Vision transformers, with the names of transformers 5.
 VIT = _VIT + _map(
     *(_dense(f"vit.layers.{{i}}.attention.{name}_proj", "in out*") for name in "qkv"),
     _dense("vit.layers.{i}.attention.o_proj", "in* out"),
     *(_dense(f"vit.layers.{{i}}.mlp.fc{n}") for n in (1, 2)),
     *(_norm(f"vit.layers.{{i}}.layernorm_{place}") for place in ("before", "after")),
 )
-VIT_4 = _VIT + _map(  # with the names of transformers 4, which the published files have
+#: Vision transformers, with the names of transformers 4, which the published files have.
+VIT_4 = _VIT + _map(
     *(_dense(f"vit.encoder.layer.{{i}}.attention.attention.{name}", "in out*") for name in ("query", "key", "value")),
     _dense("vit.encoder.layer.{i}.attention.output.dense", "in* out"),
     *(_dense(f"vit.encoder.layer.{{i}}.{name}.dense") for name in ("intermediate", "output")),
@@ -124,6 +129,7 @@ def _t5_stack(stack: str, sublayers: tuple[str, ...]) -> Iterator[Entry]:
     yield from _norm(f"{stack}.final_layer_norm")
 
 
+#: T5 and FLAN-T5, encoder and decoder.
 T5 = _map(
     _table("shared"),
     _t5_stack("encoder", ("SelfAttention", "DenseReluDense")),

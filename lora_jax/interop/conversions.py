@@ -1,8 +1,9 @@
 """The formats that adapters are converted between, and what tells whose files they are."""
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -34,6 +35,8 @@ class About(NamedTuple):
     component: str = "unet"  # of an image model
 
 
+Server = Literal["vllm", "vllm-by-expert", "sglang"]  # profiles of `save_peft`
+SERVERS: tuple[Server, ...] = get_args(Server)
 Read = Callable[[Path, About], ModuleAdapters | None]
 Write = Callable[[Path, ModuleAdapters, About], None]
 
@@ -112,7 +115,7 @@ def _without_fp64(module: Module) -> Module:
     return Module({name: x.astype(np.float32) if x.dtype == np.float64 else x for name, x in arrays}, module.scale)
 
 
-def _write_for_servers(path: Path, found: ModuleAdapters, profile: Literal["vllm", "sglang"]) -> None:
+def _write_for_servers(profile: Server, path: Path, found: ModuleAdapters, about: About) -> None:
     """Write a folder of PEFT with one rank and a scale of 1 for all, which every server reads rightly."""
     if found.experts:  # which become other modules, all of them together
         save_peft(path, *by_module(found), profile=profile)
@@ -142,8 +145,7 @@ FORMATS: Mapping[str, FileFormat] = {
         read=lambda path, about: read_peft(path),
         write=lambda path, found, about: write_peft(path, found),
     ),
-    "vllm": FileFormat(LORA_ALONE, write=lambda path, found, about: _write_for_servers(path, found, "vllm")),
-    "sglang": FileFormat(LORA_ALONE, write=lambda path, found, about: _write_for_servers(path, found, "sglang")),
+    **{server: FileFormat(LORA_ALONE, write=functools.partial(_write_for_servers, server)) for server in SERVERS},
     "kohya": FileFormat(
         KOHYA_FORMATS,
         image_reader.ENDING,

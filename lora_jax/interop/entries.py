@@ -32,7 +32,24 @@ Factor = float | Literal["1/sqrt(head_dim)"]  # head_dim is the size of the last
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a key map. Made by `linear`, `embedding`, `conv`, `conv1d`, `experts` or `array`."""
+    """One line of a key map. Made by `linear`, `embedding`, `conv`, `conv1d`, `experts` or `array`.
+
+    Attributes:
+        path: of the parameter, such as "layer_{i}/query/kernel".
+        name: of the module, such as "encoder.layer.{i}.attention.self.query"; of arrays and experts, of the tensor.
+        axes: a word for each axis of the JAX array.
+        kind: of the module: "linear", "conv1d", "embedding", "conv", "experts", "experts_transposed" or "array".
+        part: which part of the module's outputs it is, if torch joins several parameters in one module.
+        interleaved: whether the last axis of outputs holds pairs, which torch keeps as two halves.
+        factor: what torch's numbers are times this.
+
+    Raises:
+        LoraError: the axes are no words of this kind, or do not fit the names; the factor is no number.
+
+    >>> import lora_jax as lora
+    >>> lora.key_maps.Entry("up/kernel", "mlp.up", "in out", "linear") == lora.key_maps.linear("up/kernel", "mlp.up")
+    True
+    """
 
     path: str  # of the parameter, such as "layer_{i}/query/kernel"
     name: str  # of the module, such as "encoder.layer.{i}.attention.self.query"; of arrays and experts, of the tensor
@@ -72,7 +89,12 @@ class Entry:
         return self.interleaved or self.factor != 1
 
     def factor_of(self, head_dim: int, inverse: bool = False) -> float:
-        """Return what torch's numbers are times, or with `inverse` what ours are times to be torch's."""
+        """Return what torch's numbers are times, or with `inverse` what ours are times to be torch's.
+
+        Args:
+            head_dim: the size of the last axis of outputs.
+            inverse: the other way round.
+        """
         if self.factor == HEAD_FACTOR:
             return math.sqrt(head_dim) if inverse else 1 / math.sqrt(head_dim)
         return 1 / float(self.factor) if inverse else float(self.factor)
@@ -83,7 +105,11 @@ class Entry:
         return self.kind.startswith("experts")
 
     def words(self, ndim: int) -> tuple[str, ...] | None:
-        """Return a word for each of `ndim` axes, or None if there cannot be that many."""
+        """Return a word for each of `ndim` axes, or None if there cannot be that many.
+
+        Args:
+            ndim: the number of axes of a parameter.
+        """
         words = self.axes.split()
         more = ndim - len(words)
         starred = next((i for i, word in enumerate(words) if word.endswith("*")), None)
@@ -113,35 +139,119 @@ def linear(
         interleaved: the last axis of outputs, of the size of a head, is x0 y0 x1 y1 ..., where torch has x0 x1 ... y0
             y1 ...: the two orders of rotary embeddings.
         factor: what torch's numbers are times here; "1/sqrt(head_dim)" for queries whose scale is in their weights.
+
+    Returns:
+        An entry for a `KeyMap`.
+
+    Raises:
+        LoraError: as of `Entry`.
+
+    >>> import lora_jax as lora
+    >>> query = lora.key_maps.linear("layer_{i}/query/kernel", "encoder.layer.{i}.attention.self.query", "in out*")
+    >>> lora.key_maps.KeyMap(query).match({"layer_3/query/kernel": (8, 2, 4)})["layer_3/query/kernel"].names[()]
+    'encoder.layer.3.attention.self.query'
     """
     return Entry(path, name, axes, "linear", part, interleaved, factor)
 
 
 def conv1d(path: str, name: str, axes: str = "in out", part: int | None = None) -> Entry:
-    """Describe a weight of transformers' `Conv1D`, kept as [in, out] (GPT-2)."""
+    """Describe a weight of transformers' `Conv1D`, kept as [in, out] (GPT-2).
+
+    Args:
+        path, name, axes, part: as of `linear`.
+
+    Returns:
+        An entry for a `KeyMap`.
+
+    Raises:
+        LoraError: as of `Entry`.
+
+    >>> import lora_jax as lora
+    >>> lora.key_maps.conv1d("h/{i}/c_proj/kernel", "transformer.h.{i}.attn.c_proj", "in* out").kind
+    'conv1d'
+    """
     return Entry(path, name, axes, "conv1d", part)
 
 
 def embedding(path: str, name: str, axes: str = "in out") -> Entry:
-    """Describe a table of `torch.nn.Embedding`, [entries, features] in JAX and in torch."""
+    """Describe a table of `torch.nn.Embedding`, [entries, features] in JAX and in torch.
+
+    Args:
+        path, name, axes: as of `linear`.
+
+    Returns:
+        An entry for a `KeyMap`.
+
+    Raises:
+        LoraError: as of `Entry`.
+
+    >>> import lora_jax as lora
+    >>> lora.key_maps.embedding("embedder/table", "model.embed_tokens").suffix
+    '.weight'
+    """
     return Entry(path, name, axes, "embedding")
 
 
 def conv(path: str, name: str, axes: str = "window* in out") -> Entry:
-    """Describe a kernel of a convolution, [out, in, *window] in torch."""
+    """Describe a kernel of a convolution, [out, in, *window] in torch.
+
+    Args:
+        path, name, axes: as of `linear`.
+
+    Returns:
+        An entry for a `KeyMap`.
+
+    Raises:
+        LoraError: as of `Entry`.
+
+    >>> import lora_jax as lora
+    >>> lora.key_maps.conv("stem/kernel", "stem.conv").words(4)
+    ('window', 'window', 'in', 'out')
+    """
     return Entry(path, name, axes, "conv")
 
 
 def experts(
     path: str, name: str, axes: str = "expert in out", part: int | None = None, transposed: bool = False
 ) -> Entry:
-    """Describe one parameter for all experts, [experts, out, in] in torch, or [experts, in, out] if transposed."""
+    """Describe one parameter for all experts, [experts, out, in] in torch, or [experts, in, out] if transposed.
+
+    Args:
+        path: of the parameter.
+        name: of torch's parameter, which has no module of its own.
+        axes, part: as of `linear`.
+        transposed: whether torch has the inputs before the outputs.
+
+    Returns:
+        An entry for a `KeyMap`.
+
+    Raises:
+        LoraError: as of `Entry`.
+
+    >>> import lora_jax as lora
+    >>> lora.key_maps.experts("layers/{i}/experts/down", "model.layers.{i}.mlp.experts.down_proj").is_of_experts
+    True
+    """
     return Entry(path, name, axes, "experts_transposed" if transposed else "experts", part)
 
 
 def array(path: str, name: str, axes: str = "out*", part: int | None = None) -> Entry:
     """Describe an array that has no factors, such as a bias or a scale.
 
-    `name` is that of the tensor; the axes "keep*" keep its shape as it is.
+    Args:
+        path: of the parameter.
+        name: of the tensor.
+        axes: a word for each axis; "keep*" keeps its shape as it is.
+        part: as of `linear`.
+
+    Returns:
+        An entry for a `KeyMap`.
+
+    Raises:
+        LoraError: as of `Entry`.
+
+    >>> import lora_jax as lora
+    >>> lora.key_maps.array("layer_{i}/norm/scale", "encoder.layer.{i}.output.LayerNorm.weight").words(1)
+    ('out',)
     """
     return Entry(path, name, axes, "array", part)

@@ -55,6 +55,17 @@ def load_keras_lora(
     Raises:
         LoraError: h5py is missing; the file is damaged or none of keras-hub; a layer is none of the plan's, or the plan
             has one that the file lacks; factors do not fit.
+
+    >>> import jax.numpy as jnp, tempfile, lora_jax as lora
+    >>> params, x = {"m": {"dense": {"kernel": jnp.ones((4, 3))}}}, jnp.ones((1, 4))
+    >>> rules = {".*": lora.Lora(rank=2)}
+    >>> plan = lora.plan(lambda p, x: x @ p["m"]["dense"]["kernel"], params, x, rules=rules)
+    >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> adapters = {"m/dense/kernel": lora.LoraAdapter(jnp.ones((4, 2)), jnp.ones((2, 3)), axes, 1.0)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lora.save_keras_lora(f"{folder}/adapter.lora.h5", adapters, layers=["norm", "dense"])
+    ...     lora.load_keras_lora(f"{folder}/adapter.lora.h5", plan, layers=["norm", "dense"])
+    {'m/dense/kernel': LoraAdapter(a 4x2, b 2x3)}
     """
     check_is("load_keras_lora(path, plan, layers)", "plan", plan, Plan, _A_PLAN)
     _check_alpha(alpha)
@@ -88,6 +99,15 @@ def save_keras_lora(
     Raises:
         LoraError: an adapter is no LoRA, or is of a kernel with outputs beside its last axis and is not the same for
             each of them, which Keras has no place for; its layer is not among `layers`; the file cannot be written.
+
+    >>> import h5py, jax.numpy as jnp, tempfile, lora_jax as lora
+    >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> adapters = {"m/dense/kernel": lora.LoraAdapter(jnp.ones((4, 2)), jnp.ones((2, 3)), axes, 1.0)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lora.save_keras_lora(f"{folder}/adapter.lora.h5", adapters, layers=["norm", "dense"])
+    ...     with h5py.File(f"{folder}/adapter.lora.h5") as file:
+    ...         file["lora/1/vars/lora_kernel_a"].shape  # of layer 1
+    (4, 2)
     """
     check_adapter_dict("save_keras_lora(path, adapters, layers)", adapters)
     _check_alpha(alpha)

@@ -42,6 +42,9 @@ class KeyMap:
 
     Args:
         entries: of several that match a path, the first one counts.
+
+    Raises:
+        LoraError: one of them is no entry.
     """
 
     def __init__(self, *entries: Entry) -> None:
@@ -52,11 +55,26 @@ class KeyMap:
         return KeyMap(*self.entries, *other.entries)
 
     def under(self, path: str = "", name: str = "") -> "KeyMap":
-        """Return the key map for the same model inside another one: all paths and names get these prefixes."""
+        """Return the key map for the same model inside another one: all paths and names get these prefixes.
+
+        Args:
+            path: what comes before each path, such as "encoder/".
+            name: what comes before each name, such as "bert.".
+
+        Raises:
+            LoraError: a path or a name is none any more.
+        """
         return KeyMap(*(dataclasses.replace(e, path=path + e.path, name=name + e.name) for e in self.entries))
 
     def renamed(self, old: str, new: str) -> "KeyMap":
         """Return the key map in which names that begin with `old` begin with `new`, such as of a model inside another.
+
+        Args:
+            old: the beginning of names.
+            new: what takes its place.
+
+        Raises:
+            LoraError: a name is none any more.
 
         >>> KeyMap(Entry("up/kernel", "model.up", "in out", "linear")).renamed("model.", "text.model.").entries[0].name
         'text.model.up'
@@ -70,6 +88,10 @@ class KeyMap:
 
     def stacked(self, placeholder: str = "i", axis: int = 0) -> "KeyMap":
         """Return the key map for layers that are stacked along an axis: `layers/{i}/kernel` is `layers/kernel`.
+
+        Args:
+            placeholder: the name in braces in the paths of the entries.
+            axis: of the stacked parameters, along which the layers are.
 
         Raises:
             LoraError: an entry has `in*` or `out*` before that axis, which would not say where it is.
@@ -96,6 +118,9 @@ class KeyMap:
         Args:
             shapes: `{path: shape}` of the parameters.
             strict: raise for a parameter that no entry matches, instead of leaving it out.
+
+        Returns:
+            `{path: ParameterMatch}`: the entry, its tensors and the parameter's axes.
 
         Raises:
             LoraError: no entry matches a path; the axes do not fit its shape; two parameters are one tensor.

@@ -84,6 +84,19 @@ def merge_checkpoint(
 
     Warns:
         LoraWarning: the target was given before the adapters, which was the order once.
+
+    >>> import jax.numpy as jnp, numpy as np, tempfile, lora_jax as lora
+    >>> from safetensors.numpy import load_file, save_file
+    >>> from pathlib import Path
+    >>> key_map = lora.key_maps.KeyMap(lora.key_maps.linear("up/kernel", "mlp.up"))
+    >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> adapters = {"up/kernel": lora.LoraAdapter(jnp.ones((4, 1)), jnp.ones((1, 3)), axes, 0.5)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Path(folder, "base").mkdir()
+    ...     save_file({"mlp.up.weight": np.ones((3, 4), np.float32)}, f"{folder}/base/model.safetensors")
+    ...     losses = lora.merge_checkpoint(f"{folder}/base", adapters, f"{folder}/merged", key_map)
+    ...     losses, load_file(f"{folder}/merged/model.safetensors")["mlp.up.weight"][0].tolist()
+    ({'mlp.up.weight': 0.0}, [1.5, 1.5, 1.5, 1.5])
     """
     if _is_target_first(adapters, target):
         adapters, target = target, adapters

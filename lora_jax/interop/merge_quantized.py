@@ -63,9 +63,10 @@ def merge_quantized(
 
     Args:
         source: a folder with `model.safetensors` or an index and its shards.
-        adapters, target, key_map, others, params, tied: as of `lora.merge_checkpoint`.
+        adapters, target, key_map: as of `lora.merge_checkpoint`.
         to: "fp8" or "int8", with a scale for each output; "fp8_block", with one for each 128 x 128 numbers, as of
             DeepSeek-V3; or "bf16", which is for sources in few bits. Activations are rounded as the model runs.
+        others, params, tied: as of `lora.merge_checkpoint`.
         modules: a regular expression for whole names of modules: those of two axes are written in 8 bits, all others
             stay as they are. By default those of the layers of Llama's and its relatives' text models.
         progress: called with the bytes read so far and those of all tensors.
@@ -76,6 +77,22 @@ def merge_quantized(
     Raises:
         LoraError: as `lora.merge_checkpoint`; `modules` match nothing, or a weight that is not finite. Then nothing has
             changed.
+
+    >>> import jax.numpy as jnp, json, numpy as np, tempfile, lora_jax as lora
+    >>> from pathlib import Path
+    >>> from safetensors.numpy import load_file, save_file
+    >>> key_map = lora.key_maps.KeyMap(lora.key_maps.linear("up/kernel", "mlp.up"))
+    >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> adapters = {"up/kernel": lora.LoraAdapter(jnp.ones((4, 1)), jnp.ones((1, 3)), axes, 0.5)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Path(folder, "base").mkdir()
+    ...     _ = Path(folder, "base/config.json").write_text(json.dumps({"model_type": "mine"}))
+    ...     save_file({"mlp.up.weight": np.ones((3, 4), np.float32)}, f"{folder}/base/model.safetensors")
+    ...     more = {"to": "int8", "modules": "mlp.up"}
+    ...     _ = lora.merge_quantized(f"{folder}/base", adapters, f"{folder}/merged", key_map, **more)
+    ...     tensors = load_file(f"{folder}/merged/model.safetensors")
+    >>> {name: (str(tensor.dtype), tensor.shape) for name, tensor in sorted(tensors.items())}
+    {'mlp.up.weight': ('int8', (3, 4)), 'mlp.up.weight_scale': ('float32', (3, 1))}
     """
     check_folder(CALL, source, "source")
     check_folder(CALL, target, "target")

@@ -10,6 +10,8 @@ from lora_jax.core.paths import nearest
 from lora_jax.interop import safetensors_index
 from lora_jax.interop.expert_files import with_experts_apart
 from lora_jax.interop.key_map import KeyMap
+from lora_jax.interop.low_bits.config import METHODS, MODELOPT_FILE, quantization_facts
+from lora_jax.interop.model_config import model_facts
 from lora_jax.interop.peft.tied_tables import Tied, check_tied
 from lora_jax.interop.safetensors_index import Tensor
 from lora_jax.interop.tensor_changes import (
@@ -22,6 +24,7 @@ from lora_jax.interop.tensor_changes import (
 from lora_jax.interop.tied_files import Untied, settled, shapes_with_head, tie_of
 
 DTYPES = {name: safetensors_index.DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}  # that adapters are added to
+PACKED = ("_packed", "_blocks")  # what the names of tensors with codes have, after that of the weight: see low_bits
 
 
 class Work(NamedTuple):
@@ -85,6 +88,8 @@ def _check(source: Path, tensors: Mapping[str, Tensor], changes: Changes, mend: 
         mend: what to do about one that is missing.
     """
     for name, change in changes.items():
+        if name not in tensors and any(name + ending in tensors for ending in PACKED):
+            raise LoraError(f"{source} has {name!r} in few bits. {_mend_of_packed(source)}")
         if name not in tensors:
             tied = " A tied head is in the file once, under the name of the embedding." * ("head" in name)
             raise LoraError(
@@ -94,9 +99,18 @@ def _check(source: Path, tensors: Mapping[str, Tensor], changes: Changes, mend: 
         tensor = tensors[name]
         if tensor.dtype not in DTYPES:
             raise LoraError(
-                f"{name!r} is of {tensor.dtype} in {source}: quantised weights would be rounded again. Merge into the "
-                "weights that they were made of, and quantise the result."
+                f"{name!r} is of {tensor.dtype} in {source}: quantised weights would be rounded again. "
+                f"{_mend_of_packed(source)}"
             )
         for shape in change.shapes:
             if tensor.shape != shape:
                 raise LoraError(f"{name!r} has shape {list(tensor.shape)} in {source}, its adapter {list(shape)}.")
+
+
+def _mend_of_packed(source: Path) -> str:
+    """Return what to do about weights in few bits: what unpacks them, where this version reads them."""
+    facts = quantization_facts(model_facts(source))
+    method = facts.get("quant_method") if isinstance(facts, dict) else None
+    if (method in METHODS and method != "bitsandbytes") or (source / MODELOPT_FILE).is_file():
+        return "lora.merge_quantized(source, adapters, target) unpacks them, and writes 8 bits, or all in bf16."
+    return "Merge into the weights that they were made of, and quantise the result: lora.merge_quantized does both."

@@ -58,7 +58,7 @@ def _experts(block: str, gate: str, up: str, down: str, router: str) -> Iterator
 
 _TUNIX_MLP = [linear(f"layers/{{i}}/mlp/{name}_proj/kernel", f"{_MLP}.{name}_proj") for name in ("gate", "up", "down")]
 
-# Llama 3, Qwen 2 and Qwen 3, with experts and without.
+#: tunix's trees of Llama 3, Qwen 2 and Qwen 3, with experts and without.
 TUNIX = KeyMap(
     embedding("embedder/input_embedding", "model.embed_tokens"),
     *(linear(f"layers/{{i}}/attn/{name}_proj/w", f"{_ATTENTION}.{name}_proj", "in out out") for name in "qkv"),
@@ -78,7 +78,7 @@ TUNIX = KeyMap(
     linear("lm_head/w", "lm_head"),
 )
 
-# Gemma 2 and 3 (text).
+#: tunix's trees of Gemma 2 and 3 (text).
 TUNIX_GEMMA = KeyMap(
     embedding("embedder/input_embedding", "model.embed_tokens"),
     *_einsums_of_gemma("layers/{i}"),
@@ -86,8 +86,8 @@ TUNIX_GEMMA = KeyMap(
     *_norms_of_gemma("layers/{i}"),
 )
 
-# The gemma library's own tree where `transpose_gating_einsum` is set: Gemma 2 of 9B and 27B, and Gemma 3. Elsewhere
-# the gating is [2, d, hidden]: KeyMap(linear(path, name, "gate|up in out")) + GEMMA_FLAX.
+#: The gemma library's own tree where `transpose_gating_einsum` is set: Gemma 2 of 9B and 27B, and Gemma 3. Elsewhere
+#: the gating is [2, d, hidden]: `KeyMap(linear(path, name, "gate|up in out")) + GEMMA_FLAX`.
 GEMMA_FLAX = KeyMap(
     embedding("embedder/input_embedding", "model.embed_tokens"),
     *_einsums_of_gemma("layer_{i}"),
@@ -131,14 +131,16 @@ def _maxtext(query: Entry, key: Entry, block: str = "moe_block") -> KeyMap:
 _QUERY = ("decoder/layers_{i}/self_attention/query/kernel", f"{_ATTENTION}.q_proj", "in out out")
 _KEY = ("decoder/layers_{i}/self_attention/key/kernel", f"{_ATTENTION}.k_proj", "in out out")
 
-# Llama 3.1: rotary pairs lie side by side, and the scale of the scores is in the weights of the queries.
+#: MaxText's trees of Llama 3.1: rotary pairs lie side by side, and the scale of the scores is in the weights of the
+#: queries.
 MAXTEXT_LLAMA = _maxtext(
     linear(*_QUERY, interleaved=True, factor="1/sqrt(head_dim)"),
     linear(*_KEY, interleaved=True),
 )
-# Qwen 2.5 and Qwen 3, with experts and without, whose heads are as in transformers.
+#: MaxText's trees of Qwen 2.5 and Qwen 3, with experts and without, whose heads are as in transformers.
 MAXTEXT_QWEN = _maxtext(linear(*_QUERY), linear(*_KEY))
-# Mixtral, whose heads are in transformers' order, and the scale of the scores in the weights of the queries.
+#: MaxText's trees of Mixtral, whose heads are in transformers' order, and the scale of the scores in the weights of
+#: the queries.
 MAXTEXT_MIXTRAL = _maxtext(linear(*_QUERY, factor="1/sqrt(head_dim)"), linear(*_KEY), "MoeBlock_0")
 
 
@@ -150,7 +152,7 @@ def _keras(path: str, name: str, axes: str) -> Iterator[Entry]:
 
 _KERAS_LAYER, _KERAS_BLOCK = "transformer_layer_{i}", "decoder_block_{i}"
 
-# Llama 3, Mistral, Qwen 2 and dense Qwen 3 of keras-hub, by the paths of their variables.
+#: keras-hub's Llama 3, Mistral, Qwen 2 and dense Qwen 3, by the paths of their variables.
 KERAS_LLAMA = KeyMap(
     embedding("token_embedding/embeddings", "model.embed_tokens"),
     linear("token_embedding/reverse_embeddings", "lm_head"),
@@ -174,7 +176,7 @@ KERAS_LLAMA = KeyMap(
     ),
 )
 
-# Gemma 3 (text) of keras-hub.
+#: keras-hub's Gemma 3 (text), by the paths of its variables.
 KERAS_GEMMA = KeyMap(
     embedding("token_embedding/embeddings", "model.embed_tokens"),
     *(

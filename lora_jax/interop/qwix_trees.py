@@ -137,6 +137,16 @@ def load_maxtext(folder: str | Path, plan: Plan, *, alpha: float | None = None) 
 
     Raises:
         LoraError: there is no such checkpoint; it does not say alpha, or another one; as `from_qwix`.
+
+    >>> import jax.numpy as jnp, orbax.checkpoint as ocp, tempfile, lora_jax as lora
+    >>> params, x = {"up": {"kernel": jnp.ones((4, 6))}}, jnp.ones((1, 4))
+    >>> plan = lora.plan(lambda p, x: x @ p["up"]["kernel"], params, x, rules={".*": lora.Lora(rank=2)})
+    >>> tree = {"up": {"kernel_lora_a": jnp.ones((4, 2)), "kernel_lora_b": jnp.ones((2, 6))}}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    ...         checkpointer.save(f"{folder}/200/items", tree)
+    ...     lora.load_maxtext(f"{folder}/200", plan, alpha=8.0)
+    {'up/kernel': LoraAdapter(a 4x2, b 2x6)}
     """
     import orbax.checkpoint as ocp
 

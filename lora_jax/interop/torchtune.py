@@ -75,6 +75,17 @@ def load_torchtune(
     Raises:
         LoraError: there is no such file, or it is damaged or of other names; factors do not fit one another, the heads
             or the parameters; the key map gives a module to no parameter.
+
+    >>> import jax.numpy as jnp, numpy as np, tempfile, lora_jax as lora
+    >>> from safetensors.numpy import save_file
+    >>> params = {"model/layers/0/mlp/gate_proj/kernel": jnp.ones((4, 6))}
+    >>> tensors = {"layers.0.mlp.w1.lora_a.weight": np.ones((2, 4), np.float32)}
+    >>> tensors |= {"layers.0.mlp.w1.lora_b.weight": np.ones((6, 2), np.float32)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file(tensors, f"{folder}/adapter.safetensors")
+    ...     facts = {"alpha": 8.0, "heads": 2, "kv_heads": 1, "interleaved": True}
+    ...     lora.load_torchtune(f"{folder}/adapter.safetensors", params, lora.key_maps.LLAMA, **facts)
+    {'model/layers/0/mlp/gate_proj/kernel': LoraAdapter(a 4x2, b 2x6)}
     """
     if dtype is not None:
         check_dtype("load_torchtune", dtype)

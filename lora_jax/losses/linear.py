@@ -57,6 +57,9 @@ def linear_cross_entropy(
     softmax and sums over rows are in fp32 (fp64 where the inputs are), and so is the result. The gradient of the hidden
     states has their dtype.
 
+    Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989, for the gradient in the forward pass; Wijmans et al. 2024, "Cut
+    Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009, for logits that are not formed.
+
     Args:
         hidden: [..., T, D], the states after the last norm.
         head: [D, V], an array or a packed weight (which is dequantized in parts); [V, D] if `tied`.

@@ -70,19 +70,21 @@ class Config:
         rope_of: which of them each layer has.
         windows: how many tokens each layer sees, its own among them; None for all.
         tied: whether the embedding is the head as well.
+        query_scale: what products of queries and keys are multiplied by.
         biases: names of the projections that have a bias.
         qk_norm: whether queries and keys are normalized, each head by itself.
         norm_offset: added to the scale of a norm: 1 for Gemma.
         norms_after: whether attention and MLP are normalized after as well.
         embedding_scale: what embeddings are multiplied by.
-        query_scale: what products of queries and keys are multiplied by.
-        attention_cap, logit_cap: c of c * tanh(x / c), for these products and for logits; None for none.
+        attention_cap, logit_cap: c of `c * tanh(x / c)`, for these products and for logits; None for none.
         experts: in each layer; 0 for one dense MLP.
         experts_per_token: how many of them each token goes to.
         norm_topk: whether the weights of these add up to 1.
         eos: ids of the tokens that end a text.
         length: the longest text, in tokens, that the model is made for.
         wrapper: `model_type` of the model of text and images that it is the text model of; "" for none.
+
+    Made by `read_config`, whose example shows one.
     """
 
     family: str
@@ -122,9 +124,22 @@ def read_config(folder: str | Path, ignore: Iterable[str] = ()) -> Config:
         folder: of a published model.
         ignore: names of fields that change nothing of what the model computes, and that are not known here.
 
+    Returns:
+        A `Config`.
+
     Raises:
         LoraError: there is no such file; another architecture; a field that asks for something that is not supported,
             or that is not known.
+
+    >>> import json, tempfile, lora_jax as lora
+    >>> from pathlib import Path
+    >>> facts = {"model_type": "llama", "vocab_size": 8, "hidden_size": 32, "intermediate_size": 32}
+    >>> facts |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "config.json").write_text(json.dumps(facts))
+    ...     config = lora.recipes.read_config(folder)
+    >>> config.family, config.head_dim, config.tied
+    ('llama', 16, False)
     """
     path = Path(folder) / CONFIG
     if not (facts := model_facts(Path(folder))):

@@ -27,8 +27,18 @@ def hold_out(data: Data, share: float, seed: int = 0) -> tuple[Data, Data | None
         share: of the examples to hold out, at least one of them.
         seed: other ones for another seed.
 
+    Returns:
+        The two parts, of the kind of `data`.
+
     Raises:
         LoraError: nothing is left to train with.
+
+    >>> import numpy as np, lora_jax as lora
+    >>> from lora_jax.recipes.tokens import Tokenized
+    >>> tokens = Tokenized(np.arange(9, dtype=np.int32), np.arange(9) % 3 > 0, np.array([0, 3, 6, 9]))
+    >>> train, held_out = lora.recipes.hold_out(tokens, share=0.2)
+    >>> len(train), len(held_out)
+    (2, 1)
     """
     if not share:
         return data, None
@@ -90,6 +100,26 @@ def write_samples(
         held_out: examples.
         count: how many of them.
         length: the most tokens of an answer.
+
+    Returns:
+        A `Sample` for each: the prompt, the answer of the example, and what the model writes before and after.
+
+    >>> import json, tempfile, tokenizers, jax, jax.numpy as jnp, lora_jax as lora
+    >>> from pathlib import Path
+    >>> from lora_jax.recipes.examples import Completion
+    >>> facts = {"model_type": "llama", "vocab_size": 4, "hidden_size": 8, "intermediate_size": 8}
+    >>> facts |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2, "</s>": 3}, unk_token="?"))
+    >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "config.json").write_text(json.dumps(facts))
+    ...     model = lora.recipes.abstract(folder, jnp.float32)
+    >>> model = model.replace(params=jax.tree.map(lambda like: jnp.full(like.shape, 0.1, like.dtype), model.params))
+    >>> tokenizer = lora.recipes.Tokenizer(words, {"eos_token": "</s>"}, [3])
+    >>> tokens = lora.recipes.tokenized([Completion("a a", " b")], tokenizer, max_length=8)
+    >>> [sample] = lora.recipes.write_samples(model, {}, tokenizer, tokens, count=1, length=2)
+    >>> sample.prompt, sample.answer, sample.after
+    ('a a', 'b </s>', 'a a')
     """
     own = held_out.chosen if isinstance(held_out, TokenizedPairs) else held_out
     prompts, answers = [], []

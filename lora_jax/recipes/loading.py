@@ -253,6 +253,24 @@ def default_specs(config: Config, mesh: Mesh | None) -> dict[str, P]:
     """Return how each parameter is split, by its path: over "fsdp", over "tensor" as Megatron does, and "expert".
 
     Axes that the mesh does not have, or that do not divide a parameter evenly, leave it whole.
+
+    Args:
+        config: of the model.
+        mesh: the devices; None leaves all whole.
+
+    Returns:
+        `{path: spec}`, with an entry for each axis.
+
+    >>> import json, tempfile, jax, lora_jax as lora
+    >>> from pathlib import Path
+    >>> facts = {"model_type": "llama", "vocab_size": 8, "hidden_size": 32, "intermediate_size": 32}
+    >>> facts |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "config.json").write_text(json.dumps(facts))
+    ...     config = lora.recipes.read_config(folder)
+    >>> specs = lora.recipes.default_specs(config, jax.make_mesh((1, 1), ("fsdp", "tensor")))
+    >>> specs["model/layers/mlp/up_proj/kernel"] == jax.P(None, "fsdp", "tensor")
+    True
     """
     found = {}
     for path, shape in shapes(config).items():

@@ -55,6 +55,18 @@ class Model:
         config: what it computes.
         params: nested dicts of arrays and packed weights, or of their shapes.
         specs: how each parameter is split over the mesh: the same tree of partition specs.
+
+    >>> import json, tempfile, jax, jax.numpy as jnp, lora_jax as lora
+    >>> from pathlib import Path
+    >>> facts = {"model_type": "llama", "vocab_size": 8, "hidden_size": 32, "intermediate_size": 32}
+    >>> facts |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "config.json").write_text(json.dumps(facts))
+    ...     model = lora.recipes.abstract(folder, jnp.float32)
+    >>> jax.eval_shape(model.logits, model.params, jnp.zeros((2, 5), jnp.int32)).shape
+    (2, 5, 8)
+    >>> model.plan(lora.Lora(rank=2))
+    Plan(7 of 12 weights adapted, 832 parameters trained)
     """
 
     config: Config
@@ -96,7 +108,11 @@ class Model:
         return decoder.hidden_states(self.config, params, ids, positions, segments, remat=remat)[0]
 
     def head(self, params: Any) -> jax.Array:
-        """Return the matrix of the head [D, V]: the embedding transposed, where that is the head as well."""
+        """Return the matrix of the head [D, V]: the embedding transposed, where that is the head as well.
+
+        Args:
+            params: the parameters.
+        """
         return decoder.head(self.config, params)
 
     def logits(
@@ -107,7 +123,11 @@ class Model:
         segments: jax.Array | None = None,
         remat: Remat = True,
     ) -> jax.Array:
-        """Return the logits of each next token, fp32 [B, T, V], capped where the model does it; arguments as above."""
+        """Return the logits of each next token, fp32 [B, T, V], capped where the model does it.
+
+        Args:
+            params, ids, positions, segments, remat: as of `hidden`.
+        """
         if _has_packed(params):
             return lora_apply(self.logits)(params, {}, ids, positions, segments, remat)
         return decoder.logits_of(self.config, params, self.hidden(params, ids, positions, segments, remat))
@@ -153,7 +173,11 @@ class Model:
         )
 
     def replace(self, **changes: Any) -> "Model":
-        """Return the model with other parameters, or other fields."""
+        """Return the model with other parameters, or other fields.
+
+        Args:
+            changes: fields by name, such as `params=...`.
+        """
         return dataclasses.replace(self, **changes)
 
 
@@ -182,9 +206,26 @@ def load(
         specs: a tree of partition specs, one for each parameter; by default `default_specs` of the mesh.
         ignore: names of fields of config.json that change nothing of what the model computes, and are not known here.
 
+    Returns:
+        A `Model` with its parameters.
+
     Raises:
         LoraError: the config asks for something that is not supported, such as weights that GPTQ, AWQ or bitsandbytes
             packed; tensors are missing, or belong to no parameter.
+
+    >>> import json, tempfile, jax, jax.numpy as jnp, lora_jax as lora
+    >>> from pathlib import Path
+    >>> from safetensors.numpy import save_file
+    >>> facts = {"model_type": "llama", "vocab_size": 8, "hidden_size": 32, "intermediate_size": 32}
+    >>> facts |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "config.json").write_text(json.dumps(facts))
+    ...     shapes = lora.recipes.abstract(folder, jnp.float32)
+    ...     params = jax.tree.map(lambda like: jnp.ones(like.shape, like.dtype), shapes.params)
+    ...     save_file(lora.to_torch(params, shapes.key_map), f"{folder}/model.safetensors")
+    ...     model = lora.recipes.load(folder)
+    >>> model.params["model"]["layers"]["mlp"]["up_proj"]["kernel"].shape
+    (1, 32, 32)
     """
     if bits not in (None, 4, 8, 16):
         raise LoraError(f"load(folder, bits=...): bits is {bits!r}, expected 4, 8, 16 or None.")
@@ -210,7 +251,26 @@ def abstract(
 ) -> Model:
     """Return the model of a folder with shapes in the place of parameters, of which its config.json is enough.
 
-    Plans, `lora.abstract_state` and compilers need no more; arguments as of `load`.
+    Plans, `lora.abstract_state` and compilers need no more.
+
+    Args:
+        folder: where config.json is.
+        dtype: of the parameters.
+        mesh: where they would be.
+        ignore: as of `load`.
+
+    Returns:
+        A `Model` with `jax.ShapeDtypeStruct`s.
+
+    >>> import json, tempfile, lora_jax as lora
+    >>> from pathlib import Path
+    >>> facts = {"model_type": "llama", "vocab_size": 8, "hidden_size": 32, "intermediate_size": 32}
+    >>> facts |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "config.json").write_text(json.dumps(facts))
+    ...     model = lora.recipes.abstract(folder)
+    >>> model.params["lm_head"]["kernel"]
+    ShapeDtypeStruct(shape=(32, 8), dtype=bfloat16)
     """
     config = read_config(folder, ignore)
     specs = loading.default_specs(config, mesh)
@@ -224,7 +284,18 @@ def _flat_specs(config: Config, mesh: Mesh, specs: Any) -> dict[str, P]:
 
 
 def packing(bits: int | None) -> dict[str, Format]:
-    """Return the rules for `lora.bases.quantize` by which `load` packs weights in 4 or 8 bits."""
+    """Return the rules for `lora.bases.quantize` by which `load` packs weights in 4 or 8 bits.
+
+    Args:
+        bits: 4, 8, or 16 or None for none.
+
+    Returns:
+        `{pattern: format}`.
+
+    >>> import lora_jax as lora
+    >>> list(lora.recipes.packing(4).values()), lora.recipes.packing(None)
+    ([Nf4(stack=1), Nf4()], {})
+    """
     return dict(_FORMATS.get(bits or 16, {}))
 
 

@@ -34,6 +34,23 @@ def answer_loss(model: Model, *, remat: Remat = True) -> Loss:
     Args:
         model: the base.
         remat: whether each layer is computed again in the backward pass; or a policy of `jax.checkpoint`.
+
+    Returns:
+        `loss(adapters, params, batch)` -> the mean, `{}` and the number of tokens, as `lora.train_step` takes it.
+
+    >>> import json, tempfile, jax, jax.numpy as jnp, numpy as np, lora_jax as lora
+    >>> from pathlib import Path
+    >>> from lora_jax.recipes.tokens import Tokenized
+    >>> facts = {"model_type": "llama", "vocab_size": 8, "hidden_size": 32, "intermediate_size": 32}
+    >>> facts |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "config.json").write_text(json.dumps(facts))
+    ...     model = lora.recipes.abstract(folder, jnp.float32)
+    >>> tokens = Tokenized(np.arange(6, dtype=np.int32), np.arange(6) % 3 > 0, np.array([0, 3, 6]))
+    >>> batch = next(lora.recipes.packed_batches(tokens, rows=1, length=4, seed=0))
+    >>> value, metrics, count = jax.eval_shape(lora.recipes.answer_loss(model), {}, model.params, batch)
+    >>> value.shape, metrics, count.shape
+    ((), {}, ())
     """
 
     def total(params: Any, batch: Batch) -> jax.Array:
@@ -59,11 +76,31 @@ def answer_loss(model: Model, *, remat: Remat = True) -> Loss:
 def preference_loss(model: Model, beta: float = 0.1, most: int = 8, *, remat: Remat = True) -> Loss:
     """Return the loss of DPO, whose reference is the frozen base: the same parameters without the adapters.
 
+    Rafailov et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", arXiv
+    2305.18290.
+
     Args:
         model: the base.
         beta: how strongly the model is kept near it.
         most: pairs in a row, as they were packed by `preference_batches`.
         remat: as of `answer_loss`.
+
+    Returns:
+        `loss(adapters, params, batch)` -> the mean, metrics and the number of pairs, as `lora.train_step` takes it.
+
+    >>> import json, tempfile, jax, jax.numpy as jnp, numpy as np, lora_jax as lora
+    >>> from pathlib import Path
+    >>> from lora_jax.recipes.tokens import Tokenized, TokenizedPairs
+    >>> facts = {"model_type": "llama", "vocab_size": 8, "hidden_size": 32, "intermediate_size": 32}
+    >>> facts |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "config.json").write_text(json.dumps(facts))
+    ...     model = lora.recipes.abstract(folder, jnp.float32)
+    >>> tokens = Tokenized(np.arange(6, dtype=np.int32), np.arange(6) % 3 > 0, np.array([0, 3, 6]))
+    >>> batch = next(lora.recipes.preference_batches(TokenizedPairs(tokens, tokens), rows=1, length=4, seed=0))
+    >>> value, metrics, count = jax.eval_shape(lora.recipes.preference_loss(model), {}, model.params, batch)
+    >>> sorted(metrics)
+    ['accuracy', 'margin']
     """
 
     def log_probs(params: Any, batch: Batch) -> jax.Array:

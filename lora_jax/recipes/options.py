@@ -73,6 +73,10 @@ class Options:
         log_to: tensorboard, wandb (Weights & Biases), or both with a comma: where the log goes as well.
         seed: of the adapters' start, the order of the examples, and which are held out.
         skip_bad: leave out and count lines that are no examples, in place of an error.
+
+    >>> import lora_jax as lora
+    >>> lora.recipes.Options(rank=8, lr=1e-3, batch_tokens=4096, max_length=512).rows
+    8
     """
 
     rank: int = 16

@@ -226,6 +226,9 @@ def packed_batches(
             jax.process_count())` where each process has the same number of rows (`lora.local_rows`).
         epochs: how many there are.
 
+    Returns:
+        An iterator of the batches, which can be asked for its position.
+
     Raises:
         LoraError: an example is longer than a row; the hosts cannot have equal parts; an argument is none of these.
 

@@ -44,8 +44,18 @@ def preference_batches(
         length, seed, epoch, start, shard, epochs: as of `packed_batches`.
         most: pairs in a row, S.
 
+    Returns:
+        An iterator of the batches, as of `packed_batches`.
+
     Raises:
         LoraError: as of `packed_batches`.
+
+    >>> import numpy as np, lora_jax as lora
+    >>> from lora_jax.recipes.tokens import Tokenized, TokenizedPairs
+    >>> tokens = Tokenized(np.arange(6, dtype=np.int32), np.arange(6) % 3 > 0, np.array([0, 3, 6]))
+    >>> batch = next(lora.recipes.preference_batches(TokenizedPairs(tokens, tokens), rows=1, length=4, seed=0))
+    >>> batch["ids"].shape, int(batch["segments"].max())
+    ((1, 2, 4), 2)
     """
     call = "preference_batches(pairs, rows, length, seed)"
     order = checked_order(call, Order(rows, length, seed, epoch, start, shard, epochs), most=most)
@@ -113,12 +123,18 @@ def dpo_loss(policy: PairLogProbs, reference: PairLogProbs, beta: float = 0.1, l
     The reward of an answer y to x is `beta * (log p(y | x) - log p_ref(y | x))`, and the loss of a pair is
     `-log sigmoid(reward of the better one - reward of the worse one)` (equation 7 of the paper).
 
+    Rafailov et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+    arXiv 2305.18290.
+
     Args:
         policy: of the model that is trained.
         reference: of the model that it began as; no gradient goes there.
         beta: how strongly it is kept near the reference.
         label_smoothing: the share of pairs that are taken to be the other way round, from 0 to 1/2 (Mitchell 2023, "A
             note on DPO with noisy preferences").
+
+    Returns:
+        A `DpoLoss`: the mean loss, and the rewards of the answers.
 
     Raises:
         LoraError: `beta` is not above 0, or `label_smoothing` outside of its range.

@@ -38,13 +38,22 @@ class Tokens:
 
 
 class Tokenizer:
-    """The tokenizer of a published model.
+    """The tokenizer of a published model, as `Tokenizer.load` reads it.
 
-    Attributes:
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`.
         special: the text of special tokens by their names, such as `eos_token`, as templates know them.
         eos_ids: the tokens at which the model stops.
         templates: the chat templates by their names; most have one, "default".
-        now: the date for templates that write one.
+        now: the date for templates that write one; by default that of today.
+        where: what messages call it.
+
+    >>> import tokenizers, lora_jax as lora
+    >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2, "</s>": 3}, unk_token="?"))
+    >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    >>> tokenizer = lora.recipes.Tokenizer(words, {"eos_token": "</s>"}, eos_ids=[3])
+    >>> tokenizer.encode("b a").ids, tokenizer.eos_id, tokenizer.decode([0, 1])
+    ([1, 0], 3, 'a b')
     """
 
     def __init__(
@@ -71,6 +80,9 @@ class Tokenizer:
                 `special_tokens_map.json`, `generation_config.json`, `config.json` and `chat_template.jinja`.
             now: the date that templates write which write one; by default that of today. A run that is to be continued
                 on another day with the same tokens gives the same one.
+
+        Returns:
+            The tokenizer, with the templates and the ends that the files name.
 
         Raises:
             LoraError: a file is missing, cannot be read, or is none of these.
@@ -168,7 +180,12 @@ class Tokenizer:
         return self.encode_all([text], special)[0]
 
     def encode_all(self, texts: Sequence[str], special: bool = False) -> list[Tokens]:
-        """Return the tokens of each text, found on all cores."""
+        """Return the tokens of each text, found on all cores.
+
+        Args:
+            texts: any number of them.
+            special: as of `encode`.
+        """
         found = self._tokenizer.encode_batch([*texts], add_special_tokens=special)
         return [Tokens(one.ids, _pairs(one.offsets)) for one in found]
 

@@ -155,8 +155,20 @@ def tokenized(
         skip_bad: leave out and count conversations that the template refuses, in place of raising. What cannot be read
             at all is left out by `read_examples(path, skip_bad=True)`.
 
+    Returns:
+        The tokens, which of them are learned, and what became of the examples.
+
     Raises:
         LoraError: an example is a pair of preferences, or is refused by the template, with its line; nothing is left.
+
+    >>> import tokenizers, lora_jax as lora
+    >>> from lora_jax.recipes.examples import Completion
+    >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2, "</s>": 3}, unk_token="?"))
+    >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    >>> tokenizer = lora.recipes.Tokenizer(words, {"eos_token": "</s>"}, eos_ids=[3])
+    >>> tokens = lora.recipes.tokenized([Completion("a", " b"), Completion("b", " a")], tokenizer, max_length=8)
+    >>> tokens.ids.tolist(), tokens.learned.tolist()
+    ([0, 1, 3, 1, 0, 3], [False, True, True, False, True, True])
     """
     _check("tokenized", max_length, too_long)
     found, tally = _Arrays(), _Tally.of(examples)
@@ -180,8 +192,21 @@ def tokenized_pairs(
     Args:
         examples, tokenizer, max_length, skip_bad: as of `tokenized`.
 
+    Returns:
+        The tokens of the better and of the worse answers.
+
     Raises:
         LoraError: an example is no pair, or is refused by the template, with its line; nothing is left.
+
+    >>> import tokenizers, lora_jax as lora
+    >>> from lora_jax.recipes.examples import Completion, Preference
+    >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2, "</s>": 3}, unk_token="?"))
+    >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    >>> tokenizer = lora.recipes.Tokenizer(words, {"eos_token": "</s>"}, eos_ids=[3])
+    >>> pair = Preference(chosen=Completion("a", " b"), rejected=Completion("a", " a"))
+    >>> pairs = lora.recipes.tokenized_pairs([pair], tokenizer, max_length=8)
+    >>> pairs.chosen.ids.tolist(), pairs.rejected.ids.tolist()
+    ([0, 1, 3], [0, 0, 3])
     """
     _check("tokenized_pairs", max_length, "drop")
     chosen, rejected, tally = _Arrays(), _Arrays(), _Tally.of(examples)

@@ -158,9 +158,27 @@ def finetune(
         options: the settings.
         reporter: is told how it goes.
 
+    Returns:
+        The adapters, and how the training went.
+
     Raises:
         LoraError: as `prepare`; what is in the folder is of something else; the loss is not finite: the checkpoints
             before that stay.
+
+    >>> import json, tempfile, jax, jax.numpy as jnp, numpy as np, lora_jax as lora
+    >>> from pathlib import Path
+    >>> from lora_jax.recipes.tokens import Tokenized
+    >>> facts = {"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
+    >>> facts |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    >>> tokens = Tokenized(np.arange(6, dtype=np.int32), np.arange(6) % 3 > 0, np.array([0, 3, 6]))
+    >>> options = lora.recipes.Options(rank=2, max_length=4, batch_tokens=4, max_steps=1, mesh="data=1")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "config.json").write_text(json.dumps(facts))
+    ...     model = lora.recipes.abstract(folder, jnp.float32)
+    ...     model = model.replace(params=jax.tree.map(lambda like: jnp.ones(like.shape), model.params))
+    ...     result = lora.recipes.finetune(model, tokens, None, f"{folder}/run", options)
+    >>> result.steps, len(result.adapters)
+    (1, 7)
     """
     run = prepare(model, train, options)
     folder, sharding, options = Path(folder), batch_sharding(model), run.options
@@ -293,6 +311,14 @@ def evaluate(loss: Loss, adapters: Any, params: Any, batches: Iterable[Batch]) -
         adapters: those that are measured; {} for the base alone.
         params: the base.
         batches: as the loss takes them.
+
+    Returns:
+        The mean, in nats a token or a pair; NaN if nothing counts.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> loss = lambda adapters, params, batch: (jnp.mean(batch), {}, batch.size)
+    >>> lora.recipes.evaluate(loss, {}, {}, [jnp.array([1.0]), jnp.array([2.0, 3.0])])
+    2.0
     """
     found = [(value, count) for value, _, count in (loss(adapters, params, batch) for batch in batches)]
     total = sum(float(count) for _, count in found)

@@ -76,7 +76,24 @@ def adapter_shardings(
     policy: Literal["tensor", "replicate", "inherit"] | Policy = "tensor",
     batch_axes: Sequence[str] = BATCH_AXES,
 ) -> dict[str, Adapter]:
-    """Return `adapter_specs` as `NamedSharding`s: for `lora.init`, `jax.device_put`, `jax.jit`, `lora.Checkpoints`."""
+    """Return `adapter_specs` as `NamedSharding`s: for `lora.init`, `jax.device_put`, `jax.jit`, `lora.Checkpoints`.
+
+    Args:
+        base, adapters, mesh, policy, batch_axes: as of `adapter_specs`.
+
+    Returns:
+        `{path: adapter}` with shardings for arrays.
+
+    Raises:
+        LoraError: what `adapter_specs` raises.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, mesh = {"w": jnp.ones((8, 4))}, jax.make_mesh((1, 1), ("fsdp", "tensor"))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, jnp.ones((1, 8)), rules={"w": lora.Lora(rank=2)})
+    >>> shardings = lora.adapter_shardings({"w": jax.P("fsdp", "tensor")}, plan, mesh)
+    >>> shardings["w"].b == jax.NamedSharding(mesh, jax.P(None, "tensor"))
+    True
+    """
     mesh, specs = _mesh_and_specs(base, adapters, mesh, policy, batch_axes)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 

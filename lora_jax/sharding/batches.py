@@ -21,8 +21,16 @@ def local_rows(sharding: NamedSharding, rows: int) -> slice:
         sharding: of the whole batch; the first entry of its spec splits the rows.
         rows: of the whole batch.
 
+    Returns:
+        The rows, as a slice of those of the whole batch.
+
     Raises:
         LoraError: the mesh cannot split the rows evenly; the rows of this process are not contiguous.
+
+    >>> import jax, lora_jax as lora
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> lora.local_rows(jax.NamedSharding(mesh, jax.P("data")), rows=32)
+    slice(0, 32, None)
     """
     entry = full_spec("the batch", sharding.spec, max(len(sharding.spec), 1), sharding.mesh)[0]
     parts = size_of(entry, sharding.mesh)
@@ -57,6 +65,12 @@ def shard_batch(batch: Any, sharding: NamedSharding, rows: int | None = None) ->
     Raises:
         LoraError: the processes have different numbers of rows; an axis cannot be split evenly; the spec names an axis
             that the mesh lacks.
+
+    >>> import jax, numpy as np, lora_jax as lora
+    >>> sharding = jax.NamedSharding(jax.make_mesh((1,), ("data",)), jax.P("data"))
+    >>> batch = lora.shard_batch({"x": np.ones((4, 3)), "y": np.zeros(4)}, sharding)
+    >>> batch["x"].shape, batch["y"].sharding == sharding
+    ((4, 3), True)
     """
     nodes, tree = jax.tree.flatten(batch, is_leaf=is_unbatched)
     leaves = [node for node in nodes if not is_unbatched(node)]

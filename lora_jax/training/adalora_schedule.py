@@ -54,6 +54,8 @@ def adapt_budget(
     Use it as the outermost transformation, around masks and partitions: it reads the gradients, parameters and updates
     of a step. Shapes stay the same; `prune` removes the zero entries at the end.
 
+    Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512.
+
     Args:
         optimizer: any optax transformation.
         target_rank: the mean rank of all matrices at the end.
@@ -62,9 +64,15 @@ def adapt_budget(
         interval: the number of steps from one choice to the next.
         beta1, beta2: decay rates of the means I and U.
 
+    Returns:
+        An optax transformation, whose `update` needs the parameters.
+
     Raises:
         LoraError: the schedule leaves no steps; a number is below 1; (when initialized) there is no AdaLoRA adapter, or
             the target rank is above the adapters' own.
+
+    >>> import optax, lora_jax as lora
+    >>> optimizer = lora.adapt_budget(lora.freeze_base(optax.adam(1e-3)), target_rank=4, total_steps=1000, warmup=100)
     """
     check_optimizer("adapt_budget(optimizer, target_rank, total_steps)", optimizer)
     numbers = {"target_rank": target_rank, "total_steps": total_steps, "interval": interval}
@@ -134,11 +142,19 @@ def prune(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
     All matrices of a stack keep the same rank, that of the one with the most entries that are not zero. Cannot be
     called under `jax.jit`.
 
+    The last step of AdaLoRA: Zhang et al. 2023, arXiv 2303.10512.
+
     Args:
         adapters: `{path: adapter}`; those of other kinds are returned as they are.
 
     Returns:
         `{path: adapter}`.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> adapter = lora.AdaLoraAdapter(jnp.ones((6, 3)), jnp.array([0.5, 0.0, 0.1]), jnp.ones((3, 4)), axes, None)
+    >>> lora.prune({"w": adapter})
+    {'w': AdaLoraAdapter(a 6x2, e 2, b 2x4)}
     """
     return {path: _pruned(a) if isinstance(a, AdaLoraAdapter) else a for path, a in adapters.items()}
 

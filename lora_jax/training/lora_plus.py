@@ -39,6 +39,9 @@ def lora_plus(
         learning_rate: of A; a number, or a schedule.
         ratio: above 0, usually above 1; the paper advises about 16 for most models.
 
+    Returns:
+        An optax transformation.
+
     Raises:
         LoraError: an argument is none of these; the ratio is not a number above 0.
 

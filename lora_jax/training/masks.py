@@ -29,6 +29,15 @@ def trainable_mask(tree: Any) -> Any:
     Adapters may be anywhere in the tree. To freeze more of it, say so beside this mask:
     `lora.freeze_base(optimizer, lambda tree: {**lora.trainable_mask(tree), "statistics": False})`.
 
+    Args:
+        tree: adapters, or any tree that holds them.
+
+    Returns:
+        The tree, with a boolean for each array.
+
+    Raises:
+        LoraError: this is a function or a rule, and no tree of arrays.
+
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"w": jnp.ones((4, 4))}
     >>> plan = lora.plan(lambda p, x: x @ p["w"], params, jnp.ones((1, 4)), rules={"w": lora.Lora(rank=1)})
@@ -80,9 +89,21 @@ def freeze_base(
         mask: a tree of booleans, or a function that makes one from the optimized tree; one boolean may stand for a
             whole part of it. By default adapters are trained, and what lies beside them, and their base is frozen.
 
+    Returns:
+        An optax transformation for the whole tree.
+
     Raises:
         LoraError: this is no optax transformation; (when initialized) the mask holds something else than booleans, or
             is not of the optimized tree.
+
+    >>> import jax, jax.numpy as jnp, optax, lora_jax as lora
+    >>> params = {"w": jnp.ones((4, 4))}
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, jnp.ones((1, 4)), rules={"w": lora.Lora(rank=1)})
+    >>> tree = {"adapters": lora.init(jax.random.key(0), params, plan), "params": params}
+    >>> optimizer = lora.freeze_base(optax.sgd(0.1))
+    >>> updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, tree), optimizer.init(tree), tree)
+    >>> float(updates["adapters"]["w"].b[0, 0]), float(updates["params"]["w"][0, 0])
+    (-0.10000000149011612, 0.0)
     """
 
     check_optimizer("freeze_base(optimizer, mask)", optimizer)
@@ -107,6 +128,9 @@ def labels(tree: Any, rules: Mapping[str, str], default: str | None = None) -> A
         rules: `{pattern: label}`; a pattern is a regular expression for the whole path of an array. The arrays of an
             adapter are fields below its own path, as in "layers_0/query/kernel/a".
         default: the label of trained arrays that no pattern matches; without it they are an error.
+
+    Returns:
+        The tree, with a label for each array.
 
     Raises:
         LoraError: a pattern is no regular expression, matches no trained array (the nearest are listed), or only
@@ -144,6 +168,12 @@ def decay_mask(tree: Any) -> Any:
     Of an adapter, the matrices are its factors: arrays with two groups of axes (inputs, outputs, rank) beside the
     stack. Magnitudes, gains, biases and scales are vectors, whose neutral value is not zero. Beside adapters, arrays of
     two axes or more count as matrices. Arrays that an adapter never trains are False.
+
+    Args:
+        tree: adapters, or any tree that holds them.
+
+    Returns:
+        The tree, with a boolean for each array.
 
     >>> import jax.numpy as jnp, optax, lora_jax as lora
     >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))

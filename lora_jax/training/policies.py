@@ -15,6 +15,11 @@ def thin(prim: Any, *args: Any, **params: Any) -> Any:
     It saves the products with A in the backward pass of a layer that is computed twice. JAX calls it with an operation
     of the program, its operands and its parameters.
 
+    Args:
+        prim: the operation.
+        args: its operands.
+        params: its parameters.
+
     Returns:
         Whether the results are kept, in the form that JAX wants.
 

@@ -40,6 +40,27 @@ class Population:
 
     `lora.Checkpoints` saves and restores it as it does a `TrainState`; `lora.checkpoint.load` reads the adapters of
     such a checkpoint as a stack, which `lora.unstack` takes apart.
+
+    Attributes:
+        step: steps that were taken with this population, i32.
+        trainable: what `stack` makes of the members' adapters, or a tree that holds it.
+        opt_state: the optimizer's, for all members.
+        steps: those that each has taken, i32 [members].
+        skipped: those whose gradient was not finite, i32 [members].
+        active: bool [members]; the others stay as they are.
+        hyperparameters: `{name: f32 [members]}`.
+        key: random keys [members], or None.
+        model_state: what the models carry from step to step, `[members, ...]`, or None.
+
+    >>> import jax, jax.numpy as jnp, optax, lora_jax as lora
+    >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+    >>> def members(rank):
+    ...     plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Lora(rank=rank)})
+    ...     return lora.init(jax.random.key(rank), params, plan)
+    >>> optimizer = lora.freeze_base(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1))
+    >>> population = lora.Population.create([members(1), members(2)], optimizer, {"learning_rate": [0.1, 0.2]})
+    >>> len(population), population.member(0)
+    (2, {'w': LoraAdapter(a 4x1, b 1x3)})
     """
 
     step: jax.Array  # i32, steps that were taken with this population
@@ -101,7 +122,14 @@ class Population:
         return TrainState(self.steps, self.trainable, self.opt_state, self.skipped, self.key, None, self.model_state)
 
     def member(self, i: int) -> Any:
-        """Return what a member trains, its adapters with their own rank, as they were given to `create`."""
+        """Return what a member trains, its adapters with their own rank, as they were given to `create`.
+
+        Args:
+            i: its index, at least 0.
+
+        Raises:
+            LoraError: there is no such member.
+        """
         self._check_index("member", i)
         return unpadded(whole(jax.tree.map(lambda array: array[i], self.trainable)))
 
@@ -112,6 +140,9 @@ class Population:
 
         Args:
             which: bool [members], such as `metrics["loss"] > limit`.
+
+        Raises:
+            LoraError: `which` is of another shape or dtype.
         """
         which = jnp.asarray(which)
         if which.shape != self.active.shape or which.dtype != bool:
@@ -125,6 +156,9 @@ class Population:
             scores: f32 [members], such as held-out losses; what is not finite is worst.
             count: how many go on.
             largest: whether the largest scores are the best ones, as of accuracies.
+
+        Raises:
+            LoraError: `scores` are of another shape, or `count` is no whole number of at least 0.
         """
         scores = jnp.asarray(scores, jnp.float32)
         if scores.shape != self.active.shape or isinstance(count, bool) or not isinstance(count, int) or count < 0:
@@ -141,6 +175,12 @@ class Population:
 
         As many as there are run without another compilation: so the worst take the place of the best. Fewer take less
         time, after a compilation for their number.
+
+        Args:
+            ids: the indices, each at least 0.
+
+        Raises:
+            LoraError: there is no member of such an index.
         """
         for i in ids:
             self._check_index("take", i)
@@ -192,7 +232,14 @@ class Population:
     # What they are ----------------------------------------------------------------------------------------------------
 
     def table(self, metrics: Mapping[str, Any] | None = None) -> str:
-        """Return a table with a row for each member: its hyperparameters, rank, steps, and metrics `[members]`."""
+        """Return a table with a row for each member: its hyperparameters, rank, steps, and metrics `[members]`.
+
+        Args:
+            metrics: `{name: [members]}`, as a step returns them; what has another shape is left out.
+
+        Raises:
+            LoraError: as of `member`.
+        """
         shown = {name: value for name, value in (metrics or {}).items() if np.shape(value) == (len(self),)}
         numbers = {name: np.asarray(value) for name, value in whole(self.hyperparameters | shown).items()}
         steps, active = (np.asarray(array) for array in whole((self.steps, self.active)))
@@ -210,6 +257,13 @@ class Population:
         """Return the population with its members split over an axis of a mesh, as a step on it takes them.
 
         The mesh may be of several processes: each has made the same population, and makes the same calls.
+
+        Args:
+            mesh: the devices.
+            axis: the name of the axis of the mesh, of a size that divides the number of members.
+
+        Raises:
+            LoraError: the mesh has no such axis, or it is of another size.
         """
         if axis not in mesh.shape or len(self) % mesh.shape[axis]:
             raise LoraError(

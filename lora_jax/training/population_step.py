@@ -34,6 +34,10 @@ class PerMember:
     Args:
         value: a pytree of arrays `[members, ...]`: rows `[members, rows, ...]`, numbers `[members]`. The loss gets the
             member's own.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> lora.PerMember(jnp.array([0.1, 0.2])).value.shape
+    (2,)
     """
 
     value: Any

@@ -36,6 +36,9 @@ def riemannian(reg: float = 1e-2) -> optax.GradientTransformation:
     Args:
         reg: a positive multiple of I that keeps the Gram matrices invertible where a factor is zero, as B is at first.
 
+    Returns:
+        An optax transformation, whose `update` needs the parameters.
+
     Raises:
         LoraError: `reg` is not a number above 0; `update` is called without parameters, or with one factor masked.
 
@@ -73,6 +76,9 @@ def lora_fa_gradient(dtype: Any = jnp.float32) -> optax.GradientTransformation:
         dtype: of the product of the inverse and g_B. HF PEFT computes it in bf16, also where all else is fp32: with
             `jnp.bfloat16`, five steps of a small model end 4e-7 from PEFT's; with fp32, which is nearer to the formula,
             1e-4.
+
+    Returns:
+        An optax transformation, whose `update` needs the parameters.
 
     Raises:
         LoraError: `dtype` is no floating one; `update` is called without parameters, or with one factor masked.
@@ -114,13 +120,22 @@ def lora_fa(
 
     Under `jax.jit`, A's gradient is computed only if something reads it, as the norm in `lora.train_step` does.
 
+    Zhang et al. 2023, "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning",
+    arXiv 2308.03303.
+
     Args:
         learning_rate: a number, or a schedule.
         b1, b2, eps, weight_decay: of Adam.
         dtype: as for `lora_fa_gradient`.
 
+    Returns:
+        An optax transformation, whose `update` needs the parameters.
+
     Raises:
         LoraError: `learning_rate` is neither; `dtype` is no floating one.
+
+    >>> import lora_jax as lora
+    >>> optimizer = lora.lora_fa(1e-3, weight_decay=1e-2)
     """
     check_learning_rate("lora_fa(learning_rate, ...)", learning_rate)
 

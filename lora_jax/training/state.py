@@ -30,6 +30,16 @@ class LossScale:
     The scale is halved after a gradient that is not finite, and doubled after `interval` finite ones in a row, up to
     2^24: beyond that it would run into fp32's infinity where no gradient ever overflows, and not come back.
     Micikevicius et al. 2018, "Mixed Precision Training", arXiv 1710.03740.
+
+    Attributes:
+        value: the scale, f32.
+        finite: finite gradients since the scale last changed, i32.
+        interval: after how many of these it is doubled.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> scale = lora.LossScale.create(1024)
+    >>> float(scale.update(jnp.array(False)).value)
+    512.0
     """
 
     value: jax.Array  # f32, the scale
@@ -39,6 +49,10 @@ class LossScale:
     @classmethod
     def create(cls, value: float = 2.0**15, interval: int = 2000) -> "LossScale":
         """Return the scale before the first step.
+
+        Args:
+            value: the scale, above 0.
+            interval: after how many finite gradients in a row it is doubled.
 
         Raises:
             LoraError: the value is not a finite number above 0, or the interval no whole number above 0.
@@ -50,7 +64,11 @@ class LossScale:
         return cls(jnp.float32(value), jnp.zeros((), jnp.int32), interval)
 
     def update(self, is_finite: jax.Array) -> "LossScale":
-        """Return the scale after a gradient that was or was not finite."""
+        """Return the scale after a gradient that was or was not finite.
+
+        Args:
+            is_finite: bool, a scalar.
+        """
         grows = self.finite + 1 >= self.interval
         larger = jnp.where(self.value * 2 <= LARGEST_SCALE, self.value * 2, self.value)
         value = jnp.where(is_finite, jnp.where(grows, larger, self.value), jnp.maximum(self.value / 2, 1.0))
@@ -65,6 +83,22 @@ class TrainState:
     `flax.serialization` writes it, and programs of `jax.export` take it as an argument once optax's own states are
     registered, for each kind in it, as
     `jax.export.register_namedtuple_serialization(optax.ScaleByAdamState, serialized_name="optax.ScaleByAdamState")`.
+
+    Attributes:
+        step: steps taken, i32.
+        trainable: adapters, or a tree that holds them beside whatever else is trained.
+        opt_state: the optimizer's.
+        skipped: the number of steps taken whose gradient was not finite, which changed nothing, i32.
+        key: a random key, from which the loss gets a new one at each step; or None.
+        loss_scale: for fp16; or None.
+        model_state: what the model carries from step to step, such as batch statistics: any pytree, or None.
+
+    >>> import jax, jax.numpy as jnp, optax, lora_jax as lora
+    >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+    >>> plan = lora.plan(lambda p, x: x @ p["w"], params, x, rules={"w": lora.Lora(rank=1)})
+    >>> state = lora.TrainState.create(lora.init(jax.random.key(0), params, plan), lora.freeze_base(optax.adam(1e-3)))
+    >>> int(state.step), state.trainable
+    (0, {'w': LoraAdapter(a 4x1, b 1x3)})
     """
 
     step: jax.Array  # i32, steps taken

@@ -153,6 +153,24 @@ def jit_step(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
     Args:
         loss, optimizer: as for `train_step`.
         microbatches: as for `value_and_grad`; what is no batch is marked, as in `lora.Unbatched(class_weights)`.
+
+    Returns:
+        `step(state, params, *batch)` -> the next state and the metrics, as `train_step` returns them.
+
+    Raises:
+        LoraError: an argument is of another kind, such as an optimizer that is none; (when called) as `train_step`.
+
+    >>> import jax, jax.numpy as jnp, optax, lora_jax as lora
+    >>> params, x, y = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4)), jnp.zeros((2, 3))
+    >>> def model(params, x):
+    ...     return x @ params["w"]
+    >>> apply, optimizer = lora.lora_apply(model), lora.freeze_base(optax.sgd(0.1))
+    >>> step = lora.jit_step(lambda adapters, params, x, y: jnp.mean((apply(params, adapters, x) - y) ** 2), optimizer)
+    >>> plan = lora.plan(model, params, x, rules={"w": lora.Lora(rank=1)})
+    >>> state = lora.TrainState.create(lora.init(jax.random.key(0), params, plan), optimizer)
+    >>> state, metrics = step(state, params, x, y)
+    >>> int(state.step), float(metrics["loss"])
+    (1, 16.0)
     """
     check_step("jit_step(loss, optimizer)", loss, optimizer, microbatches)
     steps = Recent[Any](KEPT_STEPS)  # jitted steps, by the shardings of the batch and the state
@@ -231,6 +249,19 @@ def pmap_step(
         microbatches: for each device.
         replicated: whether state, parameters and the returned state and metrics have a leading axis of devices, as
             `flax.jax_utils.replicate` makes it; then the state is donated.
+
+    Returns:
+        `step(state, params, *batch)` -> the next state and the metrics, as `train_step` returns them.
+
+    Raises:
+        LoraError: an argument is of another kind, such as an optimizer that is none; (when called) as `train_step`; the
+            state or the parameters have no axis of devices where `replicated` says so, or have one where it does not.
+
+    >>> import jax, jax.numpy as jnp, optax, lora_jax as lora
+    >>> def loss(adapters, params, x):
+    ...     return jnp.mean(lora.lora_apply(lambda p, x: x @ p["w"])(params, adapters, x) ** 2)
+    >>> step = lora.pmap_step(loss, lora.freeze_base(optax.sgd(0.1)), replicated=False)
+    >>> rows = jnp.ones((jax.local_device_count(), 2, 4))  # `step(state, params, rows)`: two rows a device
     """
     check_step("pmap_step(loss, optimizer)", loss, optimizer, microbatches)
     axis = 0 if replicated else None
@@ -279,9 +310,18 @@ def shard_map_step(
             `lora.Unbatched(...)`, are on every device.
         microbatches: for each device.
 
+    Returns:
+        `step(state, params, *batch)` -> the next state and the metrics, as `train_step` returns them.
+
     Raises:
         LoraError: the spec names an axis that the mesh lacks, or splits the batch over no axis; (when called) arrays
             have different numbers of rows.
+
+    >>> import jax, jax.numpy as jnp, optax, lora_jax as lora
+    >>> def loss(adapters, params, x):
+    ...     return jnp.mean(lora.lora_apply(lambda p, x: x @ p["w"])(params, adapters, x) ** 2)
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> step = lora.shard_map_step(loss, lora.freeze_base(optax.sgd(0.1)), mesh, jax.P("data"))
     """
     call = "shard_map_step(loss, optimizer, mesh, batch)"
     check_step(call, loss, optimizer, microbatches)

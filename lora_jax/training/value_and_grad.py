@@ -79,6 +79,16 @@ def value_and_grad(
             `model_state`, or takes one that is not there; it returns something else, a model state of other paths,
             shapes or dtypes, reports a metric with one of the step's own names, or does not use the adapters at all
             (found while it is traced: no gradient could ever reach them; of a tree without adapters, what is in it).
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> def model(params, x):
+    ...     return x @ params["w"]
+    >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+    >>> adapters = lora.init(jax.random.key(0), params, lora.plan(model, params, x, rules={"w": lora.Lora(rank=1)}))
+    >>> loss = lambda adapters, params, x: jnp.mean(lora.lora_apply(model)(params, adapters, x) ** 2)
+    >>> (value, metrics), gradient = lora.value_and_grad(loss, microbatches=2)(adapters, params, x)
+    >>> float(value), gradient["w"].b.shape
+    (16.0, (1, 3))
     """
     check_function("value_and_grad(loss)", "loss", loss)
     check_microbatches(microbatches)

@@ -51,6 +51,9 @@ def lora_apply(
         materialize: where W' may be formed at its full size, because the program does something else to the weight
             than multiply by it: True for all weights, or regular expressions for whole paths.
 
+    Returns:
+        `apply(params, adapters, *args, **kwargs)`, which returns what `fn` does; `adapters` are `{path: adapter}`.
+
     Raises:
         LoraError: `keep` is neither of the two. When called: adapters for paths that the parameters do not have, or of
             another shape; an adapted weight in an operation that cannot stay factored, with path, operation and source

@@ -42,15 +42,26 @@ def merge(params: Any, adapters: Mapping[str, Adapter], *, donate: bool = False,
     one array.
 
     Args:
+        params: a tree of arrays and packed weights.
+        adapters: `{path: adapter}`.
         donate: each merged weight takes the memory of the weight itself, one after the other on its own devices: for
             models of which there is no room for two. The adapted leaves of `params` are gone afterwards, except where
             another leaf lies in the same memory and is still needed, as a tied weight of which one name is adapted.
         keep: return `(merged, kept)`, the latter for `lora.unmerge`: `{path: W}` of the adapted weights, bit by bit.
             They are the very arrays of `params`; with `donate`, which reuses these, copies in the memory of the host.
 
+    Returns:
+        The parameters; with `keep` a pair.
+
     Raises:
         LoraError: an adapter has no weight, or does not fit it; `donate` of what is no array on a device; `keep` and
             `donate` of arrays that are spread over several hosts.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> adapter = lora.LoraAdapter(jnp.ones((4, 1)), jnp.ones((1, 3)), axes, 0.5)
+    >>> lora.merge({"w": jnp.ones((4, 3)), "bias": jnp.zeros(3)}, {"w": adapter})["w"][0].tolist()
+    [1.5, 1.5, 1.5]
     """
     names, leaves, treedef = flatten_with_names(params)
     check_adapters(adapters, names, leaves)
@@ -89,6 +100,9 @@ def unmerge(merged: Params, kept: Mapping[str, Any]) -> Params:
 
     Args:
         merged, kept: what that returned. `merged` may be on other devices by now: weights go where theirs are.
+
+    Returns:
+        The parameters, in the tree of `merged`.
 
     Raises:
         LoraError: `merged` has no such path, or another shape or dtype there: it is not what was merged.

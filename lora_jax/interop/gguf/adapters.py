@@ -110,6 +110,14 @@ def load_gguf(
         LoraError: there is no such file; it is cut short, no adapter, of another architecture, or an aLoRA; a tensor is
             of a type or of a name that adapters do not have, or without its partner; a pair fits no parameter; `base`
             is needed. Each is named, and nothing is returned.
+
+    >>> import jax.numpy as jnp, tempfile, lora_jax as lora
+    >>> path, axes = "model/layers/0/mlp/up_proj/kernel", lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> adapters = {path: lora.LoraAdapter(jnp.ones((8, 2)), jnp.ones((2, 6)), axes, 1.0)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lora.save_gguf(f"{folder}/adapter.gguf", adapters, lora.key_maps.LLAMA, base={"model_type": "qwen2"})
+    ...     lora.load_gguf(f"{folder}/adapter.gguf", {path: jnp.zeros((8, 6))}, lora.key_maps.LLAMA)
+    {'model/layers/0/mlp/up_proj/kernel': LoraAdapter(a 8x2, b 2x6)}
     """
     check_folder("load_gguf(path, plan_or_params, key_map)", path, "path")
     check_is("load_gguf(path, plan_or_params, key_map)", "key_map", key_map, KeyMap, A_KEY_MAP)

@@ -32,7 +32,7 @@ ALIGNMENT_KEY = "general.alignment"
 
 TENSORS = 2**17  # as many as the largest models have twice over
 FACTS = 2**12  # models have some fifty
-STRINGS = 2**22  # in lists of them; vocabularies and merges of the largest models are a million
+ENTRIES = 2**22  # of lists that are gone through; vocabularies and merges of the largest models are a million
 LONGEST = 2**10  # bytes of a key, of a name and of a value that is kept; longer values are skipped
 AXES = 4  # as llama.cpp has them
 
@@ -40,10 +40,14 @@ AXES = 4  # as llama.cpp has them
 STRING, ARRAY = 8, 9
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
-# Types of tensors that adapters have: their numbers in files, and NumPy's dtypes.
-TYPES = {"F32": 0, "F16": 1, "Q8_0": 8, "BF16": 30}
+# Types of tensors that are read: their numbers in files, NumPy's dtypes, and of those that have them, their blocks.
+TYPES = {"F32": 0, "F16": 1, "Q4_1": 3, "Q8_0": 8, "BF16": 30}
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-BLOCK, BLOCK_BYTES = 32, 34  # of Q8_0: so many numbers are one scale in fp16 and as many int8
+BLOCK = 32  # numbers, of which each is scale * code, or scale * code + least
+BLOCKS = {
+    "Q4_1": np.dtype([("scale", "<f2"), ("least", "<f2"), ("codes", "u1", (BLOCK // 2,))]),
+    "Q8_0": np.dtype([("scale", "<f2"), ("codes", "i1", (BLOCK,))]),
+}
 
 
 class Stored(NamedTuple):
@@ -57,7 +61,7 @@ class Stored(NamedTuple):
 class Header(NamedTuple):
     """What stands before the tensors."""
 
-    facts: dict[str, Any]  # numbers and text; of lists and long text, None
+    facts: dict[str, Any]  # numbers and text; of lists and long text None, unless they were asked for
     tensors: dict[str, Stored]
     data: int  # where the tensors begin in the file
     alignment: int
@@ -84,8 +88,9 @@ class Place(NamedTuple):
 class _Cursor:
     """A place in an open file, which goes no further than its end."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.path, self.file, self.size, self.at, self.strings = path, file, size_of(file), 0, 0
+    def __init__(self, path: Path, file: BinaryIO, lists: bool) -> None:
+        self.path, self.file, self.lists = path, file, lists
+        self.size, self.at, self.entries = size_of(file), 0, 0
 
     def need(self, count: int, what: str) -> None:
         """Raise unless so many bytes are left."""
@@ -125,32 +130,40 @@ class _Cursor:
         return self._text(self.take(length, what), what)
 
     def value(self, kind: int, key: str) -> Any:
-        """Return a value, or None in the place of a list or of long text, which are skipped."""
+        """Return a value; None in the place of a list and of long text, which are skipped unless they are asked for."""
         what = f"the value of {short(key)}"
         if kind in NUMBERS:
             return self.number(NUMBERS[kind], what)
         if kind == STRING:
-            length = self.number("Q", what)
-            if length > LONGEST:
-                return self.skip(length, what)
-            return self._text(self.take(length, what), what)
+            return self._string(what, LONGEST)
         if kind == ARRAY:
-            return self._skip_list(key, what)
+            return self._list(key, what)
         raise LoraError(f"{self.path}: {short(key)} has a value of type {kind}, which is none of GGUF's.")
 
-    def _skip_list(self, key: str, what: str) -> None:
+    def _string(self, what: str, kept: int = 0) -> str | None:
+        """Return a text, or None if it is longer than what is kept."""
+        length = self.number("Q", what)
+        if length > kept and not self.lists:
+            self.skip(length, what)
+            return None
+        return self._text(self.take(length, what), what)
+
+    def _list(self, key: str, what: str) -> list[Any] | None:
         of, count = self.number("I", what), self.number("Q", what)
-        if of in NUMBERS:
-            self.skip(count * struct.calcsize(f"<{NUMBERS[of]}"), what)
-        elif of == STRING:
-            self.need(8 * count, what)
-            self.strings += count
-            if self.strings > STRINGS:
-                raise LoraError(f"{self.path} has lists of {self.strings:,} texts, expected at most {STRINGS:,}.")
-            for _ in range(count):
-                self.skip(self.number("Q", what), what)
-        else:
+        if of != STRING and of not in NUMBERS:
             raise LoraError(f"{self.path}: {short(key)} is a list of type {of}, expected numbers or text.")
+        size = count * (8 if of == STRING else struct.calcsize(NUMBERS[of]))  # a text takes its length at least
+        if of != STRING and not self.lists:
+            self.skip(size, what)
+            return None
+        self.need(size, what)
+        self.entries += count
+        if self.entries > ENTRIES:
+            raise LoraError(f"{self.path} has lists of {self.entries:,} entries, expected at most {ENTRIES:,}.")
+        if of != STRING:
+            return list(struct.unpack(f"<{count}{NUMBERS[of]}", self.take(size, what)))
+        texts = [self._string(what) for _ in range(count)]
+        return texts if self.lists else None
 
     def _text(self, data: bytes, what: str) -> str:
         try:
@@ -159,15 +172,19 @@ class _Cursor:
             raise LoraError(f"{self.path}: {what} is no UTF-8, but {short(data)}.") from None
 
 
-def header(path: Path) -> Header:
+def header(path: Path, *, lists: bool = False) -> Header:
     """Return what a file says before its tensors.
+
+    Args:
+        path: of the file.
+        lists: keep lists and long text too, which a model's tokenizer is made of.
 
     Raises:
         LoraError: it is no GGUF of a version that this one knows, is cut short, or says something twice; it has more of
             something than any model has.
     """
     with open_file(path) as file:
-        at = _Cursor(path, file)
+        at = _Cursor(path, file, lists)
         if (found := at.take(min(4, at.size), "its first bytes")) != MAGIC:
             raise LoraError(f"{path} is no GGUF: it begins with {found!r}, expected {MAGIC!r}.")
         version = at.number("I", "its version")
@@ -213,7 +230,7 @@ def places(path: Path, found: Header) -> dict[str, Place]:
     """Return where the tensors are, one after the other in the file.
 
     Raises:
-        LoraError: a tensor is empty, is of a type that adapters do not have, does not begin where the one before it
+        LoraError: a tensor is empty, is of a type that is not read, does not begin where the one before it
             ends, or ends behind the file.
     """
     kinds = {number: name for name, number in TYPES.items()}
@@ -221,14 +238,14 @@ def places(path: Path, found: Header) -> dict[str, Place]:
     for name, (kind, shape, start) in found.tensors.items():
         if kind not in kinds:
             raise LoraError(
-                f"{path}: {short(name)} is of GGUF's type {kind}, expected one of {', '.join(TYPES)}: write the "
-                "adapter again as F32, as llama.cpp does by default."
+                f"{path}: {short(name)} is of GGUF's type {kind}, expected one of {', '.join(TYPES)}: write it again "
+                "as F32, as llama.cpp does with adapters by default."
             )
         if 0 in shape:
             raise LoraError(f"{path}: {short(name)} of shape {list(shape)} is empty, expected numbers.")
-        if kinds[kind] == "Q8_0" and shape[-1] % BLOCK:
+        if kinds[kind] in BLOCKS and shape[-1] % BLOCK:
             raise LoraError(
-                f"{path}: {short(name)} is Q8_0 of shape {list(shape)}; its last axis is no multiple of 32."
+                f"{path}: {short(name)} is {kinds[kind]} of shape {list(shape)}; its last axis is no multiple of 32."
             )
         size = nbytes(kinds[kind], shape)
         if start != expected or found.data + start + size > found.size:
@@ -242,22 +259,26 @@ def places(path: Path, found: Header) -> dict[str, Place]:
 
 
 def read(path: Path, place: Place) -> Array:
-    """Return the numbers of one tensor; those of Q8_0 in fp32, which has them exactly."""
+    """Return the numbers of one tensor; those in blocks in fp32, by the formula of their type."""
     with open_file(path) as file:
         file.seek(place.start)
         data = file.read(place.size)
     if len(data) != place.size:
         raise LoraError(f"{path} became shorter while it was read.")
-    if place.type != "Q8_0":
+    if place.type not in BLOCKS:
         return np.frombuffer(data, place.dtype).reshape(place.shape)
-    blocks = np.frombuffer(data, np.dtype([("scale", "<f2"), ("numbers", "i1", (BLOCK,))]))
-    return (blocks["numbers"] * blocks["scale"].astype(np.float32)[:, None]).reshape(place.shape)
+    blocks = np.frombuffer(data, BLOCKS[place.type])
+    codes, scale = blocks["codes"], blocks["scale"].astype(np.float32)[:, None]
+    if place.type == "Q8_0":
+        return (codes * scale).reshape(place.shape)
+    codes = np.concatenate([codes & 15, codes >> 4], axis=1)  # the first half of a block is in the low halves of bytes
+    return (codes * scale + blocks["least"].astype(np.float32)[:, None]).reshape(place.shape)
 
 
 def nbytes(kind: str, shape: Iterable[int]) -> int:
     """Return the size of a tensor."""
     numbers = math.prod(shape)
-    return numbers // BLOCK * BLOCK_BYTES if kind == "Q8_0" else numbers * np.dtype(DTYPES[kind]).itemsize
+    return numbers // BLOCK * BLOCKS[kind].itemsize if kind in BLOCKS else numbers * np.dtype(DTYPES[kind]).itemsize
 
 
 def _padded(count: int, alignment: int) -> int:

@@ -68,12 +68,14 @@ def merge_gguf(
 
     Args:
         source: a folder with a config.json, a tokenizer.json, and `model.safetensors` or an index and its shards.
-        adapters, key_map, others, params, tied: as of `lora.merge_checkpoint`.
+        adapters: as of `lora.merge_checkpoint`.
         file: a new file, such as "model.gguf". It has its name once it is complete.
+        key_map: as of `lora.merge_checkpoint`.
         dtype: of weights: "q8_0", "bf16", "f16" or "f32". Norms and biases are in fp32; weights whose inputs are no
             multiple of 32 are in f16 in the place of q8_0, as llama.cpp's converter has it.
         cut: what llama.cpp calls the way in which the tokenizer cuts texts, such as "tekken"; by default it is known by
             tokenizer.json: llama-bpe, qwen2, smollm or gpt-2.
+        others, params, tied: as of `lora.merge_checkpoint`.
         progress: called with how many tensors are written, and how many there are.
 
     Returns:
@@ -82,6 +84,26 @@ def merge_gguf(
     Raises:
         LoraError: as `lora.merge_checkpoint`; another architecture or tokenizer; the file is there already. Then
             nothing has changed.
+
+    >>> import jax.numpy as jnp, json, numpy as np, tempfile, tokenizers, lora_jax as lora
+    >>> from pathlib import Path
+    >>> from safetensors.numpy import save_file
+    >>> facts = {"model_type": "llama", "vocab_size": 4, "hidden_size": 32, "intermediate_size": 32}
+    >>> facts |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    >>> facts |= {"max_position_embeddings": 8, "rms_norm_eps": 1e-5}
+    >>> shapes = {"model.embed_tokens.weight": (4, 32), "model.norm.weight": (32,), "lm_head.weight": (4, 32)}
+    >>> tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    >>> words = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    >>> words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> adapters = {"lm_head/kernel": lora.LoraAdapter(jnp.ones((32, 1)), jnp.ones((1, 4)), axes, 0.5)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "config.json").write_text(json.dumps(facts))
+    ...     words.save(f"{folder}/tokenizer.json")
+    ...     save_file(tensors, f"{folder}/model.safetensors")
+    ...     found = lora.merge_gguf(folder, adapters, f"{folder}/model.gguf", lora.key_maps.LLAMA)
+    >>> round(found["lm_head.weight"].kept, 3)
+    1.0
     """
     check_folder(CALL, source, "source")
     source, file = Path(source).absolute(), Path(file).absolute()

@@ -43,8 +43,20 @@ def inspect_image(path: str | Path) -> ImageFile:
     Args:
         path: the file, or a folder with the `pytorch_lora_weights.safetensors` of diffusers.
 
+    Returns:
+        An `ImageFile`, with how many modules of each component have adapters.
+
     Raises:
         LoraError: it cannot be read, or holds what is no adapter of a kind that this version reads.
+
+    >>> import jax.numpy as jnp, tempfile, lora_jax as lora
+    >>> key_map = lora.key_maps.KeyMap(lora.key_maps.linear("q/kernel", "mid_block.attn.to_q"))
+    >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> adapters = {"q/kernel": lora.LoraAdapter(jnp.ones((4, 2)), jnp.ones((2, 3)), axes, 1.0)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lora.save_kohya(f"{folder}/cats.safetensors", adapters, key_map)
+    ...     lora.inspect_image(f"{folder}/cats.safetensors").components
+    {'unet': 1}
     """
     path = file_of(path)
     components = {component or DENOISERS[0]: len(groups) for component, groups in groups_of(path).items()}
@@ -128,7 +140,7 @@ def save_kohya(
     dtype: Any = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write adapters as kohya's sd-scripts and LyCORIS do, for these, ComfyUI, Forge, InvokeAI and diffusers.
+    r"""Write adapters as kohya's sd-scripts and LyCORIS do, for these, ComfyUI, Forge, InvokeAI and diffusers.
 
     LoRA, DoRA, LoHa and LoKr are written as they are; sums and other kinds as the LoRA that they are. LyCORIS, ComfyUI
     and Forge read all of these. diffusers reads LoRA, and of DoRA only the factors: for it there is `save_diffusers`.
@@ -147,6 +159,18 @@ def save_kohya(
     Raises:
         LoraError: arguments are in another order; an adapter is of a kind that has no place in the file; two names of
             modules become one; a number is beyond the dtype; the file cannot be written. Nothing is written then.
+
+    >>> import jax.numpy as jnp, tempfile, lora_jax as lora
+    >>> from safetensors.numpy import load_file
+    >>> key_map = lora.key_maps.KeyMap(lora.key_maps.linear("q/kernel", "mid_block.attn.to_q"))
+    >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> adapters = {"q/kernel": lora.LoraAdapter(jnp.ones((4, 2)), jnp.ones((2, 3)), axes, 1.0)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lora.save_kohya(f"{folder}/cats.safetensors", adapters, key_map)
+    ...     print(*sorted(load_file(f"{folder}/cats.safetensors")), sep="\n")
+    lora_unet_mid_block_attn_to_q.alpha
+    lora_unet_mid_block_attn_to_q.lora_down.weight
+    lora_unet_mid_block_attn_to_q.lora_up.weight
     """
     call = "save_kohya(path, adapters, key_map)"
     found = _components(call, adapters, key_map, component, beside, params, KOHYA_FORMATS)
@@ -171,6 +195,19 @@ def save_diffusers(
 
     Arguments and errors are those of `save_kohya`. The name that diffusers expects is
     `pytorch_lora_weights.safetensors`, and the modules' names are those of its models.
+
+    Raises:
+        LoraError: as of `save_kohya`.
+
+    >>> import jax.numpy as jnp, tempfile, lora_jax as lora
+    >>> from safetensors.numpy import load_file
+    >>> key_map = lora.key_maps.KeyMap(lora.key_maps.linear("q/kernel", "mid_block.attn.to_q"))
+    >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> adapters = {"q/kernel": lora.LoraAdapter(jnp.ones((4, 2)), jnp.ones((2, 3)), axes, 1.0)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lora.save_diffusers(f"{folder}/pytorch_lora_weights.safetensors", adapters, key_map)
+    ...     sorted(load_file(f"{folder}/pytorch_lora_weights.safetensors"))
+    ['unet.mid_block.attn.to_q.lora_A.weight', 'unet.mid_block.attn.to_q.lora_B.weight']
     """
     call = "save_diffusers(path, adapters, key_map)"
     found = _components(call, adapters, key_map, component, beside, params, DIFFUSERS_FORMATS)

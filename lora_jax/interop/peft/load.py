@@ -93,6 +93,15 @@ def load_peft(
             is not one of this version's; the key map gives tensors to no parameter; factors lack their partners, have
             other ranks than the config says, or do not fit the parameters; an adapter of a table that is the head as
             well. Each is named, and nothing is returned.
+
+    >>> import jax.numpy as jnp, tempfile, lora_jax as lora
+    >>> key_map = lora.key_maps.KeyMap(lora.key_maps.linear("up/kernel", "mlp.up"))
+    >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> adapters = {"up/kernel": lora.LoraAdapter(jnp.ones((4, 2)), jnp.ones((2, 3)), axes, 0.5)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lora.save_peft(f"{folder}/peft", adapters, key_map)
+    ...     lora.load_peft(f"{folder}/peft", {"up": {"kernel": jnp.ones((4, 3))}}, key_map)
+    ({'up/kernel': LoraAdapter(a 4x2, b 2x3)}, {})
     """
     folder = Path(folder)
     check_folder_of_peft(folder)

@@ -89,6 +89,17 @@ def save_peft(
             hold them beside one another; parameters are missing; PEFT does not have an entry of the config, or it
             contradicts what is written; an array is spread over several hosts; the folder cannot be written, or holds
             something else, which is named and left alone. Then nothing has changed.
+
+    >>> import jax.numpy as jnp, json, tempfile, lora_jax as lora
+    >>> from pathlib import Path
+    >>> key_map = lora.key_maps.KeyMap(lora.key_maps.linear("up/kernel", "mlp.up"))
+    >>> axes = lora.KernelAxes(stack=(), inputs=(0,), outputs=(1,))
+    >>> adapters = {"up/kernel": lora.LoraAdapter(jnp.ones((4, 2)), jnp.ones((2, 3)), axes, 0.5)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lora.save_peft(f"{folder}/peft", adapters, key_map, task_type="CAUSAL_LM")
+    ...     config = json.loads(Path(folder, "peft/adapter_config.json").read_text())
+    >>> config["peft_type"], config["r"], config["target_modules"]
+    ('LORA', 2, ['mlp.up'])
     """
     check_folder("save_peft(folder, adapters, key_map)", folder)
     folder = Path(folder).absolute()
