@@ -63,7 +63,8 @@ test-image: $(VENV)/.test-image
 
 # Opens every page of the built site in the system's Chromium, or CHROMIUM=...; without one it reads the files only.
 # ARGS="--screenshots FOLDER" writes pictures to be looked at.
-test-site: docs $(VENV)/.test-site
+test-site: $(VENV)/.test-site
+	$(MAKE) --no-print-directory docs ARGS=
 	$(RUN) -m pytest -c tests/site/pytest.ini tests/site --site docs/_build/html $(ARGS)
 
 # Compiles for TPUs and GPUs that are not there: a quarter of an hour on two cores, and two minutes once .compiled_cache

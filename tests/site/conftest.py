@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 from built import Site
-from window import HEIGHT, Window, served
+from window import ALONE, HEIGHT, Window, served
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-SCHEMES = ("light", "dark")
 
 
 def pytest_addoption(parser):
@@ -36,6 +35,9 @@ def _site(folder: str) -> Site:
     return site
 
 
+WIDTHS = " and ".join(map(str, HEIGHT))
+
+
 @pytest.fixture(scope="session")
 def site(request):
     """The site as files."""
@@ -51,8 +53,6 @@ def browser():
     if found is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is here, and CHROMIUM names no other")
     playwright = pytest.importorskip("playwright.sync_api", reason="the extra site-tests has playwright")
-    from window import ALONE
-
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=found, args=[ALONE])
         yield browser
@@ -60,18 +60,12 @@ def browser():
 
 
 @pytest.fixture(scope="session")
-def windows(browser, site):
-    """A window of each width on the site."""
+def window(browser, site):
+    """A window on the site."""
     with served(site.folder) as address:
-        windows = {width: Window(browser, address, width) for width in HEIGHT}
-        yield windows
-        for window in windows.values():
-            window.context.close()
-
-
-@pytest.fixture
-def window(windows, width):
-    return windows[width]
+        window = Window(browser, address)
+        yield window
+        window.context.close()
 
 
 @pytest.fixture(scope="session")
@@ -85,11 +79,8 @@ def screenshots(request):
 
 def pytest_terminal_summary(terminalreporter):
     """Name the pages that were looked at."""
-    looked = {}
-    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
-        for kind, page in getattr(report, "user_properties", ()):
-            if report.when == "call" and kind.startswith("looked at"):
-                looked.setdefault(kind, []).append(page)
-    for kind, pages in sorted(looked.items()):
-        terminalreporter.section(f"{kind}: {len(pages)} pages")
-        terminalreporter.write_line(" ".join(sorted(pages)))
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    looked = [page for report in reports for kind, page in report.user_properties if kind == "looked at"]
+    if looked:
+        terminalreporter.section(f"{len(looked)} pages were looked at, {WIDTHS} px wide, light and dark")
+        terminalreporter.write_line(" ".join(sorted(looked)))

@@ -40,9 +40,9 @@ IN_BROWSER = {
     '<img src="https://example.com/a.png" alt="A">': "example.com was asked for https://example.com/a.png",
     '<img src="torn.png" alt="Torn">': "the image torn.png cannot be shown",
     '<img src="torn.png" alt="Torn" loading="lazy" style="margin-top: 9000px">': "the image torn.png cannot be shown",
-    '<p style="color: #999">Pale</p>': "light: contrast 2.85, not 4.5: rgb(153, 153, 153) on rgb(255, 255, 255)",
-    '<p style="opacity: 0.4">Pale</p>': "light: contrast",
-    '<div style="background: #333"><p style="background: #0008">Dark</p></div>': "light: contrast",
+    '<p style="color: #999">Pale</p>': "contrast 2.85, not 4.5: rgb(153, 153, 153) on rgb(255, 255, 255)",
+    '<p style="opacity: 0.4">Pale</p>': "contrast",
+    '<div style="background: #333"><p style="background: #0008">Dark</p></div>': "contrast",
     "<style>@media (prefers-color-scheme: dark) { body { background: #111 } }</style>": "dark: contrast",
     '<p style="width: 700px">Wide</p>': "the page is",
     '<div style="overflow: hidden"><p style="width: 700px">Cut off</p></div>': "p reaches from 8 to 708 px of 390",
@@ -69,9 +69,11 @@ def seen(browser):
 
     def look(site: Site) -> list[str]:
         with served(site.folder) as address:
-            window = Window(browser, address, 390)
-            window.open("index.html")
-            problems = [*window.measure("light"), *window.measure("dark")]
+            window = Window(browser, address)
+            window.open("index.html", 390)
+            problems = window.measure()
+            window.show(390, "dark")
+            problems += [f"dark: {problem}" for problem in window.measure()]
             window.context.close()
             return window.problems + problems
 

@@ -9,7 +9,7 @@ PAPER = "getComputedStyle(document.body).backgroundColor"
 
 
 def test_search_finds_a_class(window, width):
-    page = window.open("index.html")
+    page = window.open("index.html", width)
     page.keyboard.press("Control+k")
     field = page.locator("input[name=q]:visible")
     field.fill("Dora")
@@ -22,13 +22,13 @@ def test_search_finds_a_class(window, width):
 
 
 def test_search_says_that_it_found_nothing(window, width):
-    page = window.open("search.html?q=qqqqzzzz")
+    page = window.open("search.html?q=qqqqzzzz", width)
     page.get_by_text("did not match any documents").wait_for()
     assert window.problems == []
 
 
 def test_the_menu_leads_to_another_page(window, width):
-    page = window.open("index.html")
+    page = window.open("index.html", width)
     menu = page.locator("#pst-primary-sidebar" if width == 1280 else "#pst-primary-sidebar-modal")
     if width == 390:
         assert not menu.is_visible()
@@ -42,7 +42,7 @@ def test_the_menu_leads_to_another_page(window, width):
 
 
 def test_the_reader_may_choose_between_light_and_dark(window, width):
-    page = window.open("index.html")
+    page = window.open("index.html", width)
     light = page.evaluate(PAPER)
     page.locator(".theme-switch-button:visible").first.click()
     page.get_by_text("Dark", exact=True).locator("visible=true").click()

@@ -38,19 +38,15 @@ def served(folder: Path):
 
 
 class Window:
-    """A window `width` px wide in which pages of the site at `address` are opened.
+    """A window of the browser in which pages of the site at `address` are opened.
 
-    `problems` are what the browser said since the last `open`: errors, files that it did not
-    get, and hosts that it asked besides.
+    `problems` are what the browser said since the last `open`: errors, files that it did not get, and hosts that it
+    asked besides.
     """
 
-    def __init__(self, browser, address: str, width: int) -> None:
+    def __init__(self, browser, address: str) -> None:
         self.address = address
-        self.context = browser.new_context(
-            viewport={"width": width, "height": HEIGHT[width]},
-            reduced_motion="reduce",
-            permissions=["clipboard-read", "clipboard-write"],
-        )
+        self.context = browser.new_context(reduced_motion="reduce", permissions=["clipboard-read", "clipboard-write"])
         self.page = self.context.new_page()
         self.problems: list[str] = []
         self.page.on("console", self._said)
@@ -59,21 +55,32 @@ class Window:
         self.page.on("requestfailed", self._failed)
         self.page.on("response", self._answered)
 
-    def open(self, name: str, scheme: str = "light"):
-        """Open the page `name` of the site for a reader who prefers `scheme`; returns the page."""
+    def open(self, name: str, width: int):
+        """Open the page `name` of the site in a window `width` px wide, light; returns the page."""
         self.problems.clear()
-        self.page.emulate_media(color_scheme=scheme)
+        self.show(width, "light")
         self.page.goto(self.address + name, wait_until="load")
         return self.page
 
-    def measure(self, scheme: str) -> list[str]:
-        """Say what is wrong with the page that is open, where the reader prefers `scheme`."""
+    def show(self, width: int, scheme: str) -> None:
+        """Make the window `width` px wide, for a reader who prefers `scheme`."""
+        self.page.set_viewport_size({"width": width, "height": HEIGHT[width]})
         self.page.emulate_media(color_scheme=scheme)
-        return [f"{scheme}: {problem}" for problem in self.page.evaluate(MEASURE)]
 
-    def copied(self) -> list[dict]:
-        """Press all buttons that copy: for each block of code its language, what it shows, what was copied."""
-        return self.page.evaluate(COPY)
+    def measure(self) -> list[str]:
+        """Say what is wrong with the page as it is seen."""
+        return self.page.evaluate(MEASURE)
+
+    def copy(self) -> list[str]:
+        """Press all buttons that copy, and say what is wrong with what they copied."""
+        problems = []
+        for block in self.page.evaluate(COPY):
+            wanted = without_prompts(block["shown"])
+            if block["copied"] is None:
+                problems.append(f"no button copies {wanted!r}")
+            elif block["copied"].strip() != wanted.strip():
+                problems.append(f"{block['copied']!r} is copied, not {wanted!r}")
+        return problems
 
     def _said(self, message):
         if message.type in ("error", "warning"):
