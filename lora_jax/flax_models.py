@@ -25,7 +25,7 @@ def from_linen(model: Any, variables: Mapping[str, Any]) -> tuple[Function, Any,
         variables: as `model.init` gives them.
 
     Returns:
-        The function, `{path: array}` nested as in `params`, and the state.
+        The function, `variables["params"]`, and the other collections, which are the state.
 
     Raises:
         LoraError: `model` is one of NNX; the variables have no collection `params`.
@@ -68,7 +68,7 @@ def from_nnx(model: Any) -> tuple[Function, Any, Any]:
         model: an `nnx.Module`.
 
     Returns:
-        The function, and the parameters and the state as `nnx.State`s.
+        The function, the `nnx.State` of the parameters, and that of all else.
 
     Raises:
         LoraError: `model` is no NNX module.

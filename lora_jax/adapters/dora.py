@@ -66,7 +66,7 @@ class DoraAdapter(Scaled):
         b: B, fp32 [*stack, r, *outputs].
         m: the lengths of the outputs, fp32 [*stack, *outputs].
         axes: which axes of W are stacked, inputs and outputs.
-        ratio: the scale in two parts, fp32 [2], which is not trained; None for a scale of 1.
+        ratio: the scale. A number is kept as two of which the quotient counts, fp32 [2]; None is 1. Not trained.
     """
 
     a: jax.Array  # [*stack, *inputs, r]

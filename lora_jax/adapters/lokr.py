@@ -99,7 +99,7 @@ class LokrAdapter(Scaled, Compact):
         w1: W1, fp32 [*stack, p, q].
         a: A, fp32 [*stack, m, r], or W2 [*stack, m, n].
         axes: which axes of W are stacked, inputs and outputs.
-        ratio: the scale in two parts, fp32 [2], which is not trained; None for a scale of 1.
+        ratio: the scale. A number is kept as two of which the quotient counts, fp32 [2]; None is 1. Not trained.
         inputs: the sizes of W's axes of inputs.
         outputs: the sizes of W's axes of outputs.
         b: B, fp32 [*stack, r, n], or None where W2 is whole.

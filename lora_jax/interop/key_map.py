@@ -62,7 +62,7 @@ class KeyMap:
             name: what comes before each name, such as "bert.".
 
         Raises:
-            LoraError: a path or a name is none any more.
+            LoraError: an entry does not go with these prefixes, as where both have a `{name}`.
         """
         return KeyMap(*(dataclasses.replace(e, path=path + e.path, name=name + e.name) for e in self.entries))
 
@@ -74,7 +74,7 @@ class KeyMap:
             new: what takes its place.
 
         Raises:
-            LoraError: a name is none any more.
+            LoraError: an entry does not go with its new name, as where that has another `{name}`.
 
         >>> KeyMap(Entry("up/kernel", "model.up", "in out", "linear")).renamed("model.", "text.model.").entries[0].name
         'text.model.up'

@@ -227,7 +227,7 @@ def packed_batches(
         epochs: how many there are.
 
     Returns:
-        An iterator of the batches, which can be asked for its position.
+        An iterator of the batches. Its `get_state` and `set_state` are for checkpoints.
 
     Raises:
         LoraError: an example is longer than a row; the hosts cannot have equal parts; an argument is none of these.

@@ -134,7 +134,7 @@ def dpo_loss(policy: PairLogProbs, reference: PairLogProbs, beta: float = 0.1, l
             note on DPO with noisy preferences").
 
     Returns:
-        A `DpoLoss`: the mean loss, and the rewards of the answers.
+        A `DpoLoss`: means over the pairs of the loss, the accuracy and the margin.
 
     Raises:
         LoraError: `beta` is not above 0, or `label_smoothing` outside of its range.

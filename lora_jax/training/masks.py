@@ -36,7 +36,7 @@ def trainable_mask(tree: Any) -> Any:
         The tree, with a boolean for each array.
 
     Raises:
-        LoraError: this is a function or a rule, and no tree of arrays.
+        LoraError: there is no array in it, as where a function or an optimizer was given.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"w": jnp.ones((4, 4))}

@@ -44,7 +44,7 @@ def inspect_image(path: str | Path) -> ImageFile:
         path: the file, or a folder with the `pytorch_lora_weights.safetensors` of diffusers.
 
     Returns:
-        An `ImageFile`, with how many modules of each component have adapters.
+        An `ImageFile`: `components`, `{name: how many modules have adapters}`, and `metadata` as the header has it.
 
     Raises:
         LoraError: it cannot be read, or holds what is no adapter of a kind that this version reads.
