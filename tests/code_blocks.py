@@ -22,7 +22,6 @@ import lora_jax as lora
 ROOT = Path(__file__).parent.parent
 NOT_RUN = re.compile(r"<!--\s*not run:(.*?)-->", re.DOTALL)
 RUN_FIRST = re.compile(r"<!--\s*run first\n(.*?)-->", re.DOTALL)
-RUN_ALONE = re.compile(r"<!--\s*run alone\s*-->")
 PYTHON, SHELL, OUTPUT = ("python", "pycon"), ("sh", "bash", "console"), ("", "text")
 DATA = ("json", "jsonl", "toml", "yaml", "bibtex")
 COMMAND = re.compile(r"\b(lora-jax|python|make|pip) ")
@@ -39,7 +38,6 @@ class Block:
     text: str
     reason: str | None = None  # why it is not run, where the page says that it is not
     hidden: bool = False  # set-up in a comment, which readers do not see
-    alone: bool = False  # it needs no other block, so that it is what a reader may copy
 
     def __str__(self) -> str:
         page = self.page.relative_to(ROOT) if self.page.is_relative_to(ROOT) else self.page
@@ -76,7 +74,6 @@ def blocks_of(page: Path) -> list[Block]:
                     _language(token) if token.type == "fence" else None,
                     token.content,
                     reason=said[1].strip() if said else None,
-                    alone=bool(RUN_ALONE.search(before)),
                 )
             )
         before = ""
