@@ -34,6 +34,7 @@ extensions = [
     "site_extensions.files",
     "site_extensions.commands",
 ]
+smartquotes = False  # W' and "encoder/" are to be copied as they are
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 
 # Reference
