@@ -18,7 +18,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
 from lora_jax.core.version import __version__  # noqa: E402
 
 project = "lora_jax"
-author = "The authors of lora_jax"
+author = "The lora_jax developers"
 copyright = author
 version = release = __version__
 
@@ -34,6 +34,7 @@ extensions = [
     "site_extensions.files",
     "site_extensions.commands",
 ]
+smartquotes = False  # W' and "encoder/" are to be copied as they are
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 
 # Reference
