@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 NOT_RUN = re.compile(r"<!--\s*not run:(.*?)-->", re.DOTALL)
 RUN_FIRST = re.compile(r"<!--\s*run first\n(.*?)-->", re.DOTALL)
 PYTHON, SHELL, OUTPUT = ("python", "pycon"), ("sh", "bash", "console"), ("", "text")
-DATA = ("json", "jsonl", "toml", "yaml", "bibtex")
+DATA = ("json", "toml", "yaml", "bibtex")
 COMMAND = re.compile(r"\b(lora-jax|python|make|pip) ")
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 

@@ -90,8 +90,6 @@ def data_problem(block: Block) -> str | None:
     try:
         if block.language == "json":
             json.loads(block.text)
-        if block.language == "jsonl":
-            [json.loads(line) for line in block.text.splitlines()]
         if block.language == "toml":
             tomllib.loads(block.text)
     except ValueError as error:
