@@ -1,9 +1,15 @@
 // What a reader would see to be wrong with the page that is open: run in it, returns a list of sentences.
 async () => {
+  const frame = () => new Promise(requestAnimationFrame);
+  await frame(); // the page's own scripts are told of another width or scheme before the next frame is drawn
+  await frame();
   const problems = [];
   const width = document.documentElement.clientWidth;
   const content = document.querySelector("main article") ?? document.querySelector("main") ?? document.body;
   document.getAnimations().forEach((animation) => animation.finish()); // colours fade into each other
+  const asked = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  const theme = document.documentElement.dataset.theme ?? asked;
+  if (theme !== asked) problems.push(`it is ${theme}, and ${asked} was asked for`);
 
   // --- names and visibility
 
@@ -48,21 +54,24 @@ async () => {
 
   function ancestor(element, test) {
     for (let e = element.parentElement; e && e !== document.body; e = e.parentElement) {
-      if (test(getComputedStyle(e))) return e;
+      if (test(e)) return e;
     }
     return null;
   }
+
+  const scrolls = (element) => /auto|scroll/.test(getComputedStyle(element).overflowX);
 
   if (document.documentElement.scrollWidth > width) {
     problems.push(`the page is ${document.documentElement.scrollWidth} px wide, and the window ${width}`);
   }
   const wide = new Set();
   for (const element of content.querySelectorAll("*")) {
-    const { left, right } = element.getBoundingClientRect();
+    const left = element.getBoundingClientRect().left;
+    const right = Math.max(element.getBoundingClientRect().right, scrolls(element) ? 0 : left + element.scrollWidth);
     if (right <= width + 1 && left >= -1) continue;
     if (wide.has(element.parentElement)) { wide.add(element); continue; } // one sentence for all of it
-    if (!visible(element) || ancestor(element, (style) => /auto|scroll/.test(style.overflowX))) continue;
-    if (ancestor(element, (style) => style.clip !== "auto" || style.clipPath !== "none")) continue;
+    if (!visible(element) || ancestor(element, scrolls)) continue;
+    if (ancestor(element, (e) => getComputedStyle(e).clip !== "auto" || getComputedStyle(e).clipPath !== "none")) continue;
     wide.add(element);
     problems.push(`${place(element)} reaches from ${Math.round(left)} to ${Math.round(right)} px of ${width}`);
   }

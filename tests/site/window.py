@@ -100,14 +100,15 @@ class Window:
 
 
 def without_prompts(text: str) -> str:
-    r"""What a reader wants of a block of code: its commands, where it has prompts, and else all of it.
+    r"""What a reader wants of a block of code: where it has prompts its commands, and empty lines, and else all of it.
 
     >>> without_prompts(">>> def f():\n...     return 1\n...\n>>> f()\n1\n")
     'def f():\n    return 1\n\nf()'
     >>> without_prompts("a = 1\n")
     'a = 1'
     """
-    prompt = re.compile(r">>> ?|\.\.\. ?|\$ ")
+    prompt = re.compile(r"(>>> ?|\.\.\. ?|\$ )(.*)|$")
     lines = text.rstrip().split("\n")
-    commands = [prompt.sub("", line, count=1) for line in lines if prompt.match(line)]
-    return "\n".join(commands if any(line.startswith((">>>", "$ ")) for line in lines) else lines)
+    if not any(line.startswith((">>>", "$ ")) for line in lines):
+        return "\n".join(lines)
+    return "\n".join(found[2] or "" for found in map(prompt.fullmatch, lines) if found)
