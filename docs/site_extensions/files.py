@@ -29,7 +29,8 @@ class LinkFiles(SphinxTransform):
 
     def apply(self, **kwargs: Any) -> None:
         linked = set()
-        for node in list(self.document.findall(addnodes.download_reference)):
+        files = self.document.findall(addnodes.download_reference) if self.app.builder.format == "html" else ()
+        for node in list(files):
             _, found = self.env.relfn2path(node["reftarget"], self.env.docname)
             path = Path(found).resolve()
             if path.is_file() and path.is_relative_to(ROOT) and path.suffix in LANGUAGES:
