@@ -65,7 +65,7 @@ test-image: $(VENV)/.test-image
 # ARGS="--screenshots FOLDER" writes pictures to be looked at.
 test-site: $(VENV)/.test-site
 	$(MAKE) --no-print-directory docs ARGS=
-	$(RUN) -m pytest -c tests/site/pytest.ini tests/site --site docs/_build/html $(ARGS)
+	$(RUN) -m pytest --numprocesses 2 -c tests/site/pytest.ini tests/site --site docs/_build/html $(ARGS)
 
 # Compiles for TPUs and GPUs that are not there: a quarter of an hour on two cores, and two minutes once .compiled_cache
 # has what is compiled. Its conftest stands alone. Neighbours share programs, so each process begins with one half of the

@@ -75,6 +75,7 @@ nb_execution_in_temp = True  # what a notebook writes is gone with it
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600  # seconds of one cell, on a machine that is busy
 nb_merge_streams = True
+highlight_language = "text"  # of blocks that name none: what a command printed is no Python
 copybutton_prompt_text = r">>> ?|\.\.\. ?|\$ "  # an empty line in a function is "..."
 copybutton_prompt_is_regexp = True
 

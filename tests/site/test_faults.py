@@ -46,7 +46,7 @@ IN_BROWSER = {
     "<style>@media (prefers-color-scheme: dark) { body { background: #111 } }</style>": "dark: contrast",
     '<p style="width: 700px">Wide</p>': "the page is",
     f"<p>{'long' * 99}</p>": "article > p reaches from 8 to",
-    '<div style="overflow: hidden"><p style="width: 700px">Cut off</p></div>': "article > div reaches from 8 to 708 px of 390",
+    '<div style="overflow: hidden"><p style="width: 700px">Cut off</p></div>': "> div reaches from 8 to 708 px of 390",
     "<h1>Another</h1>": "it has 2 headings h1, not one",
     "<h3>Low</h3>": '"Low" is a heading h3 under an h1',
 }

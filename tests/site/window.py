@@ -24,6 +24,10 @@ class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+    def end_headers(self):
+        self.send_header("Cache-Control", "max-age=600")  # scripts and styles are those of the page before
+        super().end_headers()
+
 
 @contextmanager
 def served(folder: Path):
