@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 import lora_jax as lora
 from lora_jax.core._compat import open_jaxpr
@@ -361,6 +362,13 @@ def behind_a_barrier(p, x):
 def barrier_of_the_weight_alone(p, x):
     """Found by random programs: the derivative of a barrier that held W and its factors had a term of W's shape."""
     return x @ jax.lax.optimization_barrier(p["w"])
+
+
+@model({"w": (D, K)})
+def named_for_a_policy(p, x):
+    """A remat that saves what has this name: the weight that is cast or gathered."""
+    layer = lambda w, x: jnp.tanh(x @ checkpoint_name(2 * w, "ready"))  # noqa: E731
+    return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names("ready"))(p["w"], x)
 
 
 @model({"w": (D, D)})
