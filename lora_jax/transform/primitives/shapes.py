@@ -22,7 +22,7 @@ from lora_jax.transform.primitives.registry import no_rule, rule
 
 @rule("copy", "sharding_constraint", "device_put", "reduce_precision", "optimization_barrier", "name")
 def of_the_value(eqn: JaxprEqn, *args: Any) -> list[Any]:
-    """Run an operation on the frozen value alone, which changes where it is, when, how precise, or what a remat calls it.
+    """Run an operation on the frozen value alone, which changes where it is, when, how precise, or what it is called.
 
     The operand's arrays stay out of a barrier: its derivative would have a term for W beside theirs.
     """
