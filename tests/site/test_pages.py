@@ -10,7 +10,7 @@ WAYS = [(width, scheme) for width in HEIGHT for scheme in ("light", "dark")]
 def ways(name: str):
     """Return the widths and schemes in which a page is looked at.
 
-    These are all four; listings of modules are more than half of the pages, all made alike: each has one of them.
+    These are all four; listings of modules are more than half of all, made alike, and each has one of the four.
     """
     return [WAYS[zlib.crc32(name.encode()) % len(WAYS)]] if name.startswith("_modules/") else WAYS
 

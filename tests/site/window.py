@@ -51,6 +51,7 @@ class Window:
     def __init__(self, browser, address: str) -> None:
         self.address = address
         self.context = browser.new_context(reduced_motion="reduce", permissions=["clipboard-read", "clipboard-write"])
+        self.context.set_default_timeout(120_000)  # ms: a busy machine is slow
         self.page = self.context.new_page()
         self.problems: list[str] = []
         self.page.on("console", self._said)
