@@ -64,7 +64,7 @@ test-image: $(VENV)/.test-image
 # Opens every page of the built site in the system's Chromium, or CHROMIUM=...; without one it reads the files only.
 # ARGS="--screenshots FOLDER" writes pictures to be looked at.
 test-site: $(VENV)/.test-site
-	$(MAKE) --no-print-directory docs ARGS=
+	$(MAKE) --no-print-directory docs
 	$(RUN) -m pytest --numprocesses 2 -c tests/site/pytest.ini tests/site --site docs/_build/html $(ARGS)
 
 # Compiles for TPUs and GPUs that are not there: a quarter of an hour on two cores, and two minutes once .compiled_cache
@@ -108,7 +108,7 @@ architecture: | $(RUN)
 
 # The site, in docs/_build/html, with its notebooks executed; what is said twice, leads nowhere or cannot be read is an error.
 docs: $(VENV)/.docs
-	$(RUN) -m sphinx --builder html --fail-on-warning --keep-going docs docs/_build/html $(ARGS)
+	$(RUN) -m sphinx --builder html --fail-on-warning --keep-going docs docs/_build/html
 
 # Asks the other hosts whether links lead somewhere; CI does not.
 docs-links: $(VENV)/.docs

@@ -90,6 +90,7 @@ html_css_files = ["site.css"]
 html_favicon = "_static/icon.svg"
 html_context = {"default_mode": "auto"}  # light or dark, as the reader's system has it
 html_copy_source = False
+html_domain_indices = False  # of the module there is one
 html_show_sourcelink = False
 html_theme_options = {
     "show_toc_level": 2,

@@ -54,7 +54,7 @@ def test_versions_of_python():
 def test_the_extras_that_it_names():
     section = PAGE[PAGE.index("## What the extras bring") :]
     named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.+?`) \|", section, re.MULTILINE)))
-    inner = {"dev", "bench", "compiled", "docs", "package", *SHOWN}
+    inner = {"dev", "bench", "compiled", "docs", "package", "site-tests", *SHOWN}
     assert set(named) == set(EXTRAS) - inner
 
 

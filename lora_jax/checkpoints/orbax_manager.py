@@ -76,7 +76,7 @@ def open_manager(folder: Path, preserve: Callable[[Sequence[int]], set[int]], is
     items = {"arrays": handler, "description": ocp.JsonCheckpointHandler()}
     try:
         if is_ours:
-            _remove_unfinished(folder)
+            remove_unfinished(folder)
             remove_deleted(folder)
         return ocp.CheckpointManager(folder, options=options, item_names=tuple(items), item_handlers=items)
     except OSError as error:
@@ -138,7 +138,7 @@ def read_arrays(manager: Any, step: int, like: Mapping[str, jax.Array]) -> dict[
     return manager.restore(step, args=ocp.args.Composite(arrays=args)).arrays
 
 
-def _remove_unfinished(folder: Path) -> None:
+def remove_unfinished(folder: Path) -> None:
     """Remove what killed and failed saves have left half written."""
     if jax.process_index() == 0:
         for entry in folder.glob("step_*"):  # of nothing, where something else has taken the folder's place
