@@ -391,7 +391,7 @@ class Checkpoints:
         finally:
             self._manager.close()
             if self._is_ours:
-                orbax_manager.remove_unfinished(self.folder)  # of a save that failed, whose threads wrote on for a while
+                orbax_manager.remove_unfinished(self.folder)  # of a save that failed, whose threads went on
                 orbax_manager.remove_deleted(self.folder)
             if self._lock is not None:
                 self._lock.release()
