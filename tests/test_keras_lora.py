@@ -145,6 +145,15 @@ def test_damaged_files(tmp_path):
     says("lora_kernel_a is int32")
 
 
+def test_a_name_that_is_no_text(tmp_path):
+    """h5py has it as bytes. Found by changed files."""
+    write(tmp_path / "x.lora.h5")
+    with h5py.File(tmp_path / "x.lora.h5", "a") as file:
+        file["lora"].create_group(b"\xff")
+    with pytest.raises(lora.LoraError, match="adapters of layer"):
+        load_keras_lora(tmp_path / "x.lora.h5", PLAN, LAYERS)
+
+
 def test_mutations(tmp_path):
     """Bytes changed, cut and filled in: adapters or the library's own error."""
     data, random, ends = write(tmp_path / "x.lora.h5").read_bytes(), Random(0), [0, 0]

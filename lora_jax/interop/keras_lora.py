@@ -158,11 +158,12 @@ def _read(path: Path, file: Any, plan: Plan, layers: Sequence[str], alpha: float
     if len(file["lora"]) > len(layers) + 1:
         raise LoraError(f"{path} has {len(file['lora'])} entries, and the backbone {len(layers)} layers.")
     adapters: dict[str, Adapter] = {}
-    for name in sorted(file["lora"]):
+    for name in sorted(file["lora"], key=str):  # bytes, where it is no text
         if name == "vars":
             continue
-        if not (name.isascii() and name.isdigit() and len(name) < 10) or int(name) >= len(layers):
-            raise LoraError(f"{path} has adapters of layer {short(name)}, and `layers` has {len(layers)}.")
+        is_number = isinstance(name, str) and name.isascii() and name.isdigit() and len(name) < 10
+        if not is_number or int(name) >= len(layers):
+            raise LoraError(f"{path} has adapters of layer {short(str(name))}, and `layers` has {len(layers)}.")
         own = _planned(path, layers[int(name)], plan)
         target = plan[own]
         where = f"lora/{name}/vars"
