@@ -31,11 +31,11 @@ def linked_name(code: str) -> str | None:
     ('lora_jax.Lora', 'lora_jax.init', None)
     """
     name = code.removesuffix("()")
-    known = _known()
-    if name[:1].isupper():
-        return known.get(f"{PACKAGE}.{name}")
     owner, _, rest = name.partition(".")
-    return known.get(f"{PACKAGE}.{rest}") if owner in ("lora", PACKAGE) else None
+    if not name[:1].isupper() and owner not in ("lora", PACKAGE):
+        return None
+    whole = f"{PACKAGE}.{name if name[:1].isupper() else rest}"
+    return whole if whole in _known() else None
 
 
 def public_name_of(written: str) -> str | None:
@@ -44,8 +44,8 @@ def public_name_of(written: str) -> str | None:
 
 
 @cache
-def _known() -> dict[str, str]:
-    return {name: name for name in public_names()}
+def _known() -> frozenset[str]:
+    return frozenset(public_names())
 
 
 @cache
