@@ -23,8 +23,10 @@ from helpers import (
 )
 
 import lora_jax as lora
+from lora_jax.core import blocks
 from lora_jax.core import slots as ways
 from lora_jax.core.products import Matmul
+from lora_jax.transform import per_example
 
 SLOTS = 3
 IDS = (2, -1, 0, 2, 1)
@@ -162,22 +164,70 @@ def linear_bank(slots: int = 4, rank: int = 4):
     return params, jax.tree.map(lambda *leaves: jnp.stack(leaves), *(trained(one, i) for i in range(slots)))
 
 
-@pytest.mark.parametrize("way", ["gathered", "loop", "blocks"])
-def test_all_ways_are_exact(way, monkeypatch):
+@pytest.fixture(params=["gathered", "loop", "blocks", "arranged"])
+def way(request, monkeypatch):
+    """Each way in which products of examples are computed, as it is with one device."""
     jax.clear_caches()  # of products in another way
-    monkeypatch.setattr(ways, "way_of", lambda *_: way)
-    monkeypatch.setattr(Matmul, "flat", lambda self: True)  # as it is with one device
-    params, bank = linear_bank()
-    ids = tuple(int(i) for i in np.random.default_rng(0).integers(-1, 4, 40))
-    check(linear, params, bank, jnp.asarray(normal((2,), (40, 2, 6))), ids)
-    jax.clear_caches()
-
-
-def test_no_row_of_blocks_is_added_to_another(monkeypatch):
-    """Forward and backward, rows are gathered; what is added up are the gradients of a slot's blocks."""
-    jax.clear_caches()
-    monkeypatch.setattr(ways, "way_of", lambda *_: "blocks")
+    monkeypatch.setattr(ways, "way_of", lambda *_: "blocks" if request.param == "arranged" else request.param)
     monkeypatch.setattr(Matmul, "flat", lambda self: True)
+    monkeypatch.setattr(per_example, "is_whole", lambda *_: request.param == "arranged")
+    yield request.param
+    jax.clear_caches()
+
+
+MANY = tuple(int(i) for i in np.random.default_rng(0).integers(-1, 4, 40))
+
+
+def test_all_ways_are_exact(way):
+    params, bank = linear_bank()
+    check(linear, params, bank, jnp.asarray(normal((2,), (40, 2, 6))), MANY)
+
+
+def test_all_ways_have_derivatives_along_a_direction_and_of_the_gradient(way):
+    params, bank = linear_bank()
+    at = bank, jnp.asarray(normal((2,), (40, 2, 6)))
+    along = jax.tree.map(lambda leaf: jnp.asarray(normal(leaf.shape, leaf.shape)), at)
+
+    def derivatives(fn):
+        loss = lambda at: total(fn(*at))  # noqa: E731
+        return jax.jit(lambda at, along: (jax.jvp(loss, (at,), (along,)), jax.jvp(jax.grad(loss), (at,), (along,))))
+
+    mixed = lambda bank, x: lora.lora_apply(linear)(params, lora.select(bank, jnp.array(MANY)), x)  # noqa: E731
+    found = derivatives(mixed)(at, along)
+    expected = derivatives(lambda bank, x: one_by_one(linear, params, bank, MANY, x))(at, along)
+    assert_trees_close(found, expected, 1e-4, 1e-4)
+
+
+def test_in_all_ways_nan_stays_with_its_slot(way):
+    """A slot that diverged, and an example that did: nothing of other slots changes, gradients included."""
+    params, bank = linear_bank()
+    apply, x, ids = lora.lora_apply(linear), jnp.asarray(normal((2,), (40, 2, 6))), np.array(MANY)
+    at = int(np.flatnonzero(ids == 2)[3])
+
+    @jax.jit
+    def run(bank, x):
+        def rows(bank, x):
+            y = apply(params, lora.select(bank, jnp.asarray(ids)), x)
+            return jnp.sum(y**2), y
+
+        (_, y), gradients = jax.value_and_grad(rows, (0, 1), has_aux=True)(bank, x)
+        return y, gradients
+
+    poisoned = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), bank)
+    y, (of_bank, of_x) = run(poisoned, x.at[at].set(jnp.nan))
+    expected, (bank_expected, x_expected) = run(bank, x)
+    others = ~np.isin(ids, (0,)) & (np.arange(40) != at)
+    np.testing.assert_array_equal(y[others], expected[others])
+    np.testing.assert_array_equal(of_x[others], x_expected[others])
+    assert np.isnan(y[ids == 0]).all()
+    assert np.isnan(y[at]).all()
+    for slot in (1, 3):
+        assert_trees_equal(slot_of(of_bank, slot), slot_of(bank_expected, slot))
+
+
+@pytest.mark.parametrize("way", ["blocks", "arranged"], indirect=True)
+def test_no_row_of_blocks_is_added_to_another(way):
+    """Forward and backward, rows are gathered; what is added up are the gradients of a slot's blocks."""
     params, bank = linear_bank()
     apply, x, ids = lora.lora_apply(linear), jnp.ones((40, 2, 6)), jnp.arange(40) % 5 - 1
     step = jax.grad(lambda bank, x: total(apply(params, lora.select(bank, ids), x)), (0, 1))
@@ -185,22 +235,82 @@ def test_no_row_of_blocks_is_added_to_another(monkeypatch):
         e.outvars[0].aval.shape for e in equations(jax.make_jaxpr(step)(bank, x)) if "scatter-add" in str(e.primitive)
     ]
     assert sorted(found) == sorted(leaf.shape for one in bank.values() for leaf in (jnp.swapaxes(one.a, 1, 2), one.b))
-    jax.clear_caches()
 
 
-def test_blocks_have_room_for_any_mix():
-    for ids in ([0] * 64, [3] * 60 + [-1] * 4, list(range(4)) * 16, [-1] * 64, [0] + [1] * 63):
-        size = ways.block_size(64, 4)
-        count = ways.block_count(64, 4, size)
-        place = np.asarray(ways.places(jnp.array(ids), 4, size, count))
-        used = place[np.array(ids) >= 0]
-        assert len(set(used)) == len(used)
-        assert (used < size * count).all()
-        assert size == 4
-        assert (place[np.array(ids) < 0] == size * count).all()
-        of_block = {}
-        for slot, at in zip(ids, place, strict=True):
-            assert slot < 0 or of_block.setdefault(at // size, slot) == slot
+@pytest.mark.parametrize("way", ["blocks", "arranged"], indirect=True)
+def test_blocks_keep_x_and_no_factor_for_the_derivative(way):
+    params, bank = linear_bank()
+    apply, x, ids = lora.lora_apply(linear), jnp.ones((40, 2, 6)), jnp.array(MANY)
+    kept = jax.eval_shape(lambda bank, x: jax.vjp(lambda b: apply(params, lora.select(b, ids), x), bank)[1], bank, x)
+    size = ways.block_size(40, 4)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(kept)]
+    assert not [shape for shape in shapes if len(shape) == 3 and shape[0] == 40 // size]
+    assert sum(np.prod(shape) == 40 * 2 * 6 for shape in shapes) <= 1  # x, as the gradient of the first A reads it
+
+
+@pytest.mark.parametrize("way", ["arranged"], indirect=True)
+def test_in_order_no_row_of_x_is_moved_in_a_product(way):
+    """Rows move when they come in and go out, and of what is left over in products."""
+    params, bank = linear_bank()
+    apply, x, ids = lora.lora_apply(linear), jnp.ones((40, 2, 6)), jnp.array(MANY)
+    program = jax.make_jaxpr(lambda bank, x: apply(params, lora.select(bank, ids), x))(bank, x)
+    found = [e.outvars[0].aval for e in equations(program) if str(e.primitive) == "lora_moved"]
+    size = ways.block_size(40, 4)
+    left = [(4 * size, n) for n in (6, 4, 8, 4)] + [(40, n) for n in (4, 8, 4, 5)]  # there and back
+    assert sorted((aval.shape[0], aval.shape[-1]) for aval in found) == sorted([(40, 6), (40, 5), *left])
+
+
+def test_blocks_are_of_one_slot_in_any_mix():
+    for ids in ([0] * 64, [3] * 60 + [-1] * 4, list(range(4)) * 16, [-1] * 64, [0] + [1] * 63, [2, 0, 7] * 21):
+        size = blocks.block_size(len(ids), 4)
+        found = jax.tree.map(np.asarray, blocks.order(jnp.array(ids), 4, size))
+        assert size == {64: 8, 63: 4}[len(ids)]
+        assert len(found.source) % size == 0
+        assert found.source[found.place].tolist() == list(range(len(ids)))
+        assert sorted(found.source)[: len(ids)] == list(range(len(ids)))
+        there = np.append(ids, -1)[found.source]
+        for slot in range(4):
+            at = np.flatnonzero(there == slot)
+            whole = at[: len(at) // size * size]
+            assert (there[whole // size * size + np.arange(len(whole)) % size] == slot).all()
+            assert (whole.reshape(-1, size)[:, 0] % size == 0).all()
+            assert not np.diff(found.source[at]).clip(max=0).any()  # examples of a slot keep their order
+
+
+@pytest.mark.parametrize(
+    ("shape", "slots", "dtype", "is_arranged"),
+    [
+        ((40, 2, 6), 4, "float32", True),
+        ((40, 2), 4, "int32", True),
+        ((41, 2, 6), 4, "float32", False),  # no whole blocks
+        ((40, 3, 6), 4, "float32", False),  # more rows than half the rank
+        ((40, 3), 4, "int32", False),
+        ((12, 2, 6), 4, "float32", False),  # few of each slot
+    ],
+)
+def test_examples_are_brought_into_order_where_that_pays(shape, slots, dtype, is_arranged, monkeypatch):
+    monkeypatch.setattr(per_example, "is_whole", lambda *_: True)
+    _, bank = linear_bank(slots)
+    chosen = list(lora.select(bank, jnp.zeros(shape[0], int)).values())
+    assert (per_example._order(chosen, [jnp.zeros(shape, dtype)], [0]) is not None) == is_arranged
+    assert per_example._order(chosen, [jnp.zeros(shape, dtype), jnp.zeros((shape[0], 9, 6))], [0, 0]) is None  # a cache
+
+
+@pytest.mark.parametrize("way", ["arranged"], indirect=True)
+def test_examples_in_order_have_their_own_masks_axes_and_results(way, monkeypatch):
+    params, bank = linear_bank()
+    x, numbers = jnp.asarray(normal((2,), (2, 40, 6))), jnp.arange(40)
+    keys = jax.random.split(jax.random.key(1), 40)
+
+    def model(params, x, numbers, keys):
+        return linear(params, x), numbers * 10, jax.vmap(jax.random.normal)(keys), jnp.float32(3)
+
+    chosen = lora.select(bank, jnp.array(MANY), in_axes=(1, 0, 0), out_axes=(-2, 0, 0, None))
+    adapters = lora.with_dropout(chosen, jax.random.key(3), 0.5)
+    found = lora.lora_apply(model)(params, adapters, x, numbers, keys)
+    monkeypatch.setattr(per_example, "is_whole", lambda *_: False)
+    assert_trees_close(found, lora.lora_apply(model)(params, adapters, x, numbers, keys))
+    assert_trees_equal(found[1:3], model(params, x, numbers, keys)[1:3])
 
 
 def test_any_mix_is_one_program_and_unused_slots_have_no_gradient():

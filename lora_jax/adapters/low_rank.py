@@ -35,8 +35,8 @@ class LowRank(Leaf):
     def apply(self, product: Product) -> jax.Array:
         return add_lowrank(product, self.a, self.b)
 
-    def apply_slot(self, product: Product, slot: jax.Array) -> jax.Array:
-        return add_chosen(product, self.a, self.b, slot)
+    def apply_slot(self, product: Product, slot: jax.Array, arranged: bool = False) -> jax.Array:
+        return add_chosen(product, self.a, self.b, slot, arranged)
 
     def first_factor(self) -> jax.Array:
         return self.a

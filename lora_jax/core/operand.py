@@ -24,7 +24,7 @@ from lora_jax.core._compat import JaxprEqn
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.layout import Layout, field_names, spans, weight_shape
 from lora_jax.core.products import Product
-from lora_jax.core.slots import is_used, picked
+from lora_jax.core.picked import is_used, picked
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -154,8 +154,11 @@ class Operand(abc.ABC):
         return None
 
     @structural
-    def apply_slot(self, product: Product, slot: jax.Array) -> jax.Array:
-        """Return x @ W' of one slot, where every array of this operand has a leading axis of slots; else y."""
+    def apply_slot(self, product: Product, slot: jax.Array, arranged: bool = False) -> jax.Array:
+        """Return x @ W' of one slot, where every array of this operand has a leading axis of slots; else y.
+
+        `arranged` says that `jax.vmap` maps this over examples in the `order` of blocks.
+        """
         return jnp.where(is_used(self, slot), picked(self, slot).apply(product), product.y)
 
     @structural

@@ -143,14 +143,21 @@ class Matmul(Product):
         """Return whether T and d are flattened to one axis each.
 
         Thin products with more axes are slow on XLA's CPU backend. But on a mesh that the compiler partitions for, an
-        axis may be sharded that would then lie inside another one, and would be gathered. The operands' types name the
-        mesh that they are on. Where they name none they may still be placed by the caller's `in_shardings`, unless
-        there is a single device.
+        axis may be sharded that would then lie inside another one, and would be gathered.
         """
-        meshes = [jax.typeof(array).sharding.mesh for array in (self.x, self.y)]
-        if any(set(mesh.manual_axes) != set(mesh.axis_names) for mesh in meshes):
-            return False
-        return any(mesh.axis_names for mesh in meshes) or jax.device_count() == 1
+        return is_whole(self.x, self.y)
+
+
+def is_whole(*arrays: jax.Array) -> bool:
+    """Return whether no compiler partitions arrays.
+
+    Their types name the mesh that they are on. Where they name none they may still be placed by the caller's
+    `in_shardings`, unless there is a single device.
+    """
+    meshes = [jax.typeof(array).sharding.mesh for array in arrays]
+    if any(set(mesh.manual_axes) != set(mesh.axis_names) for mesh in meshes):
+        return False
+    return any(mesh.axis_names for mesh in meshes) or jax.device_count() == 1
 
 
 def as_matrices(x: jax.Array, stack: int, rows: int) -> jax.Array:

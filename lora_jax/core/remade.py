@@ -24,6 +24,7 @@ from lora_jax.core.factor_products import as_derivative
 
 REMADE_PRODUCT = "lora_remade_product"  # by this name the interpreter knows the call
 Linear = Callable[..., jax.Array]  # (*sources, w), linear in w
+Wait = Callable[[list[jax.Array], jax.Array], list[jax.Array]]  # (sources, cotangent) -> sources, when that is there
 
 
 @jax.tree_util.register_dataclass
@@ -108,45 +109,45 @@ def numbers(shape: tuple[Any, ...]) -> int:
     return math.prod(n if isinstance(n, int) else 1024 for n in shape)
 
 
-def linear_in_last(product: Linear, *args: jax.Array) -> jax.Array:
+def linear_in_last(product: Linear, *args: jax.Array, wait: Wait | None = None) -> jax.Array:
     """Return product(*sources, w), which is linear in w.
 
     Its transpose keeps the sources and begins when its cotangent is there, where that of another function keeps what
-    was made of the sources.
+    was made of the sources. `wait` says how it waits; by itself, the large sources do.
     """
-    return remade_p.bind(*args, program=jax.make_jaxpr(product)(*args))
+    return remade_p.bind(*args, program=jax.make_jaxpr(product)(*args), wait=wait or _after)
 
 
-def _run(*args: jax.Array, program: Any) -> jax.Array:
+def _run(*args: jax.Array, program: Any, wait: Wait | None = None) -> jax.Array:
     [out] = jaxpr_as_fun(program)(*args)
     return out
 
 
 remade_p = Primitive("lora_linear_in_last")
 remade_p.def_impl(_run)
-remade_p.def_abstract_eval(lambda *_, program: open_jaxpr(program)[0].outvars[0].aval)
+remade_p.def_abstract_eval(lambda *_, program, wait: open_jaxpr(program)[0].outvars[0].aval)
 mlir.register_lowering(remade_p, mlir.lower_fun(_run, multiple_results=False))
 
 
-def _jvp(primals: Any, tangents: Any, program: Any) -> tuple[jax.Array, jax.Array]:
+def _jvp(primals: Any, tangents: Any, program: Any, wait: Wait) -> tuple[jax.Array, jax.Array]:
     *sources, _ = primals
     if all(type(t) is ad.Zero for t in tangents[:-1]):
-        return _run(*primals, program=program), remade_p.bind(*sources, tangents[-1], program=program)
+        return _run(*primals, program=program), remade_p.bind(*sources, tangents[-1], program=program, wait=wait)
     run = functools.partial(_run, program=program)
     return jax.jvp(run, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
 
 
-def _transpose(ct: Any, *args: Any, program: Any) -> list[Any]:
+def _transpose(ct: Any, *args: Any, program: Any, wait: Wait) -> list[Any]:
     *sources, w = args
     if type(ct) is ad.Zero:
         return [None] * len(sources) + [ad.Zero(w.aval)]
-    sources = _after(sources, ct)
+    sources = wait(sources, ct)
     transposed = jax.linear_transpose(lambda w: _run(*sources, w, program=program), w.aval)
     return [None] * len(sources) + list(transposed(ct))
 
 
-def _batch(args: Any, axes: Any, program: Any) -> tuple[jax.Array, int]:
-    return linear_in_last(jax.vmap(functools.partial(_run, program=program), tuple(axes)), *args), 0
+def _batch(args: Any, axes: Any, program: Any, wait: Wait) -> tuple[jax.Array, int]:
+    return linear_in_last(jax.vmap(functools.partial(_run, program=program), tuple(axes)), *args, wait=wait), 0
 
 
 ad.primitive_jvps[remade_p] = _jvp

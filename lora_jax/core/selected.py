@@ -18,7 +18,7 @@ from lora_jax.core.layout import Layout
 from lora_jax.core.operand import Operand, Wrapper
 from lora_jax.core.products import Product
 from lora_jax.core.serialization import register_node
-from lora_jax.core.slots import is_used, picked
+from lora_jax.core.picked import is_used, picked
 
 Axes = int | None | tuple[Any, ...]  # of arguments or results, as those of `jax.vmap`; tuples may have tuples in them
 
@@ -29,7 +29,7 @@ class SelectedAdapter(AdapterWrapper):
     """The adapter in a slot of a bank; the base alone where there is no such slot.
 
     With a slot for each example of a batch it is applied by `over_examples` of `transform/per_example.py`, which hands
-    it on with one slot: `mapped` says so.
+    it on with one slot: `mapped` says so, and `arranged` that the examples come in the `order` of blocks.
     """
 
     inner: Adapter  # the bank
@@ -38,6 +38,7 @@ class SelectedAdapter(AdapterWrapper):
     in_axes: Axes = field(default=0, metadata={"static": True})
     out_axes: Axes = field(default=0, metadata={"static": True})
     mapped: bool = field(default=False, metadata={"static": True})
+    arranged: bool = field(default=False, metadata={"static": True})
 
     def chosen(self) -> Adapter:
         """Return the adapter itself, with zeros in all arrays where there is no such slot."""
@@ -77,7 +78,7 @@ def one_of(bank: Any, at: int = 0) -> Any:
 def _selected(bank: Operand, adapter: SelectedAdapter) -> "SelectedOperand":
     stack = adapter.axes.sizes(adapter.kernel_shape())[0]
     slots = BankOperand(_moved(bank, 0, len(stack)), adapter.axes)
-    return SelectedOperand(slots, jnp.broadcast_to(adapter.slot, stack), adapter.axes, adapter.mapped)
+    return SelectedOperand(slots, jnp.broadcast_to(adapter.slot, stack), adapter.axes, adapter.mapped, adapter.arranged)
 
 
 def _moved(bank: Any, start: int, end: int) -> Any:
@@ -94,6 +95,7 @@ class SelectedOperand(Wrapper):
     slot: jax.Array  # i32 [*stack], the same number throughout, so that a scan has it in each step
     axes: KernelAxes = field(metadata={"static": True})
     mapped: bool = field(metadata={"static": True})
+    arranged: bool = field(metadata={"static": True})
 
     layout = MappingProxyType({"slot": ("stack",)})
 
@@ -108,7 +110,7 @@ class SelectedOperand(Wrapper):
     def apply(self, product: Product) -> jax.Array:
         bank, slot = self._bank()
         apply: Any = type(bank).apply_slot if self.mapped else Operand.apply_slot
-        y: jax.Array = apply(bank, product, slot)
+        y: jax.Array = apply(bank, product, slot, self.arranged)
         return y
 
     def concatenate(self, parts: Sequence[Any], sizes: Sequence[int], axis: int) -> Operand | None:

@@ -7,16 +7,16 @@ Inside `over_examples` (transform/per_example.py) each product is written for on
 So there the number of examples, of rows of each, and of slots are known from shapes, and one of three ways is taken.
 All give the same numbers, up to the order of sums:
 
-- blocks: examples are sorted by their slots and cut into blocks of one slot each, for many examples of few slots;
+- blocks (core/blocks.py): examples of one slot lie side by side, for many short examples of few slots;
 - a loop over the examples, which reads each factor where it lies: for few rows of each, on CPUs;
 - gathered: the factors of each example are copied out of the bank, and all examples are one batched product.
 
-Axes: E examples, T rows of each, S slots, d inputs, k outputs, r rank, N blocks of m examples.
+Axes: E examples, T rows of each, S slots, d inputs, k outputs, r rank.
 """
 
 import functools
 import math
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,72 +25,55 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
 from lora_jax.core.arrays import accumulator
+from lora_jax.core.blocks import How, block_size, in_blocks
 from lora_jax.core.factor_products import dot, in_turn, matmul
-from lora_jax.core.moved import moved
+from lora_jax.core.picked import is_used, picked, picked_each
 from lora_jax.core.products import Matmul, Product, add_lowrank
 
-Bank = TypeVar("Bank")
 
-FULLEST = 4  # of blocks of examples, at most one in so many is padding of a slot's last block
-
-
-def slots_of(bank: Any) -> int:
-    """Return the number of slots."""
-    return int(jax.tree.leaves(bank)[0].shape[0])
-
-
-def is_used(bank: Any, slot: jax.Array) -> jax.Array:
-    """Return whether a number is a slot of a bank; the others stand for the base alone."""
-    return (slot >= 0) & (slot < slots_of(bank))
-
-
-def picked(bank: Bank, slot: jax.Array) -> Bank:
-    """Return what is in a slot, or zeros where there is no such slot; the derivative adds to that slot alone."""
-    slots = slots_of(bank)
-    index = jnp.where(is_used(bank, slot), slot, slots)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf).at[index].get(mode="fill", fill_value=0), bank)
-
-
-def add_chosen(product: Product, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.Array:
+def add_chosen(product: Product, a: jax.Array, b: jax.Array, slot: jax.Array, arranged: bool = False) -> jax.Array:
     """Return y + x @ A @ B in y's dtype, with the factors of a slot; a [S, *stack, *inputs, r], b alike.
 
-    Call it under a `jax.vmap` over slots that is inside of any derivative.
+    Call it under a `jax.vmap` over slots that is inside of any derivative. `arranged` says that examples come in the
+    `order` of blocks.
     """
-    return _add_chosen(product, a, b, slot)
+    added: jax.Array = _ADDED[arranged](product, a, b, slot)
+    return added
 
 
-def _add_picked(product: Product, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.Array:
-    return add_lowrank(product, picked(a, slot), picked(b, slot))
+def _added(arranged: bool) -> Any:
+    """Return the sum for one example, which under `jax.vmap` is one for all of them at once."""
+
+    def one(product: Product, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.Array:
+        return add_lowrank(product, picked(a, slot), picked(b, slot))
+
+    chosen = custom_vmap(one)
+
+    @chosen.def_vmap
+    def _(examples: int, batched: Any, *args: Any) -> tuple[jax.Array, bool]:
+        product, a, _, _ = args
+        flags = jax.tree.leaves(batched)
+        plain = (
+            isinstance(product, Matmul)
+            and not product.axes.stack
+            and product.origin is None
+            and product.h is None
+            and flags == [True, True, False, False, True]  # of x, y, a, b and slot
+            and a.shape[-1] > 0
+        )
+        if plain:
+            return _matrices(arranged, *args), True
+        leaves, tree = jax.tree.flatten(args)
+        in_axes = tuple(0 if flag else None for flag in flags)
+        return jax.vmap(lambda *leaves: one(*jax.tree.unflatten(tree, leaves)), in_axes=in_axes)(*leaves), True
+
+    return chosen
 
 
-_add_chosen = custom_vmap(_add_picked)
+_ADDED = {arranged: _added(arranged) for arranged in (False, True)}
 
 
-@_add_chosen.def_vmap
-def _over_examples(
-    examples: int, batched: Any, product: Product, a: jax.Array, b: jax.Array, slot: jax.Array
-) -> tuple[jax.Array, bool]:
-    """Add to the products of all examples at once."""
-    flags = jax.tree.leaves(batched)
-    plain = (
-        isinstance(product, Matmul)
-        and not product.axes.stack
-        and product.origin is None
-        and product.h is None
-        and flags == [True, True, False, False, True]  # of x, y, a, b and slot
-        and a.shape[-1] > 0
-    )
-    if plain:
-        return _matrices(product, a, b, slot), True
-    leaves, tree = jax.tree.flatten((product, a, b, slot))
-
-    def one(*leaves: jax.Array) -> jax.Array:
-        return _add_picked(*jax.tree.unflatten(tree, leaves))
-
-    return jax.vmap(one, in_axes=tuple(0 if flag else None for flag in flags))(*leaves), True
-
-
-def _matrices(product: Any, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.Array:
+def _matrices(arranged: bool, product: Any, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.Array:
     """Return all examples' y + x @ A @ B, in the way that copies least.
 
     On a mesh that the compiler partitions for, axes stay as they are, and each device has the examples that are there.
@@ -99,84 +82,40 @@ def _matrices(product: Any, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.
     x, y, precision, way = product.x, product.y, product.precision, "gathered"
     if product.flat():
         width = math.prod(a.shape[1:-1])
-        x, a, b, inputs = x.reshape(examples, -1, width), a.reshape(slots, width, rank), b.reshape(slots, rank, -1), 1
-        way = way_of(examples, x.shape[1], slots, rank)
+        a, b, inputs = a.reshape(slots, width, rank), b.reshape(slots, rank, -1), 1
+        rows = math.prod(x.shape[1:]) // width
+        way = way_of(examples, rows, slots, rank, arranged)
     if way == "blocks":
-        change = _in_blocks(precision, x, a, b, slot)
+        # A is picked as [r, d], which `contract` reads faster too; its gradient is h^T x, a thin array on the left.
+        columns = lax.optimization_barrier(jnp.swapaxes(a, 1, 2))
+        h = in_blocks(How(precision, arranged, 2, (examples, rows, rank)), x, columns, slot)
+        y, h = in_turn(y, checkpoint_name(h.astype(x.dtype), "lora_h"))
+        change = in_blocks(How(precision, arranged, 1, y.shape), h, b, slot)
     else:
         each = _one_by_one if way == "loop" else _gathered
+        x = x.reshape(examples, rows, width) if inputs == 1 and product.flat() else x
         y, h = in_turn(y, checkpoint_name(each(precision, inputs, x, a, slot).astype(x.dtype), "lora_h"))
         change = each(precision, 1, h, b, slot)
     wide = accumulator(y.dtype, change.dtype)
     return (y.astype(wide) + change.reshape(y.shape).astype(wide)).astype(y.dtype)
 
 
-def way_of(examples: int, rows: int, slots: int, rank: int) -> str:
+def way_of(examples: int, rows: int, slots: int, rank: int, arranged: bool = False) -> str:
     """Return "blocks", "loop" or "gathered", whichever copies least.
 
     Gathering copies r (d + k) numbers for each example. Blocks copy as many for each block, and the T (d + k) numbers
-    of x and y of each example, there and back. A loop copies nothing, but its steps come one after another, which only
-    pays where a factor is larger than what it is multiplied with.
+    of x and y of each example that is left over, there and back; of all examples, where they are not `arranged`. A loop
+    copies nothing, but its steps come one after another, which only pays where a factor is larger than what it is
+    multiplied with. Blocks copy in more steps, and so have to copy half as much as gathering or less.
 
     >>> way_of(examples=8, rows=128, slots=8, rank=16), way_of(64, 1, 64, 16), way_of(1024, 1, 8, 16)
     ('gathered', 'loop', 'blocks')
     """
     size = block_size(examples, slots)
-    blocks = block_count(examples, slots, size)
-    if size > 1 and blocks * (2 * size * rows + rank) < examples * rank:
+    moved = slots * size + (0 if arranged else examples)
+    if size > 1 and 2 * (examples // size * rank + 2 * moved * rows) < examples * rank:
         return "blocks"
     return "loop" if rows < rank else "gathered"
-
-
-def block_size(examples: int, slots: int) -> int:
-    """Return how many examples a block has: a power of two, such that few places are empty."""
-    most = examples // (FULLEST * min(examples, slots))
-    return 1 << max(most.bit_length() - 1, 0)
-
-
-def block_count(examples: int, slots: int, size: int) -> int:
-    """Return how many blocks are enough, however the examples are spread over the slots."""
-    return (examples + (size - 1) * min(examples, slots)) // size
-
-
-def _in_blocks(precision: Any, x: jax.Array, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.Array:
-    """Return x @ A @ B [E, T, k], examples of one slot together; x [E, T, d], a [S, d, r], b [S, r, k]."""
-    examples, rows, inputs = x.shape
-    slots = a.shape[0]
-    size = block_size(examples, slots)
-    blocks = block_count(examples, slots, size)
-    place = places(slot, slots, size, blocks)  # [E]; an example without a slot has none
-    source = jnp.full(blocks * size, examples).at[place].set(jnp.arange(examples), mode="drop")
-    of_block = jnp.full(blocks, slots).at[place // size].set(slot, mode="drop")
-    arranged = moved(x, source, place).reshape(blocks, size * rows, inputs)
-    # A is picked as [r, d], which `contract` reads faster too; its gradient then is h^T x, a thin array on the left.
-    columns = picked_each(lax.optimization_barrier(jnp.swapaxes(a, 1, 2)), of_block)
-    h = dot(arranged, columns, ((2,), (2,)), precision, 1)
-    h = checkpoint_name(h.astype(x.dtype), "lora_h")
-    change = matmul(h, picked_each(b, of_block), precision, 1).reshape(blocks * size, rows, -1)
-    return moved(change, place, source)
-
-
-def picked_each(bank: jax.Array, slots: jax.Array) -> jax.Array:
-    """Return the arrays of several slots, [N, ...] of [S, ...]."""
-    return jax.vmap(picked, in_axes=(None, 0))(bank, slots)
-
-
-def places(slot: jax.Array, slots: int, size: int, blocks: int) -> jax.Array:
-    """Return where each example lies, blocks of `size` places after one another, each of examples of one slot.
-
-    Examples of a slot keep their order. One without a slot lies beyond the last place.
-
-    >>> places(jnp.array([2, 0, 2, -1, 2]), slots=3, size=2, blocks=4).tolist()
-    [2, 0, 3, 8, 4]
-    """
-    member = slot[:, None] == jnp.arange(slots)[None]  # [E, S]
-    counts = jnp.sum(member, axis=0)
-    filled = -(-counts // size) * size
-    starts = jnp.cumsum(filled) - filled
-    before = jnp.cumsum(member, axis=0) - 1  # examples of the same slot before this one
-    place = jnp.sum(jnp.where(member, starts[None] + before, 0), axis=1)
-    return jnp.where(jnp.any(member, axis=1), place, blocks * size)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

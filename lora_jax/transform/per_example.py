@@ -6,6 +6,7 @@ weight stays one product for all examples under it, and so does all else that `j
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,12 @@ import jax.numpy as jnp
 
 from lora_jax.core.adapter import Adapter
 from lora_jax.core.arrays import is_key
+from lora_jax.core.blocks import Order, block_size, order
 from lora_jax.core.errors import LoraError
+from lora_jax.core.moved import moved
 from lora_jax.core.paths import is_array
+from lora_jax.core.picked import slots_of
+from lora_jax.core.products import is_whole
 from lora_jax.core.selected import Axes, SelectedAdapter
 
 _SHARED = "shared"  # in the place of None, which is no leaf of a tree
@@ -55,30 +60,82 @@ def over_examples(
             first.out_axes,
         ):
             raise LoraError("adapters of one call come from several calls of lora.select, which are of other examples.")
-    slots = [node.slot for node in nodes if _is_of_examples(node)]
     leaves, arguments = jax.tree.flatten((tuple(args), kwargs))
     axes = _axes_of(args, kwargs, first.in_axes)
     _check_examples(args, kwargs, axes, count)
     moving = [leaf for leaf, axis in zip(leaves, axes, strict=True) if axis is not None]
     moving_axes = [axis for axis in axes if axis is not None]
+    chosen = [node for node in nodes if _is_of_examples(node)]
+    slots, examples, found = [node.slot for node in chosen], jnp.arange(count), _order(chosen, moving, moving_axes)
+    if found:
+        slots, examples = [slots[0][found.source]] * len(slots), found.source
+        moving = [_moved(leaf, axis, found) for leaf, axis in zip(moving, moving_axes, strict=True)]
 
     def one(example: jax.Array, slots: list[jax.Array], moving: list[Any]) -> Any:
         rest, chosen = iter(moving), iter(slots)
         given = [
             leaf if axis is None else jnp.expand_dims(next(rest), axis) for leaf, axis in zip(leaves, axes, strict=True)
         ]
-        own = [_of_example(node, example, chosen) for node in nodes]
+        own = [_of_example(node, example, chosen, arranged=found is not None) for node in nodes]
         args, kwargs = jax.tree.unflatten(arguments, given)
         return _without_example(apply(params, jax.tree.unflatten(tree, own), *args, **kwargs), first.out_axes)
 
     in_axes = (0, [0] * len(slots), moving_axes)
-    return jax.vmap(one, in_axes=in_axes, out_axes=first.out_axes)(jnp.arange(count), slots, moving)
+    out = jax.vmap(one, in_axes=in_axes, out_axes=first.out_axes)(examples, slots, moving)
+    if not found:
+        return out
+    leaves, tree = jax.tree.flatten(out)
+    axes, back = _for_each_leaf(first.out_axes, out, "out_axes"), Order(found.place, found.source)
+    return jax.tree.unflatten(tree, [_moved(leaf, axis, back) for leaf, axis in zip(leaves, axes, strict=True)])
 
 
-def _of_example(node: Any, example: jax.Array, slots: Any) -> Any:
+def _order(chosen: Sequence[SelectedAdapter], moving: Sequence[Any], axes: Sequence[int]) -> Order | None:
+    """Return the order of blocks, if products are better off with examples in it: short ones, many of each slot.
+
+    Then rows are copied once on the way in and once on the way out, in the place of in and out of each product. That
+    does not pay for examples with more rows than half the rank, whose factors are gathered (core/slots.py), nor for
+    such as come with something larger than their rows, as a cache is.
+    """
+    count, slots = chosen[0].slot.shape[0], slots_of(chosen[0].inner)
+    size = block_size(count, slots)
+    is_one_selection = all(node.slot is chosen[0].slot and slots_of(node.inner) == slots for node in chosen)
+    if size == 1 or count % size or not is_one_selection or not is_whole(*moving):
+        return None
+    rank, inputs = max(map(_rank, chosen)), max(map(_inputs, chosen))
+    if any(2 * _rows(leaf, count, inputs) > rank for leaf in moving):
+        return None
+    return order(chosen[0].slot, slots, size)
+
+
+def _rank(node: SelectedAdapter) -> int:
+    """Return the rank of the factors in a bank; 0 for a kind that has none."""
+    bank = node.inner
+    return max((array.shape[-1] for name, array in bank.arrays().items() if bank.layout[name][-1] == "rank"), default=0)
+
+
+def _inputs(node: SelectedAdapter) -> int:
+    return math.prod(node.axes.sizes(node.kernel_shape())[1])
+
+
+def _rows(leaf: Any, count: int, inputs: int) -> float:
+    """Return of how many rows an example of an array is: each whole number, a token, may become one."""
+    numbers = math.prod(leaf.shape) / count
+    return numbers / inputs if jnp.issubdtype(leaf.dtype, jnp.inexact) else numbers
+
+
+def _moved(leaf: Any, axis: int | None, to: Order) -> Any:
+    """Return an array with its examples in another order."""
+    if axis is None:
+        return leaf
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.take(leaf, to.source, axis=axis)
+    return jnp.moveaxis(moved(jnp.moveaxis(leaf, axis, 0), *to), 0, axis)
+
+
+def _of_example(node: Any, example: jax.Array, slots: Any, arranged: bool) -> Any:
     """Return a part of the adapters as one example has it."""
     if _is_of_examples(node):
-        return dataclasses.replace(node, slot=next(slots), mapped=True)
+        return dataclasses.replace(node, slot=next(slots), mapped=True, arranged=arranged)
     if not is_key(node):
         return node
     fold = jax.random.fold_in

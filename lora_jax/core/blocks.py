@@ -1,0 +1,176 @@
+"""Products of which each example has factors of its own, with examples of one slot side by side.
+
+In this order, first come the whole blocks: so many examples of one slot each. What is left over of each slot, fewer
+examples than a block has, follows slot by slot; last come those without a slot. Factors are then read once for a block,
+and rows are copied of what is left over alone, into one more block for each slot. Each of these products is of one
+slot, and nothing of a slot is ever multiplied with what belongs to another one, not by zero either: a slot of NaN stays
+by itself.
+
+Axes: E examples, P places of an order, T rows of each example, S slots, N blocks of m examples, d inputs, n outputs.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.core.factor_products import as_derivative, dot
+from lora_jax.core.moved import moved
+from lora_jax.core.picked import picked_each
+from lora_jax.core.remade import linear_in_last
+
+
+def block_size(examples: int, slots: int) -> int:
+    """Return how many examples a block has: a power of two, about half of what each slot has of an even mix.
+
+    Larger blocks leave more examples over, smaller ones read factors more often.
+
+    >>> block_size(examples=1024, slots=8), block_size(64, 64)
+    (64, 1)
+    """
+    most = examples // (2 * min(examples, slots))
+    return 1 << max(most.bit_length() - 1, 0)
+
+
+class Order(NamedTuple):
+    """Where each example lies. One is the inverse of the other."""
+
+    source: jax.Array  # i32 [P], the example in each place, E where there is none
+    place: jax.Array  # i32 [E], the place of each example
+
+
+def order(slot: jax.Array, slots: int, size: int) -> Order:
+    """Return the order for blocks of a size, of examples with these slots; P is E, rounded up to whole blocks.
+
+    Examples of a slot keep their order among themselves.
+
+    >>> order(jnp.array([2, 0, 2, -1, 2]), slots=3, size=2).source.tolist()
+    [0, 2, 1, 4, 3, 5]
+    """
+    examples = slot.shape[0]
+    found, of_slot = _counts(slot, slots, size), _of_slot(slot, slots)
+    nth = jnp.cumsum(of_slot, axis=0) - 1  # of the examples of its slot
+    start = jnp.where(nth < found.whole[None], jnp.cumsum(found.whole)[None], found.left_from[None])
+    place = jnp.sum(jnp.where(of_slot, start - found.whole[None] + nth, 0), axis=1)
+    without = ~jnp.any(of_slot, axis=1)
+    place = jnp.where(without, jnp.sum(found.whole + found.left) + jnp.cumsum(without) - 1, place)
+    places = -(-examples // size) * size
+    source = jnp.full(places, examples).at[place].set(jnp.arange(examples), unique_indices=True)
+    return Order(source, place)
+
+
+class _Counts(NamedTuple):
+    """Examples of each slot, i32 [S]."""
+
+    whole: jax.Array  # in whole blocks
+    left: jax.Array  # that are left over
+    left_from: jax.Array  # the place of the first of these
+
+
+def _counts(slot: jax.Array, slots: int, size: int) -> _Counts:
+    counts = jnp.sum(_of_slot(slot, slots), axis=0)
+    left = counts % size
+    whole = counts - left
+    return _Counts(whole, left, jnp.sum(whole) + jnp.cumsum(left) - left)
+
+
+def _of_slot(slot: jax.Array, slots: int) -> jax.Array:
+    """Return whether each example is of each slot, [E, S]."""
+    return slot[:, None] == jnp.arange(slots)[None]
+
+
+class How(NamedTuple):
+    """A product of rows with the matrices of a bank."""
+
+    precision: Any
+    arranged: bool  # whether examples come in their `order`
+    axis: int  # of W [S, d, n], or [S, n, d], that x is contracted with
+    shape: tuple[int, ...]  # of the result, [E, ..., n]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def in_blocks(how: How, x: jax.Array, w: jax.Array, slot: jax.Array) -> jax.Array:
+    """Return x @ W of `how.shape` with the matrix of each example's slot, in x's dtype and accumulated in fp32.
+
+    Args:
+        how: the product.
+        x: [E, ...], the rows of each example.
+        w: [S, d, n] or [S, n, d].
+        slot: i32 [E]; a number that is no slot stands for zeros.
+    """
+    return _product(how, x, w, _after(x, slot))
+
+
+@in_blocks.defjvp
+def _tangent(how: How, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Derive by x and by W, so that no matrix that was picked for a block is kept for the derivative."""
+    x, w, slot = primals
+    dx, dw, _ = tangents
+
+    def along_w(x: jax.Array, slot: jax.Array, dw: jax.Array) -> jax.Array:
+        with as_derivative():
+            return _product(how, x, dw, slot)
+
+    y = in_blocks(how, x, w, slot)
+    along_x = linear_in_last(lambda w, slot, dx: _product(how, dx, w, slot), w, slot, dx, wait=_wait)
+    return y, along_x + linear_in_last(along_w, x, slot, dw, wait=_wait).astype(y.dtype)
+
+
+def _wait(sources: list[jax.Array], cotangent: jax.Array) -> list[jax.Array]:
+    other, slot = sources
+    return [other, _after(cotangent, slot)]
+
+
+def _after(x: jax.Array, slot: jax.Array) -> jax.Array:
+    """Return the slots, such that nothing can be picked before x is there.
+
+    XLA's compiler for CPUs takes barriers away, and fuses what x is made of into each of its readers, once for the base
+    and once more for the blocks. So there a branch reads x: an array that goes into one is written out. Its number
+    decides about the slots, by having less than 65 bits that are set, of which no compiler knows that it is true.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating) or 0 in x.shape:
+        return slot
+
+    def on_cpu(x: jax.Array, slot: jax.Array) -> jax.Array:
+        first, last = (functools.partial(_entry, at=at) for at in (0, -1))
+        number = lax.cond(slot.ravel()[0] >= 0, first, last, x)
+        bits = lax.population_count(lax.bitcast_convert_type(number, f"uint{x.dtype.itemsize * 8}"))
+        return jnp.where(bits < 65, slot, -1)
+
+    def elsewhere(x: jax.Array, slot: jax.Array) -> jax.Array:
+        return lax.optimization_barrier((x, slot))[1]
+
+    return lax.platform_dependent(x, slot, cpu=on_cpu, default=elsewhere)
+
+
+def _entry(x: jax.Array, at: int) -> jax.Array:
+    return x[(at,) * x.ndim]
+
+
+def _product(how: How, x: jax.Array, w: jax.Array, slot: jax.Array) -> jax.Array:
+    examples, slots = slot.shape[0], w.shape[0]
+    size = block_size(examples, slots)
+    if how.arranged:
+        return _of_blocks(how, size, x, w, slot).reshape(how.shape)
+    found = order(slot, slots, size)
+    there = slot.at[found.source].get(mode="fill", fill_value=slots)
+    y = _of_blocks(how, size, moved(x, *found), w, there)
+    return moved(y, found.place, found.source).reshape(how.shape)
+
+
+def _of_blocks(how: How, size: int, x: jax.Array, w: jax.Array, slot: jax.Array) -> jax.Array:
+    """Return x @ W [P, T, n] of examples in order."""
+    places, slots, d = slot.shape[0], w.shape[0], w.shape[how.axis]
+    found, at, nth = _counts(slot, slots, size), jnp.arange(places), jnp.arange(size)[None]
+    of_block = jnp.where(at < jnp.sum(found.whole), slot, slots)[::size]  # [N], S where it is not of one slot
+    source = jnp.where(nth < found.left[:, None], found.left_from[:, None] + nth, places).reshape(-1)  # [S m]
+    known = jnp.clip(slot, 0, slots - 1)
+    is_left = (known == slot) & (at >= found.left_from[known])
+    place = jnp.where(is_left, known * size + at - found.left_from[known], slots * size)
+    dims = ((2,), (how.axis,))
+    whole = dot(x.reshape(places // size, -1, d), picked_each(w, of_block), dims, how.precision, 1)
+    left = dot(moved(x, source, place).reshape(slots, -1, d), w, dims, how.precision, 1)
+    n = whole.shape[-1]
+    return whole.reshape(places, -1, n) + moved(left.reshape(slots * size, -1, n), place, source)
