@@ -149,8 +149,11 @@ class Operand(abc.ABC):
         return self
 
     @structural
-    def first_factor(self) -> jax.Array | None:
-        """Return A [*stack, *inputs, r], if x @ A is all that is needed of x. A wrapper changes x, and has none."""
+    def first_factor(self) -> Any:
+        """Return A [*stack, *inputs, r], if x @ A is all that is needed of x. A wrapper changes x, and has none.
+
+        Of a bank whose slots are chosen for each example it is a `ChosenFactor`.
+        """
         return None
 
     @structural

@@ -19,6 +19,7 @@ from lora_jax.core.operand import Operand, Wrapper
 from lora_jax.core.products import Product
 from lora_jax.core.serialization import register_node
 from lora_jax.core.picked import is_used, picked
+from lora_jax.core.slots import ChosenFactor
 
 Axes = int | None | tuple[Any, ...]  # of arguments or results, as those of `jax.vmap`; tuples may have tuples in them
 
@@ -29,7 +30,8 @@ class SelectedAdapter(AdapterWrapper):
     """The adapter in a slot of a bank; the base alone where there is no such slot.
 
     With a slot for each example of a batch it is applied by `over_examples` of `transform/per_example.py`, which hands
-    it on with one slot: `mapped` says so, and `arranged` that the examples come in the `order` of blocks.
+    it on with one slot, and with the number of the selection that it is of. `arranged` says that the examples come in
+    the `order` of blocks.
     """
 
     inner: Adapter  # the bank
@@ -37,7 +39,7 @@ class SelectedAdapter(AdapterWrapper):
     axes: KernelAxes = field(metadata={"static": True})
     in_axes: Axes = field(default=0, metadata={"static": True})
     out_axes: Axes = field(default=0, metadata={"static": True})
-    mapped: bool = field(default=False, metadata={"static": True})
+    selection: int | None = field(default=None, metadata={"static": True})
     arranged: bool = field(default=False, metadata={"static": True})
 
     def chosen(self) -> Adapter:
@@ -78,7 +80,7 @@ def one_of(bank: Any, at: int = 0) -> Any:
 def _selected(bank: Operand, adapter: SelectedAdapter) -> "SelectedOperand":
     stack = adapter.axes.sizes(adapter.kernel_shape())[0]
     slots = BankOperand(_moved(bank, 0, len(stack)), adapter.axes)
-    return SelectedOperand(slots, jnp.broadcast_to(adapter.slot, stack), adapter.axes, adapter.mapped, adapter.arranged)
+    return SelectedOperand(slots, jnp.broadcast_to(adapter.slot, stack), adapter.axes, adapter.selection, adapter.arranged)
 
 
 def _moved(bank: Any, start: int, end: int) -> Any:
@@ -94,7 +96,7 @@ class SelectedOperand(Wrapper):
     inner: Operand  # a `BankOperand`
     slot: jax.Array  # i32 [*stack], the same number throughout, so that a scan has it in each step
     axes: KernelAxes = field(metadata={"static": True})
-    mapped: bool = field(metadata={"static": True})
+    selection: int | None = field(metadata={"static": True})
     arranged: bool = field(metadata={"static": True})
 
     layout = MappingProxyType({"slot": ("stack",)})
@@ -109,9 +111,15 @@ class SelectedOperand(Wrapper):
 
     def apply(self, product: Product) -> jax.Array:
         bank, slot = self._bank()
-        apply: Any = type(bank).apply_slot if self.mapped else Operand.apply_slot
+        apply: Any = Operand.apply_slot if self.selection is None else type(bank).apply_slot
         y: jax.Array = apply(bank, product, slot, self.arranged)
         return y
+
+    def first_factor(self) -> Any:
+        """Return the first factors of a bank that `jax.vmap` maps over examples."""
+        bank, slot = self._bank()
+        a = None if self.selection is None else bank.first_factor()
+        return None if a is None else ChosenFactor(a, slot, self.selection, self.arranged)
 
     def concatenate(self, parts: Sequence[Any], sizes: Sequence[int], axis: int) -> Operand | None:
         """Join what each part has chosen, where zeros change nothing: sums of factors."""

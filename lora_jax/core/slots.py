@@ -16,6 +16,8 @@ Axes: E examples, T rows of each, S slots, d inputs, k outputs, r rank.
 
 import functools
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -29,6 +31,33 @@ from lora_jax.core.blocks import How, block_size, in_blocks
 from lora_jax.core.factor_products import dot, in_turn, matmul
 from lora_jax.core.picked import is_used, picked, picked_each
 from lora_jax.core.products import Matmul, Product, add_lowrank
+from lora_jax.core.remade import thin_product
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ChosenFactor:
+    """The first factors of a bank, and the slot that is chosen of them."""
+
+    a: jax.Array  # [S, *inputs, r]
+    slot: jax.Array  # i32 []
+    selection: int = field(metadata={"static": True})  # the number of the `lora.select` that it is of
+    arranged: bool = field(metadata={"static": True})  # whether examples come in the `order` of blocks
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of one of them."""
+        return self.a.shape[1:]
+
+
+def chosen_product(product: Product, factors: Sequence[ChosenFactor]) -> jax.Array:
+    """Return h = x @ [A1 | A2 | ...] of factors of one selection, by the name `lora_h`.
+
+    As `add_chosen`, call it under a `jax.vmap` over slots that is inside of any derivative.
+    """
+    first = factors[0]
+    h: jax.Array = _THIN[first.arranged](product, jnp.concatenate([f.a for f in factors], axis=-1), first.slot)
+    return h
 
 
 def add_chosen(product: Product, a: jax.Array, b: jax.Array, slot: jax.Array, arranged: bool = False) -> jax.Array:
@@ -41,63 +70,82 @@ def add_chosen(product: Product, a: jax.Array, b: jax.Array, slot: jax.Array, ar
     return added
 
 
-def _added(arranged: bool) -> Any:
-    """Return the sum for one example, which under `jax.vmap` is one for all of them at once."""
-
-    def one(product: Product, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.Array:
-        return add_lowrank(product, picked(a, slot), picked(b, slot))
-
+def _of_each(one: Callable[..., jax.Array], of_all: Callable[..., jax.Array], arranged: bool) -> Any:
+    """Return `one(product, *banks, slot)` for one example, which under `jax.vmap` is `of_all` where that can be."""
     chosen = custom_vmap(one)
 
     @chosen.def_vmap
-    def _(examples: int, batched: Any, *args: Any) -> tuple[jax.Array, bool]:
-        product, a, _, _ = args
+    def _(examples: int, batched: Any, product: Product, *args: jax.Array) -> tuple[jax.Array, bool]:
+        *banks, _ = args
         flags = jax.tree.leaves(batched)
         plain = (
             isinstance(product, Matmul)
             and not product.axes.stack
             and product.origin is None
-            and product.h is None
-            and flags == [True, True, False, False, True]  # of x, y, a, b and slot
-            and a.shape[-1] > 0
+            and flags == [*[True] * len(jax.tree.leaves(product)), *[False] * len(banks), True]
+            and banks[0].shape[-1] > 0
         )
         if plain:
-            return _matrices(arranged, *args), True
-        leaves, tree = jax.tree.flatten(args)
+            return of_all(arranged, product, *args), True
+        leaves, tree = jax.tree.flatten((product, *args))
         in_axes = tuple(0 if flag else None for flag in flags)
         return jax.vmap(lambda *leaves: one(*jax.tree.unflatten(tree, leaves)), in_axes=in_axes)(*leaves), True
 
     return chosen
 
 
-_ADDED = {arranged: _added(arranged) for arranged in (False, True)}
+def _thin(product: Product, a: jax.Array, slot: jax.Array) -> jax.Array:
+    return thin_product(product, picked(a, slot))
 
 
-def _matrices(arranged: bool, product: Any, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.Array:
-    """Return all examples' y + x @ A @ B, in the way that copies least.
+def _thin_of_all(arranged: bool, product: Any, a: jax.Array, slot: jax.Array) -> jax.Array:
+    """Return h = x @ A of all examples, in the way that copies least.
 
     On a mesh that the compiler partitions for, axes stay as they are, and each device has the examples that are there.
     """
-    examples, slots, rank, inputs = slot.shape[0], a.shape[0], a.shape[-1], a.ndim - 2
-    x, y, precision, way = product.x, product.y, product.precision, "gathered"
-    if product.flat():
-        width = math.prod(a.shape[1:-1])
-        a, b, inputs = a.reshape(slots, width, rank), b.reshape(slots, rank, -1), 1
-        rows = math.prod(x.shape[1:]) // width
-        way = way_of(examples, rows, slots, rank, arranged)
-    if way == "blocks":
-        # A is picked as [r, d], which `contract` reads faster too; its gradient is h^T x, a thin array on the left.
-        columns = lax.optimization_barrier(jnp.swapaxes(a, 1, 2))
-        h = in_blocks(How(precision, arranged, 2, (examples, rows, rank)), x, columns, slot)
-        y, h = in_turn(y, checkpoint_name(h.astype(x.dtype), "lora_h"))
-        change = in_blocks(How(precision, arranged, 1, y.shape), h, b, slot)
+    examples, slots, rank, x, precision = slot.shape[0], a.shape[0], a.shape[-1], product.x, product.precision
+    if not product.flat():
+        h = _gathered(precision, a.ndim - 2, x, a, slot)
     else:
-        each = _one_by_one if way == "loop" else _gathered
-        x = x.reshape(examples, rows, width) if inputs == 1 and product.flat() else x
-        y, h = in_turn(y, checkpoint_name(each(precision, inputs, x, a, slot).astype(x.dtype), "lora_h"))
-        change = each(precision, 1, h, b, slot)
+        width = math.prod(a.shape[1:-1])
+        rows, a = math.prod(x.shape[1:]) // width, a.reshape(slots, width, rank)
+        way = way_of(examples, rows, slots, rank, arranged)
+        if way == "blocks":
+            # A is picked as [r, d], which `contract` reads faster too; its gradient is h^T x, thin on the left.
+            columns = lax.optimization_barrier(jnp.swapaxes(a, 1, 2))
+            h = in_blocks(How(precision, arranged, 2, (examples, rows, rank)), x, columns, slot)
+        else:
+            each = _one_by_one if way == "loop" else _gathered
+            h = each(precision, 1, x.reshape(examples, rows, width), a, slot)
+    return checkpoint_name(h.astype(x.dtype), "lora_h")
+
+
+def _add(product: Product, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.Array:
+    return add_lowrank(product, picked(a, slot), picked(b, slot))
+
+
+def _add_to_all(arranged: bool, product: Any, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.Array:
+    """Return all examples' y + h @ B."""
+    y, precision = product.y, product.precision
+    y, h = in_turn(y, _thin_of_all(arranged, product, a, slot) if product.h is None else product.h)
+    if not product.flat():
+        change = _gathered(precision, 1, h, b, slot)
+    else:
+        examples, rows, rank = h.shape
+        slots = b.shape[0]
+        way, b = way_of(examples, rows, slots, rank, arranged), b.reshape(slots, rank, -1)
+        if way == "blocks":
+            change = in_blocks(How(precision, arranged, 1, y.shape), h, b, slot)
+        else:
+            change = (_one_by_one if way == "loop" else _gathered)(precision, 1, h, b, slot)
     wide = accumulator(y.dtype, change.dtype)
     return (y.astype(wide) + change.reshape(y.shape).astype(wide)).astype(y.dtype)
+
+
+_THIN, _ADDED = (
+    {arranged: _of_each(one, of_all, arranged) for arranged in (False, True)}
+    for one, of_all in ((_thin, _thin_of_all), (_add, _add_to_all))
+)
 
 
 def way_of(examples: int, rows: int, slots: int, rank: int, arranged: bool = False) -> str:

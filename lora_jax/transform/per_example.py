@@ -66,17 +66,19 @@ def over_examples(
     moving = [leaf for leaf, axis in zip(leaves, axes, strict=True) if axis is not None]
     moving_axes = [axis for axis in axes if axis is not None]
     chosen = [node for node in nodes if _is_of_examples(node)]
-    slots, examples, found = [node.slot for node in chosen], jnp.arange(count), _order(chosen, moving, moving_axes)
+    slots = list({id(node.slot): node.slot for node in chosen}.values())  # one, unless select was called several times
+    numbers = {id(slot): i for i, slot in enumerate(slots)}
+    examples, found = jnp.arange(count), _order(chosen, moving, moving_axes)
     if found:
-        slots, examples = [slots[0][found.source]] * len(slots), found.source
+        slots, examples = [slot[found.source] for slot in slots], found.source
         moving = [_moved(leaf, axis, found) for leaf, axis in zip(moving, moving_axes, strict=True)]
 
     def one(example: jax.Array, slots: list[jax.Array], moving: list[Any]) -> Any:
-        rest, chosen = iter(moving), iter(slots)
+        rest = iter(moving)
         given = [
             leaf if axis is None else jnp.expand_dims(next(rest), axis) for leaf, axis in zip(leaves, axes, strict=True)
         ]
-        own = [_of_example(node, example, chosen, arranged=found is not None) for node in nodes]
+        own = [_of_example(node, example, slots, numbers, found is not None) for node in nodes]
         args, kwargs = jax.tree.unflatten(arguments, given)
         return _without_example(apply(params, jax.tree.unflatten(tree, own), *args, **kwargs), first.out_axes)
 
@@ -98,8 +100,8 @@ def _order(chosen: Sequence[SelectedAdapter], moving: Sequence[Any], axes: Seque
     """
     count, slots = chosen[0].slot.shape[0], slots_of(chosen[0].inner)
     size = block_size(count, slots)
-    is_one_selection = all(node.slot is chosen[0].slot and slots_of(node.inner) == slots for node in chosen)
-    if size == 1 or count % size or not is_one_selection or not is_whole(*moving):
+    is_one_bank = all(node.slot is chosen[0].slot and slots_of(node.inner) == slots for node in chosen)
+    if size == 1 or count % size or not is_one_bank or not is_whole(*moving):
         return None
     rank, inputs = max(map(_rank, chosen)), max(map(_inputs, chosen))
     if any(2 * _rows(leaf, count, inputs) > rank for leaf in moving):
@@ -132,10 +134,13 @@ def _moved(leaf: Any, axis: int | None, to: Order) -> Any:
     return jnp.moveaxis(moved(jnp.moveaxis(leaf, axis, 0), *to), 0, axis)
 
 
-def _of_example(node: Any, example: jax.Array, slots: Any, arranged: bool) -> Any:
+def _of_example(
+    node: Any, example: jax.Array, slots: Sequence[jax.Array], numbers: Mapping[int, int], arranged: bool
+) -> Any:
     """Return a part of the adapters as one example has it."""
     if _is_of_examples(node):
-        return dataclasses.replace(node, slot=next(slots), mapped=True, arranged=arranged)
+        number = numbers[id(node.slot)]
+        return dataclasses.replace(node, slot=slots[number], selection=number, arranged=arranged)
     if not is_key(node):
         return node
     fold = jax.random.fold_in

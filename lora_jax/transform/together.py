@@ -17,9 +17,13 @@ from lora_jax.core._compat import JaxprEqn, Literal, Var, varying_axes
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.products import Matmul, product_dtype
 from lora_jax.core.remade import Remade, thin_product
+from lora_jax.core.slots import ChosenFactor, chosen_product
 from lora_jax.transform.adapted_weight import AdaptedWeight
 from lora_jax.transform.primitives.contractions import cast, contracted_axes, factor_precision
 from lora_jax.transform.primitives.dot_orders import Order, orders, transposed
+
+
+Factor = jax.Array | ChosenFactor
 
 
 class Reading(NamedTuple):
@@ -29,7 +33,7 @@ class Reading(NamedTuple):
     inputs: int  # how many of them are contracted
     dtype: Any
     precision: Any
-    factor: tuple[Any, ...]  # the dtype of A, and how it is sharded
+    factor: tuple[Any, ...]  # the dtype of A, how it is sharded, and how it is chosen of a bank
 
 
 class Together:
@@ -72,12 +76,12 @@ class Together:
         found = {j: _first_factor(self.products[j], v, x.value, env) for j in self.readers[v] if j >= i}
         alike = {j: one for j, one in found.items() if one is not None and found[i] and one[0] == found[i][0]}  # type: ignore[index]
         factors = [a for _, a in alike.values()]
-        if len(factors) > 1 and any(isinstance(leaf, jax.core.Tracer) for leaf in (x.value, *factors)):
+        if len(factors) > 1 and any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x.value, factors))):
             reading, _ = alike[i]
             self.made |= zip(alike, _thin(reading, x, *factors), strict=True)
 
 
-def _first_factor(eqn: JaxprEqn, v: Var, x: Any, env: Mapping[Var, Any]) -> tuple[Reading, jax.Array] | None:
+def _first_factor(eqn: JaxprEqn, v: Var, x: Any, env: Mapping[Var, Any]) -> tuple[Reading, Factor] | None:
     """Return A of the weight in a product with x, and how that reads x; None if there is no such A, or not yet."""
     on_left = eqn.invars[1] is v
     w = eqn.invars[0 if on_left else 1]
@@ -93,16 +97,21 @@ def _first_factor(eqn: JaxprEqn, v: Var, x: Any, env: Mapping[Var, Any]) -> tupl
         return None
     order, *_ = orders(eqn.params["dimension_numbers"], axes, x.ndim, on_left)
     precision = factor_precision(eqn.params["precision"], on_left)
-    factor = (a.dtype, jax.typeof(a).sharding, varying_axes(a))
+    array = a.a if isinstance(a, ChosenFactor) else a
+    of_bank = (a.selection, a.arranged, array.shape[0]) if isinstance(a, ChosenFactor) else ()
+    factor = (array.dtype, jax.typeof(array).sharding, varying_axes(array), of_bank)
     return Reading(order, len(axes.inputs), product_dtype(x.dtype, weight.value.dtype), precision, factor), a
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _thin(reading: Reading, x: Remade, *factors: jax.Array) -> Sequence[jax.Array]:
+def _thin(reading: Reading, x: Remade, *factors: Factor) -> Sequence[jax.Array]:
     """Return x @ A for each factor [*inputs, r] of x [*T, *inputs]. Of y, which is not there, only the mesh counts."""
     rows = x if reading.order is None else x.map(lambda x: transposed(x, reading.order))
     rows = cast(rows, reading.dtype)
     axes = KernelAxes((), tuple(range(reading.inputs)), (reading.inputs,))
     product = Matmul(axes, rows.value, rows.value, reading.precision, origin=rows.origin())
-    h = thin_product(product, jnp.concatenate(factors, axis=-1))
+    if isinstance(factors[0], ChosenFactor):
+        h = chosen_product(product, factors)
+    else:
+        h = thin_product(product, jnp.concatenate(factors, axis=-1))
     return lax.split(h, [a.shape[-1] for a in factors], axis=h.ndim - 1)
