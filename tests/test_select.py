@@ -248,6 +248,49 @@ def test_blocks_keep_x_and_no_factor_for_the_derivative(way):
     assert sum(np.prod(shape) == 40 * 2 * 6 for shape in shapes) <= 1  # x, as the gradient of the first A reads it
 
 
+@pytest.mark.parametrize("keep", ["inputs", "thin"])
+def test_no_way_but_gathering_copies_factors_for_examples(way, keep):
+    params, bank = linear_bank()
+    apply, x, ids = lora.lora_apply(linear, keep=keep), jnp.ones((40, 2, 6)), jnp.array(MANY)
+    step = jax.grad(lambda bank, x: total(apply(params, lora.select(bank, ids), x)), (0, 1))
+    program = jax.jit(step).lower(bank, x).as_text() if way == "loop" else str(jax.make_jaxpr(step)(bank, x))
+    assert (("[40,8,4]" in program) or ("tensor<40x8x4" in program)) == (way in ("gathered", "loop"))
+
+
+def test_products_of_one_x_are_taken_together(way):
+    """One thin product of x for q, k and v, where their slots are known to be the same."""
+    params = {name: jnp.asarray(normal((i,), (6, 8))) for i, name in enumerate("qkv")}
+
+    def model(params, x):
+        q, k, v = (x @ params[name] for name in "qkv")
+        return q * k + v
+
+    x = jnp.asarray(normal((3,), (40, 2, 6)))
+    plan = lora.plan(model, params, x, rules={".*": lora.Lora(4)})
+    bank = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), *(trained(lora.init(jax.random.key(i), params, plan), i) for i in range(4))
+    )
+    check(model, params, bank, x, MANY)
+
+    def run(bank, x):
+        return lora.lora_apply(model)(params, lora.select(bank, jnp.array(MANY)), x)
+
+    def of_three_selections(bank, x):
+        chosen = {path: lora.select(bank, jnp.array(MANY))[path] for path in bank}
+        return lora.lora_apply(model)(params, chosen, x)
+
+    joined, by_itself = (
+        sum(
+            e.primitive.name == "dot_general" and e.outvars[0].aval.shape[-1] == 12
+            for e in equations(jax.make_jaxpr(fn)(bank, x))
+        )
+        for fn in (run, of_three_selections)
+    )
+    assert joined > 0
+    assert by_itself == 0
+    assert_trees_close(run(bank, x), of_three_selections(bank, x))
+
+
 @pytest.mark.parametrize("way", ["arranged"], indirect=True)
 def test_in_order_no_row_of_x_is_moved_in_a_product(way):
     """Rows move when they come in and go out, and of what is left over in products."""

@@ -81,96 +81,113 @@ def _of_slot(slot: jax.Array, slots: int) -> jax.Array:
     return slot[:, None] == jnp.arange(slots)[None]
 
 
+class Blocks(NamedTuple):
+    """Which examples are multiplied together. All products of a program with the same slots share these numbers."""
+
+    order: Order | None  # that examples are brought into for the product; None if they lie in it
+    of_block: jax.Array  # i32 [N], the slot of each block; S where it is not of one slot
+    source: jax.Array  # i32 [S m], the place of each example that is left over, slot by slot; P where there is none
+    place: jax.Array  # i32 [P], the inverse of it; S m where there is none
+
+
+def blocks_of(slot: jax.Array, slots: int, arranged: bool) -> Blocks:
+    """Return the blocks of examples with these slots, i32 [E], which lie in their order if they are `arranged`."""
+    size, to = block_size(slot.shape[0], slots), None
+    if not arranged:
+        to = order(slot, slots, size)
+        slot = slot.at[to.source].get(mode="fill", fill_value=slots)
+    places = slot.shape[0]
+    found, at, nth = _counts(slot, slots, size), jnp.arange(places), jnp.arange(size)[None]
+    of_block = jnp.where(at < jnp.sum(found.whole), slot, slots)[::size]
+    source = jnp.where(nth < found.left[:, None], found.left_from[:, None] + nth, places).reshape(-1)
+    known = jnp.clip(slot, 0, slots - 1)
+    is_left = (known == slot) & (at >= found.left_from[known])
+    return Blocks(to, of_block, source, jnp.where(is_left, known * size + at - found.left_from[known], slots * size))
+
+
 class How(NamedTuple):
     """A product of rows with the matrices of a bank."""
 
     precision: Any
-    arranged: bool  # whether examples come in their `order`
     axis: int  # of W [S, d, n], or [S, n, d], that x is contracted with
     shape: tuple[int, ...]  # of the result, [E, ..., n]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def in_blocks(how: How, x: jax.Array, w: jax.Array, slot: jax.Array) -> jax.Array:
+def in_blocks(how: How, x: jax.Array, w: jax.Array, blocks: Blocks) -> jax.Array:
     """Return x @ W of `how.shape` with the matrix of each example's slot, in x's dtype and accumulated in fp32.
 
     Args:
         how: the product.
         x: [E, ...], the rows of each example.
         w: [S, d, n] or [S, n, d].
-        slot: i32 [E]; a number that is no slot stands for zeros.
+        blocks: of the examples.
     """
-    return _product(how, x, w, _after(x, slot))
+    is_wide = w.shape[how.axis] > w.shape[3 - how.axis]  # a thin x was written out as it came of a product
+    return _product(how, x, w, _after(x, blocks) if is_wide else blocks)
 
 
 @in_blocks.defjvp
 def _tangent(how: How, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     """Derive by x and by W, so that no matrix that was picked for a block is kept for the derivative."""
-    x, w, slot = primals
+    x, w, blocks = primals
     dx, dw, _ = tangents
+    numbers, tree = jax.tree.flatten(blocks)
 
-    def along_w(x: jax.Array, slot: jax.Array, dw: jax.Array) -> jax.Array:
+    def along_x(w: jax.Array, *others: jax.Array) -> jax.Array:
+        *numbers, dx = others
+        return _product(how, dx, w, jax.tree.unflatten(tree, numbers))
+
+    def along_w(x: jax.Array, *others: jax.Array) -> jax.Array:
+        *numbers, dw = others
         with as_derivative():
-            return _product(how, x, dw, slot)
+            return _product(how, x, dw, jax.tree.unflatten(tree, numbers))
 
-    y = in_blocks(how, x, w, slot)
-    along_x = linear_in_last(lambda w, slot, dx: _product(how, dx, w, slot), w, slot, dx, wait=_wait)
-    return y, along_x + linear_in_last(along_w, x, slot, dw, wait=_wait).astype(y.dtype)
+    def wait(sources: list[jax.Array], cotangent: jax.Array) -> list[jax.Array]:
+        other, *numbers = sources
+        return [other, *jax.tree.leaves(_after(cotangent, jax.tree.unflatten(tree, numbers)))]
+
+    y = in_blocks(how, x, w, blocks)
+    dy = linear_in_last(along_x, w, *numbers, dx, wait=wait)
+    return y, dy + linear_in_last(along_w, x, *numbers, dw, wait=wait).astype(dy.dtype)
 
 
-def _wait(sources: list[jax.Array], cotangent: jax.Array) -> list[jax.Array]:
-    other, slot = sources
-    return [other, _after(cotangent, slot)]
-
-
-def _after(x: jax.Array, slot: jax.Array) -> jax.Array:
-    """Return the slots, such that nothing can be picked before x is there.
+def _after(x: jax.Array, blocks: Blocks) -> Blocks:
+    """Return the blocks, such that nothing can be picked or moved for them before x is there.
 
     XLA's compiler for CPUs takes barriers away, and fuses what x is made of into each of its readers, once for the base
     and once more for the blocks. So there a branch reads x: an array that goes into one is written out. Its number
     decides about the slots, by having less than 65 bits that are set, of which no compiler knows that it is true.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating) or 0 in x.shape:
-        return slot
+        return blocks
 
-    def on_cpu(x: jax.Array, slot: jax.Array) -> jax.Array:
+    def on_cpu(x: jax.Array, of_block: jax.Array, source: jax.Array) -> tuple[jax.Array, jax.Array]:
         first, last = (functools.partial(_entry, at=at) for at in (0, -1))
-        number = lax.cond(slot.ravel()[0] >= 0, first, last, x)
-        bits = lax.population_count(lax.bitcast_convert_type(number, f"uint{x.dtype.itemsize * 8}"))
-        return jnp.where(bits < 65, slot, -1)
+        number = lax.cond(of_block.ravel()[0] >= 0, first, last, x)
+        there = lax.population_count(lax.bitcast_convert_type(number, f"uint{x.dtype.itemsize * 8}")) < 65
+        return jnp.where(there, of_block, -1), jnp.where(there, source, blocks.place.shape[-1])
 
-    def elsewhere(x: jax.Array, slot: jax.Array) -> jax.Array:
-        return lax.optimization_barrier((x, slot))[1]
+    def elsewhere(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        _, of_block, source = lax.optimization_barrier(arrays)
+        return of_block, source
 
-    return lax.platform_dependent(x, slot, cpu=on_cpu, default=elsewhere)
+    of_block, source = lax.platform_dependent(x, blocks.of_block, blocks.source, cpu=on_cpu, default=elsewhere)
+    return blocks._replace(of_block=of_block, source=source)
 
 
 def _entry(x: jax.Array, at: int) -> jax.Array:
     return x[(at,) * x.ndim]
 
 
-def _product(how: How, x: jax.Array, w: jax.Array, slot: jax.Array) -> jax.Array:
-    examples, slots = slot.shape[0], w.shape[0]
-    size = block_size(examples, slots)
-    if how.arranged:
-        return _of_blocks(how, size, x, w, slot).reshape(how.shape)
-    found = order(slot, slots, size)
-    there = slot.at[found.source].get(mode="fill", fill_value=slots)
-    y = _of_blocks(how, size, moved(x, *found), w, there)
-    return moved(y, found.place, found.source).reshape(how.shape)
-
-
-def _of_blocks(how: How, size: int, x: jax.Array, w: jax.Array, slot: jax.Array) -> jax.Array:
-    """Return x @ W [P, T, n] of examples in order."""
-    places, slots, d = slot.shape[0], w.shape[0], w.shape[how.axis]
-    found, at, nth = _counts(slot, slots, size), jnp.arange(places), jnp.arange(size)[None]
-    of_block = jnp.where(at < jnp.sum(found.whole), slot, slots)[::size]  # [N], S where it is not of one slot
-    source = jnp.where(nth < found.left[:, None], found.left_from[:, None] + nth, places).reshape(-1)  # [S m]
-    known = jnp.clip(slot, 0, slots - 1)
-    is_left = (known == slot) & (at >= found.left_from[known])
-    place = jnp.where(is_left, known * size + at - found.left_from[known], slots * size)
-    dims = ((2,), (how.axis,))
-    whole = dot(x.reshape(places // size, -1, d), picked_each(w, of_block), dims, how.precision, 1)
-    left = dot(moved(x, source, place).reshape(slots, -1, d), w, dims, how.precision, 1)
-    n = whole.shape[-1]
-    return whole.reshape(places, -1, n) + moved(left.reshape(slots * size, -1, n), place, source)
+def _product(how: How, x: jax.Array, w: jax.Array, blocks: Blocks) -> jax.Array:
+    if blocks.order is not None:
+        x = moved(x, *blocks.order)
+    places, slots, d, n, dims = x.shape[0], w.shape[0], w.shape[how.axis], w.shape[3 - how.axis], ((2,), (how.axis,))
+    rest = moved(x, blocks.source, blocks.place).reshape(slots, -1, d)
+    whole = dot(x.reshape(len(blocks.of_block), -1, d), picked_each(w, blocks.of_block), dims, how.precision, 1)
+    left = dot(rest, w, dims, how.precision, 1).reshape(len(blocks.source), -1, n)
+    y = whole.reshape(places, -1, n) + moved(left, blocks.place, blocks.source)
+    if blocks.order is not None:
+        y = moved(y, blocks.order.place, blocks.order.source)
+    return y.reshape(how.shape)

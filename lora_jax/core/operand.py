@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from lora_jax.core._compat import JaxprEqn
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.layout import Layout, field_names, spans, weight_shape
-from lora_jax.core.products import Product
 from lora_jax.core.picked import is_used, picked
+from lora_jax.core.products import Product
 
 F = TypeVar("F", bound=Callable[..., Any])
 

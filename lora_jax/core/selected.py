@@ -16,9 +16,9 @@ from lora_jax.core.adapter import Adapter, AdapterWrapper
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.layout import Layout
 from lora_jax.core.operand import Operand, Wrapper
+from lora_jax.core.picked import is_used, picked
 from lora_jax.core.products import Product
 from lora_jax.core.serialization import register_node
-from lora_jax.core.picked import is_used, picked
 from lora_jax.core.slots import ChosenFactor
 
 Axes = int | None | tuple[Any, ...]  # of arguments or results, as those of `jax.vmap`; tuples may have tuples in them
@@ -80,7 +80,9 @@ def one_of(bank: Any, at: int = 0) -> Any:
 def _selected(bank: Operand, adapter: SelectedAdapter) -> "SelectedOperand":
     stack = adapter.axes.sizes(adapter.kernel_shape())[0]
     slots = BankOperand(_moved(bank, 0, len(stack)), adapter.axes)
-    return SelectedOperand(slots, jnp.broadcast_to(adapter.slot, stack), adapter.axes, adapter.selection, adapter.arranged)
+    return SelectedOperand(
+        slots, jnp.broadcast_to(adapter.slot, stack), adapter.axes, adapter.selection, adapter.arranged
+    )
 
 
 def _moved(bank: Any, start: int, end: int) -> Any:
@@ -118,8 +120,8 @@ class SelectedOperand(Wrapper):
     def first_factor(self) -> Any:
         """Return the first factors of a bank that `jax.vmap` maps over examples."""
         bank, slot = self._bank()
-        a = None if self.selection is None else bank.first_factor()
-        return None if a is None else ChosenFactor(a, slot, self.selection, self.arranged)
+        a = bank.first_factor()
+        return None if a is None or self.selection is None else ChosenFactor(a, slot, self.selection, self.arranged)
 
     def concatenate(self, parts: Sequence[Any], sizes: Sequence[int], axis: int) -> Operand | None:
         """Join what each part has chosen, where zeros change nothing: sums of factors."""

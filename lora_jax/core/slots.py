@@ -14,6 +14,7 @@ All give the same numbers, up to the order of sums:
 Axes: E examples, T rows of each, S slots, d inputs, k outputs, r rank.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
 from lora_jax.core.arrays import accumulator
-from lora_jax.core.blocks import How, block_size, in_blocks
+from lora_jax.core.blocks import How, block_size, blocks_of, in_blocks
 from lora_jax.core.factor_products import dot, in_turn, matmul
 from lora_jax.core.picked import is_used, picked, picked_each
 from lora_jax.core.products import Matmul, Product, add_lowrank
@@ -71,27 +72,34 @@ def add_chosen(product: Product, a: jax.Array, b: jax.Array, slot: jax.Array, ar
 
 
 def _of_each(one: Callable[..., jax.Array], of_all: Callable[..., jax.Array], arranged: bool) -> Any:
-    """Return `one(product, *banks, slot)` for one example, which under `jax.vmap` is `of_all` where that can be."""
+    """Return `one(product, a, ..., slot)` for one example, which under `jax.vmap` is `of_all` where that can be."""
     chosen = custom_vmap(one)
 
     @chosen.def_vmap
-    def _(examples: int, batched: Any, product: Product, *args: jax.Array) -> tuple[jax.Array, bool]:
-        *banks, _ = args
+    def _(examples: int, batched: Any, *args: Any) -> tuple[jax.Array, bool]:
+        product, a, *_, slot = args
+        is_plain = isinstance(product, Matmul) and not product.axes.stack and a.shape[-1] > 0
+        if is_plain and product.origin is not None and _way(arranged, product, a, slot) != "gathered":
+            product, of_product = (dataclasses.replace(p, origin=None) for p in (product, batched[0]))  # x is kept
+            args, batched = (product, *args[1:]), [of_product, *batched[1:]]
         flags = jax.tree.leaves(batched)
-        plain = (
-            isinstance(product, Matmul)
-            and not product.axes.stack
-            and product.origin is None
-            and flags == [*[True] * len(jax.tree.leaves(product)), *[False] * len(banks), True]
-            and banks[0].shape[-1] > 0
-        )
-        if plain:
-            return of_all(arranged, product, *args), True
-        leaves, tree = jax.tree.flatten((product, *args))
+        of_examples = [*[True] * len(jax.tree.leaves(product)), *[False] * (len(args) - 2), True]
+        if is_plain and product.origin is None and flags == of_examples:
+            return of_all(arranged, *args), True
+        leaves, tree = jax.tree.flatten(args)
         in_axes = tuple(0 if flag else None for flag in flags)
         return jax.vmap(lambda *leaves: one(*jax.tree.unflatten(tree, leaves)), in_axes=in_axes)(*leaves), True
 
     return chosen
+
+
+def _way(arranged: bool, product: Any, a: jax.Array, slot: jax.Array) -> str:
+    """Return the way of a product of all examples.
+
+    On a mesh that the compiler partitions for, factors are gathered, and each device has the examples that are there.
+    """
+    rows = math.prod(product.x.shape[1:]) // math.prod(a.shape[1:-1])
+    return way_of(slot.shape[0], rows, a.shape[0], a.shape[-1], arranged) if product.flat() else "gathered"
 
 
 def _thin(product: Product, a: jax.Array, slot: jax.Array) -> jax.Array:
@@ -99,24 +107,19 @@ def _thin(product: Product, a: jax.Array, slot: jax.Array) -> jax.Array:
 
 
 def _thin_of_all(arranged: bool, product: Any, a: jax.Array, slot: jax.Array) -> jax.Array:
-    """Return h = x @ A of all examples, in the way that copies least.
-
-    On a mesh that the compiler partitions for, axes stay as they are, and each device has the examples that are there.
-    """
-    examples, slots, rank, x, precision = slot.shape[0], a.shape[0], a.shape[-1], product.x, product.precision
-    if not product.flat():
-        h = _gathered(precision, a.ndim - 2, x, a, slot)
+    """Return h = x @ A of all examples, in the way that copies least."""
+    examples, slots, rank, x = slot.shape[0], a.shape[0], a.shape[-1], product.x
+    way, inputs = _way(arranged, product, a, slot), a.ndim - 2
+    if product.flat():
+        width, inputs = math.prod(a.shape[1:-1]), 1
+        a, x = a.reshape(slots, width, rank), x if way == "blocks" else x.reshape(examples, -1, width)
+    if way == "blocks":
+        # A is picked as [r, d], which `contract` reads faster too; its gradient is h^T x, a thin array on the left.
+        columns = lax.optimization_barrier(jnp.swapaxes(a, 1, 2))
+        how = How(product.precision, 2, (examples, math.prod(x.shape[1:]) // width, rank))
+        h = in_blocks(how, x, columns, blocks_of(slot, slots, arranged))
     else:
-        width = math.prod(a.shape[1:-1])
-        rows, a = math.prod(x.shape[1:]) // width, a.reshape(slots, width, rank)
-        way = way_of(examples, rows, slots, rank, arranged)
-        if way == "blocks":
-            # A is picked as [r, d], which `contract` reads faster too; its gradient is h^T x, thin on the left.
-            columns = lax.optimization_barrier(jnp.swapaxes(a, 1, 2))
-            h = in_blocks(How(precision, arranged, 2, (examples, rows, rank)), x, columns, slot)
-        else:
-            each = _one_by_one if way == "loop" else _gathered
-            h = each(precision, 1, x.reshape(examples, rows, width), a, slot)
+        h = (_one_by_one if way == "loop" else _gathered)(product.precision, inputs, x, a, slot)
     return checkpoint_name(h.astype(x.dtype), "lora_h")
 
 
@@ -125,19 +128,14 @@ def _add(product: Product, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.A
 
 
 def _add_to_all(arranged: bool, product: Any, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.Array:
-    """Return all examples' y + h @ B."""
-    y, precision = product.y, product.precision
+    """Return all examples' y + h @ B. On a mesh that the compiler partitions for, axes stay as they are."""
+    y, precision, way = product.y, product.precision, _way(arranged, product, a, slot)
     y, h = in_turn(y, _thin_of_all(arranged, product, a, slot) if product.h is None else product.h)
-    if not product.flat():
-        change = _gathered(precision, 1, h, b, slot)
+    b = b.reshape(*b.shape[:2], -1) if product.flat() else b
+    if way == "blocks":
+        change = in_blocks(How(precision, 1, y.shape), h, b, blocks_of(slot, b.shape[0], arranged))
     else:
-        examples, rows, rank = h.shape
-        slots = b.shape[0]
-        way, b = way_of(examples, rows, slots, rank, arranged), b.reshape(slots, rank, -1)
-        if way == "blocks":
-            change = in_blocks(How(precision, arranged, 1, y.shape), h, b, slot)
-        else:
-            change = (_one_by_one if way == "loop" else _gathered)(precision, 1, h, b, slot)
+        change = (_one_by_one if way == "loop" else _gathered)(precision, 1, h, b, slot)
     wide = accumulator(y.dtype, change.dtype)
     return (y.astype(wide) + change.reshape(y.shape).astype(wide)).astype(y.dtype)
 

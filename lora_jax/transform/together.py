@@ -22,7 +22,6 @@ from lora_jax.transform.adapted_weight import AdaptedWeight
 from lora_jax.transform.primitives.contractions import cast, contracted_axes, factor_precision
 from lora_jax.transform.primitives.dot_orders import Order, orders, transposed
 
-
 Factor = jax.Array | ChosenFactor
 
 
@@ -110,8 +109,7 @@ def _thin(reading: Reading, x: Remade, *factors: Factor) -> Sequence[jax.Array]:
     rows = cast(rows, reading.dtype)
     axes = KernelAxes((), tuple(range(reading.inputs)), (reading.inputs,))
     product = Matmul(axes, rows.value, rows.value, reading.precision, origin=rows.origin())
-    if isinstance(factors[0], ChosenFactor):
-        h = chosen_product(product, factors)
-    else:
-        h = thin_product(product, jnp.concatenate(factors, axis=-1))
+    chosen = [factor for factor in factors if isinstance(factor, ChosenFactor)]
+    arrays = [factor for factor in factors if not isinstance(factor, ChosenFactor)]
+    h = chosen_product(product, chosen) if chosen else thin_product(product, jnp.concatenate(arrays, axis=-1))
     return lax.split(h, [a.shape[-1] for a in factors], axis=h.ndim - 1)
