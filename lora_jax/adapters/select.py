@@ -34,10 +34,14 @@ def select(bank: Mapping[str, Adapter], ids: Any, *, in_axes: Axes = 0, out_axes
     The factors come in one of three ways, chosen from shapes for each product, with the same numbers up to the order
     of sums. *Gathered*, the factors of each example are copied out of the bank, and all examples are one batched
     product: no FLOPs more than one adapter takes; best where an example has more rows than the rank. In *blocks*,
-    examples are sorted by slots and cut into blocks of one slot each, for many short examples of few slots. (The blocks
-    are batched products too. `ragged_dot`, which is for sorted rows, computes as many times more as there are slots on
-    backends without a kernel for it, CPUs among them.) A *loop*, for decoding on CPUs, reads each factor where it lies.
-    On a mesh that the compiler partitions for, all are gathered, so that each device has its own examples alone.
+    examples of one slot lie side by side, for many short examples of few slots. They are brought into that order once,
+    before the function, and their results back after it. (The blocks are batched products too. `ragged_dot`, which is
+    for sorted rows, computes as many times more as there are slots on backends without a kernel for it, CPUs among
+    them.) A *loop*, for decoding on CPUs, reads each factor where it lies. On a mesh that the compiler partitions for,
+    all are gathered, so that each device has its own examples alone.
+
+    Call it inside of the function that is jitted: there all adapters are known to have the same ids. Then examples are
+    brought into order once for all of them, and weights that read the same x have one thin product.
 
     Args:
         bank: `{path: adapter}`, every array of which has a leading axis of slots, as `lora.stack` makes it.

@@ -123,8 +123,7 @@ def in_blocks(how: How, x: jax.Array, w: jax.Array, blocks: Blocks) -> jax.Array
         w: [S, d, n] or [S, n, d].
         blocks: of the examples.
     """
-    is_wide = w.shape[how.axis] > w.shape[3 - how.axis]  # a thin x was written out as it came of a product
-    return _product(how, x, w, _after(x, blocks) if is_wide else blocks)
+    return _product(how, x, w, blocks)
 
 
 @in_blocks.defjvp
@@ -143,36 +142,37 @@ def _tangent(how: How, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Arra
         with as_derivative():
             return _product(how, x, dw, jax.tree.unflatten(tree, numbers))
 
-    def wait(sources: list[jax.Array], cotangent: jax.Array) -> list[jax.Array]:
+    def wait(sources: list[jax.Array], dy: jax.Array) -> list[jax.Array]:
         other, *numbers = sources
-        return [other, *jax.tree.leaves(_after(cotangent, jax.tree.unflatten(tree, numbers)))]
+        return [other, *jax.tree.leaves(_after(dy, jax.tree.unflatten(tree, numbers)))]
 
     y = in_blocks(how, x, w, blocks)
     dy = linear_in_last(along_x, w, *numbers, dx, wait=wait)
     return y, dy + linear_in_last(along_w, x, *numbers, dw, wait=wait).astype(dy.dtype)
 
 
-def _after(x: jax.Array, blocks: Blocks) -> Blocks:
-    """Return the blocks, such that nothing can be picked or moved for them before x is there.
+def _after(dy: jax.Array, blocks: Blocks) -> Blocks:
+    """Return the blocks, such that nothing can be picked or moved for them before dy is there.
 
-    XLA's compiler for CPUs takes barriers away, and fuses what x is made of into each of its readers, once for the base
-    and once more for the blocks. So there a branch reads x: an array that goes into one is written out. Its number
-    decides about the slots, by having less than 65 bits that are set, of which no compiler knows that it is true.
+    XLA's compiler for CPUs takes barriers away. It also fuses what dy is made of into each of its readers, once for the
+    base and once more for the blocks. So there a branch reads dy: an array that goes into one is written out. Its
+    number decides about the blocks, by having less than 65 bits that are set, of which no compiler knows that it is
+    true.
     """
-    if not jnp.issubdtype(x.dtype, jnp.floating) or 0 in x.shape:
+    if not jnp.issubdtype(dy.dtype, jnp.floating) or 0 in dy.shape:
         return blocks
 
-    def on_cpu(x: jax.Array, of_block: jax.Array, source: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def on_cpu(dy: jax.Array, of_block: jax.Array, source: jax.Array) -> tuple[jax.Array, jax.Array]:
         first, last = (functools.partial(_entry, at=at) for at in (0, -1))
-        number = lax.cond(of_block.ravel()[0] >= 0, first, last, x)
-        there = lax.population_count(lax.bitcast_convert_type(number, f"uint{x.dtype.itemsize * 8}")) < 65
+        number = lax.cond(of_block.ravel()[0] >= 0, first, last, dy)
+        there = lax.population_count(lax.bitcast_convert_type(number, f"uint{dy.dtype.itemsize * 8}")) < 65
         return jnp.where(there, of_block, -1), jnp.where(there, source, blocks.place.shape[-1])
 
     def elsewhere(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
         _, of_block, source = lax.optimization_barrier(arrays)
         return of_block, source
 
-    of_block, source = lax.platform_dependent(x, blocks.of_block, blocks.source, cpu=on_cpu, default=elsewhere)
+    of_block, source = lax.platform_dependent(dy, blocks.of_block, blocks.source, cpu=on_cpu, default=elsewhere)
     return blocks._replace(of_block=of_block, source=source)
 
 
@@ -183,11 +183,12 @@ def _entry(x: jax.Array, at: int) -> jax.Array:
 def _product(how: How, x: jax.Array, w: jax.Array, blocks: Blocks) -> jax.Array:
     if blocks.order is not None:
         x = moved(x, *blocks.order)
-    places, slots, d, n, dims = x.shape[0], w.shape[0], w.shape[how.axis], w.shape[3 - how.axis], ((2,), (how.axis,))
-    rest = moved(x, blocks.source, blocks.place).reshape(slots, -1, d)
+    places, slots, d, n = x.shape[0], w.shape[0], w.shape[how.axis], w.shape[3 - how.axis]
+    dims = (2,), (how.axis,)
     whole = dot(x.reshape(len(blocks.of_block), -1, d), picked_each(w, blocks.of_block), dims, how.precision, 1)
-    left = dot(rest, w, dims, how.precision, 1).reshape(len(blocks.source), -1, n)
-    y = whole.reshape(places, -1, n) + moved(left, blocks.place, blocks.source)
+    left = dot(moved(x, blocks.source, blocks.place).reshape(slots, -1, d), w, dims, how.precision, 1)
+    left = moved(left.reshape(len(blocks.source), -1, n), blocks.place, blocks.source)
+    y = whole.reshape(places, -1, n) + left
     if blocks.order is not None:
         y = moved(y, blocks.order.place, blocks.order.source)
     return y.reshape(how.shape)

@@ -57,7 +57,7 @@ def chosen_product(product: Product, factors: Sequence[ChosenFactor]) -> jax.Arr
     As `add_chosen`, call it under a `jax.vmap` over slots that is inside of any derivative.
     """
     first = factors[0]
-    h: jax.Array = _THIN[first.arranged](product, jnp.concatenate([f.a for f in factors], axis=-1), first.slot)
+    h: jax.Array = _THIN[first.arranged](product, *(factor.a for factor in factors), first.slot)
     return h
 
 
@@ -102,12 +102,26 @@ def _way(arranged: bool, product: Any, a: jax.Array, slot: jax.Array) -> str:
     return way_of(slot.shape[0], rows, a.shape[0], a.shape[-1], arranged) if product.flat() else "gathered"
 
 
-def _thin(product: Product, a: jax.Array, slot: jax.Array) -> jax.Array:
-    return thin_product(product, picked(a, slot))
+def _thin(product: Product, *args: jax.Array) -> jax.Array:
+    *banks, slot = args
+    return thin_product(product, jnp.concatenate([picked(a, slot) for a in banks], axis=-1))
 
 
-def _thin_of_all(arranged: bool, product: Any, a: jax.Array, slot: jax.Array) -> jax.Array:
-    """Return h = x @ A of all examples, in the way that copies least."""
+def _thin_of_all(arranged: bool, product: Any, *args: jax.Array) -> jax.Array:
+    """Return h = x @ [A1 | A2 | ...] of all examples.
+
+    Banks are joined where that copies less than reading x for each of them: S r columns, and E T rows.
+    """
+    *banks, slot = args
+    rows = math.prod(product.x.shape) // math.prod(banks[0].shape[1:-1])
+    if len(banks[0]) * sum(a.shape[-1] for a in banks) <= rows:
+        banks = [jnp.concatenate(banks, axis=-1)]
+    found = [_thin_of_bank(arranged, product, a, slot) for a in banks]
+    return checkpoint_name(jnp.concatenate(found, axis=-1).astype(product.x.dtype), "lora_h")
+
+
+def _thin_of_bank(arranged: bool, product: Any, a: jax.Array, slot: jax.Array) -> jax.Array:
+    """Return x @ A of all examples, in the way that copies least."""
     examples, slots, rank, x = slot.shape[0], a.shape[0], a.shape[-1], product.x
     way, inputs = _way(arranged, product, a, slot), a.ndim - 2
     if product.flat():
@@ -117,10 +131,8 @@ def _thin_of_all(arranged: bool, product: Any, a: jax.Array, slot: jax.Array) ->
         # A is picked as [r, d], which `contract` reads faster too; its gradient is h^T x, a thin array on the left.
         columns = lax.optimization_barrier(jnp.swapaxes(a, 1, 2))
         how = How(product.precision, 2, (examples, math.prod(x.shape[1:]) // width, rank))
-        h = in_blocks(how, x, columns, blocks_of(slot, slots, arranged))
-    else:
-        h = (_one_by_one if way == "loop" else _gathered)(product.precision, inputs, x, a, slot)
-    return checkpoint_name(h.astype(x.dtype), "lora_h")
+        return in_blocks(how, x, columns, blocks_of(slot, slots, arranged))
+    return (_one_by_one if way == "loop" else _gathered)(product.precision, inputs, x, a, slot)
 
 
 def _add(product: Product, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.Array:
