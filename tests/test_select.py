@@ -170,7 +170,8 @@ def way(request, monkeypatch):
     jax.clear_caches()  # of products in another way
     monkeypatch.setattr(ways, "way_of", lambda *_: "blocks" if request.param == "arranged" else request.param)
     monkeypatch.setattr(Matmul, "flat", lambda self: True)
-    monkeypatch.setattr(per_example, "is_whole", lambda *_: request.param == "arranged")
+    monkeypatch.setattr(ways, "is_on_one_device", lambda *_: True)
+    monkeypatch.setattr(per_example, "is_on_one_device", lambda *_: request.param == "arranged")
     yield request.param
     jax.clear_caches()
 
@@ -183,19 +184,30 @@ def test_all_ways_are_exact(way):
     check(linear, params, bank, jnp.asarray(normal((2,), (40, 2, 6))), MANY)
 
 
-def test_all_ways_have_derivatives_along_a_direction_and_of_the_gradient(way):
-    params, bank = linear_bank()
-    at = bank, jnp.asarray(normal((2,), (40, 2, 6)))
+def derivatives(fn):
+    """Along a direction: of a loss of fn(bank, x), and of its gradient."""
+    at = linear_bank()[1], jnp.asarray(normal((2,), (40, 2, 6)))
     along = jax.tree.map(lambda leaf: jnp.asarray(normal(leaf.shape, leaf.shape)), at)
+    loss = lambda at: total(fn(*at))  # noqa: E731
+    run = jax.jit(lambda at, along: (jax.jvp(loss, (at,), (along,)), jax.jvp(jax.grad(loss), (at,), (along,))))
+    return run(at, along)
 
-    def derivatives(fn):
-        loss = lambda at: total(fn(*at))  # noqa: E731
-        return jax.jit(lambda at, along: (jax.jvp(loss, (at,), (along,)), jax.jvp(jax.grad(loss), (at,), (along,))))
 
+@functools.cache
+def derivatives_of_merged():
+    params, _ = linear_bank()
+
+    def one(bank, slot, x):
+        merged = lora.merge(params, slot_of(bank, slot))
+        return linear(jax.tree.map(lambda own, w: jnp.where(slot >= 0, own, w), merged, params), x)
+
+    return derivatives(lambda bank, x: jax.vmap(one, in_axes=(None, 0, 0))(bank, jnp.array(MANY), x))
+
+
+def test_all_ways_have_derivatives_along_a_direction_and_of_the_gradient(way):
+    params, _ = linear_bank()
     mixed = lambda bank, x: lora.lora_apply(linear)(params, lora.select(bank, jnp.array(MANY)), x)  # noqa: E731
-    found = derivatives(mixed)(at, along)
-    expected = derivatives(lambda bank, x: one_by_one(linear, params, bank, MANY, x))(at, along)
-    assert_trees_close(found, expected, 1e-4, 1e-4)
+    assert_trees_close(derivatives(mixed), derivatives_of_merged(), 1e-4, 1e-4)
 
 
 def test_in_all_ways_nan_stays_with_its_slot(way):
@@ -332,11 +344,11 @@ def test_blocks_are_of_one_slot_in_any_mix():
     ],
 )
 def test_examples_are_brought_into_order_where_that_pays(shape, slots, dtype, is_arranged, monkeypatch):
-    monkeypatch.setattr(per_example, "is_whole", lambda *_: True)
+    monkeypatch.setattr(per_example, "is_on_one_device", lambda *_: True)
     _, bank = linear_bank(slots)
     chosen = list(lora.select(bank, jnp.zeros(shape[0], int)).values())
-    assert (per_example._order(chosen, [jnp.zeros(shape, dtype)], [0]) is not None) == is_arranged
-    assert per_example._order(chosen, [jnp.zeros(shape, dtype), jnp.zeros((shape[0], 9, 6))], [0, 0]) is None  # a cache
+    assert (per_example._order(chosen, [jnp.zeros(shape, dtype)]) is not None) == is_arranged
+    assert per_example._order(chosen, [jnp.zeros(shape, dtype), jnp.zeros((shape[0], 9, 6))]) is None  # a cache
 
 
 @pytest.mark.parametrize("way", ["arranged"], indirect=True)
@@ -351,7 +363,7 @@ def test_examples_in_order_have_their_own_masks_axes_and_results(way, monkeypatc
     chosen = lora.select(bank, jnp.array(MANY), in_axes=(1, 0, 0), out_axes=(-2, 0, 0, None))
     adapters = lora.with_dropout(chosen, jax.random.key(3), 0.5)
     found = lora.lora_apply(model)(params, adapters, x, numbers, keys)
-    monkeypatch.setattr(per_example, "is_whole", lambda *_: False)
+    monkeypatch.setattr(per_example, "is_on_one_device", lambda *_: False)
     assert_trees_close(found, lora.lora_apply(model)(params, adapters, x, numbers, keys))
     assert_trees_equal(found[1:3], model(params, x, numbers, keys)[1:3])
 

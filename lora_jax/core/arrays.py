@@ -58,3 +58,21 @@ def accumulator(*dtypes: Any) -> Any:
 def matmul_highest(x: jax.Array, y: jax.Array) -> jax.Array:
     """Multiply matrices with products of full precision on every device, where the default may round to 16 bits."""
     return jnp.matmul(x, y, precision="highest")
+
+
+def is_whole(*arrays: jax.Array) -> bool:
+    """Return whether no compiler partitions arrays.
+
+    Their types name the mesh that they are on. Where they name none they may still be placed by the caller's
+    `in_shardings`, unless there is a single device.
+    """
+    meshes = [jax.typeof(array).sharding.mesh for array in arrays]
+    if any(set(mesh.manual_axes) != set(mesh.axis_names) for mesh in meshes):
+        return False
+    return any(mesh.axis_names for mesh in meshes) or jax.device_count() == 1
+
+
+def is_on_one_device(*arrays: jax.Array) -> bool:
+    """Return whether no compiler partitions arrays, as `is_whole`, or only for a mesh of one device."""
+    meshes = [jax.typeof(array).sharding.mesh for array in arrays]
+    return is_whole(*arrays) or (bool(meshes) and all(mesh.axis_names and mesh.size == 1 for mesh in meshes))

@@ -16,7 +16,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.arrays import accumulator
+from lora_jax.core.arrays import accumulator, is_whole
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.backward_order import awaited
 from lora_jax.core.dropout_mask import dropped
@@ -146,18 +146,6 @@ class Matmul(Product):
         axis may be sharded that would then lie inside another one, and would be gathered.
         """
         return is_whole(self.x, self.y)
-
-
-def is_whole(*arrays: jax.Array) -> bool:
-    """Return whether no compiler partitions arrays.
-
-    Their types name the mesh that they are on. Where they name none they may still be placed by the caller's
-    `in_shardings`, unless there is a single device.
-    """
-    meshes = [jax.typeof(array).sharding.mesh for array in arrays]
-    if any(set(mesh.manual_axes) != set(mesh.axis_names) for mesh in meshes):
-        return False
-    return any(mesh.axis_names for mesh in meshes) or jax.device_count() == 1
 
 
 def as_matrices(x: jax.Array, stack: int, rows: int) -> jax.Array:

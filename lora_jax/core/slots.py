@@ -27,7 +27,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
-from lora_jax.core.arrays import accumulator
+from lora_jax.core.arrays import accumulator, is_on_one_device
 from lora_jax.core.blocks import How, block_size, blocks_of, in_blocks
 from lora_jax.core.factor_products import dot, in_turn, matmul
 from lora_jax.core.picked import is_used, picked, picked_each
@@ -93,13 +93,18 @@ def _of_each(one: Callable[..., jax.Array], of_all: Callable[..., jax.Array], ar
     return chosen
 
 
+def _is_flat(product: Any) -> bool:
+    """Return whether the axes of rows, of inputs and of outputs are flattened to one each."""
+    return is_on_one_device(product.x, product.y)
+
+
 def _way(arranged: bool, product: Any, a: jax.Array, slot: jax.Array) -> str:
     """Return the way of a product of all examples.
 
     On a mesh that the compiler partitions for, factors are gathered, and each device has the examples that are there.
     """
     rows = math.prod(product.x.shape[1:]) // math.prod(a.shape[1:-1])
-    return way_of(slot.shape[0], rows, a.shape[0], a.shape[-1], arranged) if product.flat() else "gathered"
+    return way_of(slot.shape[0], rows, a.shape[0], a.shape[-1], arranged) if _is_flat(product) else "gathered"
 
 
 def _thin(product: Product, *args: jax.Array) -> jax.Array:
@@ -124,7 +129,7 @@ def _thin_of_bank(arranged: bool, product: Any, a: jax.Array, slot: jax.Array) -
     """Return x @ A of all examples, in the way that copies least."""
     examples, slots, rank, x = slot.shape[0], a.shape[0], a.shape[-1], product.x
     way, inputs = _way(arranged, product, a, slot), a.ndim - 2
-    if product.flat():
+    if _is_flat(product):
         width, inputs = math.prod(a.shape[1:-1]), 1
         a, x = a.reshape(slots, width, rank), x if way == "blocks" else x.reshape(examples, -1, width)
     if way == "blocks":
@@ -143,7 +148,7 @@ def _add_to_all(arranged: bool, product: Any, a: jax.Array, b: jax.Array, slot: 
     """Return all examples' y + h @ B. On a mesh that the compiler partitions for, axes stay as they are."""
     y, precision, way = product.y, product.precision, _way(arranged, product, a, slot)
     y, h = in_turn(y, _thin_of_all(arranged, product, a, slot) if product.h is None else product.h)
-    b = b.reshape(*b.shape[:2], -1) if product.flat() else b
+    b = b.reshape(*b.shape[:2], -1) if _is_flat(product) else b
     if way == "blocks":
         change = in_blocks(How(precision, 1, y.shape), h, b, blocks_of(slot, b.shape[0], arranged))
     else:

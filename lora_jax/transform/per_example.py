@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.adapter import Adapter
-from lora_jax.core.arrays import is_key
+from lora_jax.core.arrays import is_key, is_on_one_device
 from lora_jax.core.blocks import Order, block_size, order
 from lora_jax.core.errors import LoraError
 from lora_jax.core.moved import moved
 from lora_jax.core.paths import is_array
 from lora_jax.core.picked import slots_of
-from lora_jax.core.products import is_whole
 from lora_jax.core.selected import Axes, SelectedAdapter
 
 _SHARED = "shared"  # in the place of None, which is no leaf of a tree
@@ -68,8 +67,8 @@ def over_examples(
     chosen = [node for node in nodes if _is_of_examples(node)]
     slots = list({id(node.slot): node.slot for node in chosen}.values())  # one, unless select was called several times
     numbers = {id(slot): i for i, slot in enumerate(slots)}
-    examples, found = jnp.arange(count), _order(chosen, moving, moving_axes)
-    if found:
+    examples, found = jnp.arange(count), _order(chosen, moving)
+    if found is not None:
         slots, examples = [slot[found.source] for slot in slots], found.source
         moving = [_moved(leaf, axis, found) for leaf, axis in zip(moving, moving_axes, strict=True)]
 
@@ -84,14 +83,14 @@ def over_examples(
 
     in_axes = (0, [0] * len(slots), moving_axes)
     out = jax.vmap(one, in_axes=in_axes, out_axes=first.out_axes)(examples, slots, moving)
-    if not found:
+    if found is None:
         return out
     leaves, tree = jax.tree.flatten(out)
     axes, back = _for_each_leaf(first.out_axes, out, "out_axes"), Order(found.place, found.source)
     return jax.tree.unflatten(tree, [_moved(leaf, axis, back) for leaf, axis in zip(leaves, axes, strict=True)])
 
 
-def _order(chosen: Sequence[SelectedAdapter], moving: Sequence[Any], axes: Sequence[int]) -> Order | None:
+def _order(chosen: Sequence[SelectedAdapter], moving: Sequence[Any]) -> Order | None:
     """Return the order of blocks, if products are better off with examples in it: short ones, many of each slot.
 
     Then rows are copied once on the way in and once on the way out, in the place of in and out of each product. That
@@ -101,7 +100,7 @@ def _order(chosen: Sequence[SelectedAdapter], moving: Sequence[Any], axes: Seque
     count, slots = chosen[0].slot.shape[0], slots_of(chosen[0].inner)
     size = block_size(count, slots)
     is_one_bank = all(node.slot is chosen[0].slot and slots_of(node.inner) == slots for node in chosen)
-    if size == 1 or count % size or not is_one_bank or not is_whole(*moving):
+    if size == 1 or count % size or not is_one_bank or not is_on_one_device(*moving):
         return None
     rank, inputs = max(map(_rank, chosen)), max(map(_inputs, chosen))
     if any(2 * _rows(leaf, count, inputs) > rank for leaf in moving):

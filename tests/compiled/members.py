@@ -16,6 +16,7 @@ import lora_jax as lora
 
 D, F, E, T, SLOTS = layers.D, layers.F, layers.E, layers.T, 4
 EACH = 2  # members, or examples, on each device
+SHORT = 256  # examples of one token
 RULE = lora.Lora(rank=programs.RANK)
 EXPERTS = layers.EXPERTS
 
@@ -67,3 +68,21 @@ def mixed(topology: str, devices: int) -> lora.CompileReport:
     ids = lora.abstract(jax.ShapeDtypeStruct((EACH * devices,), jnp.int32), stack.mesh, P("fsdp"))
     step = jax.value_and_grad(of_bank)
     return report(step, lora.abstract(bank, stack.mesh), stack.params, ids, x, topology=topology)
+
+
+def short(topology: str, devices: int) -> lora.CompileReport:
+    """The same of many examples of one token, on one device: examples of one slot lie side by side."""
+    mesh = lora.topology_mesh(topology, data=devices)
+    params = lora.abstract(layers.STACK, mesh)
+    model = layers.stack(None)
+    plan = lora.plan(model, params, layers.bf16(2, D), rules={".*": RULE})
+    one = lora.abstract_state(params, plan, programs.OPTIMIZER).trainable
+    bank = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((SLOTS, *leaf.shape), leaf.dtype), one)
+    loss = loss_of(model)
+
+    def of_bank(bank: Any, params: Any, ids: jax.Array, x: jax.Array) -> jax.Array:
+        return loss(lora.select(bank, ids), params, x)
+
+    x, ids = layers.bf16(SHORT, D), jax.ShapeDtypeStruct((SHORT,), jnp.int32)
+    args = (lora.abstract(arg, mesh) for arg in (bank, params, ids, x))
+    return report(jax.value_and_grad(of_bank, argnums=0), *args, topology=topology)

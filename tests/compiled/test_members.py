@@ -1,4 +1,4 @@
-"""Many adapters over one base, on sixteen TPUs and on eight H100s: each weight takes part in one product for all."""
+"""Many adapters over one base, on TPUs and H100s: each weight takes part in one product for all."""
 
 import members
 import pytest
@@ -63,3 +63,13 @@ def test_no_example_has_a_weight_of_its_own_and_the_base_is_gathered_once_each_w
     slots = members.SLOTS * L * members.RULE.rank * 2 * (D + F)
     assert numbers(sums) == slots + 1, "gradients of all slots once, and the loss"
     assert {dtype for _, dtype, _ in sums} == {"f32"}
+
+
+@pytest.mark.parametrize("machine", ["v5e:1x1", "h100:1"])
+def test_short_examples_of_one_slot_share_their_factors(machine):
+    """On one device: no factor is copied for an example, and each weight still takes part in one product."""
+    needs(machine)
+    report, rows = members.short(machine, 1), members.SHORT
+    of_up, of_down = [rows * D, rows * D, rows * F], [rows * F, rows * D]
+    assert sorted(taking(report, D * F)) == sorted(of_up + of_down)
+    assert in_memory(report, "bf16")[0] == L * D * F < rows * members.RULE.rank * D
