@@ -146,7 +146,7 @@ FAST = ("two_layers", "attention_kernels", "scan_over_remat", "experts", "embedd
         if case.name in FAST or (format == "nf4" and i % 2)
     ],
 )
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 def test_a_packed_base_is_the_base_that_it_stands_for(case, format):
     """In every program: plans, outputs, gradients and merged weights."""
     params, x = case.params(), case.input()
@@ -181,7 +181,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["two_layers", "scan_over_remat"])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_every_kind_of_adapter_stands_beside_a_packed_base(kind, name):
     case = next(c for c in MODELS if c.name == name)
     base, x = bases.quantize(case.params(), {case.pattern: bases.Nf4()}), case.input()
@@ -337,7 +337,7 @@ def test_scales_of_a_traced_weight_are_packed_to_the_same_bits():
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("mode", "fill"), [("fill", None), ("fill", 0.0), ("fill", 2.0), ("clip", None)])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_matrices_of_a_stack_by_their_numbers(format, mode, fill):
     """Those that there are not are what the program makes of them: NaN, a number, or the last one."""
     w, x = jax.random.normal(jax.random.key(0), (4, 64, 8)), jnp.ones((3, 1, 64))
@@ -363,7 +363,7 @@ def test_a_packed_weight_is_neither_packed_again_nor_started_from():
 
 @pytest.mark.parametrize("name", ["two_layers", "scan_over_remat", "attention_kernels"])
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_loftq_makes_up_for_what_packing_loses(name, format):
     """A B is the best of its rank, for any scale. More iterations need not be better, and are near."""
     case, rule = next(c for c in MODELS if c.name == name), lora.Lora(rank=3, alpha=12)

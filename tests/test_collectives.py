@@ -87,7 +87,7 @@ def test_under_shard_map_loss_and_metrics_come_with_the_gradient(name):
 
 
 @pytest.mark.parametrize("name", PLACES)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 def test_over_every_mesh_one_gradient_reduction_is_all_that_is_added(name):
     """No launch beyond the base model's, but one reduction of gradients and one of their norm."""
     base, found = counted(name, "base", MICROBATCHES), counted(name, "lora", MICROBATCHES)

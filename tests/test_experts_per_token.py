@@ -84,7 +84,7 @@ def test_applying_is_merging(fn, materialize):
 
 @pytest.mark.parametrize("kind", [lora.Dora(RANK), lora.Ia3(), lora.Lokr(RANK), lora.Vera(rank=RANK)], ids=str)
 @pytest.mark.parametrize("fn", [per_expert, vmapped], ids=lambda fn: fn.__name__)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 def test_applying_is_merging_for_other_kinds(fn, kind):
     params, adapters, x = setup(fn, kind)
     found = jax.jit(lora.lora_apply(fn))(params, adapters, x)

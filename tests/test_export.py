@@ -52,7 +52,7 @@ def tensors_in(folder):
     [("lora_emb", MLP, 1), ("rslora_patterns", MLP, 2), ("llama", key_maps.LLAMA, 3), ("gpt2", key_maps.GPT2, 1),
      ("qwen3moe", key_maps.LLAMA, 2)],
 )  # fmt: skip
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 def test_merging_is_merging(name, key_map, shards, dtype, tmp_path):
     base = published(tmp_path / "in", name, dtype, shards)
     params = twins.from_torch(base, conv1d=name == "gpt2")

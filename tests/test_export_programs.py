@@ -45,7 +45,7 @@ def test_all_kinds_are_in_the_table():
 
 
 @pytest.mark.parametrize("rule", ALL)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_adapters_of_every_kind_are_arguments_and_results(rule):
     adapters = adapters_of(rule)
     program = written(lambda a: jax.tree.map(lambda array: 2 * array, a), adapters)
@@ -57,7 +57,7 @@ def test_adapters_of_every_kind_are_arguments_and_results(rule):
 
 
 @pytest.mark.parametrize("rule", ALL)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 def test_one_program_for_many_adapters(rule):
     case = case_of(rule)
     apply, params, x = lora.lora_apply(case.fn), case.params(), case.input()
@@ -106,7 +106,7 @@ def base_and_adapters():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 def test_packed_bases_are_arguments(name):
     params, adapters = base_and_adapters()
     packed = lora.bases.quantize(params, {"w": FORMATS[name]})
@@ -221,7 +221,7 @@ def test_a_kind_may_be_defined_again_as_in_a_notebook():
 
 
 @pytest.mark.parametrize("rule", ALL)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_flax_writes_adapters_of_every_kind(rule):
     adapters = adapters_of(rule)
     fresh = jax.tree.map(jnp.zeros_like, adapters)

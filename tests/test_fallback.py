@@ -86,7 +86,7 @@ def test_refused_by_name(fn, primitive):
 
 
 @programs
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 def test_formed_where_it_is_allowed(fn, primitive):
     """Then applying is merging again, gradients through the user's own derivative rules included."""
     apply = lora.lora_apply(fn, materialize="w|v")

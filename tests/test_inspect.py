@@ -20,7 +20,7 @@ def noisy(tree, seed=0):
     return treedef.unflatten([jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves])
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind(kind):
     """The norm is that of W' - W where W does not matter, and is not told where it does."""

@@ -94,7 +94,7 @@ def test_the_same_gradient_of_every_program(case):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_the_same_gradient_of_every_kind(kind):
     params, _, x = setting()
     plan = lora.plan(lambda p, x: decoder("scan", x, p), params, x, rules={"|".join(NAMES): KINDS[kind]})
@@ -164,7 +164,7 @@ def test_a_plan_counts_no_x_that_is_there_anyway():
 
 
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 def test_a_plan_of_every_program_keeps_no_more_with_less(case):
     for target in case.plan(RULES["lora"]).values():
         assert target.kept() is None or 0 <= target.kept().thin <= target.kept().inputs

@@ -98,7 +98,7 @@ def test_merging_is_the_formula(kind, case):
 
 @kinds
 @cases
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 def test_applying_is_merging(kind, case):
     """Values, and the gradients of what is trained."""
     params, x, adapters = case.params(), case.input(), case.adapters(KINDS[kind])
@@ -126,7 +126,7 @@ def test_starting_is_identity(kind, case):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("full", "lokr_whole")])
 @cases
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 def test_factored_stays_factored(kind, case: Case):
     params, x, adapters = case.params(), case.input(), case.adapters(KINDS[kind])
     apply = lora.lora_apply(case.fn)

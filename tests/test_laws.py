@@ -53,7 +53,7 @@ differentiable = pytest.mark.parametrize("case", [c for c in MODELS if c.name !=
 
 
 @pytest.mark.parametrize(("case", "transform"), product, ids=lambda v: getattr(v, "name", v))
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_applying_is_merging(case, transform):
     run, apply = TRANSFORMS[transform], lora.lora_apply(case.fn)
 
@@ -99,7 +99,7 @@ rounded = ("tensor_parallel", "scaled", "scaled_by_what_it_computes")
 
 @pytest.mark.parametrize("rule", ["lora"])
 @cases
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 def test_starting_is_identity(case, rule):
     params, x = case.params(), case.input()
     adapters = lora.init(jax.random.key(0), params, case.plan(RULES[rule]))
@@ -112,7 +112,7 @@ def test_starting_is_identity(case, rule):
 
 
 @differentiable
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_factored_stays_factored(case):
     """Forward and gradient compute no value of W's size, or of one of its matrices', beyond the program's own."""
     params, x, adapters = case.params(), case.input(), case.adapters(RULE)
@@ -129,7 +129,7 @@ def test_factored_stays_factored(case):
 
 
 @differentiable
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_frozen_stays_frozen(case):
     params, x, adapters = case.params(), case.input(), case.adapters(RULE)
     before = jax.tree.map(np.array, params)
@@ -158,7 +158,7 @@ def test_frozen_stays_frozen(case):
 
 
 @cases
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 def test_placement_changes_speed_only(case):
     """The same adapters from the same key, also when made under jit on a mesh."""
     params, plan = case.params(), case.plan(RULE)

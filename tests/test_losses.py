@@ -392,7 +392,7 @@ def test_a_head_that_is_used_otherwise_is_refused_by_name(data):
 # Meshes --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_the_vocabulary_is_split_over_an_axis_of_shard_map(data, reduction, check_vma):

@@ -62,7 +62,7 @@ def test_unstacking_gives_each_back_bit_by_bit(name, kind):
         if (name, kind) not in (("embedding", "adalora"), ("embedding", "dora"))
     ],
 )
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_vmap_over_a_stack_is_each_member_by_itself(name, kind):
     """Values and gradients, with one product by each weight of the base, and no weight for each member."""
     case, members = CASES[name], members_of(name, kind)
@@ -130,7 +130,7 @@ def loss_of(case):
         if not (name == "riemannian" and kind in ("adalora", "dora"))
     ],
 )
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_pads_stay_zero_and_each_member_trains_as_it_does_alone(kind, name):
     """Exactly zero, under weight decay too; and no mask keeps an optimizer from the scale and the rank."""
     case, members = CASES["two_layers"], members_of("two_layers", kind)

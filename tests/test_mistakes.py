@@ -602,7 +602,7 @@ def files(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("make", "words", "prepare"), MISTAKES)
 def test_a_mistake_is_told_what_to_do(make, words, prepare, tmp_path):
     given = Given(tmp_path)

@@ -50,7 +50,7 @@ SHAPES = [(1, 64, 64), (5, 128, 512), (70, 256, 192), (300, 1024, 256), (17, 576
 
 @pytest.mark.parametrize("platform", INTERPRETED)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 def test_both_products(platform, shape):
     """Several tiles along every axis, rows that fill none, axes that are one tile, scales of less than 8 rows."""
     rows, d, k = shape
@@ -95,7 +95,7 @@ def test_values_are_rounded_as_the_program_rounds_them():
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("precision", nf4_pallas.PRECISIONS)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_derivatives(transposed, precision):
     """Of both modes, and of one after the other; the residual is the packed matrix."""
     codes, scales, w = matrix(128, 64)
@@ -174,7 +174,7 @@ def test_scales_have_derivatives_too():
 
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("split", ["rows", "columns"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 def test_inside_shard_map(checked, split):
     """On each device's shard, with gradients; types that vary are kept right."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
@@ -309,7 +309,7 @@ SIZES = [(300, 1024, 768), (2048, 4096, 11008), (40, 576, 192), (16, 11008, 256)
 @without_warning
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 def test_accelerators_compilers_take_them(kind, dtype):
     """What Pallas hands to Mosaic and Triton is made without a device: both products, sizes of real models."""
     platform = KINDS[kind]

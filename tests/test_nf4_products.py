@@ -36,7 +36,7 @@ def kernels(jaxpr):
 
 
 @pytest.mark.parametrize("adapted", [True, False])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 def test_programs_use_them(adapted):
     """Outputs, gradients of adapters and of inputs are those of the plain product; all weights but one have kernels."""
     found = {}

@@ -68,7 +68,7 @@ def setup(name):
 
 
 @pytest.mark.parametrize("name", ["fsdp 8", "data 2, fsdp 2, tensor 2"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 def test_fsdp_gathers_packed_bytes(name):
     """Codes and scales of each weight, for each of its two uses, and nothing of a dense one."""
     gathers = [c for c in setup(name).lora(MICROBATCHES) if c.kind == "all-gather"]
@@ -80,7 +80,7 @@ def test_fsdp_gathers_packed_bytes(name):
 
 
 @pytest.mark.parametrize("name", ["tensor 8", "data 2, tensor 4", "data 8"])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_packed_bases_add_no_communication(name):
     dense, packed = Setup(PLACES[name]).lora(MICROBATCHES), setup(name).lora(MICROBATCHES)
     assert sorted((c.kind, c.shapes, c.times) for c in packed) == sorted((c.kind, c.shapes, c.times) for c in dense)
@@ -90,7 +90,7 @@ def test_packed_bases_add_no_communication(name):
 @pytest.mark.parametrize(
     "spec", [P(), P("x"), P(None, "x"), P(None, None, "y"), P(None, "x", "y"), P(None, ("x", "y"))]
 )
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_each_device_has_its_part(format, spec):
     mesh = jax.make_mesh((2, 4), ("x", "y"), (AxisType.Auto,) * 2)
     w = jax.device_put(jax.random.normal(jax.random.key(0), (2, 64, 512)), NamedSharding(mesh, spec))
@@ -171,7 +171,7 @@ def test_places_that_cannot_be(places, says):
 
 @pytest.mark.parametrize("packed", ["before", "there"])
 @pytest.mark.parametrize("format", [bases.Nf4(stack=0), bases.Int8(stack=0, inputs=1)])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 def test_explicit_axes(format, packed):
     """A model that says how its results are sharded, on a mesh whose axes ask for it; one of them is Auto."""
     kinds = (AxisType.Explicit, AxisType.Explicit, AxisType.Auto)

@@ -93,7 +93,7 @@ def assert_same_tensors(found, expected):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 def test_outputs_are_those_of_peft(name):
     fn, key_map = MODELS[name]
     params, ids, expected = case(name)
@@ -110,7 +110,7 @@ def test_outputs_are_those_of_peft(name):
 
 
 @pytest.mark.parametrize("name", [*MODELS, "conv", "conv_dora"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 def test_what_came_in_goes_out(name, tmp_path):
     key_map = MODELS[name][1] if name in MODELS else MLP
     adapters, others = lora.load_peft(DATA / name, case(name)[0], key_map)

@@ -74,7 +74,7 @@ def over_mesh(placement):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda p: p.name)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_jit_over_a_mesh(placement):
     found, stays = over_mesh(placement)
     assert_same(found)
@@ -82,7 +82,7 @@ def test_jit_over_a_mesh(placement):
 
 
 @pytest.mark.parametrize("placement", [p for p in PLACEMENTS if p.batch == P("data")], ids=lambda p: p.name)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 def test_shard_map(placement):
     mesh = placement.mesh()
     p = placement.params(mesh)

@@ -159,7 +159,7 @@ def test_applying_is_merging_anywhere(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("first", range(0, 1000, 50))
 def test_a_thousand_programs(first):
     misses = []

@@ -46,7 +46,7 @@ LEAVES = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", KINDS)
 def test_reprs_are_short_whatever_the_leaves_are(kind):
     case = next(case for case in MODELS if case.name == "two_layers")

@@ -148,7 +148,7 @@ def on_mesh(state, sizes):
 
 @pytest.mark.parametrize("after", ["one device", *MESHES])
 @pytest.mark.parametrize("before", ["one device", *MESHES])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_another_mesh(tmp_path, before, after):
     """The same numbers, where the given state is."""
     state, target = at(new(), 1), new(key=5)

@@ -138,14 +138,14 @@ def bank_for(name: str, rule):
     return fn, params, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *(trained(adapters, i) for i in range(SLOTS)))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_scans_tables_convolutions_and_experts_can_be_mixed(name):
     fn, params, x, bank = bank_for(name, lora.Lora(2, alpha=3, stack=PROGRAMS[name][3]))
     check(fn, params, bank, x)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_kinds_can_be_mixed(kind):
     case = next(case for case in MODELS if case.name == "two_layers")

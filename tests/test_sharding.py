@@ -178,7 +178,7 @@ def test_adapters_and_base_on_two_meshes():
 
 @pytest.mark.parametrize("policy", ["tensor", "replicate", "inherit"])
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda p: p.name)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_adapters_start_on_their_shards_and_with_the_same_numbers(placement, policy):
     p = placement.params(placement.mesh())
     shardings = lora.adapter_shardings(p, plan(), policy=policy)

@@ -198,7 +198,7 @@ def test_applying_is_merging_under_every_transform(case, stack, sums, transform)
     ],
     ids=name_of,
 )
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_every_kind_is_right_or_refused(case, stack, sums, kind):
     """What scales outputs cannot do so for each matrix once the program has summed over them."""
     if kind in SCALES_OUTPUTS and sums:
@@ -218,7 +218,7 @@ def test_every_kind_is_right_or_refused(case, stack, sums, kind):
     ],
     ids=name_of,
 )
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_wrappers_change_nothing(case, stack, sums, spec):
     """Dropout that drops nothing, and copies for each part of the batch."""
     mesh = jax.make_mesh((1, 2, 4), ("one", "two", "four"), axis_types=(jax.sharding.AxisType.Auto,) * 3)

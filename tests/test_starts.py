@@ -84,7 +84,7 @@ BASE_STAYS = ("orthogonal", "eva")
 
 @pytest.mark.parametrize("scale", [1.5, -0.5])
 @pytest.mark.parametrize("name", STARTS)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 def test_starting_changes_nothing(name, scale):
     params, adapters = model(scale=scale)
     base, started = STARTS[name](params, adapters)
@@ -98,7 +98,7 @@ def test_starting_changes_nothing(name, scale):
 
 
 @pytest.mark.parametrize("name", STARTS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 def test_bf16(name):
     """The factors stay in fp32, and the base is rounded once: half a unit in the last place of W and of the rest."""
     params, adapters = model(jnp.bfloat16)
@@ -232,7 +232,7 @@ def test_eva_gives_ranks_to_what_explains_most():
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_the_budget_of_eva_is_exact(seed):
     draw = np.random.default_rng(seed)
     axes = lora.KernelAxes((), (0,), (1,))
@@ -249,7 +249,7 @@ def test_the_budget_of_eva_is_exact(seed):
 
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_lora_ga_has_the_singular_vectors_of_the_gradient(direction, scale):
     """In torch's way of writing: G [out, in] = U S V^T, A of rows of V^T, B of columns of U S."""
     params, adapters = model()
@@ -299,7 +299,7 @@ def test_gradients_may_be_a_tree_like_the_parameters():
 
 
 @pytest.mark.parametrize(("mode", "which"), [("instruction", slice(0, RANK)), ("knowledge", slice(-RANK, None))])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 def test_corda_is_a_part_of_the_weight_that_the_data_chooses(mode, which):
     """In torch's way of writing: W C = U S V^T, A B = U S V^T C^-1."""
     params, adapters = model()
@@ -330,7 +330,7 @@ def test_a_covariance_without_inverse_is_damped_more_where_it_must_be():
 
 
 @pytest.mark.parametrize("name", [name for name in STARTS if name not in BASE_STAYS])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_a_trained_adapter_becomes_a_plain_one_of_the_original_base(name):
     params, adapters = model()
     base, start = STARTS[name](params, adapters)
@@ -426,7 +426,7 @@ def two():
         if not (packed and name in LOFTQ)  # LoftQ is for what is not packed yet
     ],
 )
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 def test_a_start_leaves_every_array_on_the_mesh(name, over, packed):
     """Where it was, or where packing it there would put it; and with the numbers of one device."""
     format, iterations = LOFTQ.get(name, (FORMATS["nf4"], 0))

@@ -114,7 +114,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_steps(name):
     params, x = base(jnp.bfloat16)
     adapters = lora.init(jax.random.key(0), params, lora.plan(model, params, x, rules={"w|layers": RULE}))

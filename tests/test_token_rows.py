@@ -79,7 +79,7 @@ both_ways = pytest.mark.parametrize("axis", [0, pytest.param(1, marks=pytest.mar
 
 @pytest.mark.parametrize("fn", USES, ids=lambda fn: fn.__name__)
 @both_ways
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 def test_applying_is_merging(fn, axis):
     fn = transposed(fn) if axis else fn
     params, adapters, x = case_of(fn, axis)

@@ -76,7 +76,7 @@ def name_of(value):
 
 
 @pytest.mark.parametrize(("case", "kind", "spec"), pairs, ids=name_of)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_applying_wrapped_adapters_is_merging(case, kind, spec):
     case = eight_rows(case)
     params, x, adapters = case.params(), case.input(), adapters_for(case, kind)
@@ -105,7 +105,7 @@ vmapped = [
 
 
 @pytest.mark.parametrize(("case", "kind"), vmapped, ids=name_of)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_vmap_over_sets_of_adapters(case, kind):
     params, x, one = case.params(), case.input(), adapters_for(case, kind)
     two = jax.tree.map(lambda a: a * 1.25 if jnp.issubdtype(a.dtype, jnp.floating) else a, one)
@@ -293,7 +293,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_a_loss_sees_its_adapters_and_not_their_copies(name, microbatches):
     rule = lora.AdaLora(rank=2) if name == "orthogonality" else lora.Lora(rank=2)
     x = jax.random.normal(jax.random.key(2), (16, 16, 12))
