@@ -19,7 +19,7 @@ from jax import lax
 from lora_jax.core.factor_products import as_derivative, dot
 from lora_jax.core.moved import moved
 from lora_jax.core.picked import picked_each
-from lora_jax.core.remade import linear_in_last
+from lora_jax.core.remade import are_there, linear_in_last
 
 
 def block_size(examples: int, slots: int) -> int:
@@ -156,8 +156,7 @@ def _after(dy: jax.Array, blocks: Blocks) -> Blocks:
 
     XLA's compiler for CPUs takes barriers away. It also fuses what dy is made of into each of its readers, once for the
     base and once more for the blocks. So there a branch reads dy: an array that goes into one is written out. Its
-    number decides about the blocks, by having less than 65 bits that are set, of which no compiler knows that it is
-    true.
+    number decides about the blocks, by `are_there`.
     """
     if not jnp.issubdtype(dy.dtype, jnp.floating) or 0 in dy.shape:
         return blocks
@@ -165,7 +164,7 @@ def _after(dy: jax.Array, blocks: Blocks) -> Blocks:
     def on_cpu(dy: jax.Array, of_block: jax.Array, source: jax.Array) -> tuple[jax.Array, jax.Array]:
         first, last = (functools.partial(_entry, at=at) for at in (0, -1))
         number = lax.cond(of_block.ravel()[0] >= 0, first, last, dy)
-        there = lax.population_count(lax.bitcast_convert_type(number, f"uint{dy.dtype.itemsize * 8}")) < 65
+        there = are_there(number)
         return jnp.where(there, of_block, -1), jnp.where(there, source, blocks.place.shape[-1])
 
     def elsewhere(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:

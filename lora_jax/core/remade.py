@@ -159,13 +159,12 @@ def _after(arrays: list[jax.Array], token: jax.Array) -> list[jax.Array]:
     """Return arrays of which the large ones cannot be read before another one is there, a product with rows [*T, n].
 
     Without that, compilers make x again at once, where its sources are, and keep it. That for CPUs takes barriers away
-    before it puts a program in order. So the arrays depend on the token: on whether its numbers have less than 65 bits
-    that are set, of which no compiler knows that it is true.
+    before it puts a program in order. So the arrays depend on the token, by `are_there`.
     """
     if not jnp.issubdtype(token.dtype, jnp.floating) or 0 in token.shape:
         return arrays
     rows = token[..., 0]
-    there = lax.population_count(lax.bitcast_convert_type(rows, f"uint{token.dtype.itemsize * 8}")) < 65  # [*T]
+    there = are_there(rows)  # [*T]
     large = max(numbers(array.shape) for array in arrays) // 2
 
     def after(array: jax.Array) -> jax.Array:
@@ -178,3 +177,8 @@ def _after(arrays: list[jax.Array], token: jax.Array) -> list[jax.Array]:
         return jnp.where(there.ravel()[:1].reshape((1,) * array.ndim), array, jnp.zeros_like(array))
 
     return [after(array) if numbers(array.shape) >= large or is_key(array) else array for array in arrays]
+
+
+def are_there(x: jax.Array) -> jax.Array:
+    """Return whether floating point numbers have less than 65 bits that are set: true, which no compiler knows."""
+    return lax.population_count(lax.bitcast_convert_type(x, f"uint{x.dtype.itemsize * 8}")) < 65

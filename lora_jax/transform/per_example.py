@@ -50,21 +50,16 @@ def over_examples(
             along its axis; the adapters are of several selections.
     """
     nodes, tree = jax.tree.flatten(adapters, is_leaf=_is_of_examples)
-    first = next(node for node in nodes if _is_of_examples(node))
-    count = first.slot.shape[0]
-    for node in nodes:
-        if _is_of_examples(node) and (node.slot.shape[0], node.in_axes, node.out_axes) != (
-            count,
-            first.in_axes,
-            first.out_axes,
-        ):
+    chosen = [node for node in nodes if _is_of_examples(node)]
+    first, count = chosen[0], chosen[0].slot.shape[0]
+    for node in chosen:
+        if (node.slot.shape[0], node.in_axes, node.out_axes) != (count, first.in_axes, first.out_axes):
             raise LoraError("adapters of one call come from several calls of lora.select, which are of other examples.")
     leaves, arguments = jax.tree.flatten((tuple(args), kwargs))
     axes = _axes_of(args, kwargs, first.in_axes)
     _check_examples(args, kwargs, axes, count)
     moving = [leaf for leaf, axis in zip(leaves, axes, strict=True) if axis is not None]
     moving_axes = [axis for axis in axes if axis is not None]
-    chosen = [node for node in nodes if _is_of_examples(node)]
     slots = list({id(node.slot): node.slot for node in chosen}.values())  # one, unless select was called several times
     numbers = {id(slot): i for i, slot in enumerate(slots)}
     examples, found = jnp.arange(count), _order(chosen, moving)
